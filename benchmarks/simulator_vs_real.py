@@ -1,0 +1,144 @@
+"""Does the simulator say what real runs do? Goodput and recovery time of five runs, predicted.
+
+    python benchmarks/simulator_vs_real.py [--quick] [--json FILE] [--keep DIR]
+
+Five real runs of different sizes and schedules. Each is predicted with a cost model calibrated from
+the other four (``lazarus calibrate``), given only its size and the moments of its faults. On a
+machine that others use too, step times differ from run to run; the second pair of columns therefore
+takes the step times from the run itself and everything else from the other four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lazarus.events import read_events
+from lazarus.simulate.calibrate import as_setting, calibrated, measured
+from lazarus.simulate.policies import run_one
+from lazarus.simulate.rows import FleetPolicy
+
+MODEL = (
+    "cluster.launcher=process", "metrics.progress=off", "model.layers=4", "model.dim=64",
+    "model.heads=4", "model.seq_len=64", "model.vocab=256", "model.experts=8", "model.top_k=2",
+    "model.moe_every=2", "train.global_batch=16", "train.micro_batch_size=4",
+    "placement.slots_per_node=8", "checkpoint.every=0", "checkpoint.full_at_end=false",
+    "cluster.join_debounce_s=0.2",
+)  # fmt: skip
+# Nodes, steps and faults: a kill early and late, in every phase; two at once; joins; many in a row.
+CASES: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
+    ("4 nodes, 1 kill", 4, 120, ("kill:1@40/backward",)),
+    ("5 nodes, 3 kills", 5, 150, ("kill:0@30/dispatch", "kill:3@70/commit", "kill:4@110/forward")),
+    ("6 nodes, 2 at once", 6, 130, ("kill:2@50/combine", "kill:5@50/combine", "kill:0@90/data")),
+    ("8 nodes, 4 kills", 8, 130, ("kill:7@25/backward", "kill:1@50/grad_sync",
+                               "kill:4@75/optimizer", "kill:0@100/forward")),
+    ("4 nodes, kill and join", 4, 160, ("kill:2@40/backward", "join@60", "kill:0@120/dispatch")),
+)  # fmt: skip
+
+
+def train(folder: Path, nodes: int, steps: int, faults: Sequence[str]) -> None:
+    """One real run in a process of its own."""
+    code = (
+        "import json, sys\n"
+        "from lazarus import ElasticTrainer, TrainConfig\n"
+        "if __name__ == '__main__':\n"
+        "    overrides, faults = json.loads(sys.argv[1])\n"
+        "    ElasticTrainer(TrainConfig.load(overrides=overrides), faults=faults).fit()\n"
+    )
+    script = folder.with_suffix(".py")
+    script.write_text(code)
+    overrides = [*MODEL, f"cluster.nodes={nodes}", f"train.steps={steps}", f"run.dir={folder}"]
+    subprocess.run(
+        [sys.executable, str(script), json.dumps([overrides, list(faults)])],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def predict(records: dict[str, list[Any]], name: str) -> dict[str, Any]:
+    """One run beside its predictions."""
+    events = records[name]
+    others = calibrated([record for other, record in records.items() if other != name])
+    own = calibrated([events])
+    known = {n for n, _ in own.step_table_s}
+    table = (*own.step_table_s, *(p for p in others.step_table_s if p[0] not in known))
+    real = measured(events)
+    row: dict[str, Any] = {
+        "run": name,
+        "recoveries": real.recoveries,
+        "goodput": real.goodput_tokens_per_s,
+        "recovery_s": real.recovery_median_s,
+    }
+    for label, costs in (
+        ("others", others),
+        ("own_steps", others.with_steps(table)),
+    ):
+        said = run_one(as_setting(events, costs, name=name), FleetPolicy(name="lazarus"), seed=0)
+        row[f"goodput_{label}"] = said.goodput_tokens_per_s
+        row[f"recovery_s_{label}"] = said.recovery_median_s
+        row[f"goodput_error_{label}"] = said.goodput_tokens_per_s / real.goodput_tokens_per_s - 1
+        if real.recovery_median_s:
+            row[f"recovery_error_{label}"] = said.recovery_median_s / real.recovery_median_s - 1
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="half the steps")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--keep", metavar="DIR", help="where the runs stay; reused if there")
+    args = parser.parse_args()
+    records: dict[str, list[Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="simulated-") as scratch:
+        home = Path(args.keep or scratch)
+        home.mkdir(parents=True, exist_ok=True)
+        for index, (name, nodes, steps, faults) in enumerate(CASES):
+            folder = home / f"run{index}"
+            if not (folder / "events.jsonl").exists():
+                print(f"running {name} ...", file=sys.stderr, flush=True)
+                train(folder, nodes, steps, faults)
+            records[name] = read_events(folder)
+    rows = [predict(records, name) for name in records]
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"schema": 1, "rows": rows}, indent=2) + "\n")
+    return 0
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Real, predicted and error; errors beyond 10 % are marked."""
+    lines = [f"{'run':24} {'tok/s real':>10} {'others':>8} {'err':>7} {'own st.':>8} {'err':>7} "
+             f"{'rec. s':>7} {'others':>7} {'err':>7} {'own st.':>7} {'err':>7}"]  # fmt: skip
+    for row in rows:
+        cells = [f"{row['run']:24} {row['goodput']:10.0f}"]
+        for key in ("others", "own_steps"):
+            cells.append(f"{row[f'goodput_{key}']:8.0f} {_error(row[f'goodput_error_{key}'])}")
+        cells.append(f"{row['recovery_s']:7.3f}")
+        for key in ("others", "own_steps"):
+            cells.append(
+                f"{row[f'recovery_s_{key}']:7.3f} {_error(row.get(f'recovery_error_{key}', 0.0))}"
+            )
+        lines.append(" ".join(cells))
+    for what in ("goodput", "recovery"):
+        errors = [abs(r.get(f"{what}_error_own_steps", 0.0)) for r in rows]
+        middle, worst = statistics.median(errors), max(errors)
+        lines.append(f"{what}: median error {middle:.1%}, worst {worst:.1%}, own step times")
+    return "\n".join(lines)
+
+
+def _error(value: float) -> str:
+    return f"{value:+6.1%}{'!' if abs(value) > 0.1 else ' '}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Token dispatch for mixtures of experts: any replicas on any ranks, nothing dropped or padded.
+
+Needs torch and numpy only.
+"""
+
+from dispatcher.blocks import shared_zeros
+from dispatcher.dispatch import Routed, finish_routing, route, start_routing
+from dispatcher.dispatcher import Dispatched, Dispatcher
+from dispatcher.errors import (
+    DispatchError,
+    DispatchInputError,
+    HandleError,
+    LinkError,
+    PeerInputError,
+    RoutingTableError,
+)
+from dispatcher.exchange import Exchange, Pending, SoloExchange, TorchExchange
+from dispatcher.gradients import flat_all_reduce, slots_for_exchange, sum_replica_gradients
+from dispatcher.layout import ExpertLayout
+from dispatcher.loopback import LoopbackExchange, LoopbackWorld, run_ranks
+from dispatcher.path import PathOptions, expert_path
+from dispatcher.routing import RoutingTable
+from dispatcher.shared import SharedExchange, within_machine
+from dispatcher.split import SplitRule
+
+__all__ = [
+    "DispatchError",
+    "DispatchInputError",
+    "Dispatched",
+    "Dispatcher",
+    "Exchange",
+    "ExpertLayout",
+    "HandleError",
+    "LinkError",
+    "LoopbackExchange",
+    "LoopbackWorld",
+    "PathOptions",
+    "PeerInputError",
+    "Pending",
+    "Routed",
+    "RoutingTable",
+    "RoutingTableError",
+    "SharedExchange",
+    "SoloExchange",
+    "SplitRule",
+    "TorchExchange",
+    "expert_path",
+    "finish_routing",
+    "flat_all_reduce",
+    "route",
+    "run_ranks",
+    "shared_zeros",
+    "slots_for_exchange",
+    "start_routing",
+    "sum_replica_gradients",
+    "within_machine",
+]

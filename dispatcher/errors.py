@@ -1,0 +1,46 @@
+"""What can go wrong in a dispatch, each with the numbers and the way out."""
+
+from __future__ import annotations
+
+
+class DispatchError(Exception):
+    """Base of the dispatcher's errors. Pickling keeps message and fields."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return BaseException.__new__, (type(self), *self.args), self.__dict__
+
+
+class RoutingTableError(DispatchError, ValueError):
+    """The table cannot route: an expert without a replica, shares off their replicas."""
+
+
+class DispatchInputError(DispatchError, ValueError):
+    """This rank's tokens or expert ids cannot be dispatched. Its peers are told."""
+
+
+class PeerInputError(DispatchError):
+    """Another rank refused its own input, so no rank dispatched anything."""
+
+    def __init__(self, *, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} refused its input ({reason}); nothing was dispatched")
+        self.rank, self.reason = rank, reason
+
+
+class HandleError(DispatchError):
+    """A dispatch handle was used twice, or after its generation had ended."""
+
+    def __init__(self, what: str, *, generation: int) -> None:
+        super().__init__(f"{what} (handle of generation {generation}); dispatch again")
+        self.generation = generation
+
+
+class ExchangeClosedError(DispatchError):
+    """A peer of a loopback exchange failed or left, so this collective cannot complete."""
+
+
+class LinkError(DispatchError, RuntimeError):
+    """A rank of the same machine is gone, silent, or at another collective than this one."""
+
+    def __init__(self, *, peer: int, reason: str) -> None:
+        super().__init__(f"exchange with rank {peer} failed: {reason}")
+        self.peer, self.reason = peer, reason

@@ -1,0 +1,66 @@
+"""Elastic, fault-tolerant training of Mixture-of-Experts models."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazarus.version import __version__
+
+if TYPE_CHECKING:
+    from lazarus.config import TrainConfig
+    from lazarus.model.loss import LossSum
+    from lazarus.model.moe import MoELayer
+    from lazarus.result import Result
+    from lazarus.runtime.context import WorkerContext
+    from lazarus.trainer import ElasticTrainer, RunHandle
+
+__all__ = [
+    "ElasticTrainer",
+    "LossSum",
+    "MoELayer",
+    "Result",
+    "RunHandle",
+    "TrainConfig",
+    "WorkerContext",
+    "__version__",
+]
+
+_HOMES = {
+    "ElasticTrainer": "lazarus.trainer",
+    "LossSum": "lazarus.model.loss",
+    "MoELayer": "lazarus.model.moe",
+    "Result": "lazarus.result",
+    "RunHandle": "lazarus.trainer",
+    "TrainConfig": "lazarus.config",
+    "WorkerContext": "lazarus.runtime.context",
+}
+
+
+def _refuse_foreign_packages() -> None:
+    """``placement`` and ``dispatcher`` are plain names; another package could shadow them.
+
+    Raises:
+        ImportError: One of them comes from elsewhere.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in ("placement", "dispatcher"):
+        spec = find_spec(name)
+        origin = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
+        if origin is None or origin.parent.parent != home:
+            raise ImportError(
+                f"`{name}` is imported from {origin}, not from {home / name}: another package of "
+                f"that name shadows the one of Lazarus; rename or remove it from sys.path"
+            )
+
+
+_refuse_foreign_packages()
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when asked for: ``import lazarus`` stays light."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module `lazarus` has no attribute `{name}`")

@@ -1,0 +1,53 @@
+"""Hands the record's events to the user's callbacks, in the driver, never blocking the run."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+_BOUND = 4096  # events that may wait for slow callbacks; more are dropped, and counted
+
+
+class CallbackBus:
+    """One thread, one bounded queue. A callback that raises is disabled, or fails the run."""
+
+    def __init__(self, callbacks: Sequence[Any], *, fail: bool) -> None:
+        self._active = list(callbacks)
+        self._fail = fail
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_BOUND)
+        self.dropped = 0
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
+        self._thread.start()
+
+    def publish(self, event: dict[str, Any]) -> None:
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Let waiting events be handled, then end."""
+        self._queue.put(None)
+        self._thread.join(30.0)
+
+    def _run(self) -> None:
+        while (event := self._queue.get()) is not None:
+            for callback in tuple(self._active):
+                self._call(callback, event)
+
+    def _call(self, callback: Any, event: dict[str, Any]) -> None:
+        handler = getattr(callback, "on_event", None)
+        if handler is None:
+            return
+        try:
+            handler(event)
+        except Exception as problem:  # noqa: BLE001 - the user's code: one warning, then without
+            self._active.remove(callback)
+            self.error = self.error or (problem if self._fail else None)
+            print(f"callback {type(callback).__name__} raised and is off:", file=sys.stderr)
+            traceback.print_exc()

@@ -1,0 +1,1 @@
+"""Partial expert checkpoints: in host memory, on storage, and what is true of them."""

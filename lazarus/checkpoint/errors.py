@@ -1,0 +1,42 @@
+"""What can be wrong with a checkpoint, each with its own type."""
+
+from __future__ import annotations
+
+from lazarus.errors import CheckpointError as CheckpointError
+
+
+class DamagedError(CheckpointError):
+    """Bytes that are not what their manifest or checksum says. Use the next best source."""
+
+
+class UnknownFormatError(CheckpointError):
+    """A manifest of a format that this release does not read."""
+
+    def __init__(self, *, path: str, found: object, supported: tuple[int, ...]) -> None:
+        known = ", ".join(str(n) for n in supported)
+        super().__init__(
+            f"{path}: manifest format {found!r}, this release reads {known}; "
+            f"use the release that wrote it, or a newer one"
+        )
+        self.path, self.found, self.supported = path, found, supported
+
+
+class IncompleteCheckpointError(CheckpointError):
+    """A checkpoint that lacks an expert or a tensor; ``missing`` names them."""
+
+    def __init__(self, *, where: str, missing: tuple[str, ...]) -> None:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+        super().__init__(f"{where} lacks {shown}")
+        self.where, self.missing = where, missing
+
+
+class NoCheckpointError(CheckpointError):
+    """No usable checkpoint at a URL; the message says what was found instead."""
+
+
+class KeeperUnavailableError(CheckpointError):
+    """The node's keeper does not answer; training goes on without a snapshot."""
+
+
+class RefusedError(CheckpointError):
+    """A keeper refused a request: an old term or generation, an unknown key, a wrong secret."""

@@ -1,0 +1,43 @@
+"""Which copies are true. PURE.
+
+The lineage is the journaled list of pairs (generation, committed step at its RESUME). It decides
+about every copy of state, in host memory as in storage, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Lineage = Sequence[tuple[int, int]]
+
+
+def is_valid(*, generation: int, step: int, lineage: Lineage, resume_step: int) -> bool:
+    """Whether state tagged (generation, step) lies on the history that leads to ``resume_step``.
+
+    It does if no later generation resumed from an earlier step. Where nothing was ever rolled
+    back, resumed steps only grow and the first later generation decides alone; after a rollback
+    a later one may cut deeper, so all of them are asked.
+
+    Args:
+        generation: Generation the copy was made in.
+        step: Committed step that the copy holds.
+        lineage: Pairs (generation, step) of every RESUME so far, in any order.
+        resume_step: The step about to be resumed from, or the newest published one.
+
+    Source: protocol rule 29, extended to rollbacks.
+    """
+    if step > resume_step:
+        return False
+    return all(step <= resumed for later, resumed in lineage if later > generation)
+
+
+def extended(lineage: Lineage, *, generation: int, step: int) -> tuple[tuple[int, int], ...]:
+    """The lineage after generation ``generation`` resumed from ``step``, without what it voids.
+
+    Raises:
+        ValueError: The generation is not above all earlier ones.
+    """
+    newest = max((g for g, _ in lineage), default=-1)
+    if generation <= newest:
+        raise ValueError(f"generation {generation} resumed after {newest}; they only grow")
+    return (*((g, b) for g, b in lineage), (generation, step))

@@ -1,0 +1,82 @@
+"""``lazarus events``: the record of a run, as it is or as sentences, also while it grows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lazarus import runs
+from lazarus.errors import ConfigError
+from lazarus.events import FILE_NAME, decode, read_events
+from lazarus.faults import seconds_of
+from lazarus.format import loss_text
+from lazarus.narrator import Narrator
+
+_POLL_S = 0.3
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's options."""
+    parser = subparsers.add_parser("events", help="what happened in a run", description=__doc__)
+    parser.add_argument("run_name", metavar="RUN", help="a run's folder, or part of its name")
+    parser.add_argument("--follow", action="store_true", help="wait for more, until the run ends")
+    parser.add_argument("--since", metavar="1h", help="only the last seconds, minutes or hours")
+    parser.add_argument("--json", action="store_true", help="print the events themselves")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the events that are asked for."""
+    folder = runs.find_run(args.run_name)
+    first_s = 0.0
+    if args.since is not None:
+        try:
+            first_s = time.time() - seconds_of(args.since)
+        except ValueError as error:
+            raise ConfigError(f"--since {args.since}: {error}") from error
+    narrator = Narrator()
+    source = _following(folder) if args.follow else iter(read_events(folder))
+    for event in source:
+        lines = narrator.tell(event)
+        if event["t"] < first_s:
+            continue
+        if args.json:
+            print(json.dumps(event), flush=True)
+        else:
+            for line in _shown(event, lines):
+                print(line, flush=True)
+    return 0
+
+
+def _shown(event: Mapping[str, Any], lines: list[str]) -> list[str]:
+    stamp = time.strftime("%H:%M:%S", time.localtime(float(event["t"])))
+    name = event["event"]
+    if name == "step_committed":
+        text = f"step {event['step']:,}  loss {loss_text(event['loss'])}"
+        lines = [f"{text}  {event['num_nodes']} nodes  {event['wall_s']:.2f} s"]
+    elif not lines:
+        rest = {k: v for k, v in event.items() if k not in ("t", "event") and _short(v)}
+        lines = [f"{name}  " + "  ".join(f"{k}={v}" for k, v in rest.items())]
+    return [f"{stamp}  {line}" for line in lines]
+
+
+def _short(value: Any) -> bool:
+    return len(str(value)) <= 80
+
+
+def _following(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line, now and later, until ``run_finished``."""
+    with (folder / FILE_NAME).open(encoding="utf-8") as file:
+        partial = ""
+        while True:
+            partial += file.readline()
+            if not partial.endswith("\n"):
+                time.sleep(_POLL_S)
+                continue
+            event, partial = decode(partial), ""
+            yield event
+            if event["event"] == "run_finished":
+                return

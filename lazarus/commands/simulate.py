@@ -1,0 +1,272 @@
+"""``lazarus simulate``: the production decisions about a fleet, on a virtual clock."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lazarus import runs
+from lazarus.errors import ConfigError
+from lazarus.format import count_text, seconds_text
+from lazarus.simulate import loads
+from lazarus.simulate.costs import PROFILES, Costs, read_profile
+from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
+from lazarus.simulate.policies import policy_named, run_one
+from lazarus.simulate.rows import Row, Setting
+from lazarus.simulate.scenarios import SCENARIOS, Files, check_claims, scenario_named
+from lazarus.simulate.shapes import shape_named
+from lazarus.simulate.tables import TABLES
+from lazarus.simulate.traces import read_trace, segment
+
+_PROGRESS_S = 2.0
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_POLICIES = "lazarus,ds,ds-ft"
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's options."""
+    parser = subparsers.add_parser("simulate", help="what a fleet would gain", description=__doc__)
+    add = parser.add_argument
+    add("scenario", nargs="?", help=f"{', '.join([*SCENARIOS, *TABLES])}; or options")
+    add("--shape", default="gpt-l", help="model shape (default: gpt-l)")
+    add("--profile", default="h200-8x400g", help="costs: a name, or a file of lazarus calibrate")
+    add("--nodes", type=int, default=16, help="nodes at the start (default: 16)")
+    add("--slots", type=int, nargs="+", help="slots per node and layer; several are compared")
+    add("--min-replicas", type=int, nargs="+", default=[2], help="floors; several are compared")
+    add("--load", default="zipf:0.5", help="uniform, zipf:S, or an .npz file [T, L, E]")
+    add("--mtbf", help="mean time between failures of one node, such as 12h")
+    add("--period", help="one failure every so often, such as 5min, until half are left")
+    add("--trace", metavar="FILE", help="spot trace, Bamboo's or Parcae's form")
+    add("--time-scale", type=float, default=1.0, help="multiplies the times of the trace")
+    add("--replace-after", default="10min", help="another node comes for a lost one; or never")
+    add("--zones", type=int, default=0, help="zones that can fail as one")
+    add("--zone-mtbf", help="mean time between failures of one zone")
+    add("--hours", type=float, default=24.0, help="virtual hours (default: 24)")
+    add("--tokens-per-node", type=float, default=65536, help="of the global batch, at the start")
+    add("--group", type=int, help="nodes that hold one set of experts, for the peers")
+    add("--layers", type=int, help="layers that plans hold; the others are alike")
+    add("--policies", help=f"names or module:Name, comma-separated (default: {_POLICIES})")
+    add("--seeds", type=int, help="seeds 0, 1, ... (default: 1, or the scenario's)")
+    add("--plot", metavar="FILE", help="a page with charts")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate a named scenario, or a fleet described by options."""
+    started = time.monotonic()
+    if args.seeds is not None and args.seeds < 1:
+        raise ConfigError(f"--seeds {args.seeds} must be a whole number >= 1")
+    if args.scenario in TABLES:
+        return _table(args)
+    if args.scenario:
+        scenario = scenario_named(args.scenario)
+        settings = list(scenario.build(_files(args)))
+        policies = args.policies.split(",") if args.policies else list(scenario.policies)
+        seeds = range(args.seeds or scenario.seeds)
+    else:
+        scenario = None
+        settings = _settings(args)
+        policies = (args.policies or _POLICIES).split(",")
+        seeds = range(args.seeds or 1)
+    rows = _run_all(settings, policies, seeds)
+    claims = check_claims(scenario, rows) if scenario else []
+    if args.plot:
+        from lazarus.report.simulated import write_plot
+
+        runs.say(f"charts in {write_plot(rows, out=args.plot)}")
+    if args.json:
+        runs.print_json(
+            {
+                "schema": 1,
+                "rows": [row.to_dict() for row in rows],
+                "published": claims,
+                "assumptions": _assumptions(settings),
+                "wall_s": round(time.monotonic() - started, 3),
+            }
+        )
+    else:
+        _print(settings, rows, claims)
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    """An experiment without a clock: one row each."""
+    rows = TABLES[args.scenario](_files(args))
+    figures = [{"profile": n, "source": c.source, "figures": c.assumptions()}
+               for n, c in PROFILES.items() if n == "rtx3090-100g"]  # fmt: skip
+    if args.json:
+        runs.print_json({"schema": 1, "rows": rows, "assumptions": figures})
+        return 0
+    for row in rows:
+        print(f"{row['part']:26} " + "  ".join(f"{k}={v}" for k, v in row.items() if k != "part"))
+    print("cost model rtx3090-100g; --json prints its figures")
+    return 0
+
+
+def _run_all(settings: list[Setting], policies: Sequence[str], seeds: Sequence[int]) -> list[Row]:
+    """Every part, policy and seed; says how far it is when it takes longer than two seconds."""
+    jobs = [
+        (setting, policy_named(policy, setting), seed)
+        for setting in settings
+        for policy in policies
+        for seed in seeds
+    ]
+    rows, said_s = [], time.monotonic()
+    # Large fleets make millions of small frozen objects and no cycles: look for those less often.
+    gc.set_threshold(200_000, 50, 50)
+    for number, (setting, policy, seed) in enumerate(jobs, start=1):
+        rows.append(run_one(setting, policy, seed=seed))
+        if time.monotonic() - said_s > _PROGRESS_S:
+            said_s = time.monotonic()
+            runs.say(f"{number}/{len(jobs)} runs, last {setting.name} {policy.name} seed {seed}")
+    return rows
+
+
+def _files(args: argparse.Namespace) -> Files:
+    load = Path(args.load) if args.load.endswith(".npz") else None
+    if load is not None and not load.is_file():
+        raise ConfigError(f"--load {load}: no such file")
+    return Files(expert_load=load, spot_trace=Path(args.trace) if args.trace else None)
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    _check(args)
+    shape, costs = shape_named(args.shape), read_profile(args.profile)
+    faults, nodes = _faults(args)
+    for slots in args.slots or ():
+        if slots * nodes < shape.experts:
+            raise ConfigError(
+                f"{nodes} nodes x {slots} slots = {slots * nodes} < {shape.experts} experts of "
+                f"{shape.name}; use --slots {-(-shape.experts // nodes)} or more nodes"
+            )
+    fewest = -(-shape.experts // nodes)
+    slots = args.slots or [max(2 * fewest, -(-2 * shape.experts // max(1, nodes - 2)))]
+    layers = args.layers or _placed_layers(shape.moe_layers * shape.experts * nodes, nodes)
+    layers = min(layers, shape.moe_layers)
+    base = Setting(
+        name="",
+        shape=shape,
+        costs=costs,
+        load=_load(args.load, layers, shape.experts),
+        faults=faults,
+        num_nodes=nodes,
+        slots_per_node=slots[0],
+        horizon_s=args.hours * 3600.0,
+        tokens_per_step=args.tokens_per_node * nodes,
+        group=args.group or max(1, min(nodes, -(-shape.experts // slots[0]))),
+        placed_layers=layers,
+    )
+    return [
+        replace(base, name=f"{shape.name} x {nodes}, {s} slots, floor {f}", slots_per_node=s,
+                min_replicas=f)
+        for s in slots
+        for f in args.min_replicas
+    ]  # fmt: skip
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what no run can have.
+
+    Raises:
+        ConfigError: With the option and its value.
+    """
+    for name in ("nodes", "slots", "min_replicas", "layers", "group"):
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be a whole number >= 1")
+    for name in ("hours", "tokens_per_node"):
+        value = getattr(args, name)
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be a finite number > 0")
+    if args.zones < 0:
+        raise ConfigError(f"--zones {args.zones} must be a whole number >= 0")
+
+
+def _placed_layers(cells: int, nodes: int) -> int:
+    """Few layers stand for all where plans would be large; the template is alike in all."""
+    if cells <= 200_000:
+        return 1 << 30
+    return 2 if nodes <= 2_000 else 1
+
+
+def _load(text: str, layers: int, experts: int) -> loads.LoadTrace:
+    if text == "uniform":
+        return loads.uniform_load(layers, experts)
+    if text.startswith("zipf:"):
+        return loads.zipf_load(layers, experts, _number(text[5:], "--load"))
+    return loads.fitted(loads.load_loads(text), num_layers=layers, num_experts=experts)
+
+
+def _faults(args: argparse.Namespace) -> tuple[FaultSource, int]:
+    given = [name for name in ("mtbf", "period", "trace") if getattr(args, name)]
+    if len(given) > 1:
+        raise ConfigError(f"give one of --mtbf, --period and --trace, not {len(given)}")
+    if args.trace:
+        trace = read_trace(args.trace, time_scale=args.time_scale)
+        part = segment(trace, start_s=0, length_s=args.hours * 3600, most_nodes=args.nodes)
+        source = FromTrace(trace=part)
+        return source, max(1, len(source.start))
+    if args.period:
+        return Periodic(every_s=_seconds(args.period), until=-(-args.nodes // 2)), args.nodes
+    never = args.replace_after == "never"
+    source_ = Poisson(
+        node_mtbf_s=_seconds(args.mtbf or "30d"),
+        replace_s=None if never else _seconds(args.replace_after),
+        zones=args.zones,
+        zone_mtbf_s=_seconds(args.zone_mtbf) if args.zone_mtbf else float("inf"),
+    )
+    return source_, args.nodes
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{option}: {text!r} is not a number >= 0")
+    return value
+
+
+def _seconds(text: str) -> float:
+    for unit in sorted(_UNITS, key=len, reverse=True):
+        if text.endswith(unit):
+            value = _number(text.removesuffix(unit), "time")
+            if value > 0:
+                return value * _UNITS[unit]
+    raise ConfigError(f"{text!r} is not a time such as 30s, 5min, 12h or 30d")
+
+
+def _assumptions(settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    """The cost models that were used, each once."""
+    profiles: dict[str, Costs] = {s.costs.name: s.costs for s in settings}
+    return [
+        {"profile": name, "source": costs.source, "figures": costs.assumptions()}
+        for name, costs in profiles.items()
+    ]
+
+
+def _print(settings: Sequence[Setting], rows: Sequence[Row], claims: list[dict[str, Any]]) -> None:
+    print(f"{'scenario':28} {'policy':14} {'tok/s':>8} {'ETTR':>6} {'lost':>6} {'rec. s':>7} "
+          f"{'step s':>7} {'PLT %':>6}  stalls")  # fmt: skip
+    for row in rows:
+        stalls = "  ".join(f"{k} {seconds_text(v)}" for k, v in row.stall_s.items() if v >= 0.5)
+        print(f"{row.scenario[:28]:28} {row.policy[:14]:14} "
+              f"{count_text(row.goodput_tokens_per_s):>8} {row.ettr:6.3f} {row.steps_lost:6d} "
+              f"{row.recovery_median_s:7.2f} {row.step_s_at_start:7.3f} {row.plt * 100:6.2f}  "
+              f"{stalls}")  # fmt: skip
+    for claim in claims:
+        mark = "reached" if claim["reached"] else f"SHORT: {claim['why_short']}"
+        print(f"published {claim['part']}: {claim['what']} {claim['published']} | ours "
+              f"{claim['ours']}  {mark}")  # fmt: skip
+    for profile in _assumptions(settings):
+        print(f"\ncost model {profile['profile']} ({profile['source']}):", file=sys.stdout)
+        for item in profile["figures"]:
+            print(f"  {item['name']:24} {item['value']!s:>14} {item['unit']:10} {item['why']}")

@@ -1,0 +1,122 @@
+"""``lazarus train``: train the configured model, on an embedded cluster or on a running one."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from datetime import datetime
+
+from lazarus import runs
+from lazarus.callbacks import Callback, configured
+from lazarus.checkpoint.adaptive import DEFAULT_EVERY
+from lazarus.config import TrainConfig
+from lazarus.errors import ConfigError
+from lazarus.events import read_events
+from lazarus.metrics import summarise
+from lazarus.preflight import resolve_slots_per_node, warnings_of
+from lazarus.prometheus import RayMetrics
+from lazarus.resume import previous_config, resume_problems
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's options."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model",
+        description=__doc__,
+        epilog="Exit codes: 0 finished, 1 failed, 2 bad input and nothing started, "
+        "3 ended short but resumable, 130 Ctrl-C.",
+    )
+    runs.add_config_options(parser)
+    runs.add_run_options(parser)
+    parser.add_argument(
+        "--resume", metavar="RUN_DIR|URL|auto", help="go on from the newest usable checkpoint"
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="section.key",
+        help="resume although this key differs; may be repeated",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and plan, start nothing")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked, then train."""
+    config = runs.load_config(args)
+    slots = resolve_slots_per_node(config, num_experts=config.model.experts)
+    for warning in warnings_of(config, num_experts=config.model.experts, slots_per_node=slots):
+        runs.say(f"warning: {warning}")
+    if args.dry_run:
+        return _dry_run(config, slots)
+    configured(config, run_dir=config.run.dir)  # packages that are missing are bad input
+    _check_resumed(args, config)
+    folder = runs.record_folder(config, args.environment, resume=args.resume)
+    return train(config, folder=str(folder), resume=args.resume, as_json=args.json)
+
+
+def _check_resumed(args: argparse.Namespace, config: TrainConfig) -> None:
+    """A continuation must be the run that it was, apart from what is allowed to change."""
+    if args.resume is None:
+        return
+    before = previous_config(args.resume, run_dir=config.run_dir(now=datetime.now()))
+    problems = resume_problems(before or config, config, allowed=args.allow_change)
+    if problems:
+        raise ConfigError(problems)
+
+
+def train(
+    config: TrainConfig, *, folder: str, resume: str | None = None, as_json: bool = False
+) -> int:
+    """Run to the end and say how it went."""
+    from lazarus.progress import Progress
+    from lazarus.trainer import ElasticTrainer
+
+    config = replace(config, run=replace(config.run, dir=folder))
+    progress = Progress(config.metrics.progress, steps=config.train.steps)
+    callbacks = [progress, *configured(config, run_dir=folder), *_ray_metrics(config)]
+    trainer = ElasticTrainer(config, callbacks=callbacks)
+    where = config.cluster.address or "a cluster of our own, on this machine; up in about 20 s"
+    runs.say(f"run {config.run.name}  {config.cluster.nodes} nodes  {where}  record {folder}")
+    try:
+        result = trainer.fit(resume=resume)
+    finally:
+        progress.finish()
+    summary = summarise(read_events(folder))
+    runs.say(f"{runs.closing_line(summary)}  record {folder}")
+    if as_json:
+        runs.print_json(runs.result_json(result, summary))
+    return 0
+
+
+def _ray_metrics(config: TrainConfig) -> list[Callback]:
+    """On a cluster that somebody scrapes; an embedded one has no scrape."""
+    if not config.metrics.prometheus or config.cluster.address is None:
+        return []
+    constants = {
+        "lazarus_tolerated_stall_seconds": config.recovery.tolerated_stall_s,
+        "lazarus_checkpoint_every": float(
+            DEFAULT_EVERY if config.checkpoint.every == "auto" else config.checkpoint.every
+        ),
+    }
+    return [RayMetrics(config.run.name, constants=constants)]
+
+
+def _dry_run(config: TrainConfig, slots: int) -> int:
+    from placement import PlacementRequest, certificate, plan
+
+    uniform = [[1.0] * config.model.experts] * (config.model.layers // config.model.moe_every)
+    request = PlacementRequest(
+        load=uniform,
+        num_nodes=config.cluster.nodes,
+        slots_per_node=slots,
+        min_replicas=config.placement.min_replicas,
+    )
+    runs.say(
+        f"{config.model.experts} experts x {len(uniform)} layers on {config.cluster.nodes} nodes "
+        f"x {slots} slots; a plan for equal loads:"
+    )
+    print(certificate(plan(request)).table())
+    return 0

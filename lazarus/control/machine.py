@@ -1,0 +1,396 @@
+"""The control plane as a function: (state, event) -> (state, commands), for every event."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import assert_never
+
+from lazarus.control import commits, membership, saves, suspicion
+from lazarus.control import transition as change
+from lazarus.control.messages import (
+    Aligned,
+    Body,
+    Command,
+    DigestPart,
+    DriverGone,
+    DriverHello,
+    DriverSaid,
+    Evaluated,
+    Event,
+    FaultFired,
+    Finalize,
+    Finalized,
+    Go,
+    Healed,
+    Heartbeat,
+    Hello,
+    Injected,
+    Journal,
+    KillController,
+    LeaveRequest,
+    ManifestDone,
+    NodeNotice,
+    Odd,
+    Pause,
+    Paused,
+    Publish,
+    Ready,
+    Report,
+    Snapshotted,
+    StartNode,
+    StopRun,
+    StreamClosed,
+    Strike,
+    Suspicion,
+    Tell,
+    TellDriver,
+    Tick,
+    UserError,
+    Vector,
+    WorkerDied,
+    WorkerSaid,
+)
+from lazarus.control.state import Control, Phase
+
+Result = tuple[Control, tuple[Command, ...]]
+
+
+def decide(state: Control, event: Event) -> Result:
+    """The next state, and what the shell must do, in order, to get there."""
+    if state.phase is Phase.ENDED:
+        return state, ()
+    state, commands = _react(state, event)
+    if state.phase is Phase.ENDED:
+        return state, commands
+    state, more = _settle(state, at_s=event.at_s)
+    return state, commands + more
+
+
+def _react(state: Control, event: Event) -> Result:
+    match event:
+        case WorkerSaid(worker=worker, body=body, at_s=at_s):
+            return _worker_said(state, worker, body, at_s=at_s)
+        case StreamClosed(worker=worker, at_s=at_s):
+            return membership.on_closed(state, worker, at_s=at_s, cause="stream closed")
+        case DriverSaid(body=body, at_s=at_s):
+            return _driver_said(state, body, at_s=at_s)
+        case ManifestDone():
+            return saves.on_manifest(state, event)
+        case DriverGone(at_s=at_s):
+            return commits.end(
+                state,
+                status="short",
+                error={"type": "StoppedError", "message": "driver gone"},
+                at_s=at_s,
+            )
+        case Tick(at_s=at_s, slept_s=slept_s):
+            if slept_s > 0.0:
+                state = membership.excuse(state, slept_s=slept_s)
+            return _tick(state, at_s=at_s)
+    assert_never(event)
+
+
+def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Result:
+    if isinstance(body, Hello):
+        return membership.on_hello(state, body, at_s=at_s)
+    known = state.workers.get(worker)
+    if known is None:  # excluded, or never admitted: nothing it sends is read (rule 31)
+        return replace(state, stale=state.stale + 1), ()
+    state = replace(state, workers={**state.workers, worker: replace(known, heard_s=at_s)})
+    match body:
+        case Heartbeat():
+            return commits.on_heartbeat(state, worker, body, at_s=at_s)
+        case Vector():
+            return commits.on_vector(state, body, at_s=at_s)
+        case Suspicion():
+            return suspicion.on_suspicion(state, worker, body, at_s=at_s)
+        case Report():
+            return change.on_report(state, worker, body, at_s=at_s)
+        case Aligned():
+            return change.on_aligned(state, worker, body, at_s=at_s)
+        case Ready():
+            return change.on_ready(state, worker, body, at_s=at_s)
+        case Paused():
+            steady = state.phase in (Phase.RUNNING, Phase.RECONNECTING)
+            if body.generation != state.resumed or not steady:
+                return replace(state, stale=state.stale + 1), ()
+            return replace(state, paused={**state.paused, worker: body.step}), ()
+        case LeaveRequest():
+            return membership.on_leave(state, worker, body, at_s=at_s)
+        case FaultFired():
+            return _on_fault(state, worker, body, at_s=at_s)
+        case DigestPart():
+            return commits.on_digest_part(state, worker, body, at_s=at_s)
+        case Finalized():
+            return saves.on_finalized(state, worker, body, at_s=at_s)
+        case Healed():
+            fields = {
+                "generation": body.generation,
+                "step": body.step,
+                "bytes_moved": body.bytes_received,
+            }
+            return state, (Publish(t=at_s, event="healed", fields=fields),)
+        case Snapshotted():
+            return saves.on_snapshotted(state, worker, body, at_s=at_s)
+        case UserError():
+            return _on_user_error(state, worker, body, at_s=at_s)
+        case Evaluated():
+            return commits.on_evaluated(state, body, at_s=at_s)
+        case Odd():
+            fields = {"generation": body.generation, "step": body.step, **json.loads(body.what)}
+            return state, (Publish(t=at_s, event="replica_mismatch", fields=fields),)
+    return state, ()
+
+
+def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
+    match body:
+        case WorkerDied():
+            return membership.on_closed(state, body.worker, at_s=at_s, cause=body.cause)
+        case NodeNotice():
+            return membership.on_notice(state, body, at_s=at_s)
+        case StopRun(now=now, reason=reason):
+            if now or state.phase in (Phase.GATHERING, Phase.HOLDING):
+                error = {"type": "StoppedError", "message": reason}
+                return commits.end(state, status="short", error=error, at_s=at_s)
+            return replace(state, stopping=state.stopping or reason or "stopped"), ()
+        case Injected():
+            return _on_injected(state, body, at_s=at_s)
+        case DriverHello():
+            return state, ()
+    return state, ()
+
+
+def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> Result:
+    go = Tell(worker=worker, body=Go(spec=body.spec))
+    if (worker, body.number) in state.struck:  # an earlier life of the controller has seen to it
+        return state, (go,)
+    state = replace(state, struck=state.struck | {(worker, body.number)})
+    entry = {"kind": "fault", "term": state.term, "worker": worker, "number": body.number}
+    serial = state.workers[worker].node
+    fields = {
+        "generation": state.generation,
+        "node": serial,
+        "kind": body.kind,
+        "step": body.step,
+        "phase": body.phase,
+        "spec": body.spec,
+    }
+    commands: list[Command] = [
+        Journal(entry=entry),
+        Publish(t=at_s, event="fault_injected", fields=fields),
+        go,
+    ]
+    if body.kind == "join":
+        commands += [TellDriver(body=StartNode(reason=body.spec))] * max(1, body.count)
+    elif body.kind == "controller":
+        commands.append(TellDriver(body=KillController()))
+    elif body.kind in ("kill", "stop", "stall", "cut"):
+        state = replace(state, fired={**state.fired, serial: at_s})
+    return state, tuple(commands)
+
+
+def _on_injected(state: Control, body: Injected, *, at_s: float) -> Result:
+    """A random fault by the driver: note when, so that its detection can be timed."""
+    found = change.node_of(state, body.node_key)
+    serial = None if found is None else found[0]
+    fields = {
+        "generation": state.generation,
+        "node": serial,
+        "kind": body.kind,
+        "step": state.step + 1,
+        "phase": "",
+        "spec": body.spec,
+    }
+    event = Publish(t=at_s, event="fault_injected", fields=fields)
+    if found is None or serial not in state.members:
+        return state, (event,)
+    if body.kind not in ("slow", "crash", "leave"):
+        state = replace(state, fired={**state.fired, found[0]: at_s})
+    if body.kind not in ("stop", "stall", "slow", "crash"):
+        return state, (event,)
+    if body.kind == "crash":
+        state = replace(state, doomed=state.doomed | {found[0]})
+    order = Strike(kind=body.kind)
+    return state, (event, *(Tell(worker=w, body=order) for w in found[1].workers if w))
+
+
+def _on_user_error(state: Control, worker: str, body: UserError, *, at_s: float) -> Result:
+    """One node whose user code raises is lost; a step that raises on two nodes ends the run.
+
+    A broken machine or an unlucky node raises alone; a bug meets the survivors again at the redo.
+    """
+    serial = state.workers[worker].node
+    fields = {
+        "generation": state.generation,
+        "node": serial,
+        "step": body.step,
+        "error": body.error,
+        "traceback": body.traceback,
+    }
+    event = Publish(t=at_s, event="user_error", fields=fields)
+    if state.resumed and state.members and serial not in state.members:
+        # A joiner that lacks something, or reads other data, must not end what others train.
+        state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
+        return state, (event, *commands)
+    if serial in state.doomed and len(state.members) > 1:  # says nothing of the user's code
+        state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
+        return state, (event, *commands)
+    others = {node for node, step in state.raised if step == body.step and node != serial}
+    enough = len(state.members) > max(1, state.config.min_nodes)
+    if state.resumed and body.step > 0 and not others and enough:
+        state = replace(state, raised=(*state.raised, (serial, body.step)))
+        state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
+        return state, (event, *commands)
+    error = {
+        "type": "UserCodeError",
+        "message": body.error,
+        "traceback": body.traceback,
+        "where": f"node {state.workers[worker].node} in step {body.step}",
+    }
+    state, commands = commits.end(state, status="failed", error=error, at_s=at_s)
+    return state, (event, *commands)
+
+
+def _tick(state: Control, *, at_s: float) -> Result:
+    commands: tuple[Command, ...] = ()
+    if state.known and at_s - state.flushed_s >= state.config.flush_s:
+        state, commands = commits.flush(state, at_s=at_s)
+    if state.saves:
+        state, more = saves.order_manifests(state, at_s=at_s)
+        commands += more
+    for find, cause in (
+        (membership.silent, "no heartbeat"),
+        (membership.stuck, "no progress"),
+        (change.overdue, "no answer"),
+    ):
+        if late := find(state, at_s=at_s):
+            state, more = membership.lose(state, late, cause=cause, at_s=at_s)
+            commands += more
+    return state, commands
+
+
+def _settle(state: Control, *, at_s: float) -> Result:
+    """Begin what is due. Level-triggered: it looks at the state, not at what just happened."""
+    match state.phase:
+        case Phase.GATHERING:
+            return _settle_gathering(state, at_s=at_s)
+        case Phase.HOLDING:
+            return _settle_holding(state, at_s=at_s)
+        case Phase.RECONNECTING if state.members:
+            return membership.settle_reconnecting(state, at_s=at_s)
+        case Phase.RUNNING:
+            return _settle_running(state, at_s=at_s)
+        case Phase.PREPARING if suspicion.is_due(state, at_s=at_s):
+            return suspicion.settle(state, at_s=at_s)
+        case Phase.FINALIZING:
+            seats = set(state.seats)
+            written = not (state.manifest_pending or saves.last_ones_awaited(state, at_s=at_s))
+            if set(state.finalized) >= seats and state.digest and written:
+                return _finish(state, at_s=at_s)
+        case Phase.ALIGNING if change.waited_enough(state, at_s=at_s):
+            return change.prepare(state, at_s=at_s)
+        case _:
+            pass
+    if state.resumed and not state.members:
+        return _all_lost(state, at_s=at_s)
+    return state, ()
+
+
+def _settle_gathering(state: Control, *, at_s: float) -> Result:
+    ready = len(change.candidates(state))
+    waited = at_s - state.started_s > state.config.start_timeout_s
+    if ready >= state.config.nodes or (waited and ready >= state.config.min_nodes):
+        return change.begin(state, reason="start", at_s=at_s)
+    if at_s - state.started_s > state.config.start_timeout_s + state.config.quorum_timeout_s:
+        return _quorum_timeout(state, live=ready, at_s=at_s)
+    return state, ()
+
+
+def _settle_holding(state: Control, *, at_s: float) -> Result:
+    if not state.members:
+        return _all_lost(state, at_s=at_s)
+    there = change.staying(state)
+    if not state.broken and len(there) >= state.config.min_nodes and there != state.tried:
+        return change.begin(state, reason="quorum", at_s=at_s, planned=True)
+    if at_s - state.phase_s > state.config.quorum_timeout_s:
+        return _quorum_timeout(state, live=len(state.members), at_s=at_s)
+    return state, ()
+
+
+def _settle_running(state: Control, *, at_s: float) -> Result:
+    if not state.members:
+        return _all_lost(state, at_s=at_s)
+    if suspicion.is_due(state, at_s=at_s):
+        return suspicion.settle(state, at_s=at_s)
+    seats = set(state.seats)
+    if set(state.paused) >= seats:
+        return _all_paused(state, at_s=at_s)
+    if not state.pause_sent and _pause_reason(state, at_s=at_s):
+        told = tuple(Tell(worker=w, body=Pause(generation=state.resumed)) for w in state.seats)
+        return replace(state, pause_sent=True), told
+    return state, ()
+
+
+def _pause_reason(state: Control, *, at_s: float) -> str:
+    if state.stopping:
+        return "stop"
+    if any(state.nodes[n].leaving for n in state.members):
+        return "leave"
+    waiting = change.candidates(state)
+    limit = state.config.max_nodes
+    room = limit is None or len(state.members) < limit
+    if waiting and room:
+        newest = max(state.nodes[n].joined_s for n in waiting)
+        if at_s - newest >= state.config.join_debounce_s:
+            return "join"
+    return state.wants
+
+
+def _all_paused(state: Control, *, at_s: float) -> Result:
+    """Every rank stands at the same boundary (rule 15)."""
+    state, commands = commits.close_timeline(state, at_s=at_s)
+    state, more = commits.flush(state, at_s=at_s)
+    commands += more
+    steps = set(state.paused.values())
+    if len(steps) != 1 or steps != {state.step}:
+        return state, commands  # vectors still on their way
+    if state.step >= state.config.steps or state.stopping:
+        order = Finalize(
+            generation=state.resumed,
+            step=state.step,
+            checkpoint=state.config.final_checkpoint,
+            term=state.term,
+        )
+        state = replace(state, phase=Phase.FINALIZING, phase_s=at_s, finalized={}, digest="")
+        return state, (*commands, *(Tell(worker=w, body=order) for w in state.seats))
+    if any(state.nodes[n].leaving for n in state.members):
+        reason = "leave"
+    elif change.candidates(state):
+        reason = "join"
+    else:
+        reason = state.wants or "pause"
+    state, more = change.begin(state, reason=reason, at_s=at_s, planned=True)
+    return state, commands + more
+
+
+def _finish(state: Control, *, at_s: float) -> Result:
+    status = "stopped" if state.step < state.config.steps else "finished"
+    return commits.end(state, status=status, error={}, at_s=at_s)
+
+
+def _all_lost(state: Control, *, at_s: float) -> Result:
+    message = f"every node is lost at step {state.step}; resume from the newest checkpoint"
+    error = {"type": "StoppedError", "message": message}
+    return commits.end(state, status="short", error=error, at_s=at_s)
+
+
+def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
+    error = {
+        "type": "QuorumTimeoutError",
+        "message": state.hold_reason,
+        "live": live,
+        "needed": state.config.min_nodes,
+        "waited_s": state.config.quorum_timeout_s,
+    }
+    return commits.end(state, status="short", error=error, at_s=at_s)

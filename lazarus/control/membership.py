@@ -1,0 +1,245 @@
+"""Who is there: hellos, losses, notices, silence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lazarus.control import commits
+from lazarus.control import transition as change
+from lazarus.control.messages import (
+    Command,
+    Disconnect,
+    Fenced,
+    Hello,
+    Journal,
+    KillNode,
+    LeaveRequest,
+    NodeNotice,
+    Publish,
+    Tell,
+    TellDriver,
+    Welcome,
+)
+from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker
+
+Result = tuple[Control, tuple[Command, ...]]
+
+
+def on_hello(state: Control, body: Hello, *, at_s: float) -> Result:
+    """Admit a process; its node gets the next number, journaled before the welcome (rule 1)."""
+    if refusal := _refusal(state, body):
+        return state, (
+            Tell(worker=body.worker, body=Fenced(reason=refusal)),
+            Disconnect(worker=body.worker),
+        )
+    commands: tuple[Command, ...] = ()
+    found = change.node_of(state, body.node_key)
+    if found is None:
+        serial = state.next_serial
+        node = Node(key=body.node_key, workers=("",) * body.ranks_per_node)
+        entry = {"kind": "serial", "term": state.term, "node": serial, "key": body.node_key}
+        commands = (Journal(entry=entry),)
+        state = replace(state, next_serial=serial + 1)
+    else:
+        serial, node = found
+    workers = list(node.workers)
+    workers[body.local_rank] = body.worker
+    node = replace(node, workers=tuple(workers), joined_s=at_s)
+    known = Worker(
+        node=serial,
+        local_rank=body.local_rank,
+        host=body.host,
+        keeper=body.keeper,
+        heard_s=at_s,
+        progress_s=at_s,
+        undisturbed=body.generation == body.fence == state.resumed,
+    )
+    state = replace(
+        state,
+        nodes={**state.nodes, serial: node},
+        workers={**state.workers, body.worker: known},
+    )
+    return state, (*commands, Tell(worker=body.worker, body=Welcome(node=serial)))
+
+
+def _refusal(state: Control, body: Hello) -> str:
+    if body.version != state.config.version:
+        return f"worker runs version {body.version}, the controller {state.config.version}"
+    if body.ranks_per_node != state.config.ranks_per_node:
+        return (
+            f"node {body.node_key} has {body.ranks_per_node} ranks, "
+            f"the run {state.config.ranks_per_node} a node"
+        )
+    if state.phase is Phase.ENDED or (state.stopping and not body.generation):
+        return "the run is ending"
+    there = change.node_of(state, body.node_key) is not None
+    expected = state.phase is Phase.RECONNECTING and body.worker in state.seats and there
+    if body.generation and body.worker not in state.workers and not expected:
+        return f"worker {body.worker} is not a member of generation {state.generation}"
+    return ""
+
+
+def on_closed(state: Control, worker: str, *, at_s: float, cause: str) -> Result:
+    """A stream or a process ended: its node is lost."""
+    known = state.workers.get(worker)
+    if known is None:
+        if state.phase is not Phase.RECONNECTING:
+            return state, ()
+        missing = tuple(n for n in state.members if _key_of(worker) == state.nodes[n].key)
+        return lose(state, missing, cause=cause, at_s=at_s)
+    return lose(state, (known.node,), cause=cause, at_s=at_s)
+
+
+def _key_of(worker: str) -> str:
+    """A worker is named after its node."""
+    return worker.rpartition(".")[0]
+
+
+def lose(state: Control, serials: tuple[int, ...], *, cause: str, at_s: float) -> Result:
+    """Nodes are gone: forget them, tell their other processes, and recover if they mattered."""
+    serials = tuple(serial for serial in serials if serial in state.nodes)
+    if not serials:
+        return state, ()
+    taking_part = _taking_part(state)
+    state, flushed = commits.flush(state, at_s=at_s)
+    commands: list[Command] = [*flushed]
+    for serial in serials:
+        node = state.nodes[serial]
+        for worker in node.workers:
+            if worker:
+                commands.append(Tell(worker=worker, body=Fenced(reason=f"node lost: {cause}")))
+        commands.append(TellDriver(body=KillNode(node_key=node.key, cause=cause)))
+        if serial in taking_part:
+            fields = {"generation": state.generation, "node": serial, "cause": cause}
+            commands.append(Publish(t=at_s, event="node_lost", fields=fields))
+    gone = {worker for serial in serials for worker in state.nodes[serial].workers}
+    matters = taking_part & set(serials)
+    state = replace(
+        state,
+        nodes={n: node for n, node in state.nodes.items() if n not in serials},
+        workers={w: known for w, known in state.workers.items() if w not in gone},
+        members=tuple(n for n in state.members if n not in serials),
+        paused={w: step for w, step in state.paused.items() if w not in gone},
+        errors=(),
+    )
+    if matters:
+        state, more = _recover(state, tuple(sorted(matters)), at_s=at_s)
+        commands.extend(more)
+    return state, tuple(commands)
+
+
+def _taking_part(state: Control) -> set[int]:
+    """Nodes whose loss changes what the controller is doing."""
+    part = set(state.members)
+    if state.transition is not None:
+        part |= set(state.transition.voters) | set(state.transition.joiners)
+    return part
+
+
+def _recover(state: Control, lost: tuple[int, ...], *, at_s: float) -> Result:
+    active = {Phase.RUNNING, Phase.FINALIZING} | TRANSITION_PHASES
+    if state.phase not in active:
+        return state, ()
+    if state.resumed and not state.members:  # the last one: nobody is left to answer
+        return replace(state, transition=None), ()
+    if not state.resumed:
+        return replace(state, phase=Phase.GATHERING, phase_s=at_s, transition=None), ()
+    fired = [state.fired[node] for node in lost if node in state.fired]
+    state, commands = change.begin(state, reason="node_lost", at_s=at_s)
+    line = state.timeline
+    assert line is not None
+    trigger = min([line.trigger_s, *fired])
+    marks = {**line.marks, "detect": max(line.marks.get("detect", 0.0), at_s - trigger)}
+    line = replace(line, trigger_s=trigger, marks=marks, lost=line.lost + lost, reason="node_lost")
+    return replace(state, timeline=line), commands
+
+
+def on_leave(state: Control, worker: str, body: LeaveRequest, *, at_s: float) -> Result:
+    """A node says that it will go: it leaves at the next boundary (rule 33)."""
+    serial = state.workers[worker].node
+    return _mark_leaving(
+        state, serial, cause=body.cause or "leave", notice_s=body.notice_s, at_s=at_s
+    )
+
+
+def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Result:
+    """The cluster says so instead."""
+    found = change.node_of(state, body.node_key)
+    if found is None:
+        return state, ()
+    cause = body.cause or "drain"
+    return _mark_leaving(state, found[0], cause=cause, notice_s=body.notice_s, at_s=at_s)
+
+
+def _mark_leaving(
+    state: Control, serial: int, *, cause: str, notice_s: float, at_s: float
+) -> Result:
+    node = state.nodes[serial]
+    if node.leaving:
+        return state, ()
+    fields = {
+        "generation": state.generation,
+        "node": serial,
+        "cause": cause,
+        "notice_s": notice_s,
+    }
+    nodes = {**state.nodes, serial: replace(node, leaving=cause)}
+    return replace(state, nodes=nodes), (Publish(t=at_s, event="drain_notice", fields=fields),)
+
+
+def settle_reconnecting(state: Control, *, at_s: float) -> Result:
+    """Adopt the newest generation if all of it is back undisturbed, else claim (rule 38)."""
+    missing = tuple(n for n in state.members if not state.nodes[n].complete)
+    if missing:
+        nobody = missing == state.members
+        allowed = state.config.comeback_s if nobody else state.config.reconnect_s
+        if at_s - state.phase_s <= allowed:
+            return state, ()
+        return lose(state, missing, cause="did not come back to the controller", at_s=at_s)
+    fields = {"generation": state.resumed, "term": state.term, "nodes": list(state.members)}
+    event = Publish(t=at_s, event="controller_restarted", fields=fields)
+    whole = all(worker in state.workers for worker in state.seats)
+    if whole and all(state.workers[worker].undisturbed for worker in state.seats):
+        return replace(state, phase=Phase.RUNNING, phase_s=at_s), (event,)
+    state, commands = change.begin(state, reason="controller", at_s=at_s)
+    return state, (event, *commands)
+
+
+def excuse(state: Control, *, slept_s: float) -> Control:
+    """The controller itself stood still: nobody is late because of that."""
+    workers = {
+        name: replace(w, heard_s=w.heard_s + slept_s, progress_s=w.progress_s + slept_s)
+        for name, w in state.workers.items()
+    }
+    transition = state.transition
+    if transition is not None:
+        transition = replace(transition, phase_s=transition.phase_s + slept_s)
+    return replace(state, workers=workers, transition=transition, phase_s=state.phase_s + slept_s)
+
+
+def silent(state: Control, *, at_s: float) -> tuple[int, ...]:
+    """Nodes that said nothing for longer than the tolerated stall."""
+    stall = state.config.tolerated_stall_s
+    late = {known.node for known in state.workers.values() if at_s - known.heard_s > stall}
+    return tuple(sorted(late))
+
+
+def stuck(state: Control, *, at_s: float) -> tuple[int, ...]:
+    """Nodes whose training thread stands still outside any collective while another waits.
+
+    Slow is not stuck: a slow rank passes phases. A thread that nobody waits for (the last node's,
+    or all at once, who may be compiling) has much longer: ``standstill_s``. Standing still counts
+    from RESUME: before, the ready ones waited for the others.
+    """
+    if state.phase is not Phase.RUNNING:
+        return ()
+    seated = [w for w in state.seats if w in state.workers and w not in state.paused]
+    awaited = state.paused or any(state.workers[w].waiting for w in seated)
+    limit = state.config.tolerated_stall_s if awaited else state.config.standstill_s
+    late = {
+        state.workers[w].node
+        for w in seated
+        if not state.workers[w].waiting
+        and at_s - max(state.phase_s, state.workers[w].progress_s) > limit
+    }
+    return tuple(sorted(late))

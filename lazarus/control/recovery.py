@@ -1,0 +1,141 @@
+"""The decisions of one recovery, each a pure function: verdict, needs, moves, slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lazarus.control.messages import Aligned, Move, Report, Seat, Vector
+from lazarus.errors import BrokenInvariantError
+from placement import Plan
+
+Expert = tuple[int, int]  # (layer, expert)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Step that every member must stand at; ``vector`` for those that are one behind."""
+
+    step: int
+    vector: Vector | None = None
+
+
+def verdict(
+    reports: Mapping[str, Report], *, known: Mapping[int, Vector], published: int
+) -> Verdict:
+    """Whether the step in flight is committed (rule 19).
+
+    Args:
+        reports: Of every voting worker, by worker.
+        known: Vectors received, by step, from any rank: of ``published`` and of steps above.
+        published: Newest journaled commit.
+
+    Raises:
+        BrokenInvariantError: The members cannot stand at one step.
+    """
+    vectors = dict(known)
+    for report in reports.values():
+        vectors.update({vector.step: vector for vector in report.vectors})
+    decided = max([published, *vectors, *(report.committed for report in reports.values())])
+    behind = [worker for worker, report in reports.items() if report.committed < decided]
+    for worker in behind:
+        report = reports[worker]
+        if report.committed != decided - 1 or report.prepared != decided:
+            raise BrokenInvariantError(
+                f"step {decided} is committed, but {worker} stands at {report.committed} and is "
+                f"prepared for {report.prepared}"
+            )
+    if behind and decided not in vectors:
+        raise BrokenInvariantError(f"step {decided} is committed, but nobody kept its vector")
+    return Verdict(step=decided, vector=vectors.get(decided))
+
+
+def aligned_alike(aligned: Mapping[str, Aligned]) -> str:
+    """Empty if all aligned ranks agree bit for bit, else what differs and on whom."""
+    for what in ("step", "dense_digest", "history_digest", "num_layers", "num_experts"):
+        if len({getattr(body, what) for body in aligned.values()}) > 1:
+            groups: dict[object, list[str]] = {}
+            for worker, body in aligned.items():
+                groups.setdefault(getattr(body, what), []).append(worker)
+            odd = min(groups.values(), key=len)
+            return f"{what} differs on {', '.join(odd)}"
+    return ""
+
+
+def holders(aligned: Mapping[str, Aligned], feeders: Sequence[Seat]) -> dict[Expert, list[int]]:
+    """Feeder indices that hold a live copy of each expert, ascending."""
+    owners: dict[int, dict[int, list[int]]] = {}
+    for index, seat in enumerate(feeders):
+        body = aligned.get(seat.worker)
+        for held in body.held if body else ():
+            of_layer = owners.setdefault(held.layer, {})
+            for expert in held.experts:
+                if expert in of_layer:
+                    of_layer[expert].append(index)
+                else:
+                    of_layer[expert] = [index]
+    return {(layer, e): ranks for layer, rows in owners.items() for e, ranks in rows.items()}
+
+
+def needs(plan: Plan, *, num_seats: int) -> dict[Expert, list[int]]:
+    """Seat indices that the plan gives a replica of each expert, ascending."""
+    wanted: dict[Expert, list[int]] = {}
+    for layer, slots_RS in enumerate(plan.expert_of_slot[:, :num_seats]):
+        rank, slot = np.nonzero(slots_RS >= 0)
+        expert = slots_RS[rank, slot]
+        order = np.argsort(expert, kind="stable")  # ranks stay ascending within an expert
+        names, first = np.unique(expert[order], return_index=True)
+        parts = np.split(rank[order], first[1:])
+        for name, ranks in zip(names.tolist(), parts, strict=True):
+            wanted[layer, name] = ranks.tolist()
+    return wanted
+
+
+def schedule_moves(
+    wanted: Mapping[Expert, Sequence[int]], owners: Mapping[Expert, Sequence[int]]
+) -> tuple[tuple[Move, ...], tuple[Expert, ...]]:
+    """Who sends what to whom, rarest expert first, the least loaded owner sending.
+
+    Returns:
+        The moves in order, and the experts that nobody holds.
+    """
+    lost = tuple(sorted(expert for expert in wanted if not owners.get(expert)))
+    sent: dict[int, int] = {}
+    moves: list[Move] = []
+    missing: dict[Expert, list[int]] = {}
+    for expert, ranks in wanted.items():
+        if owners.get(expert):
+            holding = set(owners[expert])
+            missing[expert] = [rank for rank in ranks if rank not in holding]
+    for expert in sorted(missing, key=lambda e: (len(owners[e]), e)):
+        for target in missing[expert]:
+            source = min(owners[expert], key=lambda rank: (sent.get(rank, 0), rank))
+            sent[source] = sent.get(source, 0) + 1
+            layer, name = expert
+            moves.append(Move(layer=layer, expert=name, source=source, target=target))
+    return tuple(moves), lost
+
+
+def slots_for(
+    *,
+    num_nodes: int,
+    num_experts: int,
+    configured: int | None,
+    started_nodes: int,
+    min_replicas: int,
+    spare_losses: int,
+    ranks_per_node: int = 1,
+) -> int:
+    """Slots per node for a membership: as configured, or automatic.
+
+    Automatic slots hold ``min_replicas`` of every expert after ``spare_losses`` losses from the
+    started size, and grow with the need when fewer nodes are left, so that no expert is homeless.
+    """
+    if configured is not None:
+        return configured
+    left = max(1, started_nodes - spare_losses)
+    wanted = -(-num_experts * min(min_replicas, left) // left)
+    slots = min(num_experts, max(wanted, -(-num_experts // max(1, num_nodes))))
+    return -(-slots // ranks_per_node) * ranks_per_node

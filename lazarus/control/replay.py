@@ -1,0 +1,193 @@
+"""The controller's state from its journal, after its death (rules 35-39)."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lazarus.checkpoint.adaptive import Adapted
+from lazarus.checkpoint.plt import PltLedger
+from lazarus.checkpoint.recovery import StoredCheckpoint
+from lazarus.control.commits import commit_events, counts_of
+from lazarus.control.messages import Publish, Stored, Vector
+from lazarus.control.saves import seats_remembered
+from lazarus.control.state import Control, ControlConfig, Node, Phase
+from lazarus.control.vector import advance_history, start_history
+from placement import Plan
+
+
+def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
+    """Before anything has happened, or at the checkpoint that the run starts from."""
+    return Control(
+        config=config,
+        term=term,
+        started_s=now_s,
+        phase_s=now_s,
+        step=config.start_step,
+        generation=config.start_generation,
+        lineage=config.start_lineage,
+        checkpoints=config.checkpoints,
+        stored=config.stored,
+    )
+
+
+def resumed_state(
+    entries: Sequence[Mapping[str, Any]], config: ControlConfig, *, now_s: float
+) -> Control:
+    """What a new life of the controller knows before any worker has spoken.
+
+    Workers of the newest RESUMEd generation are expected back; whoever does not come within the
+    tolerated stall is lost. Generations claimed but never resumed are void.
+    """
+    term = 1 + max((int(e["term"]) for e in entries if e["kind"] == "term"), default=0)
+    state = initial_state(config, term=term, now_s=now_s)
+    for entry in entries:
+        state = _replayed(state, entry)
+    if not state.resumed:
+        return replace(state, nodes={}, next_serial=state.next_serial)
+    wanted = set(state.members)
+    return replace(
+        state,
+        phase=Phase.RECONNECTING,
+        nodes={n: node for n, node in state.nodes.items() if n in wanted},
+    )
+
+
+def missing_commits(
+    entries: Sequence[Mapping[str, Any]],
+    config: ControlConfig,
+    *,
+    published: int,
+    now_s: float,
+) -> tuple[Publish, ...]:
+    """Commits that were journaled but not yet published when the controller died."""
+    state = initial_state(config, term=1, now_s=now_s)
+    found: list[Publish] = []
+    for entry in entries:
+        for commit in entry.get("commits", ()):
+            if int(commit["step"]) > published:
+                found += commit_events(state, _vector(commit))
+        state = _replayed(state, entry)
+    return tuple(found)
+
+
+def _vector(commit: Mapping[str, Any]) -> Vector:
+    return Vector(
+        generation=int(commit["generation"]),
+        step=int(commit["step"]),
+        lanes=base64.b64decode(commit["lanes"]),
+        wall_s=float(commit["wall_s"]),
+        at_s=float(commit["at_s"]),
+    )
+
+
+def _replayed(state: Control, entry: Mapping[str, Any]) -> Control:
+    match entry["kind"]:
+        case "serial":
+            serial = int(entry["node"])
+            empty = Node(key=str(entry["key"]), workers=("",) * state.config.ranks_per_node)
+            return replace(
+                state,
+                next_serial=max(state.next_serial, serial + 1),
+                nodes={**state.nodes, serial: empty},
+            )
+        case "claim":
+            voters = set(entry["members"])  # whom it left out is lost, whoever says hello (rule 38)
+            members = tuple(n for n in state.members if n in voters)
+            return replace(state, generation=int(entry["generation"]), members=members)
+        case "commits":
+            last = entry["commits"][-1]
+            history = state.history
+            for commit in entry["commits"]:
+                lanes = np.frombuffer(base64.b64decode(commit["lanes"]), dtype="<f8")
+                history = advance_history(history, counts_of(state, lanes))
+            base = state.plan if int(last["generation"]) == state.resumed else state.base_plan
+            return replace(
+                state,
+                step=int(last["step"]),
+                base_plan=base,
+                history=history,
+                newest=_vector(last),
+            )
+        case "resume":
+            return _resumed(state, entry)
+        case "fault":
+            key = (str(entry["worker"]), int(entry["number"]))
+            return replace(state, struck=state.struck | {key})
+        case "evaluated":
+            return replace(state, evaluated=int(entry["step"]))
+        case "manifest":
+            stored = tuple(
+                Stored(layer=x, expert=e, generation=g, step=t, routed=r)
+                for x, e, g, t, r in entry["stored"]
+            )
+            standing = tuple(
+                StoredCheckpoint(generation=g, step=t, is_full=full)
+                for g, t, full in entry["standing"]
+            )
+            return replace(state, checkpoints=standing, stored=stored, ordered=int(entry["step"]))
+    return state
+
+
+def _ledger(state: Control, entry: Mapping[str, Any]) -> PltLedger:
+    """Lost tokens so far, from the restores that RESUME entries name."""
+    ledger = state.plt
+    for restore in entry["restores"]:
+        if restore["detail"] and not entry["rollback"]:
+            layer, expert = int(restore["layer"]), int(restore["expert"])
+            ledger, _ = ledger.restored(
+                layer=layer,
+                expert=expert,
+                version_routed=int(restore["detail"].split(",")[2]),
+                routed=int(state.routed[layer, expert]),
+            )
+    return ledger
+
+
+def _adapted(figures: Sequence[int]) -> Adapted | None:
+    return (
+        None
+        if not figures
+        else Adapted(k_snapshot=figures[0], snapshot_every=figures[1], persist_every=figures[2])
+    )
+
+
+def _resumed(state: Control, entry: Mapping[str, Any]) -> Control:
+    plan = Plan.from_dict(entry["plan"])
+    layers, experts = int(entry["shape"][0]), int(entry["shape"][1])
+    history = state.history
+    if history.shape != (3, layers, experts):
+        history = start_history(layers, experts)
+    if entry["rollback"]:
+        history = np.frombuffer(base64.b64decode(entry["history"]), dtype="<f8")
+        history = history.reshape((3, layers, experts))
+    generation, step = int(entry["generation"]), int(entry["step"])
+    return replace(
+        state,
+        generation=generation,
+        past_seats=seats_remembered(state) if state.resumed else {},
+        ordered=min(state.ordered, step),
+        resumed=generation,
+        step=step if entry["rollback"] else max(state.step, step),
+        newest=None if entry["rollback"] else state.newest,
+        top_k=int(entry["top_k"]),
+        num_samples=int(entry.get("num_samples", 0)),
+        members=tuple(int(n) for n in entry["nodes"]),
+        seats=tuple(str(w) for w in entry["seats"]),
+        seat_nodes=tuple(int(n) for n in entry["seat_nodes"]),
+        rolled=(generation, step) if entry["rollback"] else state.rolled,
+        adapted=_adapted(entry["adapted"]),
+        speeds={int(n): float(w) for n, w in entry["speeds"]},
+        next_speeds={int(n): float(w) for n, w in entry["speeds"]},
+        plan=plan,
+        base_plan=plan if state.base_plan is None else state.base_plan,
+        lineage=(*state.lineage, (generation, step)),
+        shape=(layers, experts),
+        plt=_ledger(state, entry),
+        history=history,
+        record_bytes=(int(entry["record_bytes"][0]), int(entry["record_bytes"][1])),
+    )

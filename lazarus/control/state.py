@@ -1,0 +1,285 @@
+"""What the controller knows: one frozen value, replaced at every event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.checkpoint.adaptive import Adapted, Measured, SaveSettings
+from lazarus.checkpoint.plt import PltLedger
+from lazarus.checkpoint.recovery import StoredCheckpoint
+from lazarus.control.messages import (
+    Aligned,
+    Move,
+    Ready,
+    Report,
+    Restore,
+    Seat,
+    Stored,
+    Vector,
+)
+from placement import PlacementPolicy, Plan, replan
+from placement.rebalance import Regret
+
+
+class Phase(Enum):
+    """Where the run stands."""
+
+    GATHERING = "gathering"  # waiting for the first nodes
+    RUNNING = "running"
+    FENCING = "fencing"  # generation claimed, reports awaited
+    ALIGNING = "aligning"  # verdict given, applies awaited
+    PREPARING = "preparing"  # groups and transfers
+    RECONNECTING = "reconnecting"  # after the controller's own death
+    HOLDING = "holding"  # too few nodes: the state is kept in memory
+    FINALIZING = "finalizing"  # last digest and checkpoint
+    ENDED = "ended"
+
+
+TRANSITION_PHASES = frozenset({Phase.FENCING, Phase.ALIGNING, Phase.PREPARING})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlConfig:
+    """What of the configuration decisions depend on. Seconds and counts only."""
+
+    steps: int
+    global_batch: int = 32
+    seed: int = 0
+    ledger: bool = False  # record the sample ids of each committed step
+    nodes: int = 4
+    min_nodes: int = 1
+    max_nodes: int | None = None
+    ranks_per_node: int = 1
+    min_replicas: int = 2
+    slots_per_node: int | None = None  # None: enough for min_replicas after spare_losses losses
+    spare_losses: int = 2
+    tolerated_stall_s: float = 10.0
+    start_timeout_s: float = 120.0
+    standstill_s: float = 600.0  # bound for a training thread that nobody waits for
+    join_debounce_s: float = 2.0
+    quorum_timeout_s: float = 3600.0
+    final_checkpoint: bool = True
+    replace_lost: bool = False  # ask the driver for nodes up to `nodes`
+    on_lost_expert: str = "partial"
+    partial_checkpoints: bool = True  # a checkpoint may point to files of older ones
+    saves: SaveSettings = field(default_factory=SaveSettings)
+    plt_budget: float = 0.0375
+    profile: str = "balanced"
+    resilience_weight: float = 1.0
+    solver: str = "auto"  # only "ilp" differs, and only in the first plan
+    heal: str = "auto"
+    heal_before_bytes: int = 64 << 20  # "auto" heals before resuming up to this many bytes a rank
+    share_by_speed: bool = True
+    version: str = ""
+    placement: PlacementPolicy = replan
+    plan_text: Callable[[Plan], str] = Plan.to_json  # what Prepare carries
+    resume: str | None = None  # checkpoint that this run started from
+    start_step: int = 0
+    start_generation: int = 0  # the first claim is above it
+    start_lineage: tuple[tuple[int, int], ...] = ()
+    checkpoint_url: str = ""
+    checkpoints: tuple[StoredCheckpoint, ...] = ()  # usable ones at the start
+    stored: tuple[Stored, ...] = ()  # newest versions on storage at the start
+
+    # Everything below derives from tolerated_stall_s.
+    @property
+    def suspicion_grace_s(self) -> float:
+        """A failed collective waits this long for the news of a death before it fences alone."""
+        return min(0.1, self.tolerated_stall_s / 20)
+
+    @property
+    def reconnect_s(self) -> float:
+        """After the controller came back, workers that are alive say hello within this."""
+        return self.tolerated_stall_s
+
+    @property
+    def comeback_s(self) -> float:
+        """The same where nobody has come back: without them the run is over."""
+        return 6 * self.tolerated_stall_s
+
+    @property
+    def nap_s(self) -> float:
+        """A controller that wakes up later than this was kept from hearing the others."""
+        return self.tolerated_stall_s / 5
+
+    @property
+    def heartbeat_s(self) -> float:
+        return min(1.0, self.tolerated_stall_s / 10)
+
+    @property
+    def flush_s(self) -> float:
+        """Commits wait at most this long for their journal entry, and so for publication."""
+        return min(0.1, self.tolerated_stall_s / 20)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worker:
+    """One rank's process, as its stream shows it."""
+
+    node: int
+    local_rank: int
+    host: str
+    keeper: str = ""
+    connected: bool = True
+    heard_s: float = 0.0
+    progress: int = 0
+    progress_s: float = 0.0
+    waiting: bool = False
+    step: int = 0
+    undisturbed: bool = True  # said at hello that it computes in the newest generation, unfenced
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """One machine by its join-order number."""
+
+    key: str
+    workers: tuple[str, ...]  # by local rank; "" where the process has not said hello yet
+    joined_s: float = 0.0
+    leaving: str = ""  # cause, empty if it stays
+
+    @property
+    def complete(self) -> bool:
+        return "" not in self.workers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Save:
+    """A checkpoint on its way: every seat of its generation owes a share (JSON)."""
+
+    generation: int
+    seats: tuple[str, ...]
+    shares: Mapping[str, str] = field(default_factory=dict)
+    failed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transition:
+    """One attempt to reach RESUME of one generation. A loss discards it whole."""
+
+    generation: int
+    voters: tuple[int, ...]  # nodes whose state counts
+    joiners: tuple[int, ...]
+    leavers: tuple[int, ...]
+    phase_s: float  # when the current phase began
+    reason: str = ""
+    reports: Mapping[str, Report] = field(default_factory=dict)
+    step: int = -1
+    aligned: Mapping[str, Aligned] = field(default_factory=dict)
+    plan: Plan | None = None
+    seats: tuple[Seat, ...] = ()
+    feeders: tuple[Seat, ...] = ()
+    moves: tuple[Move, ...] = ()
+    moves_behind: tuple[Move, ...] = ()
+    restores: tuple[Restore, ...] = ()
+    rollback: bool = False
+    awaits: bool = False  # a checkpoint in flight that the lost experts may come back from
+    moved_bytes: int = 0
+    ready: Mapping[str, Ready] = field(default_factory=dict)
+
+    @property
+    def next_nodes(self) -> tuple[int, ...]:
+        stay = set(self.voters) - set(self.leavers)
+        return tuple(sorted(stay | set(self.joiners)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """Seconds of one recovery, from the trigger to the next commit, over all its attempts."""
+
+    reason: str
+    trigger_s: float
+    marks: Mapping[str, float] = field(default_factory=dict)
+    moves: int = 0
+    behind: int = 0  # replicas that are refilled after RESUME
+    bytes_moved: int = 0
+    lost: tuple[int, ...] = ()
+    joined: tuple[int, ...] = ()
+    attempts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Control:
+    """The controller's whole state."""
+
+    config: ControlConfig
+    term: int = 1
+    phase: Phase = Phase.GATHERING
+    generation: int = 0  # newest claimed
+    resumed: int = 0  # newest RESUMEd
+    step: int = 0  # newest journaled commit
+    started_s: float = 0.0
+    phase_s: float = 0.0
+    next_serial: int = 0
+    nodes: Mapping[int, Node] = field(default_factory=dict)
+    workers: Mapping[str, Worker] = field(default_factory=dict)
+    members: tuple[int, ...] = ()  # living nodes of the newest RESUMEd generation
+    seats: tuple[str, ...] = ()  # its ranks' workers in rank order, the dead ones too
+    seat_nodes: tuple[int, ...] = ()  # the node of each
+    transition: Transition | None = None
+    plan: Plan | None = None  # of the newest RESUMEd generation
+    base_plan: Plan | None = None  # of the last committed step (rule 22)
+    lineage: tuple[tuple[int, int], ...] = ()
+    rolled: tuple[int, int] = (0, 0)  # generation and step of the last RESUME that rolled back
+    known: Mapping[int, Vector] = field(default_factory=dict)  # decided, not yet published
+    newest: Vector | None = None  # of the newest journaled commit: a member may still lack it
+    flushed_s: float = 0.0
+    shape: tuple[int, int] = (0, 0)  # MoE layers, experts
+    record_bytes: tuple[int, int] = (0, 0)  # dense state, one expert's record
+    speeds: Mapping[int, float] = field(default_factory=dict)  # node -> share weight in force
+    next_speeds: Mapping[int, float] = field(default_factory=dict)  # from the next RESUME on
+    pace: Mapping[int, float] = field(default_factory=dict)  # node -> seconds per sample, smoothed
+    streaks: Mapping[int, int] = field(default_factory=dict)  # node -> steps it was out of pace
+    step_s: float = 0.0  # of the last committed step
+    history: NDArray[np.float64] = field(  # load history at `step`, [3, L, E]; never written to
+        default_factory=lambda: np.zeros((3, 0, 0), dtype=np.float64)
+    )
+    regret: Regret = field(default_factory=Regret)
+    looked: int = 0  # step of the last look at the plan
+    wants: str = ""  # reason for which a pause is wanted
+    paused: Mapping[str, int] = field(default_factory=dict)
+    pause_sent: bool = False
+    suspicion_s: float | None = None
+    complaints: tuple[int, ...] = ()  # nodes whose collectives failed in this generation, in order
+    errors: tuple[tuple[int, ...], ...] = ()  # first complaints of generations without a commit
+    fired: Mapping[int, float] = field(default_factory=dict)  # node -> time of its injected fault
+    struck: frozenset[tuple[str, int]] = frozenset()  # (worker, number) of the faults on record
+    doomed: frozenset[int] = frozenset()  # nodes that were told to raise, at random
+    raised: tuple[tuple[int, int], ...] = ()  # (node, step) of exceptions in user code
+    timeline: Timeline | None = None
+    stopping: str = ""  # reason, empty while the run shall go on
+    finalized: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    digest: str = ""
+    hold_reason: str = ""
+    tried: tuple[int, ...] = ()  # nodes that did not suffice for a generation
+    broken: bool = False  # an invariant failed: never resume by itself
+    stale: int = 0  # messages of older generations, dropped
+    nodes_asked: int = 0
+    top_k: int = 1
+    num_samples: int = 0  # of the data; 0: numbered without end; -1: a stream of shards
+    evaluated: int = 0  # step of the last evaluation that was published
+    saves: Mapping[int, Save] = field(default_factory=dict)  # by step
+    past_seats: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by generation
+    ordered: int = 0  # newest step whose manifest was ordered
+    writing: tuple[int, ...] = ()  # steps of manifests that are being written
+    bad_sources: frozenset[str] = frozenset()  # copies that could not be read: never chosen again
+    checkpoints: tuple[StoredCheckpoint, ...] = ()
+    stored: tuple[Stored, ...] = ()
+    plt: PltLedger = field(default_factory=PltLedger)
+    plt_spent: float = 0.0  # when K was last doubled
+    manifest_pending: bool = False  # the final one
+    measured: Mapping[str, Measured] = field(default_factory=dict)  # by worker
+    adapted: Adapted | None = None  # schedule of saves from measured rates; None: as configured
+
+    @property
+    def routed(self) -> NDArray[np.int64]:
+        """Cumulative routed copies [L, E] at ``step``."""
+        counts: NDArray[np.int64] = self.history[1].astype(np.int64)
+        return counts

@@ -1,0 +1,641 @@
+"""One reconfiguration: claim, fence, verdict, align, plan, prepare, resume (rules 16-27)."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.checkpoint.recovery import Fail
+from lazarus.control import adapting, commits, saves
+from lazarus.control.exactly_once import num_samples_in
+from lazarus.control.healing import heals_behind
+from lazarus.control.losses import (
+    bill_restores,
+    checkpoint_awaited,
+    over_budget,
+    place_of_checkpoint,
+    plt_of,
+    restored_entry,
+    restores_for,
+)
+from lazarus.control.messages import (
+    Align,
+    Aligned,
+    Command,
+    Depart,
+    Fence,
+    Journal,
+    Prepare,
+    Publish,
+    Ready,
+    Report,
+    Resume,
+    Seat,
+    StartNode,
+    Tell,
+    TellDriver,
+    Vector,
+)
+from lazarus.control.recovery import (
+    aligned_alike,
+    holders,
+    needs,
+    schedule_moves,
+    slots_for,
+    verdict,
+)
+from lazarus.control.state import Control, Node, Phase, Timeline, Transition
+from lazarus.errors import BrokenInvariantError
+from placement import InfeasiblePlacementError, PlacementRequest, Plan, replan
+
+Result = tuple[Control, tuple[Command, ...]]
+
+
+def workers_of(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
+    """Workers of nodes in rank order."""
+    return tuple(worker for node in nodes for worker in state.nodes[node].workers)
+
+
+def candidates(state: Control) -> tuple[int, ...]:
+    """Complete nodes that are no members and stay, by serial."""
+    fresh = sorted(state.nodes.keys() - set(state.members))
+    nodes = ((serial, state.nodes[serial]) for serial in fresh)
+    return tuple(serial for serial, node in nodes if node.complete and not node.leaving)
+
+
+def staying(state: Control) -> tuple[int, ...]:
+    """Complete nodes that could take part in a next generation, by serial."""
+    there = (n for n, node in state.nodes.items() if node.complete and not node.leaving)
+    return tuple(sorted(there))
+
+
+def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) -> Result:
+    """Claim the next generation and fence the old one.
+
+    Joiners come in at planned transitions, at the start, and where the survivors alone are too few.
+    """
+    state, commands = commits.flush(state, at_s=at_s)
+    voters = tuple(sorted(state.members))
+    waiting = candidates(state)
+    if not state.resumed:
+        voters, joiners = waiting, waiting[:0]
+    elif planned or len(voters) < state.config.min_nodes:
+        joiners = waiting[: _room(state, voters)]
+    else:
+        joiners = ()
+    leavers = tuple(node for node in voters if state.nodes[node].leaving)
+    generation = state.generation + 1
+    transition = Transition(
+        generation=generation,
+        voters=voters,
+        joiners=joiners,
+        leavers=leavers,
+        phase_s=at_s,
+        reason=reason,
+    )
+    claim = {
+        "kind": "claim",
+        "term": state.term,
+        "generation": generation,
+        "members": list(voters),
+        "joiners": list(joiners),
+        "leavers": list(leavers),
+        "reason": reason,
+    }
+    state = replace(
+        _with_timeline(state, reason=reason, at_s=at_s),
+        generation=generation,
+        phase=Phase.FENCING,
+        phase_s=at_s,
+        transition=transition,
+        paused={},
+        pause_sent=False,
+        suspicion_s=None,
+        complaints=(),
+        finalized={},
+        digests={},
+    )
+    order = Fence(generation=generation)
+    told = tuple(Tell(worker=w, body=order) for w in workers_of(state, voters + joiners))
+    return state, (*commands, Journal(entry=claim), *told)
+
+
+def _room(state: Control, voters: tuple[int, ...]) -> int:
+    stay = sum(1 for node in voters if not state.nodes[node].leaving)
+    limit = state.config.max_nodes
+    return len(state.nodes) if limit is None else max(0, limit - stay)
+
+
+def _with_timeline(state: Control, *, reason: str, at_s: float) -> Control:
+    if not state.resumed:
+        return state
+    line = state.timeline
+    if line is None:
+        return replace(state, timeline=Timeline(reason=reason, trigger_s=at_s))
+    return replace(state, timeline=replace(line, attempts=line.attempts + 1))
+
+
+def _mark(state: Control, name: str, seconds: float) -> Control:
+    """Add to one phase of the recovery under way; attempts add up."""
+    line = state.timeline
+    if line is None:
+        return state
+    marks = {**line.marks, name: line.marks.get(name, 0.0) + max(0.0, seconds)}
+    return replace(state, timeline=replace(line, marks=marks))
+
+
+def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Result:
+    """One frozen report; with the last of them the verdict (rule 19)."""
+    transition = state.transition
+    if (
+        state.phase is not Phase.FENCING
+        or transition is None
+        or body.generation != transition.generation
+    ):
+        return replace(state, stale=state.stale + 1), ()
+    body = _on_history(state, body)
+    transition = replace(transition, reports={**transition.reports, worker: body})
+    state = replace(state, transition=transition)
+    if state.workers[worker].node in transition.voters:
+        # Evidence outlives the attempt, and the rank that gave it (rules 19 and 21).
+        fresh = {v.step: replace(v, at_s=at_s) for v in body.vectors if v.step > state.step}
+        state = replace(state, known={**fresh, **state.known})
+    if set(workers_of(state, transition.voters + transition.joiners)) - set(transition.reports):
+        return state, ()
+    return _judge(state, transition, at_s=at_s)
+
+
+def _on_history(state: Control, body: Report) -> Report:
+    """A rank that did not get the RESUME of a rollback any more stands on a history that is void.
+
+    It has the state to go back to, read before RESUME, and takes it at ALIGN.
+    """
+    generation, step = state.rolled
+    if body.entered >= generation:
+        return body
+    return replace(body, committed=step, prepared=step, vectors=())
+
+
+def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:
+    voting = workers_of(state, transition.voters)
+    reports = {worker: transition.reports[worker] for worker in voting}
+    published = max(state.step, state.config.start_step)
+    try:
+        result = verdict(reports, known=_evidence(state), published=published)
+    except BrokenInvariantError as broken:
+        return hold(state, reason=str(broken), at_s=at_s, broken=True)
+    state, commands = commits.flush(state, at_s=at_s)
+    state = _mark(state, "release", at_s - transition.phase_s)
+    transition = replace(transition, step=result.step, phase_s=at_s)
+    state = replace(state, phase=Phase.ALIGNING, phase_s=at_s, transition=transition)
+    lanes = result.vector.lanes if result.vector else b""
+    order = Align(
+        generation=transition.generation, step=result.step, commit=bool(lanes), lanes=lanes
+    )
+    return state, (*commands, *(Tell(worker=worker, body=order) for worker in voting))
+
+
+def _evidence(state: Control) -> dict[int, Vector]:
+    """Vectors that a verdict may need: a loss can strike before all have applied the last."""
+    newest = {} if state.newest is None else {state.newest.step: state.newest}
+    return newest | dict(state.known)
+
+
+def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Result:
+    """One rank stands at the verdict's step; with the last of them plan and prepare."""
+    transition = state.transition
+    if (
+        state.phase is not Phase.ALIGNING
+        or transition is None
+        or body.generation != transition.generation
+    ):
+        return replace(state, stale=state.stale + 1), ()
+    transition = replace(transition, aligned={**transition.aligned, worker: body})
+    state = replace(state, transition=transition)
+    if set(workers_of(state, transition.voters)) - set(transition.aligned):
+        return state, ()
+    if odd := aligned_alike(transition.aligned):
+        return hold(state, reason=odd, at_s=at_s, broken=True)
+    state = _mark(state, "align", at_s - transition.phase_s)
+    state = replace(
+        state,
+        shape=(body.num_layers, body.num_experts),
+        top_k=body.top_k,
+        history=history_of(body),
+        num_samples=num_samples_in(body.scalars),
+        record_bytes=(body.dense_bytes, body.expert_bytes),
+    )
+    return prepare(state, at_s=at_s)
+
+
+def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
+    """Share weights below 1 of the nodes that stay."""
+    found = {node: state.next_speeds.get(node, 1.0) for node in nodes}
+    return {node: weight for node, weight in found.items() if weight < 1.0}
+
+
+def history_of(body: Aligned) -> NDArray[np.float64]:
+    """The load history at the aligned step, [3, L, E]."""
+    shape = (3, body.num_layers, body.num_experts)
+    return np.frombuffer(body.history, dtype="<f8").reshape(shape)
+
+
+def prepare(state: Control, *, at_s: float) -> Result:
+    """Plan for the next members, or hold if that cannot be (rule 26)."""
+    transition = state.transition
+    assert transition is not None
+    nodes = transition.next_nodes
+    if len(nodes) < state.config.min_nodes:
+        reason = f"{len(nodes)} of at least {state.config.min_nodes} nodes"
+        return hold(state, reason=reason, at_s=at_s)
+    try:
+        plan = plan_for(state, transition)
+    except InfeasiblePlacementError as problem:
+        if not state.resumed:  # nobody holds anything yet that a wait would keep
+            error = {"type": "InfeasiblePlacementError", "message": str(problem)}
+            return commits.end(state, status="failed", error=error, at_s=at_s)
+        return hold(state, reason=str(problem), at_s=at_s)
+    return _order(state, transition, plan, at_s=at_s)
+
+
+def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
+    nodes = transition.next_nodes
+    seats = tuple(_seat(state, worker) for worker in workers_of(state, nodes))
+    feeders = seats + tuple(_seat(state, w) for w in workers_of(state, transition.leavers))
+    owners = holders(transition.aligned, feeders)
+    moves, lost = schedule_moves(needs(plan, num_seats=len(seats)), owners)
+    if lost and checkpoint_awaited(state, transition, plan, lost, at_s=at_s):
+        return replace(state, transition=replace(transition, awaits=True)), ()
+    decided = restores_for(state, transition, plan, lost)
+    if isinstance(decided, Fail):
+        return give_up(state, decided, at_s=at_s)
+    restores, back = decided
+    behind = not transition.leavers and heals_behind(
+        moves,
+        mode=state.config.heal,
+        record_bytes=state.record_bytes[1],
+        before_bytes=state.config.heal_before_bytes,
+    )
+    voting = set(workers_of(state, transition.voters))
+    joining = tuple(i for i, seat in enumerate(seats) if seat.worker not in voting)
+    now = 0 if behind else len(moves)
+    moved = now * state.record_bytes[1] + len(joining) * state.record_bytes[0]
+    transition = replace(
+        transition,
+        plan=plan,
+        seats=seats,
+        feeders=feeders,
+        moves=moves if back is None and not behind else (),
+        moves_behind=moves if back is None and behind else (),
+        restores=restores,
+        rollback=back is not None,
+        step=transition.step if back is None else back,
+        moved_bytes=moved,
+        phase_s=at_s,
+    )
+    state = replace(state, phase=Phase.PREPARING, phase_s=at_s, transition=transition)
+    any_aligned = transition.aligned[workers_of(state, transition.voters)[0]]
+    order = Prepare(
+        generation=transition.generation,
+        step=transition.step,
+        seats=seats,
+        feeders=feeders,
+        plan=state.config.plan_text(plan),
+        moves=transition.moves,
+        moves_behind=transition.moves_behind,
+        dense_sources=tuple(i for i, seat in enumerate(feeders) if seat.worker in voting),
+        dense_targets=joining if back is None else (),
+        scalars=any_aligned.scalars,
+        history=any_aligned.history,
+        restores=restores,
+        speeds=_speeds(state, nodes),
+        lineage=_lineage(state.lineage),
+        reload="" if back is None else place_of_checkpoint(state, back),
+    )
+    return state, tuple(Tell(worker=seat.worker, body=order) for seat in feeders)
+
+
+def waited_enough(state: Control, *, at_s: float) -> bool:
+    """Whether the checkpoint in flight that a recovery waits for is there, or given up."""
+    transition = state.transition
+    if transition is None or not transition.awaits:
+        return False
+    return not saves.worth_waiting(state, transition, at_s=at_s)
+
+
+def plan_for(state: Control, transition: Transition) -> Plan:
+    """F of rule 22: base plan, load history, members, configuration; nothing else.
+
+    Raises:
+        InfeasiblePlacementError: Fewer slots than experts.
+    """
+    aligned = next(iter(transition.aligned.values()))
+    experts = aligned.num_experts
+    history = history_of(aligned)
+    nodes, config = transition.next_nodes, state.config
+    slots = slots_for(
+        num_nodes=len(nodes),
+        num_experts=experts,
+        configured=config.slots_per_node,
+        started_nodes=config.nodes,
+        min_replicas=config.min_replicas,
+        spare_losses=config.spare_losses,
+        ranks_per_node=config.ranks_per_node,
+    )
+    request = PlacementRequest(
+        load=history[0],
+        num_nodes=len(nodes),
+        slots_per_node=slots,
+        min_replicas=min(config.min_replicas, len(nodes)),
+        ranks_per_node=config.ranks_per_node,
+        node_ids=nodes,
+        profile=config.profile,
+        resilience_weight=config.resilience_weight,
+        solver=config.solver,
+    )
+    base = state.base_plan
+    gone = frozenset(base.node_ids) - set(nodes) if base else frozenset()
+    if transition.reason == "rebalance" and config.placement is replan:
+        return replan(request, previous=base, lost=gone, rebalance=True)
+    return config.placement(request, previous=base, lost=gone)
+
+
+def _seat(state: Control, worker: str) -> Seat:
+    known = state.workers[worker]
+    return Seat(worker=worker, node=known.node, host=known.host, keeper=known.keeper)
+
+
+def _speeds(state: Control, nodes: tuple[int, ...]) -> tuple[float, ...]:
+    weights = [state.next_speeds.get(node, 1.0) for node in nodes]
+    if all(weight == 1.0 for weight in weights):
+        return ()
+    return tuple(w for w in weights for _ in range(state.config.ranks_per_node))
+
+
+def _lineage(lineage: tuple[tuple[int, int], ...]) -> str:
+    return json.dumps([list(pair) for pair in lineage])
+
+
+def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result:
+    """One rank is healed and grouped; with the last of them RESUME (rule 25)."""
+    transition = state.transition
+    if (
+        state.phase is not Phase.PREPARING
+        or transition is None
+        or body.generation != transition.generation
+    ):
+        return replace(state, stale=state.stale + 1), ()
+    plan = transition.plan
+    assert plan is not None
+    if body.plan_digest != plan.digest:
+        return hold(state, reason=f"plan digest differs on {worker}", at_s=at_s, broken=True)
+    transition = replace(transition, ready={**transition.ready, worker: body})
+    state = replace(state, transition=transition)
+    if {seat.worker for seat in transition.feeders} - set(transition.ready):
+        return state, ()
+    return _resume(state, transition, plan, at_s=at_s)
+
+
+def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
+    nodes = transition.next_nodes
+    entry = {
+        "kind": "resume",
+        "term": state.term,
+        "generation": transition.generation,
+        "step": transition.step,
+        "nodes": list(nodes),
+        "seats": [seat.worker for seat in transition.seats],
+        "seat_nodes": [seat.node for seat in transition.seats],
+        "speeds": [[n, w] for n, w in sorted(_weights(state, nodes).items())],
+        "plan": plan.to_dict(),
+        "shape": list(state.shape),
+        "record_bytes": list(state.record_bytes),
+        "restores": [restored_entry(restore) for restore in transition.restores],
+        "rollback": transition.rollback,
+        "top_k": state.top_k,
+        "num_samples": state.num_samples,
+    }
+    if transition.rollback:
+        state = replace(state, history=_reloaded_history(state, transition))
+        entry["history"] = base64.b64encode(state.history.astype("<f8").tobytes()).decode()
+    state = _mark_resume(state, transition, at_s=at_s)
+    adapted = adapting.at_resume(state, plan)
+    entry["adapted"] = [] if adapted is None else list(astuple(adapted))
+    before = state.adapted
+    lineage = (*state.lineage, (transition.generation, transition.step))
+    first, held = not state.resumed, bool(state.hold_reason)
+    departed = workers_of(state, transition.leavers)
+    bills, state = bill_restores(state, transition, at_s=at_s)
+    double = bool(bills) and over_budget(state)
+    if double:
+        state = replace(state, plt_spent=plt_of(state))
+    state = replace(
+        state,
+        phase=Phase.RUNNING,
+        phase_s=at_s,
+        resumed=transition.generation,
+        step=transition.step if transition.rollback else max(state.step, transition.step),
+        saves=saves.after_resume(state, lineage),
+        past_seats=saves.seats_remembered(state),
+        ordered=min(state.ordered, transition.step),
+        members=nodes,
+        seats=tuple(seat.worker for seat in transition.seats),
+        seat_nodes=tuple(seat.node for seat in transition.seats),
+        rolled=(transition.generation, transition.step) if transition.rollback else state.rolled,
+        speeds=_weights(state, nodes),
+        wants="",
+        streaks={},
+        plan=plan,
+        base_plan=plan if state.base_plan is None else state.base_plan,
+        lineage=lineage,
+        adapted=adapted,
+        known={},
+        newest=None if transition.rollback else state.newest,
+        transition=None,
+        hold_reason="",
+        nodes={n: node for n, node in state.nodes.items() if n not in transition.leavers},
+        workers={w: known for w, known in state.workers.items() if w not in departed},
+    )
+    order = Resume(
+        generation=transition.generation,
+        step=transition.step,
+        plan_digest=plan.digest,
+        lineage=_lineage(lineage),
+        double_k=double,
+        save_all=saves.none_stands(state),
+        **({} if adapted is None else asdict(adapted)),
+    )
+    told = [Tell(worker=seat.worker, body=order) for seat in transition.seats]
+    left = [Tell(worker=w, body=Depart(reason="left the run")) for w in departed]
+    events = _resume_events(state, transition, plan, first=first, held=held, at_s=at_s)
+    events += adapting.adapted_events(state, before, at_s=at_s)
+    return state, (Journal(entry=entry), *told, *left, *events, *bills)
+
+
+def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.float64]:
+    """The load history that every rank read with the checkpoint."""
+    body = next(iter(transition.ready.values()))
+    return np.frombuffer(body.history, dtype="<f8").reshape((3, *state.shape))
+
+
+def _mark_resume(state: Control, transition: Transition, *, at_s: float) -> Control:
+    line = state.timeline
+    if line is None:
+        return state
+    ready = transition.ready.values()
+    groups = max(body.groups_s for body in ready)
+    transfer = max(body.transfer_s for body in ready)
+    state = _mark(state, "plan", at_s - transition.phase_s - groups - transfer)
+    state = _mark(state, "groups", groups)
+    state = _mark(state, "transfer", transfer)
+    assert state.timeline is not None
+    marks = {**state.timeline.marks, "resumed_s": at_s}
+    line = replace(
+        state.timeline,
+        marks=marks,
+        moves=line.moves + len(transition.moves),
+        behind=len(transition.moves_behind),
+        bytes_moved=line.bytes_moved + transition.moved_bytes,
+        joined=line.joined + transition.joiners,
+    )
+    return replace(state, timeline=line)
+
+
+def _resume_events(
+    state: Control, transition: Transition, plan: Plan, *, first: bool, held: bool, at_s: float
+) -> tuple[Publish, ...]:
+    generation, events = transition.generation, []
+    fields: Mapping[str, Any]
+    if held:
+        fields = {"generation": generation, "nodes": list(state.members)}
+        events.append(Publish(t=at_s, event="quorum_regained", fields=fields))
+    if first:
+        fields = {
+            "schema": 1,
+            "num_nodes": len(state.members),
+            "world_size": len(state.seats),
+            "steps": state.config.steps,
+            "start_step": transition.step,
+            "nodes": list(state.members),
+            "num_layers": state.shape[0],
+            "num_experts": state.shape[1],
+            "top_k": state.top_k,
+        }
+        fields = {"generation": generation, **fields}
+        events.append(Publish(t=at_s, event="run_started", fields=fields))
+        if state.config.resume:
+            fields = {**fields, "checkpoint": state.config.resume}
+            events.append(Publish(t=at_s, event="run_resumed", fields=fields))
+    for node in transition.joiners:
+        events.append(
+            Publish(t=at_s, event="node_joined", fields={"generation": generation, "node": node})
+        )
+    for node in transition.leavers:
+        events.append(
+            Publish(t=at_s, event="node_left", fields={"generation": generation, "node": node})
+        )
+    events.append(Publish(t=at_s, event="plan_adopted", fields=_plan_fields(state, plan)))
+    return tuple(events)
+
+
+def _plan_fields(state: Control, plan: Plan) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "generation": state.resumed,
+        "digest": plan.digest,
+        "method": plan.method,
+        "floor": plan.floor,
+        "requested_floor": state.config.min_replicas,
+        "nodes": list(plan.node_ids),
+        "slots_per_node": plan.slots_per_node,
+        "notes": list(plan.notes),
+    }
+    if plan.expert_of_slot.size <= 20_000:
+        fields["experts_of_rank"] = [
+            [[int(e) for e in slots if e >= 0] for slots in ranks] for ranks in plan.expert_of_slot
+        ]
+    return fields
+
+
+def give_up(state: Control, decision: Fail, *, at_s: float) -> Result:
+    """Experts are lost and nothing that the policy allows brings them back: end resumable."""
+    error = {
+        "type": "LostExpertError",
+        "message": decision.reason,
+        "experts": [list(expert) for expert in decision.experts],
+    }
+    return commits.end(state, status="short", error=error, at_s=at_s)
+
+
+def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> Result:
+    """Keep the state in memory and wait (rule 26); say so once per reason.
+
+    After a broken invariant nothing but the user or the quorum time-out ends the wait.
+    """
+    asked = state.config.replace_lost or state.config.nodes > len(state.nodes)
+    events: tuple[Command, ...] = ()
+    if state.hold_reason != reason:
+        fields = {
+            "generation": state.generation,
+            "reason": reason,
+            "nodes": sorted(state.members),
+            "needed": state.config.min_nodes,
+            "broken": broken,
+        }
+        events = (Publish(t=at_s, event="quorum_lost", fields=fields),)
+        if asked:
+            events += (TellDriver(body=StartNode(reason=reason)),)
+    since = state.phase_s if state.phase is Phase.HOLDING else at_s
+    state = replace(
+        state,
+        phase=Phase.HOLDING,
+        phase_s=since,
+        hold_reason=reason,
+        tried=state.transition.next_nodes if state.transition else (),
+        broken=state.broken or broken,
+        transition=None,
+    )
+    return state, events
+
+
+def overdue(state: Control, *, at_s: float) -> tuple[int, ...]:
+    """Nodes that keep a transition waiting for longer than the tolerated stall."""
+    transition = state.transition
+    if transition is None:
+        return ()
+    waited_for: tuple[str, ...]
+    if state.phase is Phase.FENCING:
+        everyone = workers_of(state, transition.voters + transition.joiners)
+        waited_for = tuple(w for w in everyone if w not in transition.reports)
+    elif state.phase is Phase.ALIGNING:
+        voting = workers_of(state, transition.voters)
+        waited_for = tuple(w for w in voting if w not in transition.aligned)
+    elif state.phase is Phase.PREPARING:
+        # Who waits inside a collective is kept by another one.
+        waited_for = tuple(
+            s.worker
+            for s in transition.feeders
+            if s.worker not in transition.ready and not state.workers[s.worker].waiting
+        )
+    else:
+        return ()
+    stall = state.config.tolerated_stall_s
+    late = (
+        state.workers[w].node
+        for w in waited_for
+        if at_s - max(transition.phase_s, state.workers[w].progress_s) > stall
+    )
+    return tuple(sorted(set(late)))
+
+
+def node_of(state: Control, key: str) -> tuple[int, Node] | None:
+    """The living node of that name."""
+    for serial, node in state.nodes.items():
+        if node.key == key:
+            return serial, node
+    return None

@@ -1,0 +1,134 @@
+"""What running steps teach: slow nodes get fewer samples, drifting loads a better plan (rule 34).
+
+Both depend on measurements, so they change at a pause only and are journaled with RESUME.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+
+from lazarus.control.messages import Command, Publish
+from lazarus.control.state import Control
+from lazarus.control.vector import StepSums
+from lazarus.data.sampler import share
+from placement import PlacementRequest, Plan
+from placement.rebalance import MoveCost, considered
+
+Result = tuple[Control, tuple[Command, ...]]
+
+SLOW_FACTOR = 2.0  # a node this much slower than the median is slow
+STREAK = 8  # consecutive committed steps that must agree
+MIN_WEIGHT = 0.25  # nobody gets less than a quarter of a fair share
+REBALANCE_EVERY = 10  # steps between looks at the plan
+REBALANCE_AFTER = 100  # steps that a plan is left alone
+MOVE_COST_S = 0.15  # of a planned pause, measured on small machines
+
+
+def learned(state: Control, sums: Sequence[StepSums], *, at_s: float) -> Result:
+    """Fold committed steps in; perhaps ask for a pause by setting ``wants``."""
+    events: tuple[Command, ...] = ()
+    for one in sums:
+        state = _measured(state, one)
+    # A stream's samples follow its shards, whatever the weights.
+    if state.config.share_by_speed and state.num_samples >= 0 and not state.wants:
+        state, events = _speeds(state, at_s=at_s)
+    if not state.wants and sums:
+        state = _rebalance(state, step=sums[-1].step)
+    return state, events
+
+
+def _measured(state: Control, sums: StepSums) -> Control:
+    """Seconds of own compute per sample and node, smoothed."""
+    ranks = state.config.ranks_per_node
+    nodes = state.seat_nodes
+    weights = [state.speeds.get(node, 1.0) for node in nodes]
+    sizes = share(state.config.global_batch, len(nodes), weights if min(weights) < 1.0 else None)
+    pace = dict(state.pace)
+    seconds: dict[int, list[float]] = {}
+    for node, size, own_s in zip(nodes, sizes, sums.times, strict=True):
+        if size > 0:
+            seconds.setdefault(node, []).append(own_s / size)
+    members = set(state.members)
+    for node, measured in seconds.items():
+        if node in members and len(measured) == ranks:
+            last = pace.get(node, max(measured))
+            pace[node] = 0.7 * last + 0.3 * max(measured)
+    return replace(state, pace={n: s for n, s in pace.items() if n in members})
+
+
+def wanted_weight(own_s: float, usual_s: float) -> float:
+    """Share weight in eighths, from the pace of a node and of the median node."""
+    if usual_s <= 0 or own_s < SLOW_FACTOR * usual_s:
+        return 1.0
+    return max(MIN_WEIGHT, round(8.0 * usual_s / own_s) / 8.0)
+
+
+def _speeds(state: Control, *, at_s: float) -> Result:
+    if len(state.pace) < 3:  # of two nodes nobody can say which one is the odd one
+        return state, ()
+    usual = median(state.pace.values())
+    streaks: dict[int, int] = {}
+    changed: dict[int, float] = {}
+    for node, own in state.pace.items():
+        weight, now = wanted_weight(own, usual), state.speeds.get(node, 1.0)
+        differs = max(weight, now) >= 1.5 * min(weight, now)
+        streaks[node] = state.streaks.get(node, 0) + 1 if differs else 0
+        if streaks[node] >= STREAK:
+            changed[node] = weight
+    state = replace(state, streaks=streaks)
+    if not changed:
+        return state, ()
+    events = tuple(
+        _slow_event(state, node, weight, usual, at_s=at_s) for node, weight in changed.items()
+    )
+    speeds = {**_kept(state.speeds, state.members), **changed}
+    return replace(state, wants="speed", next_speeds=speeds, streaks={}), events
+
+
+def _kept(speeds: Mapping[int, float], nodes: Sequence[int]) -> dict[int, float]:
+    return {node: weight for node, weight in speeds.items() if node in nodes and weight < 1.0}
+
+
+def _slow_event(state: Control, node: int, weight: float, usual: float, *, at_s: float) -> Publish:
+    fields = {
+        "generation": state.resumed,
+        "node": node,
+        "slowdown": round(state.pace[node] / usual, 3),
+        "weight": weight,
+    }
+    return Publish(t=at_s, event="rank_slow", fields=fields)
+
+
+def _rebalance(state: Control, *, step: int) -> Control:
+    plan = state.plan
+    since = state.lineage[-1][1] if state.lineage else 0
+    if plan is None or step - since < REBALANCE_AFTER or step - state.looked < REBALANCE_EVERY:
+        return state
+    steps, state = step - state.looked, replace(state, looked=step)
+    fixed = MOVE_COST_S / max(state.step_s, 1e-3)
+    regret, better = considered(
+        state.regret,
+        request_for(state, plan),
+        previous=plan,
+        latest=state.history[2],
+        steps=min(steps, REBALANCE_EVERY),
+        cost=MoveCost(fixed=fixed),
+    )
+    wants = "rebalance" if better is not None else ""
+    return replace(state, regret=regret, wants=wants)
+
+
+def request_for(state: Control, plan: Plan) -> PlacementRequest:
+    """The same members and slots, with the loads as smoothed so far."""
+    return PlacementRequest(
+        load=state.history[0],
+        num_nodes=len(plan.node_ids),
+        slots_per_node=plan.slots_per_node,
+        min_replicas=min(state.config.min_replicas, len(plan.node_ids)),
+        ranks_per_node=plan.ranks_per_node,
+        node_ids=plan.node_ids,
+        profile=state.config.profile,
+        resilience_weight=state.config.resilience_weight,
+    )

@@ -1,0 +1,271 @@
+"""Streams read exactly once while readers come and go: bookkeeping, no input or output of its own.
+
+A stream has a fixed number of shards. Sample n of the run (from 0) is item ``n // num_shards`` of
+shard ``n % num_shards``, and step t takes the samples ``(t - 1) * B`` to ``t * B - 1``: so how far
+each shard is after a committed step is a function of the step alone. Which rank reads a shard
+follows from the members; a shard whose reader is gone is opened by another at the committed place.
+
+Shapes: B samples of a step, S shards, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.data.sampler import permute
+from lazarus.errors import DataError
+
+State = Mapping[str, Any]  # JSON values and tensors
+
+
+@runtime_checkable
+class ShardIterator(Protocol):
+    """One shard being read. ``state_dict`` says where it is; loading it goes on from there."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __next__(self) -> Any: ...
+    def state_dict(self) -> State: ...
+    def load_state_dict(self, state: State, /) -> None: ...
+
+
+@runtime_checkable
+class StreamSource(Protocol):
+    """What the user gives. ``shard(i, of)`` opens shard i of ``of`` at its beginning."""
+
+    def shard(self, i: int, of: int, /) -> ShardIterator: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """How far a shard is: ``consumed`` items, and a state saved after ``state_at`` of them.
+
+    Without a state the shard is read from its beginning (``state_at`` is 0). Items between the
+    state and ``consumed`` are read and thrown away.
+    """
+
+    consumed: int
+    state_at: int = 0
+    passes: int = 0  # how often the shard had been read to its end when the state was saved
+    state: State | None = None
+
+
+def step_sample_numbers(step: int, global_batch: int) -> NDArray[np.int64]:
+    """int64 [B]: the numbers of a step's samples, which are their ids in the ledger."""
+    if step < 1 or global_batch < 1:
+        raise ValueError(f"step={step}, global_batch={global_batch}: each must be >= 1")
+    return np.arange((step - 1) * global_batch, step * global_batch, dtype=np.int64)
+
+
+def consumed_after(step: int, global_batch: int, num_shards: int) -> NDArray[np.int64]:
+    """int64 [S]: items of each shard that the steps up to and with ``step`` take; step may be 0."""
+    whole, extra = divmod(step * global_batch, num_shards)
+    consumed_S = np.full(num_shards, whole, dtype=np.int64)
+    consumed_S[:extra] += 1
+    return consumed_S
+
+
+def shards_of_rank(rank: int, num_ranks: int, num_shards: int) -> tuple[int, ...]:
+    """The shards that a rank reads: every R-th, so that a step's samples are spread evenly.
+
+    A step's shards are consecutive; the ranks' samples of a step differ by at most two.
+    """
+    return tuple(range(rank, num_shards, num_ranks))
+
+
+def rank_sample_numbers(
+    step: int, global_batch: int, *, num_shards: int, rank: int, num_ranks: int
+) -> NDArray[np.int64]:
+    """The numbers of a step's samples that one rank reads, ascending; may be empty."""
+    numbers = step_sample_numbers(step, global_batch)
+    mine: NDArray[np.int64] = numbers[(numbers % num_shards) % num_ranks == rank]
+    return mine
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """One open shard. Items that no committed step has taken yet are kept."""
+
+    iterator: ShardIterator
+    next_item: int  # number of the item that the iterator gives next
+    passes: int
+    kept: dict[int, Any] = field(default_factory=dict)
+    saved: dict[int, tuple[int, State]] = field(default_factory=dict)  # item -> passes, state
+
+
+class StreamReader:
+    """One rank's shards. Runs in a worker; called by the training thread only.
+
+    ``own`` after each change of the members, ``read`` for a step (again for a redo; ahead for
+    prefetching), ``commit`` when a step counts, ``positions`` to hand over or to save.
+    """
+
+    def __init__(
+        self,
+        source: StreamSource,
+        *,
+        num_shards: int,
+        global_batch: int,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        self._source, self._num_shards, self._global_batch = source, num_shards, global_batch
+        order = np.arange(num_shards, dtype=np.uint64)
+        if shuffle_seed is not None:
+            order = permute(order, seed=shuffle_seed, epoch=0, size=num_shards)
+        self._order = [int(i) for i in order]
+        self._open: dict[int, _Open] = {}
+        self._committed = 0
+
+    def own(
+        self, shards: Iterable[int], *, committed: int, known: Mapping[int, Position] | None = None
+    ) -> None:
+        """Read these shards from now on, the steps after ``committed`` being next.
+
+        Shards that are open already go on where they are: what was read ahead is kept. The others
+        are opened at a known position, or at their beginning, and brought to the committed place.
+
+        Raises:
+            DataError: A known position lies behind the committed place, or a shard is empty.
+        """
+        wanted = set(shards)
+        self._committed = committed
+        for gone in set(self._open) - wanted:
+            del self._open[gone]
+        consumed = consumed_after(committed, self._global_batch, self._num_shards)
+        for shard in sorted(wanted - set(self._open)):
+            place = int(consumed[shard])
+            position = (known or {}).get(shard) or Position(consumed=0)
+            self._open[shard] = self._reopen(shard, position, place=place)
+
+    def read(self, step: int) -> list[Any]:
+        """This rank's samples of a step, in the order of their numbers.
+
+        The same step may be read again until it is committed, and gives the same objects.
+
+        Raises:
+            DataError: The step is committed already, or a shard has no items.
+        """
+        if step <= self._committed:
+            raise DataError(f"step {step} is read, but step {self._committed} is committed")
+        samples = []
+        for number in step_sample_numbers(step, self._global_batch).tolist():
+            item, shard = divmod(number, self._num_shards)
+            if shard in self._open:
+                samples.append(self._item(shard, item))
+        return samples
+
+    def commit(self, step: int) -> None:
+        """The step counts: forget its samples."""
+        self._committed = step
+        consumed = consumed_after(step, self._global_batch, self._num_shards)
+        for shard, opened in self._open.items():
+            place = int(consumed[shard])
+            for item in [i for i in opened.kept if i < place]:
+                del opened.kept[item]
+            for item in [i for i in opened.saved if i < place][:-1]:
+                del opened.saved[item]
+
+    def positions(self) -> dict[int, Position]:
+        """Where this rank's shards are after the last committed step; JSON values and tensors."""
+        consumed = consumed_after(self._committed, self._global_batch, self._num_shards)
+        return {s: self._position(o, int(consumed[s])) for s, o in sorted(self._open.items())}
+
+    def _position(self, opened: _Open, place: int) -> Position:
+        usable = [item for item in opened.saved if item <= place]
+        if not usable:
+            return Position(consumed=place)
+        passes, state = opened.saved[max(usable)]
+        return Position(consumed=place, state_at=max(usable), passes=passes, state=state)
+
+    def _reopen(self, shard: int, position: Position, *, place: int) -> _Open:
+        if position.state_at > place:
+            raise DataError(
+                f"shard {shard} is known at item {position.state_at}, but the committed step "
+                f"ends at item {place}"
+            )
+        opened = _Open(
+            iterator=self._begin(shard), next_item=position.state_at, passes=position.passes
+        )
+        if position.state is not None:
+            opened.iterator.load_state_dict(position.state)
+        while opened.next_item < place:
+            self._advance(shard, opened)
+        self._save(opened)
+        return opened
+
+    def _item(self, shard: int, item: int) -> Any:
+        opened = self._open[shard]
+        while opened.next_item <= item:
+            number = opened.next_item
+            opened.kept[number] = self._advance(shard, opened)
+            self._save(opened)
+        return opened.kept[item]
+
+    def _advance(self, shard: int, opened: _Open) -> Any:
+        """The next item; at its end a shard begins again."""
+        for _ in range(2):
+            try:
+                sample = next(opened.iterator)
+            except StopIteration:
+                opened.iterator, opened.passes = self._begin(shard), opened.passes + 1
+                continue
+            opened.next_item += 1
+            return sample
+        raise DataError(f"shard {shard} of {self._num_shards} has no items")
+
+    def _begin(self, shard: int) -> ShardIterator:
+        return self._source.shard(self._order[shard], self._num_shards)
+
+    def _save(self, opened: _Open) -> None:
+        opened.saved[opened.next_item] = (opened.passes, opened.iterator.state_dict())
+
+
+class IterableDatasetSource:
+    """A ``datasets.IterableDataset`` as a stream.
+
+    Raises:
+        DataError: It has a shuffle buffer, whose content is not part of its state.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        layer = getattr(dataset, "_ex_iterable", None)
+        while layer is not None:
+            if "BufferShuffled" in type(layer).__name__:
+                raise DataError(
+                    "the dataset has a shuffle buffer, and what is in it is lost with its reader; "
+                    "leave out .shuffle() and set data.shuffle_shards = true"
+                )
+            layer = getattr(layer, "ex_iterable", None)
+        self._dataset = dataset
+
+    def shard(self, i: int, of: int, /) -> ShardIterator:
+        """Shard i of ``of``; needs a dataset of at least that many shards."""
+        return _DatasetShard(self._dataset.shard(num_shards=of, index=i))
+
+
+class _DatasetShard:
+    """The dataset's state is loaded before its iterator is made."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self._dataset)
+        return next(self._iterator)
+
+    def state_dict(self) -> State:
+        state: State = self._dataset.state_dict()
+        return state
+
+    def load_state_dict(self, state: State, /) -> None:
+        self._dataset.load_state_dict(dict(state))
+        self._iterator = None

@@ -1,0 +1,148 @@
+"""Every deliberate error of Lazarus: what happened, the numbers, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class LazarusError(Exception):
+    """Base of all deliberate errors. It crosses Ray and gRPC, so pickling keeps its fields."""
+
+    exit_code: ClassVar[int] = 1  # what the command line returns when nothing handled it
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return BaseException.__new__, (type(self), *self.args), self.__dict__
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with the input: where it was said, and what is wrong with it."""
+
+    message: str
+    where: str = ""  # "configs/a.toml:14", "--set placement.min_replicas=0", or unknown
+    key: str = ""  # the dotted key it is about, if it is about one
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class ConfigError(LazarusError, ValueError):
+    """The user's input cannot work; nothing was started. Holds every problem found, one a line."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Problem | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = Problem(problems)
+        found = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in found))
+        self.problems: tuple[Problem, ...] = found
+
+
+class StaleGenerationError(LazarusError):
+    """A peer spoke for a generation that is over. Drop the message; do not retry it."""
+
+    def __init__(self, *, got: int, current: int) -> None:
+        super().__init__(f"message for generation {got}, but the cluster is at {current}")
+        self.got, self.current = got, current
+
+
+class FencedError(LazarusError):
+    """This process computes in a generation that has been fenced: unwind, report nothing, wait."""
+
+    def __init__(self, *, generation: int, fence: int) -> None:
+        super().__init__(f"generation {generation} is fenced by generation {fence}")
+        self.generation, self.fence = generation, fence
+
+
+class CollectiveError(LazarusError):
+    """A collective failed under this rank: a suspicion that a peer is gone, never a verdict."""
+
+    def __init__(self, *, label: str, generation: int, reason: str) -> None:
+        super().__init__(f"collective {label} of generation {generation} failed: {reason}")
+        self.label, self.generation, self.reason = label, generation, reason
+
+
+class TransferError(LazarusError):
+    """A piece of state did not arrive whole from a peer."""
+
+    def __init__(self, *, what: str, source: str, reason: str) -> None:
+        super().__init__(f"transfer of {what} from {source} failed: {reason}")
+        self.what, self.source, self.reason = what, source, reason
+
+
+class BadSourceError(TransferError):
+    """A copy of state that was chosen for a restore cannot be used; another one is chosen."""
+
+    def __init__(self, *, name: str, what: str, source: str, reason: str) -> None:
+        super().__init__(what=what, source=source, reason=reason)
+        self.name = name
+
+
+class QuorumTimeoutError(LazarusError):
+    """Too few nodes for too long. The run ended short, and can be resumed."""
+
+    exit_code = 3
+
+    def __init__(self, *, live: int, needed: int, waited_s: float) -> None:
+        super().__init__(
+            f"{live} live nodes, {needed} needed, waited {waited_s:.0f} s; resume the run when "
+            f"nodes are back, or lower cluster.min_nodes"
+        )
+        self.live, self.needed, self.waited_s = live, needed, waited_s
+
+
+class LostExpertError(LazarusError):
+    """The last live replica of an expert is gone and the policy says to stop there."""
+
+    exit_code = 3
+
+    def __init__(self, *, experts: Sequence[tuple[int, int]], reason: str) -> None:
+        shown = ", ".join(f"L{layer}/E{expert}" for layer, expert in experts[:8])
+        more = f" and {len(experts) - 8} more" if len(experts) > 8 else ""
+        super().__init__(f"no live replica of {shown}{more}: {reason}")
+        self.experts, self.reason = tuple(experts), reason
+
+
+class StoppedError(LazarusError):
+    """The driver was told to end; the run is short but can be resumed."""
+
+    exit_code = 3
+
+
+class UserCodeError(LazarusError):
+    """The user's model, loss, data or hook raised. Carries the traceback as text."""
+
+    def __init__(self, *, where: str, summary: str, traceback_text: str) -> None:
+        super().__init__(f"{where} raised {summary}")
+        self.where, self.summary, self.traceback_text = where, summary, traceback_text
+
+
+class BrokenInvariantError(LazarusError):
+    """The protocol says this cannot happen. The state is held; nothing is guessed."""
+
+
+class StartupError(LazarusError):
+    """A worker, a node or the cluster did not come up."""
+
+
+class ControllerDiedError(StartupError):
+    """The controller's process ended before it listened; the launcher reports its exit too."""
+
+
+class DataError(LazarusError):
+    """The data does not have the form that was promised."""
+
+
+class CheckpointError(LazarusError):
+    """A checkpoint cannot be used: what is missing or damaged, by name."""
+
+
+class RecordError(LazarusError, ValueError):
+    """A run's record cannot be read: file, line and what is wrong with it."""
+
+    def __init__(self, *, path: str, line: int, reason: str) -> None:
+        super().__init__(f"{path}:{line}: {reason}")
+        self.path, self.line, self.reason = path, line, reason

@@ -1,0 +1,191 @@
+"""The record of a run: one JSON object a line in ``events.jsonl``, and what each must hold.
+
+Every event has ``t`` (unix seconds), ``event`` and ``generation``. Readers ignore fields and events
+that they do not know, so both may be added; none that is listed here may go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lazarus.errors import RecordError
+
+SCHEMA = 1  # written into run_started
+FILE_NAME = "events.jsonl"
+
+Event = Mapping[str, Any]
+
+_INT = (int,)
+_NUMBER = (int, float)
+_TEXT = (str,)
+_NODE = (int, type(None))
+_LOSS = (int, float, type(None))  # null: not a finite number
+_HEADER: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {"t": _NUMBER, "event": _TEXT, "generation": _INT}
+)
+# Fields that an event always has, beside the header. More may be there.
+FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
+    {
+        "run_started": {"num_nodes": _INT, "world_size": _INT, "schema": _INT},
+        "run_resumed": {},
+        "step_committed": {
+            "step": _INT,
+            "loss": _LOSS,
+            "tokens": _INT,
+            "num_nodes": _INT,
+            "wall_s": _NUMBER,
+        },
+        "fault_injected": {"node": _NODE, "kind": _TEXT, "step": _INT},
+        "node_lost": {"node": _INT, "cause": _TEXT},
+        "node_left": {"node": _INT},
+        "node_joined": {"node": _INT},
+        "drain_notice": {"node": _INT},
+        "reconfigured": {
+            "reason": _TEXT,
+            "wall_s": _NUMBER,
+            "phases": (dict,),
+            "num_nodes": _INT,
+            "moves": _INT,
+            "bytes_moved": _INT,
+        },
+        "plan_adopted": {"digest": _TEXT},
+        "plan_fallback": {"reason": _TEXT},
+        "quorum_lost": {"reason": _TEXT},
+        "quorum_regained": {},
+        "expert_restored": {
+            "layer": _INT,
+            "expert": _INT,
+            "source": _TEXT,
+            "behind_steps": _INT,
+            "lost_copies": _NUMBER,
+        },
+        "checkpoint_persisted": {"step": _INT, "bytes": _INT, "wall_s": _NUMBER},
+        "checkpoint_adapted": {
+            "step": _INT,
+            "k_snapshot": _INT,
+            "snapshot_every": _INT,
+            "persist_every": _INT,
+        },
+        "checkpoint_failed": {"step": _INT, "reason": _TEXT},
+        "rank_slow": {"rank": _INT, "slowdown": _NUMBER},
+        "ledger": {"step": _INT, "sample_ids": (list,)},
+        "ledger_mismatch": {"step": _INT, "samples": _INT, "expected": _INT},
+        "evaluated": {"step": _INT, "loss": _LOSS},
+        "state_digest": {"step": _INT, "digest": _TEXT},
+        "replica_mismatch": {"layer": _INT, "expert": _INT},
+        "callback_failed": {"callback": _TEXT, "error": _TEXT},
+        "user_error": {"where": _TEXT, "error": _TEXT},
+        "run_finished": {
+            "steps": _INT,
+            "wall_s": _NUMBER,
+            "goodput_tokens_per_s": _NUMBER,
+            "ettr": _NUMBER,
+            "plt": _NUMBER,
+        },
+    }
+)
+
+
+def make_event(event: str, *, t: float, generation: int, **fields: Any) -> dict[str, Any]:
+    """Build a known event and check it.
+
+    Raises:
+        ValueError: The event is not known, or a field is missing or of the wrong type.
+    """
+    made = {"t": t, "event": event, "generation": generation, **fields}
+    if event == "run_started":
+        made.setdefault("schema", SCHEMA)
+    if event not in FIELDS:
+        raise ValueError(f"unknown event {event!r}; known: {', '.join(FIELDS)}")
+    if wrong := faults_of(made):
+        raise ValueError(f"{event}: {'; '.join(wrong)}")
+    return made
+
+
+def faults_of(event: Event) -> list[str]:
+    """What a listed event lacks, or has of the wrong type; nothing for an unknown event."""
+    wanted = {**_HEADER, **FIELDS.get(str(event.get("event")), {})}
+    wrong = []
+    for name, types in wanted.items():
+        if name not in event:
+            wrong.append(f"field {name} is missing")
+        elif not _is(event[name], types):
+            kinds = " or ".join(kind.__name__ for kind in types)
+            wrong.append(f"{name} = {event[name]!r} must be {kinds}")
+    return wrong
+
+
+def encode(event: Event) -> str:
+    """One line of the record, with its line end. What is not a finite number becomes null."""
+    return json.dumps(_finite(event), separators=(", ", ": "), allow_nan=False) + "\n"
+
+
+def decode(line: str) -> dict[str, Any]:
+    """The event of one line.
+
+    Raises:
+        ValueError: It is not a JSON object with ``t``, ``event`` and ``generation``.
+    """
+    event = json.loads(line)
+    if not isinstance(event, dict):
+        raise ValueError("not a JSON object")
+    for name, types in _HEADER.items():
+        if not _is(event.get(name), types):
+            raise ValueError(f"{name} = {event.get(name)!r} must be {types[0].__name__}")
+    return event
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """All events of a record: ``path`` is the file, or the run's folder.
+
+    A last line without its line end was being written when the run ended: it is left out.
+
+    Raises:
+        RecordError: The file cannot be read, or a line is damaged; with its number.
+    """
+    place = Path(path)
+    place = place / FILE_NAME if place.is_dir() else place
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text"
+        raise RecordError(path=str(place), line=0, reason=f"cannot be read: {reason}") from error
+    return list(parse_lines(text, name=str(place)))
+
+
+def parse_lines(text: str, *, name: str = FILE_NAME) -> Iterator[dict[str, Any]]:
+    """Events of a text; see ``read_events``."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            yield decode(line)
+        except ValueError as error:
+            raise RecordError(path=name, line=number, reason=str(error)) from error
+
+
+def of_kind(events: Iterable[Event], *names: str) -> list[Event]:
+    """Only the events of these names, in order."""
+    return [event for event in events if event["event"] in names]
+
+
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, types)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,87 @@
+"""What a run tells one MoE layer, and what the layer tells the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dispatcher.dispatch import Routed
+from dispatcher.exchange import Exchange, SoloExchange
+from dispatcher.routing import BoolArray, RoutingTable
+
+
+class LayerContext:
+    """One MoE layer's place in a run. The runtime owns and changes it between micro-batches.
+
+    Shapes: E experts, R ranks.
+
+    Attributes:
+        mode: How copies are split over replicas: "home", "shares" or "balanced".
+        rows_per_replica: For "balanced", see ``dispatcher.split.SplitRule``.
+        expected_E: Fractions of routed copies of the last committed step, f32 [E], sum 1.
+        counts_E: Copies of this step so far over all ranks, int64 [E]; first forwards in training
+            mode only, never those that checkpointing repeats.
+        served_ER: Which replicas served tokens in this step so far, equal on all ranks.
+        served_before_ER: The same before the last first forward, for one that is repeated.
+        aux_sum: This micro-batch's auxiliary loss, a sum over its tokens; the runtime adds it to
+            the loss and resets it.
+        observer: Called with (layer, expert_TK) at every first forward, to export a trace.
+        forced_TK: Choices to take instead of the router's, to replay a trace; the weights are
+            still the router's.
+        written: Set it to an empty set to let the first backward of a step overwrite the gradient
+            rows it writes, so that nobody needs to zero them; ``start_step`` empties it again.
+            Then sum gradients with ``written=`` the same set. None: rows are added to.
+        ghost: This rank has no samples in this round: nothing is routed, outputs are zeros.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        exchange: Exchange,
+        table: RoutingTable,
+        mode: str = "home",
+        rows_per_replica: float = 128.0,
+        expected_E: Tensor | None = None,
+        counts_E: Tensor | None = None,
+        served_ER: BoolArray | None = None,
+        aux_sum: Tensor | None = None,
+        ghost: bool = False,
+    ) -> None:
+        experts = table.num_experts
+        self.layer, self.exchange, self.table, self.mode = layer, exchange, table, mode
+        self.expected_E = torch.full((experts,), 1 / experts) if expected_E is None else expected_E
+        self.counts_E = torch.zeros(experts, dtype=torch.int64) if counts_E is None else counts_E
+        shape = table.holds_ER.shape
+        self.served_ER = np.zeros(shape, dtype=np.bool_) if served_ER is None else served_ER
+        self.served_before_ER = self.served_ER.copy()
+        self.rows_per_replica = rows_per_replica
+        self.aux_sum, self.ghost = aux_sum, ghost
+        self.observer: Callable[[int, Tensor], None] | None = None
+        self.forced_TK: Tensor | None = None
+        self.written: set[int] | None = None
+
+    @classmethod
+    def solo(cls, num_experts: int) -> LayerContext:
+        """No run around the layer: one rank, every expert."""
+        return cls(layer=0, exchange=SoloExchange(), table=RoutingTable.solo(num_experts))
+
+    def start_step(self) -> None:
+        """Forget what an earlier step or an abandoned attempt left behind."""
+        self.counts_E.zero_()
+        self.served_ER[:] = False
+        self.served_before_ER[:] = False
+        self.aux_sum = None
+        if self.written is not None:
+            self.written = set()
+
+    def record(self, routed: Routed, aux: Tensor | None) -> None:
+        """Take note of one first forward: its load, its servers, its auxiliary loss."""
+        self.counts_E += torch.from_numpy(routed.counts_RE.sum(0)).to(self.counts_E)
+        self.served_before_ER = self.served_ER.copy()
+        self.served_ER |= routed.split.served_ER
+        if aux is not None:
+            self.aux_sum = aux if self.aux_sum is None else self.aux_sum + aux

@@ -1,0 +1,236 @@
+"""Put a run's record, its loads and its certificate together, and write ``report.html``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lazarus.events import Event, of_kind, read_events
+from lazarus.format import bytes_text, count_text, loss_text, seconds_text
+from lazarus.metrics import Summary
+from lazarus.report import charts
+from lazarus.report.page import Section, page
+from lazarus.report.series import RunView, view_of
+from lazarus.simulate.loads import LoadTrace, counts_of_journal, load_loads
+from placement import Certificate, certificate
+from placement.foreign import certified
+
+FILE_NAME = "report.html"
+LOADS_NAME = "expert_load.npz"
+_MOST_COLUMNS = 150  # moments of the load heat maps
+_MOST_NODES = 64  # up to here a certificate is made in well under a second
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``RUN_DIR/report.html`` from what the run left, and return its path.
+
+    Raises:
+        RecordError: There is no record, or it is damaged.
+        OSError: The file cannot be written.
+    """
+    folder = Path(run_dir)
+    events = read_events(folder)
+    view = view_of(events, name=folder.name)
+    text = page(
+        title=f"Lazarus run {folder.absolute().name}",
+        subtitle=_subtitle(view),
+        tiles=_tiles(view.summary),
+        sections=_sections(view, events, _loads(folder)),
+    )
+    return _written(folder / FILE_NAME, text)
+
+
+def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
+    """Several runs in one page, side by side.
+
+    Raises:
+        RecordError, OSError: See ``write_report``.
+    """
+    names = _names([Path(folder) for folder in run_dirs])
+    views = [view_of(read_events(d), name=n) for d, n in zip(run_dirs, names, strict=True)]
+    sections = [
+        Section(title="Figures", table=_comparison(views), wide=True),
+        Section(title="Loss", figure=charts.loss_chart(views), wide=True),
+        Section(title="Throughput", figure=charts.throughput_chart(views)),
+        Section(title="Live nodes", figure=charts.nodes_chart(views)),
+        Section(
+            title="Goodput",
+            about="Committed tokens per wall second.",
+            figure=charts.bars_chart(
+                names, [v.summary.goodput_tokens_per_s for v in views], title="tokens / s"
+            ),
+        ),
+        Section(
+            title="ETTR",
+            about="Productive time over wall time.",
+            figure=charts.bars_chart(names, [v.summary.ettr for v in views], title="ETTR"),
+        ),
+    ]
+    text = page(
+        title=f"{len(views)} Lazarus runs", subtitle=", ".join(names), tiles=(), sections=sections
+    )
+    return _written(Path(out), text)
+
+
+def _written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    short = [folder.absolute().name for folder in folders]
+    if len(set(short)) == len(short):
+        return short
+    return [str(folder) for folder in folders]
+
+
+def _loads(folder: Path) -> LoadTrace | None:
+    """The run's own file, else the counts in its journal; None where neither is readable."""
+    try:
+        if (folder / LOADS_NAME).is_file():
+            return load_loads(folder / LOADS_NAME)
+        return counts_of_journal(folder / "journal")
+    except (ValueError, OSError, KeyError):
+        return None  # a report without this chart is better than none
+
+
+def _subtitle(view: RunView) -> str:
+    settings = view.settings
+    shape = ""
+    if "num_experts" in settings:
+        shape = (
+            f", {settings.get('num_layers', '?')} MoE layers x {settings['num_experts']} experts"
+        )
+    return (
+        f"{view.summary.steps:,} steps in {seconds_text(view.summary.wall_s)}, "
+        f"{settings.get('num_nodes', '?')} nodes at the start{shape}"
+    )
+
+
+def _tiles(summary: Summary) -> list[tuple[str, str]]:
+    backs = [r.back_s for r in summary.recoveries if r.back_s is not None]
+    worst = seconds_text(max(backs)) if backs else "none"
+    return [
+        ("goodput, tokens/s", count_text(summary.goodput_tokens_per_s)),
+        ("ETTR", f"{summary.ettr:.3f}"),
+        ("PLT", f"{summary.plt * 100:.2g} %"),
+        ("last loss", loss_text(summary.final_loss)),
+        ("steps lost", f"{summary.steps_lost}"),
+        ("nodes lost / joined", f"{summary.losses} / {summary.joins}"),
+        ("slowest recovery", worst),
+        ("moved", bytes_text(summary.bytes_moved)),
+    ]
+
+
+def _sections(view: RunView, events: Sequence[Event], loads: LoadTrace | None) -> list[Section]:
+    found = [
+        Section(title="Loss", about="Vertical lines: what happened to nodes.",
+                figure=charts.loss_chart([view]), wide=True),
+        Section(title="Throughput", about="Committed tokens per second, over ten steps.",
+                figure=charts.throughput_chart([view])),
+        Section(title="Live nodes", figure=charts.nodes_chart([view])),
+    ]  # fmt: skip
+    if (figure := charts.recovery_chart(view)) is not None:
+        about = "From the fault to the next committed step, by phase; attempts add up."
+        found.append(Section(title="Recoveries", about=about, figure=figure, wide=True))
+    found += _placement(view)
+    found += _load_sections(loads)
+    if (figure := charts.checkpoint_chart(view)) is not None:
+        about = "Steps that would have to be done again if every node died."
+        found.append(Section(title="Checkpoint age", about=about, figure=figure))
+    found += _certificate(events)
+    return found
+
+
+def _placement(view: RunView) -> list[Section]:
+    if not view.plans:
+        return []
+    chosen = [("Placement at the start", view.plans[0])]
+    if len(view.plans) > 1:
+        chosen.append(("Placement at the end", view.plans[-1]))
+    return [
+        Section(
+            title=title,
+            about=f"Layers (of {plan.num_layers}) in which a node holds an expert, "
+            f"from {plan.at_s:.1f} s on.",
+            figure=charts.placement_chart(plan),
+        )
+        for title, plan in chosen
+    ]
+
+
+def _load_sections(loads: LoadTrace | None) -> list[Section]:
+    if loads is None or not len(loads.steps):
+        return []
+    num_layers = loads.counts.shape[1]
+    layers = sorted({0, num_layers - 1})
+    return [_load_section(loads, layer) for layer in layers]
+
+
+def _load_section(loads: LoadTrace, layer: int) -> Section:
+    bins = np.array_split(np.arange(len(loads.steps)), min(_MOST_COLUMNS, len(loads.steps)))
+    sums = np.stack([loads.counts[chunk, layer].sum(0) for chunk in bins]).astype(np.float64)
+    share_TE = sums / np.maximum(1.0, sums.sum(1, keepdims=True))
+    steps = [int(loads.steps[chunk[-1]]) for chunk in bins]
+    return Section(
+        title=f"Expert load, MoE layer {layer}",
+        about="Each expert's part of the layer's routed copies, committed steps only.",
+        figure=charts.load_chart(steps, share_TE.tolist()),
+    )
+
+
+def _certificate(events: Sequence[Event]) -> list[Section]:
+    """What the last plan survives, from the record alone."""
+    adopted = [e for e in of_kind(events, "plan_adopted") if e.get("experts_of_rank")]
+    if not adopted or len(adopted[-1]["nodes"]) > _MOST_NODES:
+        return []
+    found, nodes = _certified(adopted[-1])
+    pairs = [(k, p) for k, p in found.survival.items() if k]
+    experts = ", ".join(f"{layer}/{e}" for layer, e in found.fatal_experts[:6])
+    fatal = ", ".join(str(nodes[n]) for n in found.fatal_nodes)
+    table = [
+        ("figure", "value"),
+        ("smallest fatal set of nodes", fatal),
+        ("it would lose (layer/expert)", experts),
+        ("distinct nodes of every expert", f">= {found.min_distinct_nodes}"),
+        ("method", found.method),
+    ]
+    about = "Probability that every expert of the last plan survives k nodes lost at once."
+    return [
+        Section(title="Certificate", about=about, figure=charts.survival_chart(pairs), table=table)
+    ]
+
+
+def _certified(event: Event) -> tuple[Certificate, list[int]]:
+    nodes = [int(n) for n in event["nodes"]]
+    ranks: Any = event["experts_of_rank"]
+    per_node = max(1, len(ranks[0]) // len(nodes))
+    rows = [
+        [
+            sorted({e for held in layer[n * per_node : (n + 1) * per_node] for e in held})
+            for n in range(len(nodes))
+        ]
+        for layer in ranks
+    ]
+    plan, _ = certified({"experts_of_node": rows})
+    return certificate(plan), nodes
+
+
+def _comparison(views: Sequence[RunView]) -> list[list[str]]:
+    rows = [["run", "steps", "wall", "goodput tok/s", "ETTR", "PLT", "steps lost", "losses",
+             "joins", "last loss"]]  # fmt: skip
+    for view in views:
+        s = view.summary
+        rows.append(
+            [view.name, f"{s.steps:,}", seconds_text(s.wall_s), f"{s.goodput_tokens_per_s:,.0f}",
+             f"{s.ettr:.3f}", f"{s.plt * 100:.2g} %", str(s.steps_lost), str(s.losses),
+             str(s.joins), loss_text(s.final_loss)]
+        )  # fmt: skip
+    return rows

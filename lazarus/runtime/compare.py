@@ -1,0 +1,102 @@
+"""Whether replicas are still equal bit for bit: a detector of silent corruption (invariant I17).
+
+Shapes: R ranks, L MoE layers, E experts, N = 1 + L * E things that are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from dispatcher.exchange import Exchange
+from lazarus.runtime.replica import Replica
+
+MOST_REPORTED = 16  # differences in one comparison; the first says enough
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One thing whose copies differ. Layer and expert -1: the dense state.
+
+    ``odd`` are the ranks that most others outvote; without a majority, all that hold a copy.
+    """
+
+    layer: int
+    expert: int
+    odd: tuple[int, ...]
+    holders: tuple[int, ...]
+    is_majority: bool
+
+    def to_json(self, *, step: int, nodes: Sequence[int]) -> str:
+        """The fields of the record's event; ``nodes`` by rank."""
+        name = "dense state" if self.layer < 0 else f"L{self.layer}/E{self.expert}"
+        ranks = ", ".join(map(str, self.odd))
+        verdict = f"differs on rank {ranks}" if self.is_majority else f"differs between {ranks}"
+        fields: dict[str, Any] = {
+            "layer": self.layer,
+            "expert": self.expert,
+            "what": f"{name} {verdict} after step {step}",
+            "ranks": list(self.odd),
+            "nodes": sorted({nodes[rank] for rank in self.odd}),
+            "majority": self.is_majority,
+        }
+        return json.dumps(fields)
+
+
+def checksums(replica: Replica) -> NDArray[np.int64]:
+    """int64 [N]: of the dense state, then of each expert's record; 0 where it is not held."""
+    sums = np.zeros(1 + len(replica.layers) * replica.num_experts, dtype=np.int64)
+    sums[0] = _nonzero(bytes.fromhex(replica.dense_digest()) + replica.history.tobytes())
+    for layer, bank in enumerate(replica.banks):
+        for expert in (e for e in bank.expert_of_slot if e >= 0):
+            record = replica.read_record(layer, expert).numpy()
+            sums[1 + layer * replica.num_experts + expert] = _nonzero(record)
+    return sums
+
+
+def _nonzero(content: Any) -> int:
+    return (int(xxhash.xxh3_64_intdigest(content)) >> 2) + 1
+
+
+def compare(replica: Replica, exchange: Exchange) -> list[Difference]:
+    """All ranks gather all checksums, and each finds the same differences."""
+    own = torch.from_numpy(checksums(replica)).to(replica.device)
+    gathered = torch.empty(exchange.size * own.numel(), dtype=torch.int64, device=replica.device)
+    exchange.all_gather(gathered, own, label="digest")
+    rows = gathered.cpu().view(exchange.size, own.numel()).numpy()
+    return differences(rows, num_experts=replica.num_experts)
+
+
+def differences(sums_RN: NDArray[np.int64], *, num_experts: int) -> list[Difference]:
+    """What differs, and on whom.
+
+    Args:
+        sums_RN: Checksums of every rank; 0 where a rank holds no copy.
+    """
+    highest = sums_RN.max(axis=0)
+    lowest = np.where(sums_RN == 0, highest, sums_RN).min(axis=0)
+    found = []
+    for index in np.flatnonzero(lowest != highest)[:MOST_REPORTED].tolist():
+        column = sums_RN[:, index].tolist()
+        holders = tuple(rank for rank, value in enumerate(column) if value)
+        (usual, votes), *_ = Counter(column[rank] for rank in holders).most_common(1)
+        is_majority = 2 * votes > len(holders)
+        layer, expert = divmod(index - 1, num_experts) if index else (-1, -1)
+        found.append(
+            Difference(
+                layer=layer,
+                expert=expert,
+                odd=tuple(r for r in holders if not is_majority or column[r] != usual),
+                holders=holders,
+                is_majority=is_majority,
+            )
+        )
+    return found

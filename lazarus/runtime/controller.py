@@ -1,0 +1,345 @@
+"""The controller's shell: one event queue, one consumer, one ``decide``; it carries out commands.
+
+It decides nothing. Streams feed the queue; the consumer alone owns the state, the journal and the
+record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lazarus import metrics
+from lazarus.control.commits import last_words
+from lazarus.control.machine import decide
+from lazarus.control.messages import (
+    Body,
+    Command,
+    Disconnect,
+    DriverGone,
+    DriverHello,
+    DriverSaid,
+    Event,
+    Exit,
+    Hello,
+    Journal,
+    Prepare,
+    Publish,
+    Record,
+    RunOver,
+    StreamClosed,
+    Tell,
+    TellDriver,
+    Tick,
+    WorkerSaid,
+    WriteManifest,
+)
+from lazarus.control.replay import missing_commits, resumed_state
+from lazarus.control.state import Control
+from lazarus.runtime import journal as journaling
+from lazarus.runtime.groups import RendezvousStore
+from lazarus.runtime.manifests import ManifestWriter
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc import lazarus_pb2 as pb
+from lazarus.runtime.rpc import lazarus_pb2_grpc as rpc
+from lazarus.runtime.rpc.channel import bind, make_server
+from lazarus.runtime.spec import ControllerSpec
+
+_TICK_S = 0.02
+
+
+class _Peer:
+    """The outgoing half of one stream."""
+
+    def __init__(self) -> None:
+        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def messages(self) -> Iterator[Any]:
+        while (message := self.outbox.get()) is not None:
+            yield message
+
+
+class _Servicer(rpc.ControlServicer):  # type: ignore[misc]
+    """Streams in, events out; commands go the other way."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    def Attach(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        return self._controller.serve(requests, context, driver=False)
+
+    def Drive(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        return self._controller.serve(requests, context, driver=True)
+
+
+class RecordLog:
+    """events.jsonl: one writer, one object a line, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.events = _earlier(path)
+        self._out = path.open("a", encoding="utf-8")
+
+    def append(self, event: dict[str, Any]) -> str:
+        line = json.dumps(event, separators=(",", ":"), allow_nan=False)
+        self._out.write(line + "\n")
+        self._out.flush()
+        self.events.append(event)
+        return line
+
+    def close(self) -> None:
+        self._out.close()
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """What an earlier life wrote; half a last line is cut off."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if len(whole) != len(text):
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+class Controller:
+    """One life of the controller process."""
+
+    def __init__(self, spec: ControllerSpec, state: Control, journal: journaling.Journal) -> None:
+        self._spec = spec
+        self._state = state
+        self._journal = journal
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._peers: dict[str, _Peer] = {}
+        self._driver: _Peer | None = None
+        self._for_driver: list[Any] = []  # until it is (back) there
+        self._driver_there = threading.Event()
+        self._ended: Mapping[str, Any] | None = None  # how an earlier life ended the run
+        self._done = False
+        self.last_stream_error = ""  # how the newest broken stream broke
+        stall_s = spec.config.tolerated_stall_s
+        self._store = RendezvousStore(spec.host, timeout_s=30 * stall_s)
+        self._log = RecordLog(spec.run_dir / "events.jsonl")
+        self._manifests = ManifestWriter(spec, self._events.put)
+        self._server = make_server(spec.secret, max_streams=spec.max_streams)
+        rpc.add_ControlServicer_to_server(_Servicer(self), self._server)
+        self.port = bind(self._server, f"{spec.host}:{spec.port}", key=spec.key, cert=spec.cert)
+
+    # ---- streams -------------------------------------------------------------------------------
+
+    def serve(self, requests: Iterator[Any], context: Any, *, driver: bool) -> Iterator[Any]:
+        """Answer one stream: the first message says who speaks."""
+        first = codec.unwrap(next(requests))
+        peer = _Peer()
+        if driver:
+            assert isinstance(first, DriverHello)
+            name = ""
+            with self._lock:
+                self._driver = peer
+                for message in self._for_driver:
+                    peer.outbox.put(message)
+                self._for_driver.clear()
+            self._driver_there.set()
+        else:
+            assert isinstance(first, Hello)
+            name = first.worker
+            with self._lock:
+                older, self._peers[name] = self._peers.get(name), peer
+            if older is not None:
+                older.outbox.put(None)  # one stream per worker and term (rule 37)
+        context.add_callback(lambda: peer.outbox.put(None))
+        self._post(name, first, driver=driver)
+        reader = threading.Thread(
+            target=self._read, args=(requests, name, peer, driver), name=f"read-{name}", daemon=True
+        )
+        reader.start()
+        yield from peer.messages()
+
+    def _read(self, requests: Iterator[Any], name: str, peer: _Peer, driver: bool) -> None:
+        try:
+            for message in requests:
+                self._post(name, codec.unwrap(message), driver=driver)
+        except Exception as problem:  # noqa: BLE001 - grpc raises private types when a peer dies
+            self.last_stream_error = f"{name}: {problem}"
+        finally:
+            peer.outbox.put(None)
+            self._closed(name, peer, driver=driver)
+
+    def _post(self, name: str, body: Body, *, driver: bool) -> None:
+        now = time.time()
+        event: Event = (
+            DriverSaid(body=body, at_s=now)
+            if driver
+            else WorkerSaid(worker=name, body=body, at_s=now)
+        )
+        self._events.put(event)
+
+    def _closed(self, name: str, peer: _Peer, *, driver: bool) -> None:
+        if driver:
+            if self._driver is peer:
+                self._events.put(DriverGone(at_s=time.time()))
+            return
+        with self._lock:
+            current = self._peers.get(name) is peer
+            if current:
+                del self._peers[name]
+        if current:
+            self._events.put(StreamClosed(worker=name, at_s=time.time()))
+
+    def catch_up(self, entries: list[dict[str, Any]]) -> None:
+        """Publish what an earlier life journaled and did not get to say."""
+        self._ended = next((e for e in reversed(entries) if e["kind"] == "end"), None)
+        if not self._state.resumed:
+            return
+        life = metrics.lives(self._log.events)[-1]
+        said = {(event["event"], event.get("step")) for event in life}
+        last = max(metrics.committed_steps(life), default=0)
+        # One step further back: its ledger may be missing though its commit is said.
+        missing = missing_commits(entries, self._spec.config, published=last - 1, now_s=time.time())
+        for command in missing:
+            if (command.event, command.fields["step"]) not in said:
+                self._publish(command)
+
+    def _end_again(self, entry: Mapping[str, Any]) -> None:
+        """An earlier life died while it ended the run: say what it may not have said."""
+        event, told = last_words(entry)
+        if not self._log.events or self._log.events[-1]["event"] != event.event:
+            self._publish(event)
+        self._carry_out(told)
+        self._driver_there.wait(self._spec.config.start_timeout_s)
+        self._carry_out(Exit())
+
+    # ---- the one consumer ----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the run is over."""
+        self._server.start()
+        if self._ended is not None:
+            self._end_again(self._ended)
+        next_tick = time.monotonic() + _TICK_S
+        while not self._done:
+            timeout = max(0.0, next_tick - time.monotonic())
+            try:
+                event: Event = self._events.get(timeout=timeout)
+            except queue.Empty:
+                late = time.monotonic() - next_tick
+                slept_s = late if late > self._spec.config.nap_s else 0.0
+                event = Tick(at_s=time.time(), slept_s=slept_s)
+                next_tick = time.monotonic() + _TICK_S
+            self._state, commands = decide(self._state, event)
+            for command in commands:
+                self._carry_out(command)
+        self._server.stop(grace=2.0).wait()
+        self._manifests.close()
+        self._log.close()
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Tell(worker=worker, body=body):
+                self._tell(worker, body)
+            case TellDriver(body=body):
+                self._tell_driver(body)
+            case Journal(entry=entry):
+                self._journal.append(entry)
+            case Publish():
+                self._publish(command)
+            case WriteManifest():
+                self._manifests.order(command)
+            case Disconnect(worker=worker):
+                with self._lock:
+                    peer = self._peers.get(worker)
+                if peer is not None:
+                    peer.outbox.put(None)
+            case Exit():
+                self._done = True
+                with self._lock:
+                    peers = [*self._peers.values()]
+                for peer in peers:
+                    peer.outbox.put(None)
+                if self._driver is not None:
+                    self._driver.outbox.put(None)
+
+    def _tell(self, worker: str, body: Body) -> None:
+        with self._lock:
+            peer = self._peers.get(worker)
+        if peer is None:
+            return  # its stream is closed; the event for that is on its way
+        if isinstance(body, Prepare):
+            body = replace(body, store=self._store.address)
+        peer.outbox.put(codec.wrap(pb.ToWorker, body, term=self._state.term))
+
+    def _tell_driver(self, body: Body) -> None:
+        if isinstance(body, RunOver):
+            last = self._log.events[-1]
+            totals = {name: last[name] for name in ("goodput_tokens_per_s", "ettr", "plt")}
+            result = {**json.loads(body.result), **totals}
+            body = replace(body, result=json.dumps(_finite(result)))
+        message = codec.wrap(pb.ToDriver, body)
+        with self._lock:
+            if self._driver is not None:
+                self._driver.outbox.put(message)
+            else:
+                self._for_driver.append(message)
+
+    def _publish(self, command: Publish) -> None:
+        event = {"t": command.t, "event": command.event, **command.fields}
+        if command.event == "run_finished":
+            event = {**run_totals([*self._log.events, event]), **event}
+        line = self._log.append(_finite(event))
+        self._tell_driver(Record(line=line))
+
+
+def run_totals(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the last event of a record says of the whole run."""
+    return {
+        "goodput_tokens_per_s": metrics.goodput(events),
+        "ettr": metrics.ettr(events),
+        "plt": metrics.plt(events),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: such numbers become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def open_controller(spec: ControllerSpec) -> Controller:
+    """A controller that listens: a first life, or one that reads its journal.
+
+    Raises:
+        OSError: The port of the earlier life is not to be had.
+    """
+    folder = spec.run_dir / spec.journal
+    entries = journaling.read_journal(folder) if folder.exists() else []
+    journal = journaling.Journal(folder)
+    now = time.time()
+    if not entries:
+        journal.append({"kind": "header", "run": spec.run_id, "format": 1})
+    state = resumed_state(entries, spec.config, now_s=now)
+    port = spec.port or next((int(e["port"]) for e in entries if e["kind"] == "term"), 0)
+    controller = Controller(replace(spec, port=port), state, journal)
+    controller.catch_up(entries)
+    entry = {"kind": "term", "term": state.term, "port": controller.port, "pid": os.getpid()}
+    journal.append(entry)
+    return controller
+
+
+def start_controller(spec: ControllerSpec, on_bound: Callable[[int], None]) -> None:
+    """Entry point of the controller's own process."""
+    controller = open_controller(spec)
+    on_bound(controller.port)
+    controller.run()

@@ -1,0 +1,354 @@
+"""The driver owns every process of a run: it starts, ends and watches them, and tells the user.
+
+It decides nothing about training: the controller says what to start and when the run is over.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lazarus import errors
+from lazarus.checkpoint.errors import KeeperUnavailableError
+from lazarus.control.messages import (
+    Body,
+    DriverHello,
+    Injected,
+    KillController,
+    KillNode,
+    NodeNotice,
+    Record,
+    RunOver,
+    StartNode,
+    StopRun,
+    WorkerDied,
+)
+from lazarus.control.state import ControlConfig
+from lazarus.faults import ChaosSpec
+from lazarus.runtime.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
+from lazarus.runtime.keeper import KeeperConfig
+from lazarus.runtime.launch import Launcher, OnExit
+from lazarus.runtime.link import Link
+from lazarus.runtime.local_nodes import NodePlace
+from lazarus.runtime.rpc import lazarus_pb2 as pb
+from lazarus.runtime.spec import Address, ControllerSpec, WorkerSpec
+from lazarus.timeouts import Timeouts
+
+_MAX_RESTARTS = 100  # of the controller in one run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything the driver needs to start a run's processes."""
+
+    run_id: str
+    run_dir: Path
+    scratch: Path
+    config: Mapping[str, Any]
+    control: ControlConfig
+    timeouts: Timeouts
+    user: bytes
+    faults: tuple[str, ...]
+    checkpoint_url: str
+    resume: str | None
+    version: str
+    ranks_per_node: int
+    checkpoint: Mapping[str, Any]
+    keep_checkpoints: int = 3
+    keepers: bool = True  # one per node, for snapshots
+    journal: str = "journal"
+    chaos: ChaosSpec | None = None
+    key: bytes | None = None
+    cert: bytes | None = None
+    ca: bytes | None = None
+
+
+class Driver:
+    """One run, seen from its owner."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        make_launcher: Callable[[OnExit], Launcher],
+        on_event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._spec = spec
+        self._on_event = on_event
+        self._inbox: queue.SimpleQueue[Body] = queue.SimpleQueue()
+        self._secret = secrets.token_hex(32)
+        self._lock = threading.Lock()
+        self._num_started = 0
+        self._dead: list[WorkerDied] = []
+        self._restarts = 0
+        self._alive: dict[str, set[str]] = {}  # node name -> its live ranks, oldest node first
+        self._wishes: list[StopRun | NodeNotice] = []  # of the user and the cluster
+        self._doomed: set[str] = set()  # struck at random, not yet gone
+        self._chaos: Chaos | None = None
+        self._over = False
+        self._launcher = make_launcher(self._on_exit)
+        self._link: Link | None = None
+        self._controller: ControllerSpec | None = None
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    def run(self) -> RunOver:
+        """Start everything, follow the run, end everything.
+
+        Raises:
+            StartupError: The controller did not come up.
+        """
+        over = False
+        try:
+            self._start()
+            while True:
+                body = self._inbox.get()
+                if isinstance(body, RunOver):
+                    over = True
+                    return body
+                self._handle(body)
+        finally:
+            self._close(over=over)
+
+    def _start(self) -> None:
+        spec, host = self._spec, self._launcher.host
+        count = self._launcher.room(spec.control.nodes)
+        self._controller = ControllerSpec(
+            run_id=spec.run_id,
+            host=host,
+            port=0,
+            secret=self._secret,
+            run_dir=spec.run_dir,
+            config=spec.control,
+            checkpoint_url=spec.checkpoint_url,
+            checkpoint=spec.checkpoint,
+            keep_checkpoints=spec.keep_checkpoints,
+            journal=spec.journal,
+            key=spec.key,
+            cert=spec.cert,
+        )
+        port = self._launcher.start_controller(self._controller, timeout_s=spec.timeouts.startup_s)
+        self._controller = replace(self._controller, port=port)
+        self._address = Address(address=f"{host}:{port}", secret=self._secret, ca=spec.ca)
+        self._link = Link(
+            self._address.address,
+            secret=self._secret,
+            ca=spec.ca,
+            method="Drive",
+            envelope=pb.FromDriver,
+            hello=lambda: DriverHello(run=spec.run_id),
+            on_connect=self._connected,
+            on_message=lambda term, body: self._inbox.put(body),
+            on_dead=self._controller_lost,
+            allowance_s=spec.timeouts.controller_restart_s,
+        )
+        self._link.start()
+        keys = [self._new_key() for _ in range(count)]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            places = list(pool.map(self._open_node, keys))
+        for key, place in zip(keys, places, strict=True):
+            self._start_workers(key, place)
+        self._launcher.follow_nodes(self._start_one_more, self._noticed)
+
+    def _close(self, *, over: bool) -> None:
+        self._over = True
+        if self._chaos is not None:
+            self._chaos.close()
+        if self._link is not None:
+            self._link.close(timeout_s=1.0)
+        self._launcher.close(grace_s=5.0 if over else 0.0)
+
+    # ---- what the controller says --------------------------------------------------------------
+
+    def _handle(self, body: Body) -> None:
+        match body:
+            case WorkerDied():
+                self._restart_controller(body.cause)
+            case Record(line=line):
+                self._recorded(json.loads(line))
+            case StartNode():
+                self._start_one_more()
+            case KillNode(node_key=key):
+                self._kill_node(key)
+            case KillController():
+                self._launcher.kill("controller")
+            case _:
+                raise errors.LazarusError(f"the controller sent {type(body).__name__}")
+
+    def _restart_controller(self, cause: str) -> None:
+        """Its journal and its port are where they were; workers come back by themselves."""
+        assert self._controller is not None
+        self._restarts += 1
+        if self._restarts > _MAX_RESTARTS:
+            raise errors.LazarusError(f"the controller died {self._restarts} times: {cause}")
+        try:
+            self._launcher.start_controller(
+                self._controller, timeout_s=self._spec.timeouts.startup_s
+            )
+        except errors.ControllerDiedError:
+            return  # killed again meanwhile: the news of that is on its way
+
+    def _connected(self) -> None:
+        """The stream is (back) there: what a new life of the controller does not know."""
+        with self._lock:
+            news = (*self._dead, *self._wishes)
+        for body in news:
+            if self._link is not None:
+                self._link.send(body)
+
+    def _wish(self, body: StopRun | NodeNotice) -> None:
+        """Say it now, and again to every new life of the controller."""
+        with self._lock:
+            if body not in self._wishes:
+                self._wishes.append(body)
+        if self._link is not None:
+            self._link.send(body)
+
+    def _recorded(self, event: dict[str, Any]) -> None:
+        if event["event"] == "run_started" and self._spec.chaos and self._chaos is None:
+            self._chaos = Chaos(self._spec.chaos, self)
+        self._on_event(event)
+
+    def has_room(self) -> bool:
+        """Whether one more node could take part."""
+        limit = self._spec.control.max_nodes
+        with self._lock:
+            return limit is None or len(self._alive) < limit
+
+    def live_nodes(self) -> list[str]:
+        """Names of the nodes that have not been lost and will not be."""
+        with self._lock:
+            return [node for node in self._alive if node not in self._doomed]
+
+    def inject(self, kind: str, node_key: str, spec: str) -> None:
+        """Strike one node, on record."""
+        assert self._link is not None
+        self._link.send(Injected(kind=kind, node_key=node_key, spec=spec))
+        if kind in FATAL_KINDS:
+            self._doomed.add(node_key)
+        match kind:
+            case "kill":
+                self._kill_node(node_key)
+            case "join":
+                self._start_one_more()
+            case "leave":
+                self.notice(node_key, notice_s=0.0, cause="leave")
+            case "controller":
+                self._launcher.kill("controller")
+            case _ if kind in PROCESS_KINDS:
+                pass  # the controller tells the process
+            case _:
+                raise errors.LazarusError(f"the driver cannot inject {kind}")
+
+    def _kill_node(self, key: str) -> None:
+        with self._lock:
+            self._alive.pop(key, None)
+        for local_rank in range(self._spec.ranks_per_node):
+            self._launcher.kill(f"{key}.{local_rank}")
+        self._launcher.close_node(key)
+
+    def start_node(self) -> str:
+        """Bring one more node up. Returns its name.
+
+        Raises:
+            StartupError: There is no room for it.
+        """
+        key = self._new_key()
+        self._start_workers(key, self._open_node(key))
+        return key
+
+    def _start_one_more(self) -> None:
+        """A node that is wanted while training; the run goes on without it if need be."""
+        try:
+            self.start_node()
+        except (errors.StartupError, KeeperUnavailableError) as problem:
+            print(f"a node did not start: {problem}", file=sys.stderr, flush=True)
+
+    def _new_key(self) -> str:
+        with self._lock:
+            key = f"node-{self._num_started}"
+            self._num_started += 1
+        return key
+
+    def _open_node(self, key: str) -> NodePlace:
+        spec = self._spec
+        keeper = KeeperConfig(job=spec.run_id, secret=self._secret) if spec.keepers else None
+        return self._launcher.open_node(key, keeper=keeper, folder=spec.scratch / key)
+
+    def _start_workers(self, key: str, place: NodePlace) -> None:
+        spec = self._spec
+        names = [f"{key}.{local_rank}" for local_rank in range(spec.ranks_per_node)]
+        with self._lock:
+            self._alive[key] = set(names)
+        for local_rank, name in enumerate(names):
+            self._launcher.start_worker(
+                WorkerSpec(
+                    run_id=spec.run_id,
+                    worker=name,
+                    node_key=key,
+                    local_rank=local_rank,
+                    ranks_per_node=spec.ranks_per_node,
+                    host=place.host,
+                    controller=self._address,
+                    config=spec.config,
+                    user=spec.user,
+                    run_dir=spec.run_dir,
+                    node_folder=spec.scratch / key,
+                    faults=spec.faults,
+                    resume=spec.resume,
+                    keeper=place.keeper,
+                    checkpoint_url=spec.checkpoint_url,
+                    version=spec.version,
+                )
+            )
+
+    def _on_exit(self, name: str, cause: str) -> None:
+        if self._over:
+            return
+        died = WorkerDied(worker=name, cause=cause)
+        if name == "controller":
+            self._inbox.put(died)
+            return
+        key = name.rpartition(".")[0]
+        with self._lock:
+            self._dead.append(died)
+            left = self._alive.get(key)
+            if left is not None:
+                left.discard(name)
+                if not left:
+                    del self._alive[key]
+        if self._link is not None:
+            self._link.send(died)
+        if not left:
+            self._launcher.close_node(key)
+
+    def _controller_lost(self, reason: str) -> None:
+        self._inbox.put(RunOver(status="short", error=_error(reason)))
+
+    # ---- what the user says --------------------------------------------------------------------
+
+    def stop(self, *, now: bool, reason: str) -> None:
+        """End the run at the next commit, or at once."""
+        self._wish(StopRun(now=now, reason=reason))
+
+    def notice(self, node_key: str, *, notice_s: float, cause: str) -> None:
+        """A node will go."""
+        self._wish(NodeNotice(node_key=node_key, notice_s=notice_s, cause=cause))
+
+    def _noticed(self, node_key: str, notice_s: float) -> None:
+        self.notice(node_key, notice_s=notice_s, cause="drain")
+
+    def abandon(self, reason: str) -> None:
+        """Wake ``run`` even if no controller answers any more."""
+        self._inbox.put(RunOver(status="short", error=_error(reason)))
+
+
+def _error(message: str) -> str:
+    return json.dumps({"type": "LazarusError", "message": message})

@@ -1,0 +1,115 @@
+"""Optimizer and model state as bytes: dense images and expert records, in one fixed order.
+
+Shapes: S slots on this rank, P parameters of one expert.
+A record is one expert's parameters and everything the optimizer keeps for them, as bytes: what
+travels when a replica is healed. The dense image is all the rest. Both orders depend on the model
+and the optimizer alone, so sender and receiver agree without talking.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A uint8 view [n] of a contiguous tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def fill_state(optimizer: Optimizer) -> None:
+    """Create the optimizer's state before the first step, all zeros.
+
+    Optimizers make their state lazily; a joiner needs the tensors to receive into. One step with
+    zero gradients and learning rate 0 makes them; parameters are put back, states zeroed.
+    """
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 * group["lr"]
+        for param in group["params"]:
+            kept.append((param, param.detach().clone()))
+            param.grad.zero_()
+    optimizer.step()
+    with torch.no_grad():
+        for param, before in kept:
+            param.copy_(before)
+            for key, value in optimizer.state[param].items():
+                if isinstance(value, Tensor):
+                    value.zero_()
+                elif isinstance(value, int | float):
+                    optimizer.state[param][key] = type(value)(0)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def state_tensors(optimizer: Optimizer, param: nn.Parameter) -> list[tuple[str, Tensor]]:
+    """The optimizer's tensors of one parameter that have its shape, by key."""
+    state = optimizer.state[param]
+    return [
+        (key, state[key])
+        for key in sorted(state)
+        if isinstance(state[key], Tensor) and state[key].shape == param.shape
+    ]
+
+
+def read_scalars(optimizer: Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> str:
+    """JSON of every number the optimizer keeps: equal on all ranks at one step."""
+    found: dict[str, dict[str, float]] = {}
+    for name, param in named:
+        for key, value in sorted(optimizer.state[param].items()):
+            if isinstance(value, Tensor) and value.shape != param.shape:
+                if value.numel() != 1:
+                    raise TypeError(
+                        f"optimizer state {key} of {name} has shape {tuple(value.shape)}; only "
+                        f"tensors shaped like the parameter and single numbers can be moved"
+                    )
+                found.setdefault(name, {})[key] = float(value.item())
+            elif isinstance(value, int | float):
+                found.setdefault(name, {})[key] = float(value)
+    return json.dumps(found)
+
+
+def write_scalars(
+    optimizer: Optimizer, named: Sequence[tuple[str, nn.Parameter]], text: str
+) -> None:
+    """Take over what ``read_scalars`` gave on another rank."""
+    found = json.loads(text)
+    for name, param in named:
+        for key, number in found.get(name, {}).items():
+            value = optimizer.state[param].get(key)
+            if isinstance(value, Tensor):
+                value.fill_(number)
+            else:
+                optimizer.state[param][key] = type(value)(number)
+
+
+class DenseImage:
+    """The dense tensors of a rank as one virtual byte string."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._parts = [as_bytes(tensor) for tensor in tensors]
+        self.num_bytes = sum(part.numel() for part in self._parts)
+
+    def _pieces(self, first: int, last: int) -> Iterator[Tensor]:
+        start = 0
+        for part in self._parts:
+            low, high = max(first, start), min(last, start + part.numel())
+            if low < high:
+                yield part[low - start : high - start]
+            start += part.numel()
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Bytes [first, last) as a fresh uint8 tensor."""
+        pieces = list(self._pieces(first, last))
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+
+    def write(self, first: int, content: Tensor) -> None:
+        done = 0
+        for piece in self._pieces(first, first + content.numel()):
+            piece.copy_(content[done : done + piece.numel()])
+            done += piece.numel()

@@ -1,0 +1,212 @@
+"""Calls to a keeper: fetch a record, list what it holds, give it orders. EFFECTS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import xxhash
+
+from lazarus.checkpoint.errors import DamagedError, KeeperUnavailableError, RefusedError
+from lazarus.checkpoint.image import parse_image
+from lazarus.checkpoint.recovery import Copy, Source
+from lazarus.checkpoint.store import RecordKey, Tag
+from lazarus.runtime.rpc import keeper_pb2 as pb
+from lazarus.runtime.rpc.channel import credentials_of, open_channel
+from lazarus.runtime.rpc.keeper_messages import chunks_of, from_key, received_into, to_key, to_stamp
+from lazarus.runtime.rpc.keeper_pb2_grpc import KeeperStub
+
+_REFUSALS = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stock:
+    """A keeper's answer to an inventory: its records, and the host memory they take."""
+
+    keys: tuple[RecordKey, ...]
+    checksums: tuple[str, ...]
+    sizes: tuple[int, ...]
+    reserved_bytes: int
+    peak_bytes: int
+    stale_messages: int
+    pid: int
+
+    def copies(self, *, node: int) -> tuple[Copy, ...]:
+        """The records as copies for ``decide_recovery``, as held on ``node``."""
+        return tuple(
+            Copy(
+                layer=key.layer,
+                expert=key.expert,
+                generation=key.generation,
+                step=key.step,
+                source=Source.OTHER_NODE,
+                node=node,
+                routed=key.routed,
+                checksum=checksum,
+                num_bytes=size,
+            )
+            for key, checksum, size in zip(self.keys, self.checksums, self.sizes, strict=True)
+        )
+
+
+class KeeperClient:
+    """Talks to one keeper. Every call has a time limit."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        secret: str,
+        tag: Tag,
+        timeout_s: float = 30.0,
+        ca: bytes | None = None,
+    ) -> None:
+        self.address = address
+        self._tag = tag
+        self._timeout_s = timeout_s
+        self._metadata = credentials_of(secret)
+        self._channel = open_channel(address, ca=ca)
+        self._stub: Any = KeeperStub(self._channel)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def retagged(self, tag: Tag) -> None:
+        """Speak for another generation from now on."""
+        self._tag = tag
+
+    def fetch(
+        self, *, layer: int, expert: int, generation: int, step: int
+    ) -> tuple[RecordKey, bytes]:
+        """One record, compared with its checksum and its own tags.
+
+        Returns:
+            Its key, and its image (see ``lazarus.checkpoint.tensors.tensors_of``).
+
+        Raises:
+            RefusedError: The keeper does not hold it, or we are behind.
+            DamagedError: What arrived is not what was announced.
+            KeeperUnavailableError: No answer.
+        """
+        request = pb.FetchRequest(
+            stamp=to_stamp(self._tag), layer=layer, expert=expert, generation=generation, step=step
+        )
+        try:
+            stream = self._stub.Fetch(request, timeout=self._timeout_s, metadata=self._metadata)
+            head = next(stream).head
+            image = bytearray(head.num_bytes)
+            count = received_into(memoryview(image), stream)
+        except grpc.RpcError as error:
+            raise _as_error(error, self.address) from error
+        except (StopIteration, ValueError) as error:
+            raise DamagedError(f"record from {self.address}: {error}") from error
+        if count != head.num_bytes or xxhash.xxh3_128_hexdigest(image) != head.checksum:
+            raise DamagedError(f"L{layer}/E{expert} from {self.address}: checksum differs")
+        key = from_key(head.key)
+        check_identity(key, parse_image(image).metadata)
+        return key, bytes(image)
+
+    def push(self, key: RecordKey, data: memoryview, *, checksum: str, published_step: int) -> None:
+        """Send a record to be kept there too.
+
+        Raises:
+            RefusedError, KeeperUnavailableError: It is not kept.
+        """
+        head = pb.RecordHead(
+            stamp=to_stamp(self._tag),
+            key=to_key(key),
+            num_bytes=len(data),
+            checksum=checksum,
+            published_step=published_step,
+        )
+        try:
+            reply = self._stub.Push(
+                chunks_of(head, data), timeout=self._timeout_s, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            raise _as_error(error, self.address) from error
+        if not reply.accepted:
+            raise RefusedError(f"{self.address} refused a copy: {reply.reason}")
+
+    def inventory(self) -> Stock:
+        """What it holds.
+
+        Raises:
+            RefusedError, KeeperUnavailableError: No inventory.
+        """
+        request = pb.InventoryRequest(stamp=to_stamp(self._tag))
+        try:
+            reply = self._stub.Inventory(request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _as_error(error, self.address) from error
+        return Stock(
+            keys=tuple(from_key(h.key) for h in reply.held),
+            checksums=tuple(h.checksum for h in reply.held),
+            sizes=tuple(h.num_bytes for h in reply.held),
+            reserved_bytes=reply.reserved_bytes,
+            peak_bytes=reply.peak_bytes,
+            stale_messages=reply.stale_messages,
+            pid=reply.pid,
+        )
+
+    def tell(
+        self,
+        *,
+        lineage: Sequence[tuple[int, int]] = (),
+        resume_step: int = -1,
+        drops: Iterable[tuple[int, int, int, int]] = (),
+        leave: bool = False,
+    ) -> int:
+        """Give orders: forget void and surplus records, or exit. Returns records forgotten.
+
+        Args:
+            lineage: With ``resume_step``: forget what they void.
+            resume_step: Step of the newest RESUME; -1 leaves the records alone.
+            drops: Surplus copies as (layer, expert, generation, step).
+            leave: Exit at once, as when this node was fenced or the run is over.
+        """
+        order = pb.Order(
+            stamp=to_stamp(self._tag),
+            lineage=[pb.Resumed(generation=g, step=b) for g, b in lineage],
+            resume_step=resume_step,
+            drops=[pb.Drop(layer=x, expert=e, generation=g, step=t) for x, e, g, t in drops],
+            leave=leave,
+        )
+        try:
+            reply = self._stub.Tell(order, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _as_error(error, self.address) from error
+        dropped: int = reply.dropped
+        return dropped
+
+
+def check_identity(key: RecordKey, metadata: Any) -> None:
+    """Compare a key with the tags inside its image.
+
+    Raises:
+        DamagedError: The image is another record.
+    """
+    want = {
+        "layer": str(key.layer),
+        "expert": str(key.expert),
+        "step": str(key.step),
+        "generation": str(key.generation),
+    }
+    wrong = {name: metadata.get(name) for name in want if metadata.get(name) != want[name]}
+    if wrong:
+        raise DamagedError(f"L{key.layer}/E{key.expert} of step {key.step} says it is {wrong}")
+
+
+def _as_error(error: grpc.RpcError, address: str) -> RefusedError | KeeperUnavailableError:
+    if error.code() in _REFUSALS:
+        return RefusedError(f"keeper {address}: {error.details()}")
+    return KeeperUnavailableError(f"keeper {address}: {error.code().name}: {error.details()}")

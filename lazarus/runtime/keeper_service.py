@@ -1,0 +1,325 @@
+"""What a keeper answers: reservations, seals, copies, fetches, orders. EFFECTS, no torch."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import xxhash
+
+from lazarus.checkpoint.arena import Arena
+from lazarus.checkpoint.errors import DamagedError, RefusedError
+from lazarus.checkpoint.image import parse_image
+from lazarus.checkpoint.memory import KeeperMemory, Ticket, Version
+from lazarus.checkpoint.storage import Probe, no_probe
+from lazarus.checkpoint.store import Tag
+from lazarus.runtime.keeper import KeeperConfig
+from lazarus.runtime.keeper_client import check_identity
+from lazarus.runtime.keeper_work import Copying, KeeperWork, Persisting
+from lazarus.runtime.rpc import keeper_pb2 as pb
+from lazarus.runtime.rpc.channel import bind, make_server
+from lazarus.runtime.rpc.keeper_messages import (
+    chunks_of,
+    from_key,
+    from_stamp,
+    received_into,
+    to_key,
+    to_stamp,
+)
+from lazarus.runtime.rpc.keeper_pb2_grpc import KeeperServicer, add_KeeperServicer_to_server
+
+PID_HEADER = "lazarus-pid"
+
+
+@dataclass(eq=False)
+class _Trainer:
+    """One attached trainer: its open tickets and the messages on their way to it."""
+
+    pid: int
+    outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+    tickets: dict[int, tuple[Tag, Ticket]] = field(default_factory=dict)
+    published_step: int = -1
+
+
+class KeeperService(KeeperServicer):  # type: ignore[misc]
+    """One lock around the memory's books; bytes move outside of it, pinned."""
+
+    def __init__(
+        self, config: KeeperConfig, *, stop: threading.Event, probe: Probe = no_probe
+    ) -> None:
+        self._job = config.job
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._arena = Arena(limit_bytes=config.limit_bytes)
+        self._memory = KeeperMemory(self._arena)
+        self._newest = Tag(job=config.job, term=0, generation=0)
+        self._stale = 0
+        self._orphans: list[tuple[int, Ticket]] = []
+        ca = config.tls_ca.encode() or None
+        self._work = KeeperWork(secret=config.secret, ca=ca, probe=probe, unpin=self._unpin)
+
+    # ---- trainers ------------------------------------------------------------------------------
+
+    def Attach(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        """Serve one trainer until its stream ends."""
+        metadata = dict(context.invocation_metadata())
+        trainer = _Trainer(pid=int(metadata.get(PID_HEADER, "0")))
+        self._free_orphans(attached=trainer.pid)
+        reader = threading.Thread(target=self._read, args=(requests, trainer), daemon=True)
+        reader.start()
+        while (message := trainer.outbox.get()) is not None:
+            yield message
+
+    def _read(self, requests: Iterator[Any], trainer: _Trainer) -> None:
+        try:
+            for message in requests:
+                body = message.WhichOneof("body")
+                if body == "reserve":
+                    trainer.outbox.put(
+                        pb.ToTrainer(reserved=self._reserve(trainer, message.reserve))
+                    )
+                elif body == "seal":
+                    self._seal(trainer, message.seal)
+                elif body == "abandon":
+                    self._abandon(trainer, message.abandon.ticket)
+        except grpc.RpcError:
+            pass  # the stream broke: the trainer is gone, which is what the next lines handle
+        finally:
+            with self._lock:
+                # A dead trainer writes no more; one that lost its stream might. Its slots wait.
+                self._orphans += [(trainer.pid, t) for _, t in trainer.tickets.values()]
+                trainer.tickets.clear()
+            self._free_orphans(attached=0)
+            trainer.outbox.put(None)
+
+    def _free_orphans(self, *, attached: int) -> None:
+        with self._lock:
+            waiting = []
+            for pid, ticket in self._orphans:
+                if pid == attached or not os.path.exists(f"/proc/{pid}"):
+                    self._memory.abandon(ticket)
+                else:
+                    waiting.append((pid, ticket))
+            self._orphans = waiting
+
+    def _reserve(self, trainer: _Trainer, request: Any) -> Any:
+        self._free_orphans(attached=0)
+        reply = pb.Reserved(ticket=request.ticket, pid=os.getpid())
+        with self._lock:
+            if error := self._stale_reason(request.stamp):
+                reply.error = error
+                return reply
+            tag = from_stamp(request.stamp)
+            trainer.published_step = request.published_step
+            self._memory.published(request.published_step, generation=tag.generation)
+            try:
+                ticket = self._memory.reserve(
+                    [from_key(k) for k in request.keys], list(request.num_bytes)
+                )
+            except MemoryError as problem:
+                reply.error = str(problem)
+                return reply
+            trainer.tickets[request.ticket] = (tag, ticket)
+            for version in ticket.versions:
+                reply.places.add(segment=version.slot.segment, offset=version.slot.offset)
+            for index, fd, num_bytes in self._arena.segments():
+                reply.segments.add(id=index, fd=fd, num_bytes=num_bytes)
+        return reply
+
+    def _abandon(self, trainer: _Trainer, number: int) -> None:
+        with self._lock:
+            if number in trainer.tickets:
+                self._memory.abandon(trainer.tickets.pop(number)[1])
+
+    def _seal(self, trainer: _Trainer, request: Any) -> None:
+        with self._lock:
+            if request.ticket not in trainer.tickets:
+                return
+            tag, ticket = trainer.tickets.pop(request.ticket)
+        for version in ticket.versions:  # nobody else knows these slots yet
+            version.checksum = xxhash.xxh3_128_hexdigest(self._memory.view(version))
+        persisted = [ticket.versions[i] for i in request.persist]
+        copied = [(ticket.versions[t.index], tuple(t.addresses)) for t in request.copies]
+        with self._lock:
+            for version in persisted:
+                self._memory.pin(version)
+            for version, addresses in copied:
+                version.pins += len(addresses)
+            for version in ticket.versions:
+                self._memory.complete(version)
+        report = _Reporter(trainer, request.ticket)
+        first = ticket.versions[0].key if ticket.versions else None
+        report(
+            {
+                "kind": "snapshot",
+                "ok": True,
+                "step": first.step if first else -1,
+                "generation": tag.generation,
+                "records": len(ticket.versions),
+                "bytes": sum(v.num_bytes for v in ticket.versions),
+            }
+        )
+        views = {id(v): self._memory.view(v) for v in ticket.versions}
+        if any(addresses for _, addresses in copied):
+            copying = Copying(
+                tag=tag,
+                records=[(v, views[id(v)], a) for v, a in copied],
+                published_step=trainer.published_step,
+                report=report,
+            )
+            self._work.copy(copying)
+        if persisted:
+            records = [(v, views[id(v)]) for v in persisted]
+            self._work.persist(Persisting(tag=tag, url=request.url, records=records, report=report))
+
+    def _unpin(self, version: Version) -> None:
+        with self._lock:
+            self._memory.unpin(version)
+
+    # ---- other nodes ---------------------------------------------------------------------------
+
+    def Push(self, chunks: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        """Take a record from another keeper; it counts once complete and verified."""
+        head = next(chunks).head
+        key = from_key(head.key)
+        with self._lock:
+            if error := self._stale_reason(head.stamp):
+                return pb.PushReply(accepted=False, reason=error)
+            self._memory.published(head.published_step, generation=head.stamp.generation)
+            try:
+                ticket = self._memory.reserve([key], [head.num_bytes])
+            except MemoryError as problem:
+                return pb.PushReply(accepted=False, reason=str(problem))
+        (version,) = ticket.versions
+        reason = self._receive(version, head, chunks)
+        with self._lock:
+            if not reason and head.stamp.generation < self._newest.generation:
+                reason = "fenced while receiving"
+            if reason:
+                self._memory.abandon(ticket)
+            else:
+                self._memory.complete(version)
+        return pb.PushReply(accepted=not reason, reason=reason)
+
+    def _receive(self, version: Version, head: Any, chunks: Iterator[Any]) -> str:
+        """Fill a slot from a stream; the reason why not, or nothing."""
+        view = self._memory.view(version)
+        try:
+            count = received_into(view, chunks)
+            version.checksum = xxhash.xxh3_128_hexdigest(view)
+            if count != head.num_bytes or version.checksum != head.checksum:
+                return "checksum differs"
+            check_identity(version.key, parse_image(view).metadata)
+        except (ValueError, DamagedError) as error:
+            return str(error)
+        except grpc.RpcError:
+            return "sender gone"
+        return ""
+
+    def Fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Send a record to whoever restores it."""
+        with self._lock:
+            self._refuse_stale(request.stamp, context)
+            try:
+                version = self._memory.find(
+                    layer=request.layer,
+                    expert=request.expert,
+                    generation=request.generation,
+                    step=request.step,
+                )
+            except RefusedError as error:
+                context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            self._memory.pin(version)
+        try:
+            head = pb.RecordHead(
+                stamp=to_stamp(self._newest),
+                key=to_key(version.key),
+                num_bytes=version.num_bytes,
+                checksum=version.checksum,
+            )
+            yield from chunks_of(head, self._memory.view(version))
+        finally:
+            self._unpin(version)
+
+    def Inventory(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """What is held, and the memory it takes."""
+        with self._lock:
+            self._refuse_stale(request.stamp, context)
+            held = [
+                pb.Held(key=to_key(v.key), num_bytes=v.num_bytes, checksum=v.checksum)
+                for v in self._memory.held()
+            ]
+            return pb.InventoryReply(
+                held=held,
+                reserved_bytes=self._arena.reserved_bytes,
+                peak_bytes=self._arena.peak_bytes,
+                stale_messages=self._stale,
+                pid=os.getpid(),
+            )
+
+    def Tell(self, order: Any, context: grpc.ServicerContext) -> Any:
+        """Forget what the lineage voids, drop surplus copies, or exit."""
+        with self._lock:
+            self._refuse_stale(order.stamp, context)
+            dropped = 0
+            if order.resume_step >= 0:
+                lineage = [(r.generation, r.step) for r in order.lineage]
+                dropped += self._memory.prune(lineage, resume_step=order.resume_step)
+            tags = {(d.layer, d.expert, d.generation, d.step) for d in order.drops}
+            dropped += self._memory.drop(tags)
+        if order.leave:
+            self._stop.set()
+        return pb.OrderReply(accepted=True, dropped=dropped)
+
+    # ---- terms and generations -----------------------------------------------------------------
+
+    def _stale_reason(self, stamp: Any) -> str:
+        """Why a message is refused, or nothing; a higher (term, generation) becomes ours."""
+        tag, newest = from_stamp(stamp), self._newest
+        if tag.job != self._job:
+            self._stale += 1
+            return f"job {tag.job!r} is not {self._job!r}"
+        if tag.term < newest.term or tag.generation < newest.generation:
+            self._stale += 1
+            return (
+                f"(term {tag.term}, generation {tag.generation}) is over: this keeper is at "
+                f"({newest.term}, {newest.generation})"
+            )
+        self._newest = tag
+        return ""
+
+    def _refuse_stale(self, stamp: Any, context: grpc.ServicerContext) -> None:
+        if reason := self._stale_reason(stamp):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+
+
+class _Reporter:
+    """Sends a JSON record to the trainer that made the ticket, if it still listens."""
+
+    def __init__(self, trainer: _Trainer, ticket: int) -> None:
+        self._trainer, self._ticket = trainer, ticket
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        from json import dumps
+
+        done = pb.Done(ticket=self._ticket, record=dumps(record))
+        self._trainer.outbox.put(pb.ToTrainer(done=done))
+
+
+def serve(service: KeeperService, config: KeeperConfig) -> tuple[grpc.Server, int]:
+    """Start the server; returns it with its port.
+
+    Raises:
+        OSError: The address is not to be had.
+    """
+    server = make_server(config.secret, max_streams=config.max_trainers + 32)
+    add_KeeperServicer_to_server(service, server)
+    key, cert = config.tls_key.encode() or None, config.tls_cert.encode() or None
+    port = bind(server, config.bind, key=key, cert=cert)
+    server.start()
+    return server, port

@@ -1,0 +1,190 @@
+"""Starting and ending a run's processes: a port with two adapters (plain processes, Ray actors)."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing import connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any, Protocol
+
+from lazarus.errors import ControllerDiedError, StartupError
+from lazarus.runtime.keeper import KeeperConfig
+from lazarus.runtime.local_nodes import LocalNodes, NodePlace
+from lazarus.runtime.spec import ControllerSpec, WorkerSpec
+
+_PR_SET_PDEATHSIG = 1
+
+OnExit = Callable[[str, str], None]  # process name, cause
+OnNotice = Callable[[str, float], None]  # node key, seconds until it goes (0: unknown)
+
+
+class Launcher(Protocol):
+    """Owns every process of one run. ``on_exit`` is called from a thread of the launcher."""
+
+    host: str  # address of the driver's machine, where the controller listens
+
+    def room(self, wanted: int) -> int:
+        """How many of ``wanted`` nodes can start now; the others will come by ``follow_nodes``.
+
+        Raises:
+            ConfigError: The others will never come.
+        """
+
+    def open_node(self, key: str, *, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
+        """Find a machine for one node of the run, and start its keeper there if it has one.
+
+        Raises:
+            StartupError, KeeperUnavailableError: No room, or it did not start.
+        """
+
+    def close_node(self, key: str) -> None:
+        """End what a node has beside its ranks; fine if it is gone."""
+
+    def follow_nodes(self, on_room: Callable[[], None], on_notice: OnNotice) -> None:
+        """Say from now on when there is room for one more node, and when one will go."""
+
+    def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
+        """Start it and wait until it listens. Returns its port."""
+
+    def start_worker(self, spec: WorkerSpec) -> None:
+        """Start one rank; returns at once."""
+
+    def kill(self, name: str) -> None:
+        """SIGKILL one process by name ("controller" or a worker's); fine if it is gone."""
+
+    def close(self, *, grace_s: float) -> None:
+        """Wait for the processes that are about to end, then end the rest. Leaves nothing."""
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when the one that started it dies."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _worker_main(spec: WorkerSpec) -> None:
+    die_with_parent()
+    from lazarus.runtime.worker import run_worker
+
+    code = run_worker(spec)
+    os._exit(code)  # no exit handlers of libraries: the state is gone, and they may hang
+
+
+def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from lazarus.runtime.controller import start_controller
+
+    def bound(port: int) -> None:
+        pipe.send(port)
+        pipe.close()
+
+    start_controller(spec, bound)
+    os._exit(0)
+
+
+class ProcessLauncher:
+    """Plain processes from a fork server that has imported torch: quick to start, easy to kill."""
+
+    def __init__(self, on_exit: OnExit, *, host: str = "127.0.0.1") -> None:
+        self.host = host
+        self._nodes = LocalNodes(host)
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["lazarus.runtime.preload"])
+        self._on_exit = on_exit
+        self._lock = threading.Lock()
+        self._processes: dict[str, Any] = {}
+        self._wake_in, self._wake_out = os.pipe()
+        self._closing = False
+        self._watcher = threading.Thread(target=self._watch, name="launcher", daemon=True)
+        self._watcher.start()
+
+    def room(self, wanted: int) -> int:
+        return wanted
+
+    def open_node(self, key: str, *, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
+        return self._nodes.open(key, keeper=keeper, folder=folder)
+
+    def close_node(self, key: str) -> None:
+        self._nodes.close(key)
+
+    def follow_nodes(self, on_room: Callable[[], None], on_notice: OnNotice) -> None:
+        """This machine neither comes nor goes."""
+
+    def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
+        here, there = self._context.Pipe(duplex=False)
+        self._start("controller", _controller_main, (spec, there))
+        there.close()
+        if not here.poll(timeout_s):
+            raise StartupError(f"the controller did not come up within {timeout_s:.0f} s")
+        try:
+            return int(here.recv())
+        except EOFError:
+            raise ControllerDiedError(
+                "the controller ended before it listened; see its output"
+            ) from None
+
+    def start_worker(self, spec: WorkerSpec) -> None:
+        self._start(spec.worker, _worker_main, (spec,))
+
+    def _start(self, name: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+        process = self._context.Process(target=target, args=args, name=name, daemon=True)
+        process.start()
+        with self._lock:
+            self._processes[name] = process
+        os.write(self._wake_out, b".")
+
+    def pid_of(self, name: str) -> int | None:
+        with self._lock:
+            process = self._processes.get(name)
+        return None if process is None else int(process.pid)
+
+    def kill(self, name: str) -> None:
+        with self._lock:
+            process = self._processes.get(name)
+        if process is not None:
+            process.kill()
+
+    def _watch(self) -> None:
+        while True:
+            with self._lock:
+                alive = {process.sentinel: name for name, process in self._processes.items()}
+            ready = connection.wait([self._wake_in, *alive])
+            if self._wake_in in ready:
+                os.read(self._wake_in, 4096)
+                if self._closing:
+                    return
+            for sentinel in ready:
+                name = alive.get(sentinel)
+                if name is not None:
+                    self._reap(name)
+
+    def _reap(self, name: str) -> None:
+        with self._lock:
+            process = self._processes.pop(name)
+        process.join()
+        code = process.exitcode
+        cause = f"process exit code {code}" if code >= 0 else signal.Signals(-code).name
+        self._on_exit(name, cause)
+
+    def close(self, *, grace_s: float) -> None:
+        self._nodes.close_all()
+        with self._lock:
+            processes = list(self._processes.values())
+        connection.wait([p.sentinel for p in processes], timeout=0)
+        for process in processes:
+            process.join(grace_s)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        self._closing = True
+        os.write(self._wake_out, b".")
+        self._watcher.join()
+        os.close(self._wake_in)
+        os.close(self._wake_out)

@@ -1,0 +1,114 @@
+"""A process's stream to the controller: sends in order, hands commands over, comes back."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from lazarus.control.messages import Body
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc import lazarus_pb2_grpc as rpc
+from lazarus.runtime.rpc.channel import credentials_of, open_channel
+
+_BACKOFF_S = 0.05
+
+
+class Link:
+    """One bidirectional stream, reopened until ``allowance_s`` without a controller has passed."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        secret: str,
+        method: str,
+        envelope: type[Any],
+        hello: Callable[[], Body],
+        on_message: Callable[[int, Body], None],
+        on_dead: Callable[[str], None],
+        allowance_s: float,
+        on_connect: Callable[[], None] = lambda: None,
+        ca: bytes | None = None,
+    ) -> None:
+        self._address = address
+        self._secret = secret
+        self._method = method
+        self._envelope = envelope
+        self._hello = hello
+        self._on_message = on_message
+        self._on_dead = on_dead
+        self._allowance_s = allowance_s
+        self._ca = ca
+        self._on_connect = on_connect
+        self._lock = threading.Lock()
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._alone_since: float | None = None  # monotonic; None while a controller answers
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, body: Body) -> None:
+        """Queue a message; lost if the stream breaks before it goes out (hello says all again)."""
+        message = codec.wrap(self._envelope, body)
+        with self._lock:
+            self._outbox.put(message)
+
+    def close(self, *, timeout_s: float = 5.0) -> None:
+        """Let queued messages go, then end the stream."""
+        self._closed.set()
+        with self._lock:
+            self._outbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _messages(self, outbox: queue.SimpleQueue[Any]) -> Iterator[Any]:
+        while (message := outbox.get()) is not None:
+            yield message
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._converse()
+                reason = "stream ended"
+            except grpc.RpcError as problem:
+                code = problem.code()
+                reason = f"{code.name}: {problem.details()}"
+                if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                    self._on_dead(reason)
+                    return
+            if self._closed.is_set():
+                return
+            now = time.monotonic()
+            if self._alone_since is None:
+                self._alone_since = now
+            if now - self._alone_since > self._allowance_s:
+                self._on_dead(f"no controller for {self._allowance_s:.0f} s ({reason})")
+                return
+            self._closed.wait(_BACKOFF_S)
+
+    def _converse(self) -> None:
+        """One stream, from hello to its end."""
+        with self._lock:
+            self._outbox = queue.SimpleQueue()
+            outbox = self._outbox
+            outbox.put(codec.wrap(self._envelope, self._hello()))
+        self._on_connect()
+        with open_channel(self._address, ca=self._ca) as channel:
+            stub = rpc.ControlStub(channel)
+            call = getattr(stub, self._method)(
+                self._messages(outbox), metadata=credentials_of(self._secret)
+            )
+            try:
+                for message in call:
+                    self._alone_since = None
+                    self._on_message(getattr(message, "term", 0), codec.unwrap(message))
+            finally:
+                outbox.put(None)
+                call.cancel()

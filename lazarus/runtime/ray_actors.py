@@ -1,0 +1,52 @@
+"""What runs inside Ray's processes: a rank, the controller, and a node's own things."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from lazarus.runtime.keeper import KeeperConfig
+from lazarus.runtime.local_nodes import LocalNodes, NodePlace
+from lazarus.runtime.spec import ControllerSpec, WorkerSpec
+
+
+class WorkerActor:
+    """One rank; ``run`` is its whole life."""
+
+    def run(self, spec: WorkerSpec) -> int:
+        from lazarus.runtime.worker import run_worker
+
+        return run_worker(spec)
+
+
+class ControllerActor:
+    """The controller; Ray makes it again where it died, and its journal tells it the rest."""
+
+    def __init__(self, spec: ControllerSpec) -> None:
+        from lazarus.runtime.controller import open_controller
+
+        self._controller = open_controller(spec)
+        self._thread = threading.Thread(target=self._controller.run, name="controller")
+        self._thread.start()
+
+    def port(self) -> int:
+        return int(self._controller.port)
+
+    def wait(self) -> None:
+        """Until the controller's work is done."""
+        self._thread.join()
+
+
+class NodeActor:
+    """Owns the keeper of one node, on the node's own machine; both end together."""
+
+    def __init__(self, host: str) -> None:
+        self._nodes = LocalNodes(host)
+
+    def open(self, key: str, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
+        place = self._nodes.open(key, keeper=keeper, folder=folder)
+        self._nodes.note(key)
+        return place
+
+    def close(self, key: str) -> None:
+        self._nodes.close(key)

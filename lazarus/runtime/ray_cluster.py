@@ -1,0 +1,170 @@
+"""The Ray cluster of a run, a private one or one to join; and what it tells of its machines."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ray
+from ray._private import ray_constants
+from ray._private import state as ray_state
+from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental.internal_kv import _internal_kv_get
+
+from lazarus.errors import ConfigError
+from lazarus.runtime.ray_home import PrivateHome
+from lazarus.runtime.ray_nodes import RayNode
+
+_STORE_BYTES = 80 << 20  # Ray's object store: tensors never go through it
+_MIRRORED = re.compile("node_[0-9a-f]{40,}")  # what a machine started by hand is called there
+_KNOCK_S = 5.0  # for a cluster's head to take a connection
+_STATE: Any = ray_state  # has no types
+LOOPBACK = "127.0.0.1"
+
+
+class Cluster(Protocol):
+    """What a launcher needs of Ray, beyond actors."""
+
+    is_own: bool  # nobody else uses it, no node comes or goes by itself
+    host: str  # address of the driver's machine
+
+    def close(self) -> None: ...
+
+
+class EmbeddedRay:
+    """A private Ray on this machine: own folder, own token, loopback only, ended with the run."""
+
+    is_own = True
+
+    def __init__(self, home: PrivateHome, *, num_cpus: float) -> None:
+        self._home = home
+        self.host = LOOPBACK
+        _mute_error_listener()
+        try:
+            ray.init(
+                num_cpus=max(1, int(num_cpus + 1)),
+                include_dashboard=False,
+                object_store_memory=_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=home.folder,
+                _node_ip_address=LOOPBACK,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        ray.shutdown()
+        self._home.close()
+
+
+class JoinedRay:
+    """A running cluster, which outlives the run."""
+
+    is_own = False
+
+    def __init__(self, address: str | None) -> None:
+        """Connect, unless the user's own code has.
+
+        Raises:
+            ConfigError: Nothing answers at the address.
+        """
+        self._connected = not ray.is_initialized()
+        if self._connected:
+            _connect(address)
+        here = ray.get_runtime_context().get_node_id()
+        self.host = next(str(n["NodeManagerAddress"]) for n in _nodes() if n["NodeID"] == here)
+        self._asked = False
+
+    def ask_for(self, count: int, bundle: Mapping[str, float], labels: Mapping[str, str]) -> None:
+        """Tell the autoscaler, if there is one, what is wanted; it adds nothing unasked."""
+        bundles = [dict(bundle)] * count
+        selectors = [dict(labels)] * count if labels else None
+        request_resources(bundles=bundles, bundle_label_selectors=selectors)
+        self._asked = True
+
+    @property
+    def grows(self) -> bool:
+        """Whether an autoscaler adds machines that are asked for."""
+        return has_autoscaler()
+
+    def close(self) -> None:
+        if self._asked:
+            request_resources(bundles=[])  # it outlives the job otherwise
+        if self._connected:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    if address is not None and "://" in address:
+        raise ConfigError(
+            f"cluster.address={address} is not the address of a cluster's head; use HOST:PORT from "
+            f"one of its machines, or submit the run with `ray job submit`"
+        )
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        try:  # Ray itself would go on trying for many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+        except OSError as problem:
+            reason = problem.strerror or "no answer"
+            raise ConfigError(f"cluster.address={address}: no Ray head there: {reason}") from None
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as problem:
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise ConfigError(f"cluster.address={address}: no Ray cluster there: {reason}") from problem
+
+
+def _mute_error_listener() -> None:
+    """Ray prints killed workers on stdout, whatever ``log_to_driver`` says; our record has them."""
+    module = ray._private.worker
+    if hasattr(module, "listen_error_messages"):
+        module.listen_error_messages = lambda *_: None
+
+
+def has_autoscaler() -> bool:
+    """Whether machines come when asked for; else Ray's monitor mirrors those that are there."""
+    if is_autoscaler_v2():
+        return True
+    status = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    if status is None:
+        return False
+    report = json.loads(status).get("autoscaler_report") or {}
+    kinds = {*(report.get("active_nodes") or {}), *(report.get("idle_nodes") or {})}
+    return any(not _MIRRORED.fullmatch(kind) for kind in kinds)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    untyped: Any = ray.nodes
+    found: list[dict[str, Any]] = untyped()
+    return found
+
+
+def live_nodes() -> list[RayNode]:
+    """The live machines, with what is free on each now."""
+    free = _STATE.available_resources_per_node()
+    return [
+        RayNode(
+            id=str(node["NodeID"]),
+            host=str(node["NodeManagerAddress"]),
+            free=dict(free.get(node["NodeID"], {})),
+            labels=dict(node.get("Labels") or {}),
+        )
+        for node in _nodes()
+        if node["Alive"]
+    ]
+
+
+def draining_nodes() -> dict[str, float]:
+    """Ray node id -> seconds until it goes, 0 where nobody knows."""
+    now_ms = time.time() * 1000
+    return {
+        str(node): max(0.0, (deadline_ms - now_ms) / 1000) if deadline_ms else 0.0
+        for node, deadline_ms in _STATE.state.get_draining_nodes().items()
+    }

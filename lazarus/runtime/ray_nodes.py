@@ -1,0 +1,137 @@
+"""Which Ray node each node of the run lives on. Decides from what it was shown; imports no Ray."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lazarus.errors import ConfigError
+from lazarus.format import bytes_text
+
+_SLACK = 1e-6  # Ray's resources are fixed-point numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayNode:
+    """One machine of a Ray cluster as it was when first seen."""
+
+    id: str
+    host: str  # the address that its processes bind to
+    free: Mapping[str, float]  # resources that nobody had taken
+    labels: Mapping[str, str]
+
+
+class Places:
+    """One node of the run per Ray node, several where there are fewer. Not thread-safe."""
+
+    def __init__(self, need: Mapping[str, float], *, labels: Mapping[str, str]) -> None:
+        self._need = {name: amount for name, amount in need.items() if amount > 0}
+        self._labels = labels
+        self._nodes: dict[str, RayNode] = {}
+        self._draining: set[str] = set()
+        self._seen: set[str] = set()
+        self._home: dict[str, str] = {}  # node key -> Ray node id
+        self._ever: Counter[str] = Counter()
+
+    @property
+    def num_open(self) -> int:
+        """Nodes of the run that have a place."""
+        return len(self._home)
+
+    def see(self, nodes: Iterable[RayNode]) -> tuple[str, ...]:
+        """Take note of the live Ray nodes. Returns those never seen before that fit a node."""
+        alive = {node.id: node for node in nodes}
+        self._nodes = {id: self._nodes.get(id, node) for id, node in alive.items()}
+        fresh = tuple(sorted(id for id in alive if id not in self._seen))
+        self._seen.update(fresh)
+        return tuple(id for id in fresh if self.room_on(id))
+
+    def drain(self, node_id: str) -> tuple[str, ...]:
+        """This Ray node will go. Returns the run's nodes on it, once; nothing is placed there."""
+        if node_id in self._draining:
+            return ()
+        self._draining.add(node_id)
+        return tuple(sorted(key for key, home in self._home.items() if home == node_id))
+
+    def room_on(self, node_id: str) -> int:
+        """How many more nodes of the run fit on one Ray node."""
+        node = self._nodes.get(node_id)
+        if node is None or node_id in self._draining or not self._fits_labels(node):
+            return 0
+        fit = min(
+            (node.free.get(name, 0.0) / amount for name, amount in self._need.items()),
+            default=math.inf,
+        )
+        used = sum(home == node_id for home in self._home.values())
+        return max(0, (10**6 if math.isinf(fit) else math.floor(fit + _SLACK)) - used)
+
+    def room(self) -> int:
+        """How many more nodes of the run fit anywhere."""
+        return sum(map(self.room_on, self._nodes))
+
+    def _fits_labels(self, node: RayNode) -> bool:
+        return all(node.labels.get(name) == value for name, value in self._labels.items())
+
+    def place(self, key: str) -> RayNode | None:
+        """A place for one more node: where fewest of the run are and were. None: no room."""
+        open_now = Counter(self._home.values())
+        able = [id for id in self._nodes if self.room_on(id)]
+        if not able:
+            return None
+        chosen = min(able, key=lambda id: (open_now[id], self._ever[id], id))
+        self._home[key] = chosen
+        self._ever[chosen] += 1
+        return self._nodes[chosen]
+
+    def close(self, key: str) -> None:
+        """The node is gone; its place is free again."""
+        self._home.pop(key, None)
+
+    def shortage(self, wanted: int) -> str:
+        """Why ``wanted`` nodes do not fit, with the numbers and the way out."""
+        need = ", ".join(_amount(name, amount) for name, amount in self._need.items())
+        lines = [
+            f"cluster.nodes={wanted} nodes need {need} each, but the cluster has room for "
+            f"{self.room()}: {self._listing()}"
+        ]
+        if self._labels:
+            labels = ", ".join(f"{k}={v}" for k, v in self._labels.items())
+            lines.append(f"with the labels {labels} (cluster.node_labels)")
+        lines.append("lower cluster.nodes or cluster.cpus_per_rank, or add Ray nodes")
+        return "; ".join(lines)
+
+    def _listing(self) -> str:
+        able = [node for node in self._nodes.values() if self._fits_labels(node)]
+        if not able:
+            return "no Ray node"
+        kinds = Counter(
+            ", ".join(_amount(name, node.free.get(name, 0.0)) for name in self._need)
+            for node in able
+        )
+        return "; ".join(
+            f"{count} Ray node{'s' if count > 1 else ''} with {text} free"
+            for text, count in sorted(kinds.items())
+        )
+
+
+def _amount(name: str, amount: float) -> str:
+    if name == "memory":
+        return f"{bytes_text(int(amount))} of memory"
+    text = f"{amount:g} {name}"
+    return text if amount == 1 else f"{text}s"
+
+
+def parse_bytes(text: str) -> float:
+    """Bytes of a size such as "8GiB" or "500MB".
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", text)
+    if match is None or match[1].count(".") > 1 or not match[1].strip("."):
+        raise ConfigError(f'cluster.memory_per_rank = "{text}" is no size; write it as "8GiB"')
+    base = 1024 if match[3] else 1000
+    return float(match[1]) * float(base ** " KMGT".index(match[2] or " "))

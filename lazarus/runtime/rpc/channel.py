@@ -1,0 +1,88 @@
+"""gRPC channels and servers of the control plane: authenticated, bounded, loopback unless told."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+import grpc
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.enable_http_proxy", 0),
+    # A cut link closes no socket: without pings a process behind it would wait for ever.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+HEADER = "authorization"
+
+
+def credentials_of(secret: str) -> tuple[tuple[str, str], ...]:
+    """Metadata that proves membership of the job."""
+    return ((HEADER, f"Bearer {secret}"),)
+
+
+class BearerCheck(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Refuses every call that does not carry the job's secret."""
+
+    def __init__(self, secret: str) -> None:
+        self._wanted = f"Bearer {secret}".encode()
+
+        def refuse(request: Any, context: grpc.ServicerContext) -> None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing job secret")
+
+        self._refusal = grpc.stream_stream_rpc_method_handler(refuse)
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], details: grpc.HandlerCallDetails
+    ) -> Any:
+        given = dict(details.invocation_metadata).get(HEADER, "")
+        if hmac.compare_digest(str(given).encode(), self._wanted):
+            return continuation(details)
+        return self._refusal
+
+
+def open_channel(address: str, *, ca: bytes | None = None) -> grpc.Channel:
+    """A channel to ``host:port``; with ``ca`` over TLS."""
+    if ca is None:
+        return grpc.insecure_channel(address, options=_OPTIONS)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca), options=_OPTIONS)
+
+
+def make_server(secret: str, *, max_streams: int) -> grpc.Server:
+    return grpc.server(
+        futures.ThreadPoolExecutor(max_workers=max_streams, thread_name_prefix="stream"),
+        interceptors=[BearerCheck(secret)],
+        options=_OPTIONS,
+        maximum_concurrent_rpcs=max_streams,
+    )
+
+
+def bind(server: grpc.Server, address: str, *, key: bytes | None, cert: bytes | None) -> int:
+    """Bind to ``host:port`` (port 0: any).
+
+    Returns:
+        The port.
+
+    Raises:
+        OSError: The address is not to be had.
+    """
+    try:
+        if key is not None and cert is not None:
+            credentials = grpc.ssl_server_credentials([(key, cert)])
+            port: int = server.add_secure_port(address, credentials)
+        else:
+            port = server.add_insecure_port(address)
+    except RuntimeError as problem:
+        raise OSError(f"cannot listen on {address}: {problem}") from problem
+    if port == 0:
+        raise OSError(f"cannot listen on {address}")
+    return port

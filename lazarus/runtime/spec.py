@@ -1,0 +1,74 @@
+"""What the driver hands to each process it starts. Secrets travel here, never in an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lazarus.control.state import ControlConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """Where the controller listens and how to prove membership."""
+
+    address: str
+    secret: str
+    ca: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserCode:
+    """The user's functions, as they run in workers. ``None`` means the shipped one."""
+
+    model: Callable[..., Any] | None = None
+    data: Any = None
+    eval_data: Any = None
+    collate: Callable[[list[Any]], Any] | None = None
+    loss: Callable[..., Any] | None = None
+    optimizer: Callable[..., Any] | None = None
+    schedule: Callable[[int], float] | None = None
+    hooks: Sequence[Any] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """One rank's process."""
+
+    run_id: str
+    worker: str
+    node_key: str
+    local_rank: int
+    ranks_per_node: int
+    host: str
+    controller: Address
+    config: Mapping[str, Any]  # TrainConfig.to_dict()
+    user: bytes  # cloudpickled UserCode, made by this run's driver
+    run_dir: Path
+    node_folder: Path  # scratch folder that names the node's processes
+    faults: tuple[str, ...] = ()
+    keeper: str = ""
+    resume: str | None = None  # "url step" of the checkpoint that the run starts from
+    checkpoint_url: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControllerSpec:
+    """The controller's process."""
+
+    run_id: str
+    host: str
+    port: int  # 0: any; a restarted controller takes the old one
+    secret: str
+    run_dir: Path
+    config: ControlConfig
+    checkpoint_url: str = ""
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    keep_checkpoints: int = 3
+    journal: str = "journal"  # folder below run_dir; one for each life of the run
+    key: bytes | None = None
+    cert: bytes | None = None
+    max_streams: int = 4096

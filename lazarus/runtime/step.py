@@ -1,0 +1,321 @@
+"""One step on one rank: rounds of forward and backward, gradient sums, the commit vector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dispatcher.exchange import Exchange
+from dispatcher.gradients import slots_for_exchange, sum_replica_gradients
+from dispatcher.routing import RoutingTable
+from lazarus.control.measures import with_measures
+from lazarus.control.vector import (
+    HASH_BITS,
+    Lanes,
+    StepSums,
+    VectorLayout,
+    contribution,
+    decode,
+    sample_hash,
+)
+from lazarus.data.sampler import split_rounds
+from lazarus.errors import BrokenInvariantError
+from lazarus.model.context import LayerContext
+from lazarus.model.loss import LossSum
+from lazarus.runtime.banks import arrange
+from lazarus.runtime.context import WorkerContext
+from lazarus.runtime.gathering import gather_texts
+from lazarus.runtime.hooks import Hooks
+from lazarus.runtime.inject import Observer
+from lazarus.runtime.randomness import reseed
+from lazarus.runtime.reading import Reading
+from lazarus.runtime.replica import Replica
+from lazarus.runtime.sources import StepShare
+from placement import Plan
+
+Loss = Callable[[nn.Module, Any], LossSum]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """How samples become micro-batches; equal on all ranks."""
+
+    seed: int
+    global_batch: int
+    micro_batch_size: int
+    precision: str = "fp32"
+
+
+class World:
+    """One generation as one rank computes in it: exchange, tables, shares. Made anew each time."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        plan: Plan,
+        exchange: Exchange,
+        *,
+        generation: int,
+        speeds: Sequence[float] = (),
+        mode: str = "home",
+        rows_per_replica: float = 128.0,
+    ) -> None:
+        self.generation = generation
+        self.plan = plan
+        self.exchange = exchange
+        self.speeds = tuple(speeds) or None
+        self.layout = VectorLayout(
+            world_size=exchange.size,
+            num_layers=len(replica.layers),
+            num_experts=replica.num_experts,
+        )
+        self.contexts = [
+            LayerContext(
+                layer=index,
+                exchange=exchange,
+                table=RoutingTable.from_plan_arrays(
+                    plan.expert_of_slot[index],
+                    plan.shares[index],
+                    rank=exchange.rank,
+                    home_E=plan.home[index],
+                    generation=generation,
+                ),
+                mode=mode,
+                rows_per_replica=rows_per_replica,
+                expected_E=replica.expected_fractions(index),
+                counts_E=torch.zeros(replica.num_experts, dtype=torch.int64),
+            )
+            for index in range(len(replica.layers))
+        ]
+        for layer, context in zip(replica.layers, self.contexts, strict=True):
+            arrange(layer.experts, replica.optimizer, slots_for_exchange(context.table))
+            context.written = set()
+            layer.attach(context)
+
+
+class Step:
+    """Computes steps of one world; holds what the commit needs until the vector is decided."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        world: World,
+        *,
+        batching: Batching,
+        reading: Reading,
+        loss: Loss,
+        observer: Observer,
+        context: WorkerContext,
+        hooks: Hooks,
+    ) -> None:
+        self._replica = replica
+        self._world = world
+        self._batching = batching
+        self._reading = reading
+        self._loss = loss
+        self._observer = observer
+        self._context = context
+        self._measures = context.measures
+        self._hooks = hooks
+        self._must_agree = True  # on the names of measures, before the next commit
+        self.dense_square = 0.0
+        self.shared: StepShare | None = None
+
+    def compute(
+        self, step: int, *, pause: Callable[[], bool], prepared: Callable[[], None]
+    ) -> Lanes:
+        """Gradient sums of ``step`` in the buffers and the summed commit vector.
+
+        Args:
+            pause: Asked last: whether this rank wants all to stop after the step (rule 15).
+            prepared: Called when every gradient of the step is complete here (rule 9).
+
+        Raises:
+            FencedError, CollectiveError: The attempt is over.
+        """
+        began = time.monotonic()
+        replica, world = self._replica, self._world
+        self._prepare_scratch()
+        self._reading.exchange_state(step, world.exchange, device=replica.device)
+        shared = self.shared = self._reading.share(step)
+        total, aux, count = self._rounds(step, shared)
+        self._observer.enter("grad_sync")
+        # In flight beside the replicas' exchanges, which another stream or thread may serve.
+        dense = world.exchange.start_all_reduce(replica.flat_grad, label="dense_grad")
+        for bank, context in zip(replica.banks, world.contexts, strict=True):
+            grad = bank.weight.grad
+            assert grad is not None
+            sum_replica_gradients(
+                grad,
+                context.table,
+                world.exchange,
+                served_ER=context.served_ER,
+                expert_of_slot=bank.expert_of_slot,
+                written=context.written,
+            )
+        dense.wait()
+        self._hooks.gradients(self._context, replica)
+        rank = world.exchange.rank
+        self.dense_square = replica.dense_square_sum()
+        squares = replica.expert_square_sums(world.plan.home, rank)
+        if self._must_agree:
+            self._agree()
+        prepared()
+        own_s = time.monotonic() - began - self._observer.waited_s
+        self._observer.drag(own_s)
+        own_s = time.monotonic() - began - self._observer.waited_s
+        bad = not np.isfinite(total) or not np.isfinite(self.dense_square + squares.sum())
+        lanes = contribution(
+            world.layout,
+            rank=rank,
+            generation=world.generation,
+            step=step,
+            samples=len(shared.mine),
+            count=count,
+            sample_hash=sample_hash(shared.mine, step=step),
+            loss_sum=total,
+            aux_sum=aux,
+            found_inf=bad,
+            pause=pause(),
+            own_s=own_s,
+        )
+        lanes[world.layout.squares] = squares.reshape(-1)
+        if rank == 0:
+            counts = np.stack([context.counts_E.cpu().numpy() for context in world.contexts])
+            lanes[world.layout.counts] = counts.reshape(-1)
+        return self._commit_barrier(lanes)
+
+    def _agree(self) -> None:
+        """All ranks sum the measures that any of them has logged."""
+        texts = gather_texts(
+            "\n".join(self._measures.logged), self._world.exchange, device=self._replica.device
+        )
+        found = {name for text in texts for name in text.split("\n") if name}
+        self._measures.agree(found | set(self._measures.names))
+
+    def _commit_barrier(self, lanes: Lanes) -> Lanes:
+        """The sum over all ranks on the host: fixed lanes, whether somebody logged a name that is
+        not agreed on, and the measures (rule 10)."""
+        measures = self._measures
+        unknown = np.array([float(measures.has_unknown)])
+        own = torch.from_numpy(np.concatenate([lanes, unknown, measures.lanes()]))
+        summed = own.to(self._replica.device)
+        self._world.exchange.all_reduce(summed, label="commit")
+        found: Lanes = summed.cpu().numpy()
+        fixed = self._world.layout.num_lanes
+        self._must_agree = bool(found[fixed] > 0)
+        return with_measures(found[:fixed], measures.names, found[fixed + 1 :])
+
+    def check(self, lanes: Lanes, *, step: int) -> StepSums:
+        """Decode the vector and hold it against what the step must contain (rule 12, I9).
+
+        Raises:
+            BrokenInvariantError: Members, generation, step, samples or hashes are not as expected.
+        """
+        sums = decode(self._world.layout, lanes)
+        assert self.shared is not None
+        ids_B = self.shared.ids_B
+        expected = sample_hash(ids_B, step=step) % (1 << HASH_BITS)
+        size = self._world.layout.world_size
+        generation = lanes[self._world.layout.lane("generation")] / size
+        wanted = (step, self._world.generation, len(ids_B), expected)
+        got = (sums.step, int(generation), sums.samples, sums.sample_hash)
+        if wanted != got:
+            raise BrokenInvariantError(
+                f"commit vector of step {step} says (step, generation, samples, hash) {got}, "
+                f"expected {wanted}"
+            )
+        return sums
+
+    def _prepare_scratch(self) -> None:
+        self._replica.zero_gradients()
+        self._measures.start()
+        for layer, context in enumerate(self._world.contexts):
+            context.start_step()
+            context.expected_E = self._replica.expected_fractions(layer)
+
+    def _sizes(self, shared: StepShare) -> tuple[int, ...]:
+        """This rank's micro-batches; every rank has as many, some of them empty."""
+        rank = self._world.exchange.rank
+        return split_rounds(shared.sizes, self._batching.micro_batch_size)[rank]
+
+    def _rounds(self, step: int, shared: StepShare) -> tuple[float, float, float]:
+        totals = np.zeros(3)
+        first = 0
+        for number, size in enumerate(self._sizes(shared)):
+            totals += self._round(step, shared, first=first, size=size)
+            first += size
+            if number == 0:
+                self._reading.read_ahead(step, self._sizes)
+        return float(totals[0]), float(totals[1]), float(totals[2])
+
+    def _round(
+        self, step: int, shared: StepShare, *, first: int, size: int
+    ) -> tuple[float, float, float]:
+        """Forward and backward of one micro-batch; without samples, only its collectives."""
+        self._observer.enter("data")
+        is_ghost = size == 0
+        batch = self._reading.batch(step, first=first, size=size)
+        batch = move_to(batch, self._replica.device)
+        reseed(self._batching.seed, step, int(shared.ids_B[0] if is_ghost else shared.mine[first]))
+        self._measures.muted = is_ghost
+        for context in self._world.contexts:
+            context.ghost = is_ghost
+            context.aux_sum = None
+        self._observer.enter("forward")
+        with autocast(self._batching.precision, self._replica.device):
+            result = self._loss(self._replica.model, batch)
+        total, count = checked_loss(result)
+        self._measures.muted = False
+        parts = [c.aux_sum for c in self._world.contexts if c.aux_sum is not None]
+        objective = total + sum(parts) if parts else total
+        if is_ghost:
+            objective = objective * 0.0
+        self._observer.enter("backward")
+        torch.autograd.backward(objective)
+        if is_ghost:
+            return 0.0, 0.0, 0.0
+        aux = float(sum(float(part.detach()) for part in parts))
+        return float(total.detach()), aux, float(count)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision that the forward computes in."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def checked_loss(result: Any) -> tuple[Tensor, float]:
+    """What the user's loss must be: a sum and what it is a sum over.
+
+    Raises:
+        TypeError: Anything else, with the two-line fix.
+    """
+    if isinstance(result, Tensor) or not isinstance(result, LossSum):
+        raise TypeError(
+            f"loss returned {type(result).__name__}; return a sum and its count, since a mean of "
+            "means is wrong with uneven shares:\n"
+            '    total = F.cross_entropy(logits, targets, reduction="sum")\n'
+            "    return LossSum(total, targets.numel())"
+        )
+    count = result.count
+    return result.total, float(count.item() if isinstance(count, Tensor) else count)
+
+
+def move_to(batch: Any, device: torch.device) -> Any:
+    """Tensors of a nested batch on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move_to(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
+        return type(batch)(move_to(value, device) for value in batch)
+    return batch

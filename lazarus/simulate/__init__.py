@@ -1,0 +1,1 @@
+"""What-if: the production decisions on a virtual clock."""

@@ -1,0 +1,81 @@
+"""Many alike answers entered into the controller's state at once, all but the last. Pure.
+
+The last one goes through ``decide``, which acts on it. The end state is the same as with one
+``decide`` for each, at a fraction of the cost; ``VirtualRun(exact=True)`` is the slow twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lazarus.control.messages import Body, Hello, Paused
+from lazarus.control.state import Control, ControlConfig
+from lazarus.simulate import bodies
+from lazarus.simulate.rows import Setting
+from placement import PlacementPolicy
+
+FOREVER_S = 1e15
+
+
+def with_early(state: Control, name: str, early: Mapping[str, Body]) -> Control:
+    """The state after answers that none of which is the last.
+
+    Args:
+        name: ``reports``, ``aligned`` or ``ready`` of the transition, or ``paused``.
+        early: The answers by worker.
+    """
+    if name == "paused":
+        steps = {worker: body.step for worker, body in early.items() if isinstance(body, Paused)}
+        return replace(state, paused={**state.paused, **steps})
+    assert state.transition is not None
+    known = {**getattr(state.transition, name), **early}
+    changed: Any = {name: known}
+    return replace(state, transition=replace(state.transition, **changed))
+
+
+def with_nodes(state: Control, hellos: Sequence[Hello]) -> Control:
+    """The state after these nodes said hello, given that the first of them has, as node 0."""
+    node, worker = state.nodes[0], state.workers[hellos[0].worker]
+    many = list(enumerate(hellos))
+    return replace(
+        state,
+        nodes={i: replace(node, key=b.node_key, workers=(b.worker,)) for i, b in many},
+        workers={b.worker: replace(worker, node=i, host=b.host) for i, b in many},
+        next_serial=len(many),
+    )
+
+
+def with_time(state: Control, *, now_s: float) -> Control:
+    """Every live worker's heartbeats have been heard until now."""
+    workers = {
+        name: replace(known, heard_s=now_s, progress_s=now_s)
+        for name, known in state.workers.items()
+    }
+    return replace(state, workers=workers)
+
+
+def control_config(
+    setting: Setting, *, nodes: int, start_step: int, placement: PlacementPolicy, slots: int,
+    floor: int,
+) -> ControlConfig:  # fmt: skip
+    """What the controller of a simulated run is configured with."""
+    return ControlConfig(
+        steps=1 << 60,
+        nodes=nodes,
+        min_nodes=max(1, -(-setting.shape.experts // slots)),
+        min_replicas=floor,
+        slots_per_node=slots,
+        tolerated_stall_s=10.0,
+        join_debounce_s=setting.join_debounce_s,
+        quorum_timeout_s=FOREVER_S,
+        final_checkpoint=False,
+        version=bodies.VERSION,
+        placement=placement,
+        plan_text=lambda plan: (
+            plan.digest
+        ),  # nobody here reads it; the text of a large plan is long
+        start_step=start_step,
+        resume="storage" if start_step else None,
+    )

@@ -1,0 +1,96 @@
+"""What workers say in a simulation, built from the state that they would have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.control.messages import Aligned, Body, Held, Hello, Snapped, Vector
+from lazarus.control.state import Control
+from lazarus.control.vector import VectorLayout
+from lazarus.simulate.loads import Floats
+from placement import Plan
+
+VERSION = "simulated"
+
+
+def hello(key: str) -> Hello:
+    """A node's only worker says hello."""
+    return Hello(worker=f"{key}.0", node_key=key, version=VERSION, host=key)
+
+
+def vector(
+    state: Control, *, step: int, tokens: float, wall_s: float, at_s: float, counts_LE: Floats
+) -> Vector:
+    """The commit vector of a step of the running generation."""
+    layout = VectorLayout(
+        world_size=len(state.seats), num_layers=state.shape[0], num_experts=state.shape[1]
+    )
+    lanes = np.zeros(layout.num_lanes)
+    world = len(state.seats)
+    lanes[:5] = (world, world * state.resumed, world * step, 1, tokens)
+    lanes[layout.times] = wall_s
+    lanes[layout.counts] = np.rint(counts_LE).reshape(-1)
+    return Vector(
+        generation=state.resumed, step=step, lanes=lanes.tobytes(), wall_s=wall_s, at_s=at_s
+    )
+
+
+def holdings(plan: Plan, seats: tuple[str, ...]) -> dict[str, tuple[Held, ...]]:
+    """What each rank holds under a plan."""
+    rows_R = np.ascontiguousarray(plan.expert_of_slot.transpose(1, 0, 2))
+    known: dict[bytes, tuple[Held, ...]] = {}  # many ranks hold the same
+    held = {}
+    for worker, rows in zip(seats, rows_R, strict=True):
+        key = rows.tobytes()
+        if key not in known:
+            known[key] = tuple(
+                Held(layer=layer, experts=tuple(e for e in slots if e >= 0))
+                for layer, slots in enumerate(rows.tolist())
+            )
+        held[worker] = known[key]
+    return held
+
+
+def all_aligned(
+    workers: Sequence[str], *, held: Mapping[str, tuple[Held, ...]],
+    snapshots: Callable[[str], tuple[Snapped, ...]], generation: int, step: int,
+    history: NDArray[np.float64], dense_bytes: float, expert_bytes: float,
+) -> dict[str, Body]:  # fmt: skip
+    """Every rank stands at ``step`` and says what it holds; those that hold the same say the same.
+
+    One object then stands for many ranks.
+    """
+    text = history.astype("<f8").tobytes()
+    said: dict[tuple[int, int], Body] = {}
+    answers: dict[str, Body] = {}
+    for worker in workers:
+        mine, copies = held.get(worker, ()), snapshots(worker)
+        key = (id(mine), id(copies))
+        if key not in said:
+            said[key] = aligned(
+                generation=generation, step=step, held=mine, history=text, shape=history.shape,
+                snapshots=copies, dense_bytes=dense_bytes, expert_bytes=expert_bytes,
+            )  # fmt: skip
+        answers[worker] = said[key]
+    return answers
+
+
+def aligned(
+    *, generation: int, step: int, held: tuple[Held, ...], history: bytes, shape: tuple[int, ...],
+    snapshots: tuple[Snapped, ...], dense_bytes: float, expert_bytes: float,
+) -> Body:  # fmt: skip
+    """A rank stands at ``step`` and says what it holds."""
+    return Aligned(
+        generation=generation,
+        step=step,
+        history=history,
+        held=held,
+        snapshots=snapshots,
+        dense_bytes=int(dense_bytes),
+        expert_bytes=int(expert_bytes),
+        num_layers=shape[1],
+        num_experts=shape[2],
+    )

@@ -1,0 +1,153 @@
+"""A cost model from records of real runs, and a real run as a setting of the simulator. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from lazarus.errors import ConfigError
+from lazarus.events import Event, of_kind
+from lazarus.metrics import committed_steps, recoveries
+from lazarus.simulate.costs import Costs
+from lazarus.simulate.faults import Scripted, names
+from lazarus.simulate.loads import uniform_load
+from lazarus.simulate.rows import Setting
+from lazarus.simulate.shapes import Shape
+from lazarus.simulate.traces import FleetEvent
+
+_PHASES = {"detect": "detect_s", "release": "release_s", "align": "align_s", "groups": "groups_s",
+           "plan": "plan_s", "transfer": "transfer_fixed_s"}  # fmt: skip
+_WARM_STEPS = 3  # first steps of a run, which allocate and compile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What a real run did, in the simulator's terms."""
+
+    goodput_tokens_per_s: float
+    recovery_median_s: float
+    recoveries: int
+    wall_s: float
+    tokens: int
+
+
+def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") -> Costs:
+    """The cost model that the records show.
+
+    Step times are the mean gaps between commits, by number of nodes (slow steps take their time
+    too); the phases of recoveries are medians. What records cannot show (bandwidths, where little
+    moved) is left out of the way.
+
+    Raises:
+        ConfigError: No record has commits.
+    """
+    gaps: dict[int, list[float]] = {}
+    phases: dict[str, list[float]] = {phase: [] for phase in _PHASES}
+    extra: list[float] = []
+    for events in records:
+        for nodes, seconds in _gaps(events):
+            gaps.setdefault(nodes, []).append(seconds)
+    if not gaps:
+        raise ConfigError("no committed steps in the records; nothing to calibrate from")
+    table = tuple(sorted((nodes, fmean(found)) for nodes, found in gaps.items()))
+    steps = dict(table)
+    for events in records:
+        for change in of_kind(events, "reconfigured"):
+            for phase in _PHASES:
+                if phase in change["phases"]:
+                    phases[phase].append(float(change["phases"][phase]))
+            redo = float(change["phases"].get("redo", 0.0))
+            extra.append(redo - steps.get(int(change["num_nodes"]), redo))
+    figures = {_PHASES[phase]: median(found) for phase, found in phases.items() if found}
+    return Costs(
+        name=name,
+        source="measured",
+        net_bytes_per_s=1e15,  # transfers are in transfer_fixed_s
+        storage_bytes_per_s=1e15,
+        groups_per_node_s=0.0,
+        plan_per_cell_s=0.0,
+        start_s=0.0,
+        snapshot_overhead=0.0,
+        warmup_s=max(0.0, median(extra)) if extra else 0.0,
+        step_table_s=table,
+    ).changed(figures)
+
+
+def _gaps(events: Sequence[Event]) -> list[tuple[int, float]]:
+    """(nodes, seconds) between commits that follow each other in one generation."""
+    commits = sorted(committed_steps(events).values(), key=lambda e: int(e["step"]))
+    found = []
+    for before, after in zip(commits[_WARM_STEPS:], commits[_WARM_STEPS + 1 :], strict=False):
+        together = before["generation"] == after["generation"]
+        if together and int(after["step"]) == int(before["step"]) + 1:
+            found.append((int(after["num_nodes"]), float(after["t"]) - float(before["t"])))
+    return found
+
+
+def measured(events: Sequence[Event]) -> Measured:
+    """The figures to predict: goodput from the first commit on, and recoveries."""
+    commits = sorted(committed_steps(events).values(), key=lambda e: float(e["t"]))
+    start, end = float(commits[0]["t"]), float(commits[-1]["t"])
+    tokens = sum(int(e["tokens"]) for e in commits[1:])
+    backs = sorted(r.back_s for r in recoveries(events) if r.back_s is not None)
+    return Measured(
+        goodput_tokens_per_s=tokens / (end - start),
+        recovery_median_s=median(backs) if backs else 0.0,
+        recoveries=len(backs),
+        wall_s=end - start,
+        tokens=tokens,
+    )
+
+
+def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
+    """The same fleet and the same faults, for the simulator.
+
+    Time 0 is the run's first commit; a node goes when its fault was injected (else when its loss
+    was noticed), and comes when the change that takes it in began.
+    """
+    header = next(iter(of_kind(events, "run_started")), None)
+    if header is None:
+        raise ConfigError(f"{name}: no run_started in the record")
+    commits = sorted(committed_steps(events).values(), key=lambda e: float(e["t"]))
+    if len(commits) < 2:
+        raise ConfigError(f"{name}: fewer than two committed steps in the record")
+    start = float(commits[0]["t"])
+    plans = of_kind(events, "plan_adopted")
+    layers, experts = int(header.get("num_layers", 1)), int(header.get("num_experts", 1))
+    shape = Shape(
+        name=name, moe_layers=layers, dim=1, hidden=1, matrices=2, experts=experts, top_k=1,
+        dense_params=1.0, attention_layers=1, seq_len=1,
+    )  # fmt: skip
+    return Setting(
+        name=name,
+        shape=shape,
+        costs=costs,
+        load=uniform_load(layers, experts),
+        faults=Scripted(script=_script(events, start, int(header["num_nodes"]))),
+        num_nodes=int(header["num_nodes"]),
+        slots_per_node=int(plans[0]["slots_per_node"]) if plans else experts,
+        min_replicas=int(plans[0].get("requested_floor", 2)) if plans else 2,
+        horizon_s=float(commits[-1]["t"]) - start,
+        tokens_per_step=float(commits[0]["tokens"]),
+        join_debounce_s=0.0,
+    )
+
+
+def _script(events: Sequence[Event], start: float, num_nodes: int) -> tuple[FleetEvent, ...]:
+    """Real node numbers are join-order numbers, as the simulator's names are."""
+    del num_nodes
+    found = []
+    injected = {e["node"]: float(e["t"]) for e in of_kind(events, "fault_injected")}
+    for lost in of_kind(events, "node_lost"):
+        at_s = min(float(lost["t"]), injected.get(lost["node"], float("inf")))
+        found.append((at_s, "remove", int(lost["node"])))
+    for change in of_kind(events, "reconfigured"):
+        began = float(change["t"]) - float(change["wall_s"])
+        found += [(began, "add", int(node)) for node in change.get("joined", ())]
+    for left in of_kind(events, "node_left"):
+        found.append((float(left["t"]), "remove", int(left["node"])))
+    return tuple(
+        FleetEvent(at_s=max(0.0, at_s - start), kind=kind, nodes=names(1, first=node))
+        for at_s, kind, node in sorted(found)
+    )

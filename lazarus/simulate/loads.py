@@ -1,0 +1,159 @@
+"""Expert loads: what a run recorded, and made-up ones. Shapes: T steps, L layers, E experts."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.control.vector import VectorLayout
+from lazarus.errors import ConfigError
+
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_KEYS = ("expert_load", "load", "counts")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadTrace:
+    """Routed copies of committed steps: ``steps`` int64 [T], ascending; ``counts`` [T, L, E]."""
+
+    steps: Counts
+    counts: Counts
+
+    def at(self, step: int) -> Floats:
+        """Part of its layer's copies that each expert gets at a step, float64 [L, E].
+
+        After the last step the last one holds; before the first, the first.
+        """
+        index = int(np.searchsorted(self.steps, step, side="right")) - 1
+        row = self.counts[max(0, index)].astype(np.float64)
+        total = row.sum(1, keepdims=True)
+        uniform = np.full_like(row, 1.0 / row.shape[1])
+        shares: Floats = np.where(total > 0, row / np.where(total > 0, total, 1.0), uniform)
+        return shares
+
+
+def save_loads(path: str | Path, counts_TLE: Any, *, steps: Any = None) -> Path:
+    """Write ``expert_load.npz``: ``expert_load`` [T, L, E] and ``steps`` [T] (default 1..T).
+
+    ``lazarus plan --load`` and ``lazarus simulate --load`` read it back.
+
+    Raises:
+        ValueError: Not three dimensions, or not one step number per row.
+    """
+    counts = np.asarray(counts_TLE, dtype=np.int64)
+    numbers = np.arange(1, len(counts) + 1) if steps is None else np.asarray(steps, dtype=np.int64)
+    if counts.ndim != 3 or len(numbers) != len(counts):
+        raise ValueError(
+            f"loads of shape {counts.shape} with {len(numbers)} steps; wanted [T, L, E]"
+        )
+    place = Path(path)
+    with place.open("wb") as out:
+        np.savez_compressed(out, steps=numbers, expert_load=counts)
+    return place
+
+
+def load_loads(path: str | Path) -> LoadTrace:
+    """Read ``expert_load.npz``, or any .npz with ``load`` or ``counts`` [T, L, E].
+
+    Raises:
+        ConfigError: No such file, or not that.
+    """
+    place = Path(path)
+    try:
+        with np.load(place, allow_pickle=False) as data:
+            name = next((key for key in _KEYS if key in data), None)
+            if name is None:
+                raise ConfigError(f"{place} holds {sorted(data)}; wanted one of {list(_KEYS)}")
+            counts = data[name]
+            keys = [key for key in ("steps", "iters") if key in data]
+            steps = data[keys[0]] if keys else np.arange(1, len(counts) + 1)
+    except (OSError, ValueError, EOFError, KeyError) as problem:
+        if isinstance(problem, ConfigError):
+            raise
+        raise ConfigError(f"{place} is not a readable .npz of numbers: {problem}") from problem
+    wrong = counts.ndim != 3 or counts.dtype.kind not in "iuf" or len(steps) != len(counts)
+    if wrong or not len(counts) or not np.isfinite(counts).all() or (counts < 0).any():
+        raise ConfigError(f"{place}: {name} has shape {counts.shape}; wanted counts >= 0 [T, L, E]")
+    return LoadTrace(steps=steps.astype(np.int64), counts=counts.astype(np.int64))
+
+
+def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
+    """The loads of a run from its journal's entries: committed steps only, each once.
+
+    A generation's layout comes from the ``resume`` entry before its commits; a step that was
+    rolled back counts as it was committed last.
+    """
+    layout: VectorLayout | None = None
+    found: dict[int, NDArray[np.float64]] = {}
+    for entry in entries:
+        if entry["kind"] == "resume":
+            layers, experts = entry["shape"]
+            layout = VectorLayout(
+                world_size=len(entry["seats"]), num_layers=layers, num_experts=experts
+            )
+        elif entry["kind"] == "commits" and layout is not None:
+            for commit in entry["commits"]:
+                lanes = np.frombuffer(base64.b64decode(commit["lanes"]), dtype="<f8")
+                if lanes.size == layout.num_lanes:
+                    shape = (layout.num_layers, layout.num_experts)
+                    step = int(commit["step"])
+                    found = {s: c for s, c in found.items() if s < step} if step in found else found
+                    found[step] = lanes[layout.counts].reshape(shape)
+    steps = sorted(found)
+    shape = (0, *next(iter(found.values())).shape) if found else (0, 0, 0)
+    counts = np.stack([found[s] for s in steps]) if steps else np.zeros(shape)
+    return LoadTrace(steps=np.array(steps, dtype=np.int64), counts=np.rint(counts).astype(np.int64))
+
+
+def counts_of_journal(folder: str | Path) -> LoadTrace | None:
+    """``counts_of_commits`` of a run's journal folder; None where there is none.
+
+    Raises:
+        ValueError: A file is no JSON object.
+    """
+    files = sorted(Path(folder).glob("*.json"))
+    if not files:
+        return None
+    return counts_of_commits(json.loads(path.read_text(encoding="utf-8")) for path in files)
+
+
+def uniform_load(num_layers: int, num_experts: int) -> LoadTrace:
+    """Every expert alike."""
+    return _constant(np.ones((num_layers, num_experts)))
+
+
+def zipf_load(num_layers: int, num_experts: int, exponent: float) -> LoadTrace:
+    """Expert ranks weigh rank**-exponent; which expert is hot turns by one from layer to layer."""
+    row = np.arange(1, num_experts + 1, dtype=np.float64) ** -exponent
+    return _constant(np.stack([np.roll(row, layer) for layer in range(num_layers)]))
+
+
+def _constant(share_LE: Floats) -> LoadTrace:
+    counts = np.rint(share_LE / share_LE.sum(1, keepdims=True) * 1e6).astype(np.int64)
+    return LoadTrace(steps=np.array([0], dtype=np.int64), counts=counts[None])
+
+
+def fitted(trace: LoadTrace, *, num_layers: int, num_experts: int) -> LoadTrace:
+    """A trace of another shape brought to this one.
+
+    Layers are taken in turn. With fewer experts wanted, the most loaded ones over the whole trace
+    are kept; with more, each is split into equal ones.
+    """
+    _, layers, experts = trace.counts.shape
+    counts = trace.counts[:, np.arange(num_layers) % layers]
+    if num_experts < experts:
+        top = np.sort(np.argsort(-counts.sum(0), axis=1, kind="stable")[:, :num_experts], axis=1)
+        counts = np.take_along_axis(counts, np.broadcast_to(top, (len(counts), *top.shape)), 2)
+    elif num_experts > experts:
+        parts = -(-num_experts // experts)
+        counts = np.repeat(counts, parts, axis=2)[:, :, :num_experts] // parts
+    return LoadTrace(steps=trace.steps, counts=counts)

@@ -1,0 +1,139 @@
+"""The policies that are compared, by name; strangers' ones by dotted path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lazarus.control.recovery import slots_for
+from lazarus.errors import ConfigError
+from lazarus.simulate.fleet import VirtualRun
+from lazarus.simulate.peers import PeerPolicy, PeerRun
+from lazarus.simulate.rows import FleetPolicy, Row, Setting
+from placement import PlacementPolicy, PlacementRequest, Plan, replan
+from placement.baselines import baseline
+
+Policy = FleetPolicy | PeerPolicy
+
+PAPER_COSTS = {"detect_s": 15.0, "release_s": 0.5, "groups_s": 10.0, "transfer_fixed_s": 2.0}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A placement that plans from scratch at every change, such as ``spread``."""
+
+    name: str
+
+    def __call__(
+        self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
+    ) -> Plan:
+        """See ``PlacementPolicy``."""
+        del previous, lost
+        return baseline(self.name, request)
+
+
+@dataclass(frozen=True)
+class WithoutLoads:
+    """The production policy, blind to loads: every expert gets the same number of replicas."""
+
+    def __call__(
+        self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
+    ) -> Plan:
+        """See ``PlacementPolicy``."""
+        blind = replace(request, load=np.ones_like(request.load))
+        return replan(blind, previous=previous, lost=lost)
+
+
+def named_policies(setting: Setting) -> dict[str, Policy]:
+    """Every policy that has a name; some depend on the setting's sizes."""
+    experts, nodes = setting.shape.experts, max(1, setting.num_nodes)
+    bare = max(-(-experts // nodes), min(experts, setting.slots_per_node))
+    return {
+        "lazarus": FleetPolicy(name="lazarus"),
+        "lazarus-auto": FleetPolicy(name="lazarus-auto", slots_per_node=_automatic(setting)),
+        "lazarus-slow": FleetPolicy(name="lazarus-slow", overrides=PAPER_COSTS),
+        "no-adaptive": FleetPolicy(name="no-adaptive", placement=WithoutLoads()),
+        "spread": FleetPolicy(name="spread", placement=Baseline("spread")),
+        "mro": FleetPolicy(name="mro", placement=Baseline("mro")),
+        "eplb-like": FleetPolicy(name="eplb-like", placement=Baseline("eplb-like")),
+        "pec": FleetPolicy(name="pec", min_replicas=1, slots_per_node=min(bare, _lean(setting))),
+        "ds": PeerPolicy(name="ds", kind="ds"),
+        "ds-ft": PeerPolicy(name="ds-ft", kind="ds-ft"),
+        "peer-memory": PeerPolicy(
+            name="peer-memory", kind="peer-memory", spares=max(1, nodes // 16)
+        ),
+    }
+
+
+def _automatic(setting: Setting) -> int:
+    """What a run takes with ``placement.slots_per_node = "auto"``: floors hold for two losses."""
+    return slots_for(
+        num_nodes=setting.num_nodes,
+        num_experts=setting.shape.experts,
+        configured=None,
+        started_nodes=setting.num_nodes,
+        min_replicas=setting.min_replicas,
+        spare_losses=2,
+    )
+
+
+def _lean(setting: Setting) -> int:
+    """Slots without replicas, with room for the loss of half the nodes."""
+    return -(-setting.shape.experts // max(1, setting.num_nodes // 2))
+
+
+def policy_named(text: str, setting: Setting) -> Policy:
+    """A policy by name, or a placement policy by dotted path ``package.module:Name``.
+
+    The object that the path names is the same that ``placement.policy`` takes in a live run; a
+    class is called without arguments first.
+
+    Raises:
+        ConfigError: No such name, or the path leads to nothing callable.
+    """
+    known = named_policies(setting)
+    if text in known:
+        return known[text]
+    if ":" not in text:
+        raise ConfigError(f"unknown policy {text!r}; known: {', '.join(known)}, or module:Name")
+    return FleetPolicy(name=text, placement=load_placement(text))
+
+
+def load_placement(path: str) -> PlacementPolicy:
+    """The placement policy at a dotted path.
+
+    Raises:
+        ConfigError: It cannot be imported, or is not callable.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise ConfigError(f"policy {path!r} cannot be imported: {problem}") from problem
+    made = found() if isinstance(found, type) else found
+    if not callable(made):
+        raise ConfigError(f"policy {path!r} is a {type(made).__name__}, not a placement policy")
+    policy: PlacementPolicy = made
+    return policy
+
+
+def run_one(setting: Setting, policy: Policy, *, seed: int) -> Row:
+    """One policy under one seed."""
+    if isinstance(policy, PeerPolicy):
+        return PeerRun(setting, policy=policy, seed=seed).run()
+    return VirtualRun(setting, policy=policy, seed=seed).run()
+
+
+def simulate(
+    setting: Setting, *, policies: Sequence[str | Policy], seeds: Sequence[int] = (0,)
+) -> list[Row]:
+    """Every policy under every seed; rows in that order.
+
+    Raises:
+        ConfigError: An unknown policy.
+    """
+    chosen = [policy_named(p, setting) if isinstance(p, str) else p for p in policies]
+    return [run_one(setting, policy, seed=seed) for policy in chosen for seed in seeds]

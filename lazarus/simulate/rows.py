@@ -1,0 +1,171 @@
+"""What a simulated run is asked and what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lazarus.simulate.costs import Costs
+from lazarus.simulate.faults import FaultSource
+from lazarus.simulate.loads import LoadTrace
+from lazarus.simulate.shapes import Shape
+from lazarus.version import __version__
+from placement import PlacementPolicy, replan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One scenario: what trains where, for how long, and what goes wrong.
+
+    Attributes:
+        tokens_per_step: Global batch, constant for every policy.
+        horizon_s: Virtual seconds.
+        checkpoint_every: Steps between persisted checkpoints of policies with replicas.
+        full_checkpoint_every: Steps between full checkpoints of DS.
+        ft_checkpoint_every: The same for DS(FT).
+        group: Nodes that hold one set of experts under fixed expert parallelism.
+        placed_layers: Layers that plans hold; the others are alike. None: all.
+        peer_batch_per_node: Peers keep the batch of a node, so that theirs shrinks with the fleet.
+        loads_step: Training step at which the load trace starts.
+    """
+
+    name: str
+    shape: Shape
+    costs: Costs
+    load: LoadTrace
+    faults: FaultSource
+    num_nodes: int
+    slots_per_node: int
+    horizon_s: float
+    tokens_per_step: float
+    group: int = 4
+    min_replicas: int = 2
+    k_persist: int = 0  # 0: one in eight experts, at least one
+    checkpoint_every: int = 250
+    full_checkpoint_every: int = 50
+    ft_checkpoint_every: int = 250
+    join_debounce_s: float = 2.0
+    peer_join_wait_s: float = 120.0
+    peer_batch_per_node: bool = False
+    placed_layers: int | None = None
+    loads_step: int = 0
+    steps: int = 0  # stop after so many; 0: at the horizon
+
+    def digest(self) -> str:
+        """SHA-256 over everything that a result depends on but policy and seed."""
+        content = {
+            **{k: v for k, v in vars(self).items() if isinstance(v, str | int | float | None)},
+            "shape": self.shape.to_dict(),
+            "costs": json.loads(self.costs.to_json()),
+            "faults": repr(self.faults),
+            "load": hashlib.sha256(self.load.counts.tobytes()).hexdigest(),
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetPolicy:
+    """How a fleet under our control places experts; the same object as in a live run."""
+
+    name: str
+    placement: PlacementPolicy = replan
+    min_replicas: int | None = None  # None: as the setting says
+    slots_per_node: int | None = None
+    overrides: Mapping[str, float] | None = None  # costs that are different under this policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The outcome of one policy under one seed; plain values only."""
+
+    scenario: str
+    policy: str
+    seed: int
+    steps: int
+    tokens: float
+    wall_s: float
+    goodput_tokens_per_s: float
+    ettr: float
+    plt: float
+    steps_lost: int
+    losses: int
+    joins: int
+    recoveries: int
+    recovery_median_s: float
+    recovery_worst_s: float
+    stall_s: Mapping[str, float]
+    restarts: int
+    experts_moved: int
+    experts_restored: int
+    bytes_moved: float
+    nodes_at_end: int
+    step_s_at_start: float
+    config_digest: str
+    version: str = __version__
+    decided_by: str = "lazarus.control"
+    recovery_s: tuple[float, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """One JSON-able object."""
+        return asdict(self)
+
+
+@dataclass
+class Tally:
+    """Sums of a run under way."""
+
+    steps: int = 0
+    tokens: float = 0.0
+    steps_lost: int = 0
+    productive_s: float = 0.0
+    losses: int = 0
+    joins: int = 0
+    restarts: int = 0
+    experts_moved: int = 0
+    experts_restored: int = 0
+    bytes_moved: float = 0.0
+    lost_copies: float = 0.0
+    recovery_s: list[float] = field(default_factory=list)
+    stall_s: dict[str, float] = field(default_factory=dict)
+
+    def stall(self, name: str, seconds: float) -> None:
+        self.stall_s[name] = self.stall_s.get(name, 0.0) + seconds
+
+    def row(
+        self, setting: Setting, *, policy: str, seed: int, wall_s: float, nodes: int,
+        first_step_s: float, decided_by: str,
+    ) -> Row:  # fmt: skip
+        tokens = self.tokens
+        waits = sorted(self.recovery_s)
+        copies = tokens * setting.shape.top_k * setting.shape.moe_layers
+        return Row(
+            scenario=setting.name,
+            policy=policy,
+            seed=seed,
+            steps=self.steps,
+            tokens=tokens,
+            wall_s=wall_s,
+            goodput_tokens_per_s=tokens / wall_s if wall_s > 0 else 0.0,
+            ettr=min(1.0, self.productive_s / wall_s) if wall_s > 0 else 0.0,
+            plt=self.lost_copies / copies if copies else 0.0,
+            steps_lost=self.steps_lost,
+            losses=self.losses,
+            joins=self.joins,
+            recoveries=len(waits),
+            recovery_median_s=waits[len(waits) // 2] if waits else 0.0,
+            recovery_worst_s=waits[-1] if waits else 0.0,
+            stall_s={k: round(v, 6) for k, v in sorted(self.stall_s.items())},
+            restarts=self.restarts,
+            experts_moved=self.experts_moved,
+            experts_restored=self.experts_restored,
+            bytes_moved=self.bytes_moved,
+            nodes_at_end=nodes,
+            step_s_at_start=first_step_s,
+            config_digest=setting.digest(),
+            decided_by=decided_by,
+            recovery_s=tuple(waits),
+        )

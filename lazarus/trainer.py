@@ -1,0 +1,423 @@
+"""Elastic training from Python: configure, fit, read the result. Runs in the driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lazarus import errors, preflight
+from lazarus.callbacks_bus import CallbackBus
+from lazarus.checkpoint.adaptive import SaveSettings
+from lazarus.config import TrainConfig
+from lazarus.control.state import ControlConfig
+from lazarus.errors import ConfigError, LazarusError, Problem, StoppedError
+from lazarus.faults import FaultSpec, fault_problems, parse_fault
+from lazarus.result import Result, leave_artifacts, result_of
+from lazarus.resume_point import resume_point
+from lazarus.runtime.chaos import CHAOS_KINDS
+from lazarus.runtime.driver import Driver, RunSpec
+from lazarus.runtime.launch import Launcher, OnExit, ProcessLauncher
+from lazarus.runtime.ray_home import PrivateHome
+from lazarus.runtime.spec import UserCode
+from lazarus.timeouts import derive_timeouts
+from lazarus.user_code import builder_of, imported, pickled
+from lazarus.version import __version__
+
+
+class RunHandle:
+    """A run under way, in a thread of the driver's process."""
+
+    def __init__(self, work: Callable[[], Result], driver: Driver) -> None:
+        self._driver = driver
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="run")
+        self._thread.start()
+
+    def _run(self, work: Callable[[], Result]) -> None:
+        try:
+            self._result = work()
+        except BaseException as error:  # noqa: BLE001 - raised again by wait()
+            self._error = error
+        finally:
+            self._done.set()
+
+    def stop(self, *, now: bool = False) -> None:
+        """Stop after the next commit with a full checkpoint, or at once."""
+        self._driver.stop(now=now, reason="stopped by the user")
+
+    def start_node(self) -> str:
+        """Bring one more node into an embedded run. Returns its name."""
+        return self._driver.start_node()
+
+    def wait(self, timeout_s: float | None = None) -> Result:
+        """The result, or the run's error.
+
+        Raises:
+            TimeoutError: Not over within ``timeout_s``.
+        """
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"the run is not over after {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+
+class ElasticTrainer:
+    """Trains a model with MoE layers on nodes that come and go.
+
+    ``model``, ``data``, ``collate``, ``loss``, ``optimizer``, ``schedule`` and ``hooks`` run in
+    every worker and are pickled once, here; ``callbacks`` run in the driver.
+
+    Args:
+        config: What to train and how.
+        model: Builds the model in each worker, or a small module; None: ``config.model``.
+        data: A map-style data source or a function that opens one; None: ``config.data``.
+        eval_data: Held-out data, as ``data``.
+        collate: Makes a micro-batch of a list of samples; None: stacks tensors.
+        loss: Maps (model, batch) to a ``LossSum``; None: next-token cross-entropy.
+        optimizer: Makes the optimizer from parameter groups; None: AdamW as configured.
+        schedule: Step -> learning-rate multiplier; None: as configured.
+        callbacks: See ``lazarus.callbacks``.
+        placement: A placement policy; None: the library's own.
+        faults: Scripted faults, beside those of the configuration.
+
+    Raises:
+        ConfigError: Something cannot work; nothing was started.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: Callable[[Any], nn.Module] | nn.Module | None = None,
+        data: Any = None,
+        eval_data: Any = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        loss: Callable[[nn.Module, Any], Any] | None = None,
+        optimizer: Callable[[list[dict[str, Any]]], Any] | None = None,
+        schedule: Callable[[int], float] | None = None,
+        callbacks: Sequence[Any] = (),
+        hooks: Sequence[Any] = (),
+        placement: Any = None,
+        recovery: Any = None,
+        faults: Sequence[str | FaultSpec] = (),
+    ) -> None:
+        self.config = config
+        self._callbacks = tuple(callbacks)
+        self._placement = placement
+        self._recovery = recovery
+        self._eval_data = eval_data
+        specs = tuple(dict.fromkeys(str(fault) for fault in (*config.faults.specs, *faults)))
+        self._faults = specs
+        _check(config, model=model, data=data, faults=specs)
+        if config.eval.every and data is not None and eval_data is None:
+            raise ConfigError(
+                f"eval.every={config.eval.every} needs held-out data; pass eval_data, or set "
+                f"eval.every=0"
+            )
+        self._user = pickled(
+            UserCode(
+                model=builder_of(model),
+                data=data,
+                eval_data=eval_data,
+                collate=collate,
+                loss=loss,
+                optimizer=optimizer,
+                schedule=schedule,
+                hooks=tuple(hooks),
+            )
+        )
+
+    def fit(self, *, resume: str | Path | None = None) -> Result:
+        """Train to the end.
+
+        Raises:
+            UserCodeError: The user's model, data or loss raised.
+            QuorumTimeoutError, LostExpertError: Ended short; can be resumed.
+            KeyboardInterrupt: Ctrl-C; the record is complete.
+        """
+        run = _Run(self, resume)
+        return run.follow()
+
+    def start(self, *, resume: str | Path | None = None) -> RunHandle:
+        """Train in the background of this process."""
+        run = _Run(self, resume)
+        return RunHandle(run.work, run.driver)
+
+
+class _Run:
+    """One run of a trainer."""
+
+    def __init__(self, trainer: ElasticTrainer, resume: str | Path | None) -> None:
+        config = trainer.config
+        self.run_id = f"{config.run.name}-{uuid.uuid4().hex[:8]}"
+        self.run_dir = config.run_dir(now=datetime.now(), in_ray_job=_in_ray_job()).absolute()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._url = config.checkpoint.url or str(self.run_dir / "checkpoints")
+        start = resume_point(resume, own_url=self._url, steps=config.train.steps)
+        (self.run_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        self._leaves_report = config.metrics.report
+        self._scratch = Path(tempfile.mkdtemp(prefix="lazarus-"))
+        self._bus = CallbackBus(trainer._callbacks, fail=config.metrics.on_callback_error == "fail")
+        ranks = _ranks_per_node(config)
+        spec = RunSpec(
+            run_id=self.run_id,
+            run_dir=self.run_dir,
+            scratch=self._scratch,
+            config=config.to_dict(),
+            control=replace(
+                _control_config(trainer, ranks),
+                checkpoint_url=self._url,
+                **({} if start is None else start.control()),
+            ),
+            timeouts=derive_timeouts(config.recovery.tolerated_stall_s),
+            user=trainer._user,
+            faults=trainer._faults,
+            checkpoint_url=self._url,
+            resume=None if start is None else f"{start.url} {start.step}",
+            version=__version__,
+            ranks_per_node=ranks,
+            checkpoint={"run": self.run_id, "seed": config.run.seed},
+            keep_checkpoints=config.checkpoint.keep,
+            keepers=config.checkpoint.every != 0,
+            journal=_next_journal(self.run_dir),
+            chaos=config.faults.parsed_chaos(),
+            key=_pem(config, "key"),
+            cert=_pem(config, "cert"),
+            ca=_pem(config, "ca"),
+        )
+        try:
+            self.driver = Driver(spec, partial(_launcher, config), self._bus.publish)
+        except ConfigError:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """Nothing was started: leave no trace of it."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._bus.close()
+        if {path.name for path in self.run_dir.iterdir()} == {"config.toml"}:
+            shutil.rmtree(self.run_dir)
+
+    def follow(self) -> Result:
+        """``work`` in a thread, so that Ctrl-C is heard while it waits."""
+        outcome: list[Result | BaseException] = []
+        done = threading.Event()
+
+        def body() -> None:
+            try:
+                outcome.append(self.work())
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                outcome.append(error)
+            finally:
+                done.set()
+
+        thread = threading.Thread(target=body, name="run")
+        thread.start()
+        interrupted = self._wait(done)
+        thread.join()
+        result = outcome[0]
+        if interrupted:
+            raise interrupted
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def _wait(self, done: threading.Event) -> BaseException | None:
+        """Ctrl-C once: stop at the next commit. Twice: now. SIGTERM is like the first."""
+        interrupts = 0
+        stopped: BaseException | None = None
+        terminated = threading.Event()
+        previous = None
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+        try:
+            while not done.is_set():
+                try:
+                    done.wait(0.2)
+                    if terminated.is_set():
+                        terminated.clear()
+                        stopped = StoppedError("the driver got SIGTERM; go on with --resume auto")
+                        self.driver.stop(now=False, reason="SIGTERM")
+                except KeyboardInterrupt as problem:
+                    interrupts += 1
+                    stopped = problem
+                    self.driver.stop(now=interrupts > 1, reason="Ctrl-C")
+                    if interrupts > 2:
+                        self.driver.abandon("Ctrl-C")
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+        return stopped
+
+    def work(self) -> Result:
+        """Run it and make the result of what it left."""
+        try:
+            over = self.driver.run()
+        except ConfigError:
+            self._leaves_report = False
+            self._forget()
+            raise
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._bus.close()
+            if self._leaves_report:
+                leave_artifacts(self.run_dir)
+        if over.error:
+            raise _error_of(json.loads(over.error))
+        return result_of(over, run_id=self.run_id, run_dir=self.run_dir, url=self._url)
+
+
+def _check(config: TrainConfig, *, model: Any, data: Any, faults: tuple[str, ...]) -> None:
+    problems: list[Problem] = preflight.security_problems(config)
+    if model is None and data is None:
+        problems += preflight.builtin_problems(config)
+    elif data is None:
+        problems += preflight.data_problems(config)
+    problems += fault_problems(
+        [parse_fault(text) for text in faults],
+        nodes=config.cluster.nodes,
+        steps=config.train.steps,
+        chaos=config.faults.parsed_chaos(),
+    )
+    chaos = config.faults.parsed_chaos()
+    if chaos is not None and (odd := set(chaos.kinds) - CHAOS_KINDS):
+        text = (
+            f"chaos cannot draw {', '.join(sorted(odd))}; it can: {', '.join(sorted(CHAOS_KINDS))}"
+        )
+        problems.append(Problem(text, key="faults.chaos"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _control_config(trainer: ElasticTrainer, ranks_per_node: int) -> ControlConfig:
+    config = trainer.config
+    slots = config.placement.slots_per_node
+    policy = trainer._placement
+    if policy is None and config.placement.policy is not None:
+        policy = imported(config.placement.policy, key="placement.policy")
+    extra = {} if policy is None else {"placement": policy}
+    timeouts = derive_timeouts(config.recovery.tolerated_stall_s)
+    return ControlConfig(
+        steps=config.train.steps,
+        global_batch=config.train.global_batch,
+        seed=config.run.seed,
+        ledger=config.run.ledger,
+        nodes=config.cluster.nodes,
+        min_nodes=config.cluster.min_nodes,
+        max_nodes=config.cluster.max_nodes,
+        ranks_per_node=ranks_per_node,
+        min_replicas=config.placement.min_replicas,
+        slots_per_node=None if slots == "auto" else int(slots),
+        spare_losses=config.placement.spare_losses,
+        tolerated_stall_s=config.recovery.tolerated_stall_s,
+        start_timeout_s=timeouts.startup_s,
+        standstill_s=timeouts.standstill_s,
+        join_debounce_s=config.cluster.join_debounce_s,
+        quorum_timeout_s=config.cluster.quorum_timeout_s,
+        final_checkpoint=config.checkpoint.full_at_end,
+        on_lost_expert=config.recovery.on_lost_expert,
+        partial_checkpoints=config.checkpoint.select != "full",
+        saves=_save_settings(config),
+        plt_budget=config.checkpoint.plt_budget,
+        resilience_weight=config.placement.resilience_weight,
+        solver=config.placement.solver,
+        heal=config.recovery.heal,
+        version=__version__,
+        **extra,
+    )
+
+
+def _save_settings(config: TrainConfig) -> SaveSettings:
+    asked = config.checkpoint
+    return SaveSettings(
+        every=None if asked.every == "auto" else int(asked.every),
+        k_snapshot=None if asked.k_snapshot == "auto" else int(asked.k_snapshot),
+        k_persist=None if asked.k_persist == "auto" else int(asked.k_persist),
+        select=asked.select,
+    )
+
+
+def _ranks_per_node(config: TrainConfig) -> int:
+    ranks = config.cluster.ranks_per_node
+    if ranks != "auto":
+        return int(ranks)
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _in_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _pem(config: TrainConfig, name: str) -> bytes | None:
+    if not config.security.tls:
+        return None
+    return Path(str(getattr(config.security, name))).read_bytes()
+
+
+def _next_journal(run_dir: Path) -> str:
+    """Each life of a run has a journal of its own: journal, journal-2, ..."""
+    lives = len(list(run_dir.glob("journal*")))
+    return "journal" if lives == 0 else f"journal-{lives + 1}"
+
+
+def _launcher(config: TrainConfig, on_exit: OnExit) -> Launcher:
+    host = None if config.security.bind == "auto" else config.security.bind
+    if config.cluster.launcher == "process":
+        return ProcessLauncher(on_exit, host=host or "127.0.0.1")
+    joins = config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_is_up()
+    home = None if joins else PrivateHome()
+    from lazarus.runtime.ray_launch import RayLauncher
+
+    try:
+        return RayLauncher(on_exit, config, home=home, host=host)
+    except BaseException:
+        if home is not None:
+            home.close()
+        raise
+
+
+def _ray_is_up() -> bool:
+    """Whether the user's own code has connected this process to a Ray cluster."""
+    module = sys.modules.get("ray")
+    return module is not None and bool(module.is_initialized())
+
+
+def _error_of(error: Mapping[str, Any]) -> Exception:
+    """The error that the controller reported, as its own type."""
+    kind, message = str(error["type"]), str(error.get("message", ""))
+    if kind == "UserCodeError":
+        return errors.UserCodeError(
+            where=str(error["where"]), summary=message, traceback_text=str(error["traceback"])
+        )
+    if kind == "QuorumTimeoutError":
+        return errors.QuorumTimeoutError(
+            live=int(error["live"]), needed=int(error["needed"]), waited_s=float(error["waited_s"])
+        )
+    if kind == "LostExpertError":
+        experts = [(int(layer), int(expert)) for layer, expert in error["experts"]]
+        return errors.LostExpertError(experts=experts, reason=message)
+    if kind == "CheckpointError":
+        return errors.CheckpointError(message)
+    if kind == "StoppedError":
+        return errors.StoppedError(message)
+    return LazarusError(message)

@@ -1,0 +1,23 @@
+"""Resilient, balanced placement of Mixture-of-Experts replicas on nodes that come and go."""
+
+from placement.allocate import allocate_as_paper, allocate_replicas
+from placement.certificate import Certificate, certificate
+from placement.errors import InfeasiblePlacementError, InvalidRequestError
+from placement.plan import Plan
+from placement.policy import PlacementPolicy, plan, policy_from_path, replan
+from placement.request import PlacementRequest
+
+__all__ = [
+    "Certificate",
+    "InfeasiblePlacementError",
+    "InvalidRequestError",
+    "PlacementPolicy",
+    "PlacementRequest",
+    "Plan",
+    "allocate_as_paper",
+    "allocate_replicas",
+    "certificate",
+    "plan",
+    "policy_from_path",
+    "replan",
+]

@@ -1,0 +1,223 @@
+"""How many replicas each expert gets, from its load.
+
+Shapes: L layers, E experts. All functions are deterministic; ties go to the expert with fewer
+replicas, then to the lower id.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placement.errors import InfeasiblePlacementError
+from placement.request import Floats, Ints, as_load, positive_int
+
+_ROUNDS = 64
+_SORTABLE = 60_000  # layers x experts x nodes below which all grants are sorted
+
+
+def allocate_replicas(
+    load: Sequence[Any] | npt.NDArray[Any],
+    *,
+    num_slots: int,
+    min_replicas: int | npt.NDArray[np.int32],
+    max_replicas: int,
+) -> Ints:
+    """Replicas that minimise the largest load per replica of every layer.
+
+    The greedy rule "the next slot goes to the largest load / replicas" is optimal for that
+    objective. A threshold on the ratio is bisected for all layers at once; the few slots that a
+    tie leaves over are handed out one by one, so the answer equals the greedy rule's exactly.
+
+    Args:
+        load: Tokens per expert, [L, E] or [E], each >= 0.
+        num_slots: Slots of the whole cluster for one layer.
+        min_replicas: Floor: one number, or one for each expert, [L, E].
+        max_replicas: Ceiling, the number of nodes: a second copy on a node adds nothing.
+
+    Returns:
+        int32 [L, E]; each row sums to ``min(num_slots, E * max_replicas)``.
+
+    Raises:
+        InfeasiblePlacementError: The floors need more slots, or more nodes, than there are.
+    """
+    load_LE = _positive(as_load(load), max_replicas)
+    floor_LE = np.broadcast_to(np.asarray(min_replicas, dtype=np.int32), load_LE.shape)
+    check_floors(floor_LE, num_slots=num_slots, max_replicas=max_replicas)
+    if load_LE.size * max_replicas <= _SORTABLE:
+        return _by_sorting(load_LE, floor_LE, num_slots=num_slots, ceiling=max_replicas)
+    return _by_bisection(load_LE, floor_LE, num_slots=num_slots, ceiling=max_replicas)
+
+
+def _by_sorting(load_LE: Floats, floor_LE: Ints, *, num_slots: int, ceiling: int) -> Ints:
+    """All possible grants in the greedy rule's order at once; for small problems."""
+    num_layers, num_experts = load_LE.shape
+    held = np.arange(1, ceiling, dtype=np.float64)[:, None]
+    worth = load_LE[:, None, :] / held
+    worth[floor_LE[:, None, :] > held] = -1.0
+    worth = worth.reshape(num_layers, -1)
+    # Stable, and replicas run before experts: ties go to fewer replicas, then to the lower id.
+    order = np.argsort(-worth, axis=1, kind="stable")
+    spare_L = np.minimum(num_slots, num_experts * ceiling) - floor_LE.sum(1)
+    granted = np.arange(worth.shape[1]) < spare_L[:, None]
+    index = order % num_experts + np.arange(num_layers)[:, None] * num_experts
+    extra = np.bincount(index[granted], minlength=load_LE.size)
+    replicas: Ints = (floor_LE + extra.reshape(load_LE.shape)).astype(np.int32)
+    return replicas
+
+
+def _by_bisection(load_LE: Floats, floor_LE: Ints, *, num_slots: int, ceiling: int) -> Ints:
+    total = min(num_slots, load_LE.shape[1] * ceiling)
+    low_L = load_LE.min(1) / (2.0 * ceiling)
+    high_L = load_LE.max(1)
+    replicas = floor_LE.astype(np.int32)
+    open_L = np.ones(len(load_LE), dtype=np.bool_)
+    for _ in range(_ROUNDS):
+        middle_L = np.sqrt(low_L * high_L)
+        counts = _at_threshold(load_LE, floor_LE, middle_L, ceiling)
+        sums_L = counts.sum(1)
+        fits_L = sums_L <= total
+        high_L = np.where(fits_L, middle_L, high_L)
+        low_L = np.where(fits_L, low_L, middle_L)
+        replicas = np.where((fits_L & open_L)[:, None], counts, replicas)
+        open_L &= sums_L != total
+        if not open_L.any() or float((high_L / low_L)[open_L].max()) <= 1.0 + 1e-15:
+            break
+    return _top_up(load_LE, replicas, total=total, ceiling=ceiling)
+
+
+def _at_threshold(load_LE: Floats, floor_LE: Ints, limit_L: Floats, ceiling: int) -> Ints:
+    """Replicas with every load / replicas <= limit, within floor and ceiling."""
+    limit = limit_L[:, None]
+    counts = np.minimum(np.ceil(load_LE / limit), ceiling + 1.0)
+    # Rounding of the division may be off by one; the comparison the greedy rule makes decides.
+    counts += load_LE / np.maximum(counts, 1.0) > limit
+    counts -= (counts > 1) & (load_LE / np.maximum(counts - 1.0, 1.0) <= limit)
+    clipped: Ints = np.clip(counts, floor_LE, ceiling).astype(np.int32)
+    return clipped
+
+
+def _top_up(load_LE: Floats, replicas: Ints, *, total: int, ceiling: int) -> Ints:
+    num_layers, num_experts = load_LE.shape
+    rows_L = np.arange(num_layers)
+    order_E = np.arange(num_experts)
+    left_L = total - replicas.sum(1)
+    while (left_L > 0).any():
+        ratio = np.where(replicas < ceiling, load_LE / replicas, -1.0)
+        tied = ratio >= ratio.max(1)[:, None]
+        key = np.where(tied, replicas.astype(np.int64) * num_experts + order_E, np.int64(2**62))
+        replicas[rows_L, key.argmin(1)] += left_L > 0
+        left_L = left_L - (left_L > 0)
+    return replicas
+
+
+def _positive(load_LE: Floats, ceiling: int) -> Floats:
+    """Loads with zeros replaced so that idle experts come last, and evenly."""
+    least_L = np.where(load_LE > 0, load_LE, np.inf).min(1)
+    least_L = np.where(np.isfinite(least_L), least_L, 1.0)
+    return np.where(load_LE > 0, load_LE, (least_L / (2.0 * max(ceiling, 1)))[:, None])
+
+
+def check_floors(floor_LE: Ints, *, num_slots: int, max_replicas: int) -> None:
+    """Refuse floors that cannot hold.
+
+    Raises:
+        InfeasiblePlacementError: More slots or more nodes are needed than there are.
+    """
+    positive_int(max_replicas, name="max_replicas")
+    if floor_LE.min() < 1:
+        raise InfeasiblePlacementError(f"min_replicas={int(floor_LE.min())} must be >= 1")
+    need = int(floor_LE.sum(1).max())
+    experts = floor_LE.shape[1]
+    if need > num_slots:
+        raise InfeasiblePlacementError(
+            f"{experts} experts need {need} slots for their floor of min_replicas, but there are "
+            f"{num_slots}; add {need - num_slots} slots or lower min_replicas to "
+            f"{num_slots // experts}"
+        )
+    if floor_LE.max() > max_replicas:
+        raise InfeasiblePlacementError(
+            f"min_replicas={int(floor_LE.max())} copies on distinct nodes need that many nodes, "
+            f"but there are {max_replicas}; add nodes or lower min_replicas to {max_replicas}"
+        )
+
+
+def allocate_by_heap(
+    load: Sequence[float], *, num_slots: int, min_replicas: int, max_replicas: int
+) -> tuple[int, ...]:
+    """The slow twin of ``allocate_replicas`` for one layer: the greedy rule, slot by slot."""
+    load_LE = as_load(load)
+    floor = np.full(load_LE.shape, min_replicas, dtype=np.int32)
+    check_floors(floor, num_slots=num_slots, max_replicas=max_replicas)
+    weights = _positive(load_LE, max_replicas)[0]
+    replicas = [min_replicas] * len(weights)
+    heap = [(-w / min_replicas, min_replicas, e) for e, w in enumerate(weights)]
+    heapq.heapify(heap)
+    for _ in range(min(num_slots, len(weights) * max_replicas) - sum(replicas)):
+        while heap[0][1] >= max_replicas:
+            heapq.heappop(heap)
+        _, count, expert = heapq.heappop(heap)
+        replicas[expert] = count + 1
+        heapq.heappush(heap, (-weights[expert] / (count + 1), count + 1, expert))
+    return tuple(replicas)
+
+
+def allocate_as_paper(
+    load: Sequence[float], *, num_slots: int, min_replicas: int
+) -> tuple[int, ...]:
+    """The paper's rule: experts in ascending load, each its floored share of what is left.
+
+    Kept for comparison. It may give an expert more replicas than there are nodes.
+
+    Raises:
+        InfeasiblePlacementError: ``num_slots < E * min_replicas``; the rule's claims fail there.
+
+    Source: Lazarus, equation 1, in exact rational arithmetic.
+    """
+    row = as_load(load)[0]
+    floor = np.full((1, len(row)), min_replicas, dtype=np.int32)
+    check_floors(floor, num_slots=num_slots, max_replicas=max(num_slots, 1))
+    weights = [Fraction(float(w)) for w in row]
+    if sum(weights) == 0:
+        weights = [Fraction(1)] * len(weights)
+    replicas = [0] * len(weights)
+    left, mass = num_slots, sum(weights, Fraction(0))
+    for expert in sorted(range(len(weights)), key=lambda e: (weights[e], e)):
+        share = int(weights[expert] * left / mass) if mass else left
+        replicas[expert] = max(share, min_replicas)
+        left -= replicas[expert]
+        mass -= weights[expert]
+    return tuple(replicas)
+
+
+def slots_from_memory(*, bytes_per_node: int, bytes_per_slot: int, num_layers: int = 1) -> int:
+    """Slots per node and layer that fit into a node's memory.
+
+    Raises:
+        InfeasiblePlacementError: Not even one slot per layer fits.
+    """
+    for name, value in (("bytes_per_node", bytes_per_node), ("bytes_per_slot", bytes_per_slot)):
+        positive_int(value, name=name)
+    slots = bytes_per_node // (bytes_per_slot * positive_int(num_layers, name="num_layers"))
+    if slots < 1:
+        raise InfeasiblePlacementError(
+            f"one slot in each of {num_layers} layers needs {bytes_per_slot * num_layers} bytes, "
+            f"but a node has {bytes_per_node}; use more memory per node or smaller experts"
+        )
+    return slots
+
+
+def losses_floor_survives(
+    *, num_experts: int, num_nodes: int, slots_per_node: int, min_replicas: int
+) -> int:
+    """Further node losses after which ``min_replicas`` copies of each expert still fit.
+
+    -1 when they do not even fit now.
+    """
+    nodes_needed = max(min_replicas, -(-num_experts * min_replicas // slots_per_node))
+    return max(num_nodes - nodes_needed, -1)

@@ -1,0 +1,156 @@
+"""Token shares: how evenly a placement can be used, without moving a byte.
+
+Shapes: L layers, E experts, N nodes. ``member`` is bool [L, E, N].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from placement.errors import InvalidRequestError
+from placement.request import Bools, Floats
+
+ROUNDS = 30
+_SETTLED = 1e-7
+_LEVEL = 1.0002
+_IDLE = 1e-290
+_DENSE = 60_000  # layers x experts x nodes up to which plain matrices are the fastest
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """Sums over a placement as small matrix products."""
+
+    by_expert: Floats  # [L, E, N]
+    by_node: Floats  # [L, N, E]
+
+    def sums(self, factor_LN: Floats) -> Floats:
+        sums: Floats = np.matmul(self.by_expert, factor_LN[:, :, None])[:, :, 0]
+        return sums
+
+    def loads(self, use_LE: Floats) -> Floats:
+        loads: Floats = np.matmul(self.by_node, use_LE[:, :, None])[:, :, 0]
+        return loads
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """The same sums over a list of replicas, sorted by layer, expert, node."""
+
+    node_M: npt.NDArray[np.int32]
+    expert_M: npt.NDArray[np.int32]
+    first_X: npt.NDArray[np.intp]
+    shape: tuple[int, ...]
+
+    def sums(self, factor_LN: Floats) -> Floats:
+        sums_X = np.add.reduceat(factor_LN.reshape(-1).take(self.node_M), self.first_X)
+        return sums_X.reshape(self.shape[:2])
+
+    def loads(self, use_LE: Floats) -> Floats:
+        use_M = use_LE.reshape(-1).take(self.expert_M)
+        size = self.shape[0] * self.shape[2]
+        loads: Floats = np.bincount(self.node_M, weights=use_M, minlength=size).astype(np.float64)
+        return loads.reshape(self.shape[0], -1)
+
+
+def _kernel(member: Bools) -> _Dense | _Flat:
+    num_layers, num_experts, num_nodes = member.shape
+    if member.size <= _DENSE:
+        matrix = member.astype(np.float64)
+        return _Dense(matrix, np.ascontiguousarray(matrix.transpose(0, 2, 1)))
+    flat = np.flatnonzero(member)
+    expert_M, node = np.divmod(flat, num_nodes)
+    node_M = node + expert_M // num_experts * num_nodes
+    counts = np.bincount(expert_M, minlength=num_layers * num_experts)
+    return _Flat(
+        node_M.astype(np.int32), expert_M.astype(np.int32), np.cumsum(counts) - counts, member.shape
+    )
+
+
+def node_factors(
+    load_LE: Floats, member: Bools, *, rounds: int = ROUNDS, start: Floats | None = None
+) -> Floats:
+    """A factor for every node that brings the busiest one close to the mean, float64 [L, N].
+
+    The share of expert e on node j is a_j over the sum of a over e's nodes. Factors are scaled by
+    mean / load until loads are level; the best round of each layer is kept. Among the optimal
+    splits this is the least extreme one, so it ages well. ``start`` continues from earlier factors.
+
+    Source: Sinkhorn's matrix scaling, stopped after ``rounds``.
+    """
+    _check_covered(member)
+    kernel = _kernel(member)
+    num_layers, _, num_nodes = member.shape
+    total_L = load_LE.sum(1)
+    # A layer whose loads vanish in floating point counts as idle.
+    mean_LN = np.repeat(
+        (np.where(total_L > _IDLE, total_L, 1.0) / num_nodes)[:, None], num_nodes, 1
+    )
+    factor = np.ones((num_layers, num_nodes)) if start is None else start
+    best, best_L = factor, np.full(num_layers, np.inf)
+    for _ in range(max(rounds, 1)):
+        relative = kernel.loads(load_LE / kernel.sums(factor)) * factor / mean_LN
+        worst_L = relative.max(1)
+        gain_L = best_L - worst_L
+        if (gain_L > 0).any():
+            best = np.where((gain_L > 0)[:, None], factor, best)
+            best_L = np.minimum(best_L, worst_L)
+            if best_L.max() < _LEVEL or gain_L.max() < _SETTLED:
+                break
+        # A node without load keeps its factor; none may run away.
+        scale = 1.0 / np.where(relative > 1e-6, relative, 1.0)
+        factor = np.minimum(np.maximum(factor * scale, 1e-9), 1e9)
+    return best
+
+
+def _check_covered(member: Bools) -> None:
+    covered = member.any(2)
+    if not covered.all():
+        layer, expert = (int(i) for i in np.argwhere(~covered)[0])
+        raise InvalidRequestError(f"layer {layer}, expert {expert} has no replica on any node")
+
+
+def expert_sums(member: Bools, factor_LN: Floats) -> Floats:
+    """Sum of the factors of each expert's nodes, float64 [L, E]; what shares are divided by."""
+    return _kernel(member).sums(factor_LN)
+
+
+def loads_of_nodes(load_LE: Floats, member: Bools, factor_LN: Floats) -> Floats:
+    """Tokens that each node serves with these factors, float64 [L, N]."""
+    kernel = _kernel(member)
+    return kernel.loads(load_LE / kernel.sums(factor_LN)) * factor_LN
+
+
+def dense_shares(member: Bools, factor_LN: Floats) -> Floats:
+    """Shares as float64 [L, E, N]; each row sums to 1."""
+    shares: Floats = member * factor_LN[:, None, :]
+    shares /= shares.sum(2)[:, :, None]
+    return shares
+
+
+def token_shares(load_LE: Floats, member: Bools, *, rounds: int = ROUNDS) -> Floats:
+    """Share of each expert's tokens that each node should serve, float64 [L, E, N]."""
+    return dense_shares(member, node_factors(load_LE, member, rounds=rounds))
+
+
+def max_over_mean(node_load_LN: Floats) -> Floats:
+    """Load of the busiest node over the mean, per layer; 1 for an idle layer."""
+    mean_L = node_load_LN.mean(1)
+    worst_L = node_load_LN.max(1)
+    ratio: Floats = np.where(mean_L > 0, worst_L / np.where(mean_L > 0, mean_L, 1.0), 1.0)
+    return ratio
+
+
+def balance_of(
+    load_LE: Floats, member: Bools, *, share_load: Floats | None = None, rounds: int = ROUNDS
+) -> Floats:
+    """max/mean node load of every layer, [L], with shares made from ``share_load``.
+
+    Args:
+        share_load: Loads the shares were levelled for, if older than ``load_LE``.
+    """
+    factors = node_factors(load_LE if share_load is None else share_load, member, rounds=rounds)
+    return max_over_mean(loads_of_nodes(load_LE, member, factors))

@@ -1,0 +1,62 @@
+"""Homes: the one rank that serves all of an expert's tokens when serving is not spread.
+
+Shapes: L layers, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from placement.request import Bools, Floats, Ints
+
+
+def choose_homes(load_LE: Floats, expert_of_slot: Ints) -> Ints:
+    """One serving rank per expert, so that ranks that serve whole experts are level; [L, E].
+
+    Hottest expert first, to the least loaded rank that holds it; then single experts move off
+    the busiest rank while that helps.
+    """
+    num_layers, num_ranks, _ = expert_of_slot.shape
+    num_experts = load_LE.shape[1]
+    holds = np.zeros((num_layers, num_experts, num_ranks), dtype=np.bool_)
+    layer, rank, slot = np.nonzero(expert_of_slot >= 0)
+    holds[layer, expert_of_slot[layer, rank, slot], rank] = True
+    rows_L = np.arange(num_layers)
+    home = np.full((num_layers, num_experts), -1, dtype=np.int32)
+    # Equal loads (idle experts, say) are told apart by how many experts a rank serves already.
+    step_L = 1e-9 * np.maximum(load_LE.sum(1), 1e-300) / num_ranks
+    load = np.zeros((num_layers, num_ranks))
+    order = np.argsort(-load_LE, axis=1, kind="stable")
+    for step in range(num_experts):
+        expert_L = order[:, step]
+        rank_L = np.where(holds[rows_L, expert_L], load, np.inf).argmin(1)
+        home[rows_L, expert_L] = rank_L
+        load[rows_L, rank_L] += load_LE[rows_L, expert_L] + step_L
+    return _improved(load_LE, holds, home, load)
+
+
+def _improved(load_LE: Floats, holds: Bools, home: Ints, load: Floats) -> Ints:
+    """Move one expert a round off each layer's busiest rank, to its least loaded other holder."""
+    num_layers, num_experts, _ = holds.shape
+    rows_L = np.arange(num_layers)
+    for _ in range(num_experts):
+        busiest_L = load.argmax(1)
+        peak_L = load[rows_L, busiest_L]
+        there = np.full(load_LE.shape, np.inf)
+        layer, expert = np.nonzero((home == busiest_L[:, None]) & (load_LE > 0))
+        options = np.where(holds[layer, expert], load[layer], np.inf)
+        options[np.arange(len(layer)), busiest_L[layer]] = np.inf
+        target = options.argmin(1)
+        there[layer, expert] = options[np.arange(len(layer)), target] + load_LE[layer, expert]
+        movable = there < (peak_L * (1.0 - 1e-9))[:, None]
+        if not movable.any():
+            break
+        rank_of = np.zeros(load_LE.shape, dtype=np.int32)
+        rank_of[layer, expert] = target
+        expert_L = np.where(movable, there, np.inf).argmin(1)
+        go = np.flatnonzero(movable[rows_L, expert_L])
+        moving = expert_L[go]
+        load[go, busiest_L[go]] -= load_LE[go, moving]
+        load[go, rank_of[go, moving]] += load_LE[go, moving]
+        home[go, moving] = rank_of[go, moving]
+    return home

@@ -1,0 +1,193 @@
+"""The production policy: plan from scratch, and replan in place after losses and joins."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+from placement.balance import balance_of
+from placement.build import plan_of
+from placement.errors import InfeasiblePlacementError, InvalidRequestError
+from placement.plan import Plan
+from placement.program import by_program, is_small
+from placement.repair import in_place, relabelled, repaired_template, same_shape, surviving
+from placement.request import PlacementRequest, feasible_floor
+from placement.select import Choice, best_template, failure_score, price_of
+
+_WORTH_LOOKING = 0.03  # price of the kept plan below which no other template is looked for
+_WORTH_MOVING = 0.02  # a rebalance changes the template only for a price this much lower
+
+
+class PlacementPolicy(Protocol):
+    """Decides where experts sit. Pure: the same arguments give the same plan."""
+
+    def __call__(
+        self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
+    ) -> Plan:
+        """The next plan for ``request``, after ``previous``, without the ``lost`` node ids."""
+        ...
+
+
+def policy_from_path(path: str) -> PlacementPolicy:
+    """The policy at a dotted path, ``package.module.name`` or ``package.module:name``.
+
+    A class is called without arguments first.
+
+    Raises:
+        InvalidRequestError: No such module or name, or it cannot be called.
+    """
+    module, _, name = path.replace(":", ".").rpartition(".")
+    if not module:
+        raise InvalidRequestError(f"policy {path!r} is no dotted path such as package.module.name")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InvalidRequestError(f"policy {path!r}: {error}") from error
+    if isinstance(found, type):
+        try:
+            found = found()
+        except TypeError as error:
+            raise InvalidRequestError(f"policy {path!r} needs arguments: {error}") from error
+    if not callable(found):
+        raise InvalidRequestError(f"policy {path!r} is a {type(found).__name__}, not callable")
+    policy: PlacementPolicy = found
+    return policy
+
+
+def plan(request: PlacementRequest) -> Plan:
+    """The best plan from scratch; by the integer program where ``request.solver`` allows it.
+
+    ``solver="auto"`` takes the program where ``program.is_small`` and it closes within the limit,
+    ``"ilp"`` wherever it can be stated; the plan's method or notes say what came of it.
+
+    Raises:
+        InfeasiblePlacementError: Experts do not fit, or min_replicas > num_nodes.
+    """
+    if request.min_replicas > request.num_nodes:
+        raise InfeasiblePlacementError(
+            f"min_replicas={request.min_replicas} copies on distinct nodes need that many nodes, "
+            f"but there are {request.num_nodes}; add {request.min_replicas - request.num_nodes} "
+            f"nodes or use min_replicas <= {request.num_nodes}"
+        )
+    return _plan(request, program=request.solver == "ilp" or is_small(request))
+
+
+def _plan(request: PlacementRequest, *, program: bool) -> Plan:
+    floor, notes = lowered_floor(request)
+    choice = best_template(request, floor)
+    assert choice.draft is not None, "the choice is placed"
+    if program:
+        return by_program(request, choice, floor=floor, notes=notes)
+    return plan_of(
+        request,
+        choice.draft,
+        template=choice.template,
+        block=choice.block,
+        method=choice.name,
+        notes=notes,
+    )
+
+
+def lowered_floor(request: PlacementRequest) -> tuple[int, tuple[str, ...]]:
+    """The floor that fits, and a note where it is below what was asked."""
+    floor = feasible_floor(
+        num_experts=request.num_experts,
+        num_nodes=request.num_nodes,
+        slots_per_node=request.slots_per_node,
+        min_replicas=request.min_replicas,
+    )
+    if floor == request.min_replicas:
+        return floor, ()
+    return floor, (
+        f"floor lowered from {request.min_replicas} to {floor}: {request.num_nodes} nodes x "
+        f"{request.slots_per_node} slots for {request.num_experts} experts",
+    )
+
+
+def replan(
+    request: PlacementRequest,
+    *,
+    previous: Plan | None,
+    lost: frozenset[int] = frozenset(),
+    rebalance: bool = False,
+) -> Plan:
+    """The production policy: the plan after losses, joins or a rebalance.
+
+    Args:
+        request: The members after the change; ``node_ids`` says who they are.
+        previous: The plan in force, or None at the start.
+        lost: Ids of nodes whose replicas are gone.
+        rebalance: Renew replicas and shares even if nobody came or went.
+
+    The integer program runs only at a start that insists on it (``solver="ilp"``): its plans have
+    no template to stay on when a node is lost, and after a loss there is no time for it.
+    """
+    if previous is None:
+        return _plan(request, program=request.solver == "ilp" and not lost)
+    gone = sorted(set(request.node_ids) & lost)
+    if gone:
+        raise InvalidRequestError(f"nodes {gone} are both members and lost")
+    if not same_shape(previous, request):
+        return _plan(request, program=False)
+    if request.node_ids == previous.node_ids and not rebalance:
+        return previous
+    kept = _kept(request, previous, rebalance=rebalance)
+    if rebalance and (price := _price_of_plan(request, kept)) > _WORTH_LOOKING:
+        fresh = best_template(request, lowered_floor(request)[0])
+        if price_of(request, fresh) + _WORTH_MOVING < price:
+            return _relabelled(request, previous, fresh, rebalance=True)
+    return kept
+
+
+def _kept(request: PlacementRequest, previous: Plan, *, rebalance: bool) -> Plan:
+    """Stay on the old template if the members allow it, else relabel a fresh one."""
+    floor, notes = lowered_floor(request)
+    member, origin = surviving(previous, request)
+    template = repaired_template(previous, request, member=member, origin=origin, floor=floor)
+    if template is None:
+        return _relabelled(request, previous, best_template(request, floor), rebalance=rebalance)
+    return in_place(
+        previous,
+        request,
+        template=template,
+        block_LE=previous.block,
+        member=member,
+        origin=origin,
+        method="in place",
+        notes=notes,
+        rebalance=rebalance,
+    )
+
+
+def _relabelled(
+    request: PlacementRequest, previous: Plan, fresh: Choice, *, rebalance: bool
+) -> Plan:
+    """A fresh template laid where most of its replicas already are."""
+    assert fresh.block is not None, "the choice is placed"
+    member, origin = surviving(previous, request)
+    template, block = relabelled(fresh.template, member, fresh.block, request)
+    return in_place(
+        previous,
+        request,
+        template=template,
+        block_LE=block,
+        member=member,
+        origin=origin,
+        method=f"relabelled {fresh.name}",
+        notes=lowered_floor(request)[1],
+        rebalance=rebalance,
+    )
+
+
+def _price_of_plan(request: PlacementRequest, plan: Plan) -> float:
+    ratio_L = balance_of(request.load, plan.node_member)
+    failure = failure_score(plan.template, num_nodes=plan.num_nodes)
+    core = sum(len(nodes) * width for nodes, width in plan.template)
+    as_choice = Choice(
+        template=plan.template,
+        name=plan.method,
+        failure=failure,
+        core=core / (plan.num_nodes * plan.slots_per_node),
+        excess=float(ratio_L.mean()) - 1.0,
+    )
+    return price_of(request, as_choice)

@@ -1,0 +1,33 @@
+"""Settings shared by all tests."""
+
+import os
+import time
+from multiprocessing import forkserver
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadline for one example: machines are shared. Nothing else about Hypothesis is changed.
+settings.register_profile(
+    "lazarus", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("lazarus")
+
+_BUDGET_S = float(os.environ.get("LAZARUS_TEST_BUDGET_S", "inf"))
+_STARTED_S = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Within a time budget, slow tests that would start too late are skipped, and say so."""
+    if item.get_closest_marker("slow") and time.monotonic() - _STARTED_S > _BUDGET_S:
+        pytest.skip(f"the time budget of {_BUDGET_S:.0f} s for slow tests is spent")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A selection that matches no test is no failure: the slow ones may not be there yet.
+
+    The fork server of the process launcher is waited for, so that nothing outlives the tests.
+    """
+    forkserver._forkserver._stop()
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.option.markexpr:
+        session.exitstatus = pytest.ExitCode.OK

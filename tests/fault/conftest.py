@@ -1,0 +1,100 @@
+"""Real runs for fault tests: real processes, real sockets, a model small enough to be quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazarus import ElasticTrainer, TrainConfig
+from lazarus.events import read_events
+from lazarus.metrics import committed_steps
+
+SMALL = (
+    "cluster.launcher=process",
+    "model.layers=2",
+    "model.dim=32",
+    "model.heads=2",
+    "model.seq_len=16",
+    "model.experts=6",
+    "model.top_k=2",
+    "model.moe_every=1",
+    "model.ffn_mult=2",
+    "train.global_batch=11",
+    "train.micro_batch_size=2",
+    "optim.lr=0.003",
+    "optim.warmup_steps=2",
+    "placement.slots_per_node=4",
+    "checkpoint.full_at_end=false",
+    "checkpoint.every=0",
+    "metrics.progress=off",
+    "metrics.report=false",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: its record, read back."""
+
+    folder: Path
+    events: Sequence[Mapping[str, Any]]
+    digest: str
+    steps: int
+
+    def of(self, *kinds: str) -> list[Mapping[str, Any]]:
+        return [event for event in self.events if event["event"] in kinds]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {s: float(e["loss"]) for s, e in committed_steps(self.events).items()}
+
+    def resumed_at(self, generation: int) -> int:
+        """The committed step b that the journal names for a generation's RESUME."""
+        for path in sorted((self.folder / "journal").glob("*.json")):
+            entry = json.loads(path.read_text())
+            if entry["kind"] == "resume" and entry["generation"] == generation:
+                return int(entry["step"])
+        raise LookupError(f"generation {generation} never resumed")
+
+    def assert_exactly_once(self, steps: int) -> None:
+        """Every step committed once and only once, in order."""
+        assert [e["step"] for e in self.of("step_committed")] == list(range(1, steps + 1))
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run a small job to its end in real processes and read its record."""
+
+    def go(
+        *faults: str,
+        nodes: int = 5,
+        steps: int = 8,
+        settings: Sequence[str] = (),
+        resume: Path | None = None,
+        **options: Any,
+    ) -> Outcome:
+        """``options`` are ElasticTrainer's; ``resume`` the folder of an earlier run."""
+        folder = tmp_path_factory.mktemp("run") if resume is None else resume
+        config = TrainConfig.load(
+            overrides=[
+                *SMALL,
+                f"cluster.nodes={nodes}",
+                f"train.steps={steps}",
+                f"run.dir={folder}",
+                *settings,
+            ]
+        )
+        trainer = ElasticTrainer(config, faults=faults, **options)
+        result = trainer.fit(resume=None if resume is None else "auto")
+        events = read_events(folder / "events.jsonl")
+        return Outcome(folder=folder, events=events, digest=result.state_digest, steps=result.steps)
+
+    go.small = SMALL  # type: ignore[attr-defined]
+    return go

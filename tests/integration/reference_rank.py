@@ -1,0 +1,217 @@
+"""One rank of the comparison with a single process: the runtime's own Replica, World and Step.
+
+Imported by the tests, and run by path (``runpy``) as the body of each real process.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dispatcher.exchange import Exchange
+from lazarus.config import TrainConfig
+from lazarus.model import gpt
+from lazarus.runtime import builtin
+from lazarus.runtime.context import WorkerContext
+from lazarus.runtime.groups import Group
+from lazarus.runtime.guard import GuardedExchange
+from lazarus.runtime.hooks import Hooks
+from lazarus.runtime.inject import Observer
+from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.reading import open_reading
+from lazarus.runtime.replica import Replica
+from lazarus.runtime.sources import Seating
+from lazarus.runtime.step import Batching, Step, World
+from placement import PlacementRequest, plan
+
+STEPS = 5
+CONFIG = TrainConfig.load(
+    overrides=[
+        "model.layers=2",
+        "model.dim=32",
+        "model.heads=2",
+        "model.seq_len=16",
+        "model.experts=6",
+        "model.moe_every=1",
+        "model.ffn_mult=2",
+        "train.global_batch=11",
+        "train.micro_batch_size=2",
+        "train.steps=20",
+        "optim.lr=0.003",
+        "optim.clip_norm=0.3",
+        # Above the rounding noise of gradients that are zero in exact arithmetic (biases of keys):
+        # AdamW would blow that noise up to whole learning rates.
+        "optim.eps=1e-5",
+        "optim.warmup_steps=2",
+    ]
+)
+NUM_SAMPLES = 37
+_BUILDING = threading.Lock()  # a model draws from the one global generator
+
+
+class Tokens:
+    """Map-style; a sample is a function of its index."""
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        drawn = np.random.default_rng(index).integers(0, 256, CONFIG.seq_len + 1)
+        return {"tokens": torch.from_numpy(drawn)}
+
+
+def make_model(top_k: int) -> gpt.GPT:
+    shape = TrainConfig.from_dict(
+        CONFIG.to_dict() | {"model": CONFIG.to_dict()["model"] | {"top_k": top_k}}
+    ).model
+    return gpt.build(shape)
+
+
+def quiet_observer(ledger: StepLedger) -> Observer:
+    return Observer(
+        ledger=ledger,
+        faults=(),
+        send=lambda body: None,
+        node_folder=Path("/nowhere"),
+        go_timeout_s=1.0,
+    )
+
+
+def make_replica(top_k: int) -> Replica:
+    with _BUILDING:
+        return Replica(
+            lambda: make_model(top_k),
+            optimizer=builtin.optimizer(CONFIG),
+            schedule=builtin.schedule(CONFIG),
+            clip_norm=CONFIG.optim.clip_norm,
+            seed=CONFIG.run.seed,
+            device=torch.device("cpu"),
+        )
+
+
+def make_step(
+    exchange: Exchange,
+    *,
+    top_k: int,
+    ledger: StepLedger,
+    precision: str = "fp32",
+    hooks: Hooks | None = None,
+    mode: str = "home",
+) -> tuple[Replica, Step]:
+    """What a rank stands at after RESUME of generation 1."""
+    replica = make_replica(top_k)
+    shape = (len(replica.layers), replica.num_experts)
+    adopted = plan(
+        PlacementRequest(
+            load=np.ones(shape),
+            num_nodes=exchange.size,
+            slots_per_node=6,
+            min_replicas=min(2, exchange.size),
+        )
+    )
+    replica.ensure_slots(adopted.expert_of_slot.shape[2])
+    for layer in range(shape[0]):
+        held = [int(e) for e in adopted.expert_of_slot[layer, exchange.rank] if e >= 0]
+        replica.place(layer, held, {})
+    world = World(replica, adopted, exchange, generation=1, mode=mode, rows_per_replica=1.0)
+    reading = open_reading(
+        Tokens(),
+        collate=builtin.collate,
+        seed=CONFIG.run.seed,
+        global_batch=CONFIG.train.global_batch,
+    )
+    reading.seat(Seating(rank=exchange.rank, size=exchange.size, committed=0))
+    step = Step(
+        replica,
+        world,
+        batching=Batching(
+            seed=CONFIG.run.seed,
+            global_batch=CONFIG.train.global_batch,
+            micro_batch_size=CONFIG.train.micro_batch_size,
+            precision=precision,
+        ),
+        reading=reading,
+        loss=builtin.loss,
+        observer=quiet_observer(ledger),
+        context=WorkerContext(
+            rank=exchange.rank,
+            world_size=exchange.size,
+            node=exchange.rank,
+            device=replica.device,
+            generation=1,
+            seed=CONFIG.run.seed,
+            dtype=torch.float32,
+        ),
+        hooks=hooks or Hooks(()),
+    )
+    return replica, step
+
+
+def train(
+    exchange: Exchange, *, top_k: int, ledger: StepLedger, mode: str = "home"
+) -> dict[str, Any]:
+    """Five steps; what the comparison looks at, as numpy arrays by global name."""
+    replica, step = make_step(exchange, top_k=top_k, ledger=ledger, mode=mode)
+    # Ranks that are threads share a generator: all have drawn their weights before any trains.
+    exchange.all_reduce(torch.zeros(1), label="digest")
+    found: dict[str, Any] = {"losses": []}
+    for number in range(1, STEPS + 1):
+        lanes = step.compute(number, pause=lambda: False, prepared=lambda: None)
+        sums = step.check(lanes, step=number)
+        if number == 1:
+            found["gradients"] = gradients_of(replica)
+        found["losses"].append(sums.loss)
+        found["counts"] = sums.counts
+        replica.apply(sums, dense_square=step.dense_square)
+    state = dict(replica.dense_tensors())
+    for layer, bank in enumerate(replica.banks):
+        for expert in (e for e in bank.expert_of_slot if e >= 0):
+            state.update(replica.expert_tensors(layer, expert))
+    found["state"] = {name: tensor.numpy().copy() for name, tensor in state.items()}
+    return found
+
+
+def gradients_of(replica: Replica) -> dict[str, np.ndarray]:
+    """Gradients of the step's sum, by global name: dense ones and those of held experts."""
+    found = {name: p.grad.numpy().copy() for name, p in replica.dense if p.grad is not None}
+    for path, bank in zip(replica.layer_names, replica.banks, strict=True):
+        assert bank.weight.grad is not None
+        for slot, expert in enumerate(bank.expert_of_slot):
+            if expert >= 0:
+                for field, view in bank.field_views(bank.weight.grad[slot]).items():
+                    found[f"{path}.experts.{expert}.{field}"] = view.numpy().copy()
+    return found
+
+
+def run_process(*, rank: int, size: int, store: str, mode: str, shared: bool, pipe: Any) -> None:
+    """A real process: a group over its own sockets, shared memory on top or not, as in a run."""
+    torch.set_num_threads(1)
+    ledger = StepLedger()
+    ledger.raise_fence(1, lambda: None)
+    ledger.enter(1)
+    group = Group(generation=1, skip_ports=frozenset())
+    group.build(
+        store=store,
+        prefix=f"reference/{size}",
+        rank=rank,
+        size=size,
+        host="127.0.0.1",
+        device=torch.device("cpu"),
+        timeout_s=60.0,
+    )
+    exchange = GuardedExchange(
+        group.exchange(shared=shared, timeout_s=60.0),
+        ledger=ledger,
+        observer=quiet_observer(ledger),
+    )
+    pipe.send([train(exchange, top_k=top_k, ledger=ledger, mode=mode) for top_k in (1, 2)])
+    pipe.close()
+    group.close()
+
+
+if __name__ == "__rank__":
+    run_process(**globals()["arguments"])

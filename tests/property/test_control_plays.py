@@ -1,0 +1,367 @@
+"""``decide`` under random plays: every event has an answer and no invariant of the protocol breaks.
+
+Each play is one run of simulated workers around the real machine, ledger and journal replay (see
+``tests/support/control_world.py``). The second half proves that the plays can fail: each mutant of
+the machine must be caught within a bounded number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from control_play import FAULTS, config_of, play
+from control_worker import Broken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lazarus.control import commits, machine, membership, recovery, replay, suspicion, transition
+from lazarus.control.messages import (
+    Aligned,
+    Fence,
+    Heartbeat,
+    Hello,
+    Journal,
+    LeaveRequest,
+    Paused,
+    Publish,
+    Ready,
+    Report,
+    StreamClosed,
+    Suspicion,
+    Tell,
+    Tick,
+    UserError,
+    Vector,
+    WorkerSaid,
+)
+from lazarus.control.state import Control, Phase
+from lazarus.runtime.ledger import StepLedger
+
+
+@settings(max_examples=50)
+@given(
+    seed=st.integers(0, 2**32),
+    nodes=st.integers(2, 5),
+    num_faults=st.integers(0, 6),
+    min_nodes=st.integers(1, 2),
+    faults=st.sets(st.sampled_from(FAULTS), min_size=1).map(sorted),
+)
+def test_no_interleaving_of_faults_breaks_an_invariant(
+    seed: int, nodes: int, num_faults: int, min_nodes: int, faults: list[str]
+) -> None:
+    play(seed, nodes=nodes, num_faults=num_faults, min_nodes=min_nodes, faults=faults)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@settings(max_examples=1500)
+@given(seed=st.integers(0, 2**32), num_faults=st.integers(0, 10), min_nodes=st.integers(1, 3))
+def test_no_long_play_breaks_an_invariant(seed: int, num_faults: int, min_nodes: int) -> None:
+    play(seed, num_faults=num_faults, turns=600, min_nodes=min_nodes)
+
+
+def test_an_undisturbed_run_has_one_generation_and_all_its_steps() -> None:
+    world = play(1, faults=(), steps=5)
+    assert world.state.generation == 1
+    assert [p.fields["step"] for p in world.commits()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_fault_is_survived_alone_and_leaves_its_trace(kind: str) -> None:
+    beside = () if kind in ("sniper", "witness") else ("join",)
+    worlds = [play(s, faults=(kind, *beside), num_faults=3, turns=200) for s in range(6)]
+    statuses = {world.over.status for world in worlds if world.over}
+    assert statuses == {"finished"}
+    if kind in ("controller", "torn"):
+        assert any(world.state.term > 1 for world in worlds)
+    else:
+        assert any(world.state.generation > 1 for world in worlds)
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**32))
+def test_no_event_however_odd_raises(seed: int) -> None:
+    """Workers that break the protocol: any body, from anybody, in any state."""
+    rng = Random(seed)
+    state = Control(config=config_of(nodes=2, steps=3))
+    names = ["a.0", "b.0", "c.0", "nobody.0"]
+    for turn in range(80):
+        at_s = turn * 0.1
+        name = rng.choice(names)
+        event: Any = WorkerSaid(worker=name, body=odd_body(rng, state, name), at_s=at_s)
+        if rng.random() < 0.25:
+            event = rng.choice([Tick(at_s=at_s), StreamClosed(worker=name, at_s=at_s)])
+        before = state
+        state, commands = machine.decide(state, event)
+        assert state.generation >= before.generation
+        journaled = [c.entry for c in commands if isinstance(c, Journal)]
+        claims = [e["generation"] for e in journaled if e["kind"] == "claim"]
+        assert all(g > before.generation for g in claims) and len(claims) == len(set(claims))
+
+
+def odd_body(rng: Random, state: Control, name: str) -> Any:
+    generation = rng.choice([state.generation, state.resumed, rng.randrange(4)])
+    step = rng.randrange(4)
+    plan = state.transition.plan if state.transition else None
+    digest = rng.choice(["x", plan.digest if plan else "none"])
+    return rng.choice(
+        [
+            Hello(worker=name, node_key=name[:-2], generation=rng.choice([0, generation])),
+            Heartbeat(generation=generation, step=step, waiting=rng.random() < 0.5),
+            Report(generation=generation, committed=step, prepared=step),
+            Aligned(
+                generation=generation,
+                step=step,
+                num_layers=1,
+                num_experts=2,
+                history=bytes(48),
+            ),
+            Ready(generation=generation, plan_digest=digest),
+            Paused(generation=generation, step=step),
+            Suspicion(generation=generation, step=step),
+            LeaveRequest(generation=generation),
+            UserError(generation=generation, step=step),
+        ]
+    )
+
+
+# ---- mutants -----------------------------------------------------------------------------------
+
+Patch = pytest.MonkeyPatch
+DENSE = {"num_faults": 6, "turns": 200}
+MUTANTS: dict[str, tuple[Callable[[Patch], None], set[str], dict[str, Any]]] = {}
+
+
+def mutant(*rules: str, **how: Any) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    """``rules``: what must catch it; ``how``: faults that bring it to light sooner."""
+
+    def keep(change: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        MUTANTS[change.__name__] = (change, set(rules), {**DENSE, **how})
+        return change
+
+    return keep
+
+
+@mutant("I3", "I7", "I6", faults=("witness",))
+def vectors_of_the_dead_are_forgotten(patch: Patch) -> None:
+    original = membership.lose
+
+    def store(state: Control, body: Vector, *, at_s: float) -> Any:
+        if body.generation != state.resumed or body.step <= state.step:
+            return state, ()
+        return replace(state, known={**state.known, body.step: replace(body, at_s=at_s)}), ()
+
+    patch.setattr(commits, "on_vector", store)
+    patch.setattr(
+        membership,
+        "lose",
+        lambda state, serials, **more: original(replace(state, known={}), serials, **more),
+    )
+
+
+@mutant("I7", "I3", faults=("sniper", "again", "again"))
+def the_newest_vector_is_not_kept(patch: Patch) -> None:
+    patch.setattr(transition, "_evidence", lambda state: dict(state.known))
+
+
+@mutant("I3", "I7", "I1", "I2", faults=("sniper",))
+def every_verdict_is_redo(patch: Patch) -> None:
+    def redo(reports: Any, *, known: Any, published: int) -> recovery.Verdict:
+        return recovery.Verdict(step=min(r.committed for r in reports.values()))
+
+    patch.setattr(transition, "verdict", redo)
+
+
+@mutant("I3", "I7", "I1", "I2", "I5", "total")
+def a_verdict_does_not_wait_for_all_reports(patch: Patch) -> None:
+    def judge(state: Control, worker: str, body: Report, *, at_s: float) -> Any:
+        now = state.transition
+        if state.phase is not Phase.FENCING or now is None or body.generation != now.generation:
+            return state, ()
+        workers = transition.workers_of(state, now.voters)
+        now = replace(now, reports=dict.fromkeys(workers, body))
+        return transition._judge(replace(state, transition=now), now, at_s=at_s)
+
+    patch.setattr(transition, "on_report", judge)
+
+
+@mutant("I10")
+def the_fence_is_sent_before_the_claim(patch: Patch) -> None:
+    original = transition.begin
+
+    def begin(state: Control, **more: Any) -> Any:
+        state, commands = original(state, **more)
+        fences = [c for c in commands if isinstance(c, Tell) and isinstance(c.body, Fence)]
+        return state, (*fences, *(c for c in commands if c not in fences))
+
+    patch.setattr(transition, "begin", begin)
+
+
+@mutant("I6")
+def a_commit_is_published_before_it_is_journaled(patch: Patch) -> None:
+    original = commits.flush
+
+    def flush(state: Control, *, at_s: float) -> Any:
+        state, commands = original(state, at_s=at_s)
+        said = [c for c in commands if isinstance(c, Publish)]
+        return state, (*said, *(c for c in commands if c not in said))
+
+    patch.setattr(commits, "flush", flush)
+
+
+@mutant("I6", "I14", "total")
+def a_vector_is_published_twice(patch: Patch) -> None:
+    def keep(state: Control, body: Vector, *, at_s: float) -> Any:
+        if body.generation != state.resumed:
+            return state, ()
+        state = replace(state, known={**state.known, body.step: body}, step=body.step - 1)
+        return commits.flush(state, at_s=at_s)
+
+    patch.setattr(commits, "on_vector", keep)
+
+
+@mutant("I4", faults=("sniper",))
+def a_fence_does_not_freeze_the_outcome(patch: Patch) -> None:
+    def decide(ledger: StepLedger, vector: Vector) -> bool:
+        ledger._take(vector)
+        return True
+
+    patch.setattr(StepLedger, "decide", decide)
+
+
+@mutant("I3", "I5", "I7", "I1", "I2", "I11", "I12", "total", faults=("sniper", "kill"))
+def plan_and_prepare_do_not_wait_for_everybody(patch: Patch) -> None:
+    original = transition.on_aligned
+
+    def hasty(state: Control, worker: str, body: Aligned, *, at_s: float) -> Any:
+        now = state.transition
+        if now is not None and state.phase is Phase.ALIGNING:
+            everybody = dict.fromkeys(transition.workers_of(state, now.voters), body)
+            state = replace(state, transition=replace(now, aligned=everybody))
+        return original(state, worker, body, at_s=at_s)
+
+    patch.setattr(transition, "on_aligned", hasty)
+
+
+@mutant("I12")
+def a_holder_is_overlooked(patch: Patch) -> None:
+    original = transition.holders
+
+    def some(aligned: Any, feeders: Any) -> Any:
+        return {e: at for e, at in original(aligned, feeders).items() if e != (0, 1)}
+
+    patch.setattr(transition, "holders", some)
+
+
+@mutant("I12", "I5")
+def anybody_is_asked_for_any_expert(patch: Patch) -> None:
+    original = transition.schedule_moves
+
+    def moves(wanted: Any, owners: Any) -> Any:
+        found, lost = original(wanted, owners)
+        return tuple(replace(m, source=(m.source + 1) % 2) for m in found), lost
+
+    patch.setattr(transition, "schedule_moves", moves)
+
+
+@mutant("I10")
+def a_restarted_controller_forgets_its_claims(patch: Patch) -> None:
+    original = replay._replayed
+
+    def replayed(state: Control, entry: Any) -> Control:
+        if entry["kind"] == "claim":
+            return state
+        state = original(state, entry)
+        return replace(state, generation=max(0, state.resumed - 1))
+
+    patch.setattr(replay, "_replayed", replayed)
+
+
+@mutant("I15")
+def a_restarted_controller_adopts_what_was_fenced(patch: Patch) -> None:
+    original = membership.on_hello
+
+    def hello(state: Control, body: Hello, *, at_s: float) -> Any:
+        state, commands = original(state, body, at_s=at_s)
+        known = state.workers.get(body.worker)
+        if known is not None:
+            workers = {**state.workers, body.worker: replace(known, undisturbed=True)}
+            state = replace(state, workers=workers)
+        return state, commands
+
+    patch.setattr(membership, "on_hello", hello)
+
+
+@mutant("I15", faults=("stall",))
+def a_stuck_thread_is_never_lost(patch: Patch) -> None:
+    patch.setattr(membership, "stuck", lambda state, *, at_s: ())
+
+
+@mutant("I15", faults=("stop",))
+def a_silent_node_is_never_lost(patch: Patch) -> None:
+    patch.setattr(membership, "silent", lambda state, *, at_s: ())
+    patch.setattr(transition, "overdue", lambda state, *, at_s: ())
+    patch.setattr(membership, "stuck", lambda state, *, at_s: ())
+
+
+@mutant("I15", faults=("link",))
+def a_broken_link_is_tried_for_ever(patch: Patch) -> None:
+    patch.setattr(suspicion, "MAX_ERRORS", 10**9)
+
+
+@mutant("I15", faults=("link",))
+def anybody_is_blamed_for_a_broken_link(patch: Patch) -> None:
+    patch.setattr(suspicion, "culprit", lambda errors, *, alive: min(alive))
+
+
+@mutant("I11")
+def reports_of_an_older_generation_count(patch: Patch) -> None:
+    original = transition.on_report
+
+    def lax(state: Control, worker: str, body: Report, *, at_s: float) -> Any:
+        if state.transition is not None:
+            body = replace(body, generation=state.transition.generation)
+        return original(state, worker, body, at_s=at_s)
+
+    patch.setattr(transition, "on_report", lax)
+
+
+@mutant("I11")
+def vectors_of_any_generation_count(patch: Patch) -> None:
+    original = commits.on_vector
+
+    def lax(state: Control, body: Vector, *, at_s: float) -> Any:
+        return original(state, replace(body, generation=state.resumed), at_s=at_s)
+
+    patch.setattr(commits, "on_vector", lax)
+
+
+@mutant("I11", "I13", "total", "I6")
+def the_excluded_are_still_heard(patch: Patch) -> None:
+    original = machine._worker_said
+
+    def said(state: Control, worker: str, body: Any, *, at_s: float) -> Any:
+        if worker not in state.workers and isinstance(body, Vector):
+            return commits.on_vector(state, body, at_s=at_s)
+        return original(state, worker, body, at_s=at_s)
+
+    patch.setattr(machine, "_worker_said", said)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, rules, how = MUTANTS[name]
+    change(monkeypatch)
+    caught = None
+    for seed in range(300):
+        try:
+            play(seed, **how)
+        except Broken as broken:
+            caught = broken
+            break
+    assert caught is not None, "300 plays found nothing"
+    assert caught.rule in rules, caught

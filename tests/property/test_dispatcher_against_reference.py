@@ -1,0 +1,238 @@
+"""Output and all gradients equal the dense reference, whatever the placement and the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dispatcher import (
+    Exchange,
+    ExpertLayout,
+    PathOptions,
+    RoutingTable,
+    SharedExchange,
+    SplitRule,
+    expert_path,
+    route,
+    run_ranks,
+    sum_replica_gradients,
+    within_machine,
+)
+from dispatcher.processes import run_processes
+from dispatcher.reference import dense_moe
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random world: who holds what, how many tokens each rank has, and how they choose."""
+
+    ranks: int
+    experts: int
+    top_k: int
+    activation: str
+    mode: str
+    seed: int
+    price: float
+    hot: bool
+    recompute: bool
+    overwrite: bool
+
+
+CASES = st.builds(
+    Case,
+    ranks=st.integers(1, 7),
+    experts=st.sampled_from([1, 2, 3, 5, 8, 16, 32]),
+    top_k=st.sampled_from([1, 2, 8]),
+    activation=st.sampled_from(["gelu", "gelu_bias", "swiglu"]),
+    mode=st.sampled_from(["home", "shares", "balanced"]),
+    seed=st.integers(0, 2**32 - 1),
+    price=st.sampled_from([0.0, 5.0]),
+    hot=st.booleans(),
+    recompute=st.booleans(),
+    overwrite=st.booleans(),
+)
+DIM, HIDDEN = 12, 20
+
+
+def slots_of(case: Case, random: np.random.Generator) -> np.ndarray:
+    """Any replica counts; a rank may hold nothing."""
+    holds = random.random((case.experts, case.ranks)) < random.random()
+    if case.ranks > 1:
+        holds[:, random.integers(case.ranks)] = False
+    for expert in range(case.experts):
+        if not holds[expert].any():
+            holds[expert, random.integers(case.ranks)] = True
+    slots = np.full((case.ranks, case.experts), -1)
+    for rank in range(case.ranks):
+        held = np.flatnonzero(holds[:, rank])
+        slots[rank, : held.size] = held
+    return slots
+
+
+def tokens_of(case: Case, random: np.random.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each rank's tokens, choices and weights; some ranks have none, some copies go nowhere."""
+    top_k = min(case.top_k, case.experts)
+    parts = []
+    for _ in range(case.ranks):
+        count = int(random.choice([0, 1, 3, 40]))
+        choice = random.random((count, case.experts)).argsort(1)[:, :top_k]
+        if case.hot and top_k == 1:
+            choice[:] = 0
+        choice = np.where(random.random((count, top_k)) < 0.05, -1, choice)
+        x = torch.from_numpy(random.standard_normal((count, DIM))).float()
+        gate = torch.from_numpy(random.random((count, top_k))).float()
+        parts.append((x, torch.from_numpy(np.ascontiguousarray(choice)), gate))
+    return parts
+
+
+@dataclass(frozen=True)
+class World:
+    """A case made concrete: every rank derives the same one from the case."""
+
+    layout: ExpertLayout
+    slots: np.ndarray
+    shares: np.ndarray
+    rows: Tensor
+    parts: list[tuple[Tensor, Tensor, Tensor]]
+
+
+def world_of(case: Case) -> World:
+    random = np.random.default_rng(case.seed)
+    slots = slots_of(case, random)
+    parts = tokens_of(case, random)
+    layout = ExpertLayout(
+        activation="swiglu" if case.activation == "swiglu" else "gelu",
+        dim=DIM,
+        hidden=HIDDEN,
+        bias=case.activation == "gelu_bias",
+    )
+    rows = torch.from_numpy(random.standard_normal((case.experts, layout.row_numel))).float() / 4
+    shares = random.random((case.experts, case.ranks))
+    for rank in range(case.ranks):
+        shares[np.setdiff1d(np.arange(case.experts), slots[rank]), rank] = 0
+    return World(layout, slots, shares / shares.sum(1, keepdims=True), rows, parts)
+
+
+def one_rank(exchange: Exchange, case: Case) -> tuple[Tensor, ...]:
+    """Two micro-batches, forward and backward, then the replicas' gradients."""
+    world = world_of(case)
+    table = RoutingTable.from_plan_arrays(world.slots, world.shares, rank=exchange.rank)
+    x, choice, gate = (t.clone() for t in world.parts[exchange.rank])
+    x.requires_grad_()
+    gate.requires_grad_()
+    held = [max(e, 0) for e in table.slots_of(exchange.rank)]
+    weight = world.rows[held].clone().requires_grad_()
+    options = PathOptions(layout=world.layout, recompute=case.recompute)
+    rule = SplitRule(mode=case.mode, rows_per_replica=case.price)
+    served = np.zeros(table.holds_ER.shape, dtype=np.bool_)
+    written: set[int] | None = set() if case.overwrite else None
+    if case.overwrite:
+        weight.grad = torch.full_like(weight, torch.nan)  # what an abandoned attempt left behind
+    out = []
+    for _ in range(2):
+        routed = route(x, choice, table=table, exchange=exchange, rule=rule, served_ER=served)
+        served |= routed.split.served_ER
+        y = expert_path(x, gate, weight, routed, options, written=written)
+        (y * y).sum().backward()
+        out.append(y.detach())
+    assert torch.equal(out[0], out[1])  # whichever replica served, the rows are the same bits
+    assert weight.grad is not None
+    assert x.grad is not None
+    assert gate.grad is not None
+    sum_replica_gradients(weight.grad, table, exchange, served_ER=served, written=written)
+    return out[0], x.grad / 2, gate.grad / 2, weight.grad / 2
+
+
+def check(case: Case, results: list[tuple[Tensor, ...]]) -> None:
+    world = world_of(case)
+    expected = reference(world.parts, world.rows, world.layout)
+    at = 0
+    for rank, (out, grad_x, grad_gate, grad_weight) in enumerate(results):
+        count = out.shape[0]
+        close(out, expected[0][at : at + count])
+        close(grad_x, expected[1][at : at + count])
+        close(grad_gate, expected[2][at : at + count])
+        for slot, expert in enumerate(world.slots[rank]):
+            if expert >= 0:
+                close(grad_weight[slot], expected[3][expert])
+        at += count
+    replicas_agree(world.slots, [result[3] for result in results])
+
+
+def replicas_agree(slots: np.ndarray, grads: list[Tensor]) -> None:
+    for expert in range(int(slots.max()) + 1):
+        copies = [grads[rank][slot] for rank, slot in np.argwhere(slots == expert)]
+        assert all(torch.equal(copies[0], other) for other in copies[1:])
+
+
+def reference(
+    parts: list[tuple[Tensor, Tensor, Tensor]], rows: Tensor, layout: ExpertLayout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, choice, gate = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    leaf = rows.double().requires_grad_()
+    x.requires_grad_()
+    gate.requires_grad_()
+    fields = [layout.views(row) for row in leaf]
+    y = dense_moe(x, choice.long(), gate, fields, activation=layout.activation)
+    ((y * y).sum() + 0 * (x.sum() + gate.sum() + leaf.sum())).backward()
+    zero = torch.zeros(())
+    grads = [zero.expand_as(t) if t.grad is None else t.grad for t in (x, gate, leaf)]
+    return y.detach(), grads[0], grads[1], grads[2]
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    assert found.shape == expected.shape
+    assert (found.double() - expected).abs().max().item() <= 1e-5 * scale if found.numel() else True
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=CASES)
+def test_output_and_gradients_equal_the_dense_reference(case: Case) -> None:
+    check(case, run_ranks(lambda exchange: one_rank(exchange, case), size=case.ranks))
+
+
+def one_process(
+    exchange: Exchange, cases: list[Case], transport: str
+) -> list[tuple[np.ndarray, ...]]:
+    """All cases of one world size, as arrays: they cross a pipe."""
+    if transport == "shared memory":
+        exchange = within_machine(exchange)
+        assert isinstance(exchange, SharedExchange)
+    return [tuple(t.numpy() for t in one_rank(exchange, case)) for case in cases]
+
+
+@pytest.mark.parametrize("transport", ["gloo", "shared memory"])
+@pytest.mark.parametrize(
+    "ranks", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 7))]
+)
+def test_the_same_over_real_processes(ranks: int, transport: str) -> None:
+    random = np.random.default_rng(ranks)
+    cases = [
+        Case(
+            ranks=ranks,
+            experts=int(random.choice([1, 2, 5, 8, 32])),
+            top_k=int(random.choice([1, 2, 8])),
+            activation=str(random.choice(["gelu", "gelu_bias", "swiglu"])),
+            mode=str(random.choice(["home", "shares", "balanced"])),
+            price=float(random.choice([0.0, 5.0])),
+            seed=int(random.integers(2**32)),
+            hot=bool(random.integers(2)),
+            recompute=bool(random.integers(2)),
+            overwrite=bool(random.integers(2)),
+        )
+        for _ in range(20)
+    ]
+    by_rank = run_processes(one_process, size=ranks, args=(cases, transport))
+    for i, case in enumerate(cases):
+        found = [tuple(torch.from_numpy(a) for a in results[i]) for results in by_rank]
+        check(case, found)
+        loopback = run_ranks(lambda exchange, case=case: one_rank(exchange, case), size=ranks)
+        for a, b in zip(found, loopback, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,404 @@
+"""A small cluster in one thread: the real ``decide``, simulated processes and streams.
+
+Messages travel in order on each stream and are late at random; processes die, stop and stall at
+any point; the controller dies between any two of its commands and comes back from its journal. What
+protocol.md calls invariants is checked at every step and raises ``Broken`` with the number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+from control_worker import CLOSED, Barrier, Broken, SimWorker, need
+
+from lazarus.control import machine
+from lazarus.control.commits import last_words
+from lazarus.control.messages import (
+    Align,
+    Body,
+    Command,
+    Disconnect,
+    DriverSaid,
+    Event,
+    Exit,
+    Fence,
+    Fenced,
+    Heartbeat,
+    Hello,
+    Journal,
+    KillNode,
+    Prepare,
+    Publish,
+    Report,
+    Resume,
+    RunOver,
+    StartNode,
+    StreamClosed,
+    Tell,
+    TellDriver,
+    Tick,
+    Vector,
+    WorkerDied,
+    WorkerSaid,
+)
+from lazarus.control.replay import missing_commits, resumed_state
+from lazarus.control.state import Control, ControlConfig, Phase
+from lazarus.control.suspicion import AGAIN
+
+
+class World:
+    """All processes of a run, one random interleaving of them."""
+
+    def __init__(self, rng: Random, config: ControlConfig) -> None:
+        self.rng, self.config = rng, config
+        self.now = 0.0
+        self.workers: dict[str, SimWorker] = {}
+        self.groups: dict[tuple[str, Any], Barrier] = {}
+        self.values: dict[tuple[int, Any], str] = {}
+        self.decided: dict[int, dict[str, int]] = {}
+        self.driver_box: deque[Any] = deque()
+        self.dead: list[str] = []
+        self.to_start = config.nodes
+        self.broken_links: list[frozenset[str]] = []
+        self.entries: list[dict[str, Any]] = []
+        self.published: list[Publish] = []
+        self.evidence: dict[int, str] = {}
+        self.over: RunOver | None = None
+        self.up = True
+        self.crash_after: int | None = None  # commands that the controller still carries out
+        self.ambushes: list[Callable[[World], bool]] = []  # faults that wait for their moment
+        self.start_controller()
+
+    # ---- controller ----------------------------------------------------------------------------
+
+    def start_controller(self) -> None:
+        self.up, self.crashed = True, False
+        ends = [e for e in self.entries if e["kind"] == "end"]
+        if ends:
+            need(len(ends) == 1, "I14", "the run ended twice")
+            event, told = last_words(ends[0])
+            if event.event not in {p.event for p in self.published}:
+                self._publish(event)
+            self.driver_box.append(told.body)
+            self.up = False
+            return
+        self.state = resumed_state(self.entries, self.config, now_s=self.now)
+        said = max((p.fields["step"] for p in self.commits()), default=0)
+        missing = missing_commits(self.entries, self.config, published=said, now_s=self.now)
+        for publish in missing:
+            self._publish(publish)
+        self._journal({"kind": "term", "term": self.state.term, "port": 1})
+        news = [item for item in self.driver_box if not isinstance(item, WorkerDied)]
+        self.driver_box = deque([*news, *(WorkerDied(worker=name) for name in self.dead)])
+
+    def commits(self) -> list[Publish]:
+        return [p for p in self.published if p.event == "step_committed"]
+
+    def feed(self, event: Event) -> None:
+        """One event into the machine; its commands out, unless the controller dies between two."""
+        before = self.state
+        self._note_evidence(event)
+        try:
+            self.state, commands = machine.decide(before, event)
+        except Broken:
+            raise
+        except Exception as problem:
+            raise Broken("total", f"{type(problem).__name__}: {problem} on {event}") from problem
+        self._check_decision(before, event)
+        for command in commands:
+            if not self.up:
+                return
+            self._carry_out(command)
+            if self.crash_after is not None:
+                self.crash_after -= 1
+                if self.crash_after < 0:
+                    self.crash_controller()
+
+    def _note_evidence(self, event: Event) -> None:
+        if not isinstance(event, WorkerSaid) or event.worker not in self.state.workers:
+            return
+        match event.body:
+            case Vector(generation=generation, step=step) if generation == self.state.resumed:
+                self.evidence.setdefault(step, "vector")
+            case Report(generation=generation, vectors=vectors):
+                transition = self.state.transition
+                if transition is None or transition.generation != generation:
+                    return
+                if self.state.workers[event.worker].node in transition.voters:
+                    self.evidence.update({v.step: "report" for v in vectors})
+
+    def _check_decision(self, before: Control, event: Event) -> None:
+        after = self.state
+        need(after.generation >= before.generation, "I10", "the generation went back")
+        need(after.resumed >= before.resumed, "I10", "the resumed generation went back")
+        need(after.step >= before.step, "I14", "the journaled commit went back")
+        need(not after.broken, "I7", f"the controller gave up: {after.hold_reason}")
+        need(set(after.members) <= set(after.nodes), "total", "a member is no node")
+        stranger = isinstance(event, WorkerSaid) and event.worker not in before.workers
+        if stranger and not isinstance(event.body, Hello) and before.phase is not Phase.ENDED:
+            said = replace(after, stale=before.stale)
+            due, _ = machine.decide(before, Tick(at_s=event.at_s))
+            same = all(
+                getattr(said, name) in (getattr(before, name), getattr(due, name))
+                for name in ("members", "step", "generation", "phase", "known", "nodes")
+            )
+            need(same, "I13", f"{event.worker} is heard although it is no member: {event.body}")
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Journal(entry=entry):
+                self._journal(dict(entry))
+            case Publish():
+                self._publish(command)
+            case Tell(worker=name, body=body):
+                self._check_order(body)
+                worker = self.workers.get(name)
+                if worker is not None and worker.connected:
+                    worker.inbox.append((self.state.term, body))
+            case TellDriver(body=body):
+                self.driver_box.append(body)
+            case Disconnect(worker=name):
+                worker = self.workers.get(name)
+                if worker is not None:
+                    worker.connected = False
+            case Exit():
+                self.up = False
+
+    def _journal(self, entry: dict[str, Any]) -> None:
+        entry = json.loads(json.dumps(entry))
+        if entry["kind"] == "claim":
+            claims = [e["generation"] for e in self.entries if e["kind"] == "claim"]
+            need(entry["generation"] > max(claims, default=0), "I10", f"claimed twice: {entry}")
+        if entry["kind"] == "term":
+            terms = [e["term"] for e in self.entries if e["kind"] == "term"]
+            need(entry["term"] > max(terms, default=0), "I10", "a term was used twice")
+        if entry["kind"] == "resume":
+            newest = [e for e in self.entries if e["kind"] == "claim"][-1]
+            need(entry["generation"] == newest["generation"], "I10", "resumes an older claim")
+            need(entry["step"] >= self.journaled(), "I14", f"resumes before a commit: {entry}")
+            seated = [self.workers[name] for name in entry["seats"]]
+            chains = {w.chains.get(entry["step"]) for w in seated if w.alive}
+            need(len(chains) <= 1, "I5", f"members resume with different states: {chains}")
+        self.entries.append(entry)
+
+    def journaled(self) -> int:
+        steps = [c["step"] for e in self.entries for c in e.get("commits", ())]
+        return max(steps, default=0)
+
+    def _publish(self, publish: Publish) -> None:
+        if publish.event == "step_committed":
+            step = publish.fields["step"]
+            need(step == len(self.commits()) + 1, "I6", f"published {step} out of turn")
+            need(step <= self.journaled(), "I6", f"step {step} published before its journal entry")
+            need(self.decided.get(step), "I6", f"step {step} published, but nobody decided it")
+        if publish.event == "node_lost":
+            self._check_loss(int(publish.fields["node"]), str(publish.fields["cause"]))
+        self.published.append(publish)
+
+    def _check_loss(self, serial: int, cause: str) -> None:
+        """Who works, or has nothing to do, is not lost."""
+        keys = {e["node"]: e["key"] for e in self.entries if e["kind"] == "serial"}
+        lost = self.workers[f"{keys[serial]}.0"]
+        if cause == AGAIN:
+            ends = frozenset().union(*self.broken_links)
+            need(lost.name in ends, "I15", f"{lost.name} is lost for the links of {sorted(ends)}")
+        elif cause == "no progress":
+            mail = [m for _, m in lost.inbox if not isinstance(m, Fenced)]
+            mail += [m for m in lost.outbox if not isinstance(m, Heartbeat)]
+            busy = lost.doing is not None or lost.orders or mail or lost.stalled or lost.stopped
+            need(busy, "I15", f"{lost.name} is lost for standing still, but has nothing to do")
+
+    def _check_order(self, body: Body) -> None:
+        match body:
+            case Fence(generation=generation):
+                claims = {e["generation"] for e in self.entries if e["kind"] == "claim"}
+                need(generation in claims, "I10", f"fence {generation} before its claim")
+            case Resume(generation=generation):
+                resumes = {e["generation"] for e in self.entries if e["kind"] == "resume"}
+                need(generation in resumes, "I10", f"resume {generation} before its entry")
+            case Align(step=step):
+                newest = max(self.evidence, default=0)
+                need(step >= newest, "I7", f"redo of {step + 1} although {newest} is decided")
+                need(step >= self.journaled(), "I14", f"aligns at {step}, before a commit")
+                need(step == 0 or self.decided.get(step), "I7", f"{step} was never decided")
+            case Prepare(restores=restores) if self.state.lineage:
+                members = [s.worker for s in body.feeders if s.worker in self.state.seats]
+                for restore in restores:
+                    key = (restore.layer, restore.expert)
+                    holders = [name for name in members if key in self.workers[name].experts]
+                    need(not holders, "I12", f"{key} is restored although {holders} hold it")
+
+    # ---- checks across workers -----------------------------------------------------------------
+
+    def voters(self) -> list[SimWorker]:
+        """Living workers of the newest claim."""
+        claims = [e for e in self.entries if e["kind"] == "claim"]
+        serials = {e["key"]: e["node"] for e in self.entries if e["kind"] == "serial"}
+        newest = set(claims[-1]["members"]) if claims else set()
+        return [w for w in self.workers.values() if w.alive and serials.get(w.key) in newest]
+
+    def check_redo(self, worker: SimWorker, order: Align) -> None:
+        if order.generation != worker.ledger.fence or worker not in self.voters():
+            return
+        for other in self.voters():
+            if other.reported >= order.generation and other.ledger.decided > order.step:
+                raise Broken("I3", f"{worker.name} redoes what {other.name} has decided")
+
+    def check_apart(self, worker: SimWorker) -> None:
+        for other in self.voters():
+            if other.ledger.gen == worker.ledger.gen and other.name in worker.seats:
+                apart = abs(other.ledger.committed - worker.ledger.committed)
+                need(apart <= 1, "I1", f"{other.name} and {worker.name} are {apart} steps apart")
+                both = min(other.ledger.committed, worker.ledger.committed)
+                need(other.chains[both] == worker.chains[both], "I1", "two histories")
+
+    def compare(self, worker: SimWorker, generation: int) -> None:
+        for key, value in [*worker.experts.items(), ("dense", worker.chain)]:
+            first = self.values.setdefault((generation, key), value)
+            need(first == value, "I5", f"{key} differs on {worker.name} in {generation}")
+
+    # ---- processes -----------------------------------------------------------------------------
+
+    def group(self, kind: str, key: Any, members: Any) -> Barrier:
+        names = tuple(m if isinstance(m, str) else m.worker for m in members)
+        return self.groups.setdefault((kind, key), Barrier(names=names))
+
+    def start_worker(self) -> None:
+        self.to_start -= 1
+        worker = SimWorker(self, f"node-{len(self.workers)}")
+        self.workers[worker.name] = worker
+
+    def is_cut_off(self, name: str, names: tuple[str, ...]) -> bool:
+        """Whether one of its links in a group is broken."""
+        return any(name in link and link <= set(names) for link in self.broken_links)
+
+    def kill(self, worker: SimWorker, *, keep: bool = False) -> None:
+        """End a process; what it had sent may be lost with it."""
+        if not worker.alive:
+            return
+        worker.alive = False
+        while worker.outbox and not keep and self.rng.random() < 0.5:
+            worker.outbox.pop()
+        if worker.connected:
+            worker.outbox.append(CLOSED)
+        worker.inbox.clear()
+        self.dead.append(worker.name)
+        self.driver_box.append(WorkerDied(worker=worker.name))
+
+    def crash_controller(self) -> None:
+        """Everything under way is lost, in both directions."""
+        self.crash_after = None
+        self.up, self.crashed = False, True
+        for worker in self.workers.values():
+            worker.outbox.clear()
+            while worker.inbox and self.rng.random() < 0.5:
+                worker.inbox.pop()
+            worker.connected = False
+        kept = [item for item in self.driver_box if isinstance(item, KillNode | StartNode)]
+        self.driver_box = deque(kept)
+
+    # ---- interleaving --------------------------------------------------------------------------
+
+    def deliver(self, worker: SimWorker) -> None:
+        if not self.up or not worker.outbox:
+            return
+        item = worker.outbox.popleft()
+        if item is CLOSED:
+            worker.connected = False
+            self.feed(StreamClosed(worker=worker.name, at_s=self.now))
+        else:
+            self.feed(WorkerSaid(worker=worker.name, body=item, at_s=self.now))
+
+    def drive(self) -> None:
+        """The driver takes one message, from the controller or from its launcher."""
+        if not self.driver_box:
+            return
+        match self.driver_box.popleft():
+            case KillNode(node_key=key):
+                worker = self.workers[f"{key}.0"]
+                if not (worker.cut and self.rng.random() < 0.5):
+                    self.kill(worker)
+            case StartNode():
+                self.to_start += 1
+            case RunOver() as over:
+                self.over = over
+            case WorkerDied() as died if self.up:
+                self.feed(DriverSaid(body=died, at_s=self.now))
+            case _:
+                pass
+
+    def actions(self) -> list[Callable[[], None]]:
+        """Everything that may happen next, faults apart."""
+        able: list[Callable[[], None]] = []
+        for worker in self.workers.values():
+            if self.up and worker.outbox:
+                able.append(lambda w=worker: self.deliver(w))  # type: ignore[misc]
+            if not worker.alive or worker.stopped:
+                continue
+            if worker.inbox:
+                able.append(worker.hear)
+            if worker.doing or worker.orders:
+                able.append(worker.advance)
+            if self.up and not worker.connected:
+                able.append(worker.connect)
+        ended = self.state.phase is Phase.ENDED
+        said = self.driver_box and not isinstance(self.driver_box[0], WorkerDied)
+        if self.driver_box and (self.up or ended or said):
+            able.append(self.drive)
+        if self.to_start > 0:
+            able.append(self.start_worker)
+        if self.crashed:
+            able.append(self.start_controller)
+        return able
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        for worker in self.workers.values():
+            alive = worker.alive and not worker.stopped and worker.connected
+            if alive and self.now - worker.beat_s > 0.1:
+                worker.beat(self.now)
+
+    def turn(self) -> None:
+        """One random action."""
+        able = self.actions()
+        self.pass_time(self.rng.choice((0.0005, 0.002, 0.01)))
+        if self.up and (not able or self.rng.random() < 0.08):
+            self.pass_time(self.rng.choice((0.01, 0.02, 0.1)))
+            self.feed(Tick(at_s=self.now))
+        elif able:
+            self.rng.choice(able)()
+
+    def hurry(self) -> None:
+        """Every message under way arrives."""
+        for worker in list(self.workers.values()):
+            while worker.alive and worker.inbox and not worker.stopped:
+                worker.hear()
+            while self.up and worker.outbox:
+                self.deliver(worker)
+
+    def settle(self, *, limit: int) -> None:
+        """No more faults: everybody gets turns, fairly, until the run is over (I15)."""
+        self.crash_after, self.ambushes = None, []
+        for _ in range(limit):
+            if self.over is not None:
+                return
+            for action in self.actions():
+                action()
+            self.hurry()
+            self.pass_time(0.02)
+            if self.up:
+                self.feed(Tick(at_s=self.now))
+            able = [w for w in self.workers.values() if w.alive and not w.stopped]
+            if self.state.phase in (Phase.HOLDING, Phase.GATHERING) and self.to_start == 0:
+                live = sum(not w.leaving and not w.stalled for w in able)
+                self.to_start = int(live < self.config.nodes)
+        raise Broken(
+            "I15",
+            f"no end in sight: {self.state.phase}, generation {self.state.generation}, "
+            f"step {self.state.step}, {self.state.hold_reason}",
+        )

@@ -1,0 +1,101 @@
+"""A restarted controller: what its journal tells, and whom it believes (rules 35 to 38)."""
+
+from __future__ import annotations
+
+import pytest
+from control_play import play
+from control_world import World
+
+from lazarus.control import machine
+from lazarus.control.messages import Fence, Fenced, Hello, Tell, Tick, Welcome, WorkerSaid
+from lazarus.control.replay import missing_commits, resumed_state
+from lazarus.control.state import Control, Phase
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return play(3, faults=(), nodes=3, steps=4)
+
+
+def hello(name: str, *, generation: int, fence: int, at_s: float = 100.0) -> WorkerSaid:
+    body = Hello(
+        worker=f"{name}.0", node_key=name, term=1, generation=generation, fence=fence, committed=4
+    )
+    return WorkerSaid(worker=body.worker, body=body, at_s=at_s)
+
+
+def key_of(world: World, serial: int) -> str:
+    return next(str(e["key"]) for e in world.entries if e.get("node") == serial)
+
+
+def restarted(world: World, *more: dict[str, object]) -> Control:
+    return resumed_state([*world.entries, *more], world.config, now_s=100.0)
+
+
+def test_the_journal_alone_gives_members_plan_lineage_and_step(world: World) -> None:
+    state = restarted(world)
+    assert state.phase is Phase.RECONNECTING
+    assert (state.members, state.step, state.term) == ((0, 1, 2), 4, 2)
+    assert state.lineage == ((1, 0),)
+    assert state.plan is not None and state.base_plan is not None
+    assert state.newest is not None and state.newest.step == 4
+
+
+def test_an_undisturbed_generation_is_adopted(world: World) -> None:
+    state, told = restarted(world), []
+    for name in ("node-0", "node-1", "node-2"):
+        state, commands = machine.decide(state, hello(name, generation=1, fence=1))
+        told += [c.body for c in commands if isinstance(c, Tell)]
+    assert state.phase is Phase.RUNNING and state.resumed == 1
+    assert all(isinstance(body, Welcome) for body in told)
+
+
+def test_one_fenced_member_means_the_next_generation(world: World) -> None:
+    state, told = restarted(world), []
+    for name, fence in (("node-0", 1), ("node-1", 2), ("node-2", 1)):
+        state, commands = machine.decide(state, hello(name, generation=1, fence=fence))
+        told += [c.body for c in commands if isinstance(c, Tell)]
+    assert state.phase is Phase.FENCING
+    assert [b.generation for b in told if isinstance(b, Fence)] == [2, 2, 2]
+
+
+def test_the_next_claim_is_above_every_journaled_one(world: World) -> None:
+    claim: dict[str, object] = {"kind": "claim", "generation": 7, "members": [0, 1, 2]}
+    assert restarted(world, claim).generation == 7
+
+
+def test_whom_the_newest_claim_left_out_stays_out(world: World) -> None:
+    claim: dict[str, object] = {"kind": "claim", "generation": 2, "members": [0, 1]}
+    state = restarted(world, claim)
+    assert state.members == (0, 1)
+    state, commands = machine.decide(state, hello(key_of(world, 2), generation=1, fence=1))
+    assert isinstance(commands[0], Tell) and isinstance(commands[0].body, Fenced)
+    assert not state.workers
+
+
+def test_a_member_that_does_not_come_back_is_lost(world: World) -> None:
+    state = restarted(world)
+    for serial in (0, 1):
+        state, _ = machine.decide(
+            state, hello(key_of(world, serial), generation=1, fence=1, at_s=100.5)
+        )
+    assert state.phase is Phase.RECONNECTING
+    late = 100.0 + world.config.reconnect_s + 0.1
+    for _ in range(2):
+        state, _ = machine.decide(state, Tick(at_s=late))
+    assert state.phase is Phase.FENCING and state.members == (0, 1)
+
+
+def test_where_nobody_came_back_the_wait_is_longer(world: World) -> None:
+    """Without them the run is over; a machine that is busy starting things is slow to answer."""
+    state, _ = machine.decide(restarted(world), Tick(at_s=100.0 + world.config.reconnect_s + 0.1))
+    assert state.phase is Phase.RECONNECTING and state.members == (0, 1, 2)
+    for _ in range(2):
+        state, _ = machine.decide(state, Tick(at_s=100.0 + world.config.comeback_s + 0.1))
+    assert state.phase is Phase.ENDED
+
+
+def test_commits_that_were_journaled_but_not_said_are_said(world: World) -> None:
+    found = missing_commits(world.entries, world.config, published=2, now_s=0.0)
+    steps = [p.fields["step"] for p in found if p.event == "step_committed"]
+    assert steps == [3, 4]

@@ -1,0 +1,466 @@
+"""Checkpoints on their way, as the controller sees them: what becomes true, what is waited for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lazarus.checkpoint.adaptive import SaveSettings
+from lazarus.control import saves
+from lazarus.control.adapting import WANTED
+from lazarus.control.losses import bad_source_of, place_of_checkpoint
+from lazarus.control.machine import decide
+from lazarus.control.messages import (
+    Align,
+    Aligned,
+    Body,
+    Command,
+    Fence,
+    Held,
+    Hello,
+    Journal,
+    ManifestDone,
+    Pause,
+    Paused,
+    Prepare,
+    Publish,
+    Ready,
+    Report,
+    Resume,
+    Snapped,
+    Snapshotted,
+    Stored,
+    StreamClosed,
+    Suspicion,
+    Tell,
+    Tick,
+    Vector,
+    WorkerSaid,
+    WriteManifest,
+)
+from lazarus.control.replay import initial_state, resumed_state
+from lazarus.control.state import Control, ControlConfig, Phase
+from lazarus.control.vector import VectorLayout, contribution
+from placement import Plan
+
+EXPERTS = 3  # one slot a node: each expert lives on one node alone
+
+
+class Desk:
+    """Workers that answer every order at once, except where a test holds an answer back."""
+
+    def __init__(self, *, nodes: int = 3, **config: Any) -> None:
+        options: dict[str, Any] = {
+            "steps": 100,
+            "nodes": nodes,
+            "slots_per_node": None,
+            "min_replicas": 1,
+            "spare_losses": 0,
+            "checkpoint_url": "/ckpt",
+            "partial_checkpoints": False,
+        }
+        self.state: Control = initial_state(ControlConfig(**(options | config)), term=1, now_s=0.0)
+        self.now_s = 0.0
+        self.log: list[Command] = []
+        self.committed = dict.fromkeys((f"w{i}" for i in range(nodes)), 0)
+        self.entered = dict.fromkeys(self.committed, 0)
+        self.held: dict[str, tuple[int, ...]] = dict.fromkeys(self.committed, ())
+        self.plans: dict[str, Plan] = {}
+        self.snaps: dict[str, tuple[Snapped, ...]] = {}  # what each node's keeper holds
+        self.deaf: set[str] = set()  # orders by type that nobody answers
+        for worker in self.committed:
+            self.say(worker, Hello(worker=worker, node_key=f"n{worker[1:]}", keeper=f"{worker}:1"))
+
+    def say(self, worker: str, body: Body) -> None:
+        self.feed(WorkerSaid(worker=worker, body=body, at_s=self.now_s))
+
+    def feed(self, event: Any) -> None:
+        self.state, commands = decide(self.state, event)
+        self.log += commands
+        for command in commands:
+            if isinstance(command, Tell) and type(command.body).__name__ not in self.deaf:
+                self._answer(command.worker, command.body)
+
+    def tick(self, seconds: float = 0.2) -> None:
+        self.now_s += seconds
+        self.feed(Tick(at_s=self.now_s))
+
+    def _answer(self, worker: str, body: Body) -> None:
+        at = self.committed[worker]
+        match body:
+            case Fence(generation=generation):
+                entered = self.entered[worker]
+                report = Report(generation=generation, committed=at, prepared=at, entered=entered)
+                self.say(worker, report)
+            case Align(generation=generation, step=step):
+                self.committed[worker] = step
+                self.say(worker, self.aligned(worker, generation))
+            case Prepare(generation=generation):
+                plan = Plan.from_json(body.plan)
+                self.plans[worker] = plan
+                history = self.history(body.step) if body.reload else b""
+                ready = Ready(generation=generation, plan_digest=plan.digest, history=history)
+                self.say(worker, ready)
+            case Resume(generation=generation, step=step):
+                rank = list(self.state.seats).index(worker)
+                plan = self.plans[worker]
+                self.held[worker] = tuple(e for e in range(EXPERTS) if rank in plan.ranks_of(0, e))
+                self.committed[worker], self.entered[worker] = step, generation
+
+    def history(self, step: int) -> bytes:
+        return np.full((3, 1, EXPERTS), 8.0 * step).astype("<f8").tobytes()
+
+    def aligned(self, worker: str, generation: int) -> Aligned:
+        held = (Held(layer=0, experts=self.held[worker]),) if self.held[worker] else ()
+        step = self.committed[worker]
+        return Aligned(
+            generation=generation,
+            step=step,
+            history=self.history(step),
+            held=held,
+            num_layers=1,
+            num_experts=EXPERTS,
+            top_k=1,
+            expert_bytes=1,
+            scalars="{}",
+            snapshots=self.snaps.get(worker, ()),
+        )
+
+    def commit(self, step: int) -> None:
+        """Everybody commits one step."""
+        seats = self.state.seats
+        layout = VectorLayout(world_size=len(seats), num_layers=1, num_experts=EXPERTS)
+        lanes = sum(
+            contribution(
+                layout,
+                rank=rank,
+                generation=self.state.resumed,
+                step=step,
+                samples=1,
+                count=8.0,
+                sample_hash=1,
+                loss_sum=1.0,
+                aux_sum=0.0,
+                found_inf=False,
+                pause=False,
+                own_s=0.01,
+            )
+            for rank in range(len(seats))
+        )
+        assert isinstance(lanes, np.ndarray)
+        lanes[layout.counts] = 8.0
+        for worker in seats:
+            self.committed[worker] = step
+        vector = Vector(
+            generation=self.state.resumed,
+            step=step,
+            lanes=lanes.astype("<f8").tobytes(),
+            wall_s=0.1,
+        )
+        self.say(seats[0], vector)
+        self.tick()
+
+    def share(
+        self,
+        worker: str,
+        step: int,
+        *,
+        generation: int = 1,
+        ok: bool = True,
+        measured: dict[str, float] | None = None,
+    ) -> None:
+        """One rank's share is durable, or is not."""
+        error = "" if ok else "disk full"
+        record: dict[str, Any] = {"kind": "persist", "ok": ok, "files": [], "error": error}
+        if measured is not None:
+            record["measured"] = measured
+        body = Snapshotted(generation=generation, step=step, record=json.dumps(record))
+        self.say(worker, body)
+
+    def lose(self, *workers: str) -> None:
+        for worker in workers:
+            self.feed(StreamClosed(worker=worker, at_s=self.now_s))
+
+    def written(self, step: int, *, full: bool = True, error: str = "") -> None:
+        """The manifest of a step stands, or could not be written."""
+        versions = tuple(
+            Stored(layer=0, expert=e, generation=1, step=step, routed=8 * step)
+            for e in range(EXPERTS)
+        )
+        done = ManifestDone(
+            generation=1,
+            step=step,
+            at_s=self.now_s,
+            standing=((1, step, full),),
+            stored=versions,
+            error=error,
+        )
+        self.feed(done)
+
+    def of(self, kind: type) -> list[Any]:
+        return [c for c in self.log if isinstance(c, kind)]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [dict(c.fields) for c in self.of(Publish) if c.event == name]
+
+    def told(self, kind: type) -> list[Any]:
+        return [c.body for c in self.of(Tell) if isinstance(c.body, kind)]
+
+
+REPLICATED = {"slots_per_node": 2, "min_replicas": 2}  # one loss leaves every expert alive
+
+
+def running(**config: Any) -> Desk:
+    desk = Desk(**config)
+    assert desk.state.phase is Phase.RUNNING
+    for step in range(1, 9):
+        desk.commit(step)
+    return desk
+
+
+def test_the_manifest_follows_the_last_share_once() -> None:
+    desk = running()
+    desk.share("w0", 8)
+    desk.share("w1", 8)
+    assert not desk.of(WriteManifest)
+    desk.share("w2", 8)
+    desk.share("w2", 8)  # said again to a new controller
+    (order,) = desk.of(WriteManifest)
+    assert (order.step, order.generation, len(order.parts)) == (8, 1, 3)
+
+
+def test_shares_of_a_step_that_is_not_published_wait_for_it() -> None:
+    desk = running()
+    for worker in desk.state.seats:
+        desk.share(worker, 9)
+    assert not desk.of(WriteManifest)
+    desk.commit(9)
+    assert [order.step for order in desk.of(WriteManifest)] == [9]
+
+
+def test_a_loss_does_not_void_what_the_survivors_still_write() -> None:
+    desk = running(**REPLICATED)
+    desk.share("w2", 8)
+    desk.commit(9)
+    desk.lose("w2")
+    assert desk.state.resumed == 2 and not desk.of(WriteManifest)
+    desk.share("w0", 8)
+    desk.share("w1", 8)
+    (order,) = desk.of(WriteManifest)
+    assert (order.step, order.generation, len(order.parts)) == (8, 1, 3)
+    assert [pair[0] for pair in order.meta["lineage"]] == [1, 2]
+
+
+def test_a_share_that_died_with_its_node_ends_the_hope_and_is_on_record() -> None:
+    desk = running(partial_checkpoints=True, **REPLICATED)
+    desk.share("w0", 8)
+    desk.lose("w2")
+    desk.share("w1", 8)
+    desk.tick()
+    assert not desk.of(WriteManifest)
+    (failed,) = desk.events("checkpoint_failed")
+    assert failed["step"] == 8 and "1 of 3 ranks" in failed["reason"]
+    assert desk.told(Resume)[-1].save_all  # partial ones would have nothing to point to
+
+
+def test_after_a_failed_first_checkpoint_all_ranks_pause_to_make_a_whole_one() -> None:
+    desk = running(partial_checkpoints=True)
+    desk.share("w1", 8, ok=False)
+    assert desk.events("checkpoint_failed")[0]["reason"] == "disk full"
+    assert desk.state.wants == "checkpoint"
+
+
+def test_with_a_checkpoint_that_stands_a_failed_one_needs_no_pause() -> None:
+    desk = running(partial_checkpoints=True)
+    for worker in desk.state.seats:
+        desk.share(worker, 4)
+    desk.written(4)
+    desk.share("w1", 8, ok=False)
+    assert desk.state.wants == ""
+
+
+def test_what_stands_is_what_retention_left() -> None:
+    desk = running()
+    for step in (4, 8):
+        for worker in desk.state.seats:
+            desk.share(worker, step)
+        desk.written(step)
+    assert [c.step for c in desk.state.checkpoints] == [8]
+
+
+def _rolling_back(**config: Any) -> Desk:
+    """Two of three nodes die while the survivor still writes its share of step 8."""
+    desk = running(on_lost_expert="rollback", **config)
+    desk.commit(9)
+    desk.share("w0", 8)
+    desk.share("w1", 8)
+    desk.lose("w0", "w1")
+    return desk
+
+
+def test_a_rollback_waits_for_a_checkpoint_that_the_survivors_still_write() -> None:
+    desk = _rolling_back()
+    assert desk.state.phase is Phase.ALIGNING
+    desk.share("w2", 8)
+    assert desk.state.phase is Phase.ALIGNING and desk.of(WriteManifest)
+    desk.written(8)
+    assert desk.state.phase is Phase.RUNNING
+    assert desk.told(Prepare)[-1].reload == "/ckpt 8"
+    assert desk.events("rolled_back") == [{"generation": desk.state.resumed, "step": 8}]
+    assert desk.state.history[1].sum() == 8.0 * 8 * EXPERTS  # counts went back too
+
+
+def test_a_restore_waits_too_where_an_expert_would_start_afresh() -> None:
+    desk = running()
+    desk.commit(9)
+    desk.share("w2", 8)
+    desk.share("w0", 8)
+    (lost,) = desk.held["w2"]
+    desk.lose("w2")
+    assert desk.state.phase is Phase.ALIGNING
+    desk.share("w1", 8)
+    desk.written(8)
+    (restore,) = desk.told(Prepare)[-1].restores
+    assert (restore.expert, restore.step, restore.source) == (lost, 8, "storage:/ckpt 8")
+    (event,) = desk.events("expert_restored")
+    assert (event["behind_steps"], event["lost_copies"]) == (1, 8)  # eight copies a step
+
+
+def test_it_does_not_wait_for_ever() -> None:
+    desk = _rolling_back()
+    for _ in range(int(desk.state.config.tolerated_stall_s / 5) + 2):
+        desk.now_s += 5.0
+        for worker in desk.state.workers:  # heartbeats: nobody is lost meanwhile
+            desk.say(worker, Suspicion(generation=0, step=0))
+        desk.tick()
+    assert desk.events("rolled_back")[0]["step"] == 0
+    assert desk.told(Prepare)[-1].reload == "init"
+
+
+def test_it_does_not_wait_where_the_dead_had_not_written_theirs() -> None:
+    desk = running(on_lost_expert="rollback")
+    desk.share("w1", 8)
+    desk.share("w2", 8)
+    desk.lose("w0", "w1")
+    assert desk.state.phase is Phase.RUNNING
+    assert desk.told(Prepare)[-1].reload == "init"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_chosen_again() -> None:
+    desk = running(on_lost_expert="rollback")
+    for worker in desk.state.seats:
+        desk.share(worker, 8)
+    desk.written(8)
+    desk.deaf.add("Prepare")
+    desk.lose("w0", "w1")
+    assert desk.told(Prepare)[-1].reload == "/ckpt 8"
+    desk.deaf.clear()
+    bad = Suspicion(generation=desk.state.generation, step=8, bad_source="/ckpt 8", error="rot")
+    desk.say("w2", bad)
+    desk.tick(0.3)
+    assert desk.told(Prepare)[-1].reload == "init"
+    assert desk.state.phase is Phase.RUNNING and desk.state.step == 0
+
+
+def test_a_damaged_copy_in_memory_is_followed_by_the_next_best_source() -> None:
+    desk = running()
+    (lost,) = desk.held["w2"]
+    for worker in desk.state.seats:
+        desk.share(worker, 4)
+    desk.written(4)
+    held = Snapped(layer=0, expert=lost, generation=1, step=6, routed=48)
+    desk.snaps = {"w0": (held,), "w1": (held,)}
+    desk.deaf.add("Prepare")
+    desk.lose("w2")
+    places = []
+    for _ in range(2):
+        (restore,) = desk.told(Prepare)[-1].restores
+        places.append(restore.source)
+        name = bad_source_of(restore)
+        bad = Suspicion(generation=desk.state.generation, step=8, bad_source=name)
+        desk.say("w0", bad)
+    assert places == ["keeper:w0:1", "keeper:w1:1"]
+    (restore,) = desk.told(Prepare)[-1].restores
+    assert (restore.source, restore.step) == ("storage:/ckpt 4", 4)
+    assert desk.state.members == (0, 1)  # a damaged copy is nobody's fault
+
+
+def test_a_rank_that_missed_the_rollback_is_taken_along_at_the_next_align() -> None:
+    """A loss just after RESUME: some ranks stand at the step gone back to, one does not yet."""
+    desk = running(on_lost_expert="rollback", nodes=4, slots_per_node=2, min_replicas=2)
+    for worker in desk.state.seats:
+        desk.share(worker, 8)
+    desk.written(8)
+    desk.commit(9)
+    lonely = next(
+        pair
+        for pair in (("w0", "w1"), ("w0", "w2"), ("w0", "w3"), ("w1", "w2"))
+        if any(
+            {w for w in desk.state.seats if e in desk.held[w]} <= set(pair) for e in range(EXPERTS)
+        )
+    )
+    desk.deaf.add("Resume")
+    desk.lose(*lonely)
+    left = [w for w in desk.committed if w not in lonely]
+    assert desk.state.step == 8 and {desk.committed[w] for w in left} == {9}
+    desk.committed[left[0]], desk.entered[left[0]] = 8, desk.state.resumed
+    desk.deaf.clear()
+    desk.say(left[0], Suspicion(generation=desk.state.resumed, step=9))
+    desk.tick(0.3)
+    assert not desk.state.broken and desk.state.phase is Phase.RUNNING
+    assert {desk.committed[w] for w in left} == {8}
+
+
+FAST = {"copy_rate": 1e9, "write_rate": 1e9, "window_s": 1.0}
+SLOW = {"copy_rate": 1.0, "write_rate": 1.0, "window_s": 1.0}
+
+
+def _measuring(*, slowest: dict[str, float] = SLOW, **saves: Any) -> Desk:
+    desk = running(saves=SaveSettings(**saves))
+    for worker in desk.state.seats:
+        desk.share(worker, 8, measured=slowest if worker == "w1" else FAST)
+    return desk
+
+
+def test_measured_rates_change_the_schedule_at_one_pause_and_go_on_record() -> None:
+    desk = _measuring(every=None)  # 200 steps; the slowest rank writes a byte a second
+    assert desk.state.wants == WANTED
+    desk.tick()
+    (pause,) = {type(body): body for body in desk.told(Pause)}.values()
+    for worker in desk.state.seats:
+        desk.say(worker, Paused(generation=pause.generation, step=8))
+    resume = desk.told(Resume)[-1]
+    (event,) = desk.events("checkpoint_adapted")
+    assert resume.persist_every == event["persist_every"] < 100
+    assert event["write_rate"] == 1.0  # the slowest rank decides
+    desk.share("w0", 9, generation=2, measured=SLOW)
+    assert desk.state.wants == ""  # later changes come with RESUMEs that happen anyway
+    entries = [c.entry for c in desk.of(Journal)]
+    again = resumed_state(entries, desk.state.config, now_s=0.0)
+    assert again.adapted == desk.state.adapted is not None
+
+
+def test_nothing_pauses_where_the_user_fixed_the_schedule() -> None:
+    desk = _measuring(every=10, k_snapshot=1)
+    assert desk.state.wants == "" and desk.state.measured == {}
+
+
+def test_a_schedule_that_hardly_differs_is_worth_no_pause() -> None:
+    desk = _measuring(
+        every=10, slowest=FAST
+    )  # all three experts are snapshotted by default already
+    assert desk.state.wants == "" and desk.state.adapted is not None
+
+
+def test_the_start_of_a_run_is_where_it_started() -> None:
+    fresh = running().state
+    assert place_of_checkpoint(fresh, 0) == "init"
+    assert place_of_checkpoint(fresh, 8) == "/ckpt 8"
+    config = replace(fresh.config, resume="s3://old", start_step=40)
+    resumed = replace(fresh, config=config)
+    assert place_of_checkpoint(resumed, 40) == "s3://old 40"
+    assert place_of_checkpoint(resumed, 50) == "/ckpt 50"
+    assert saves.none_stands(resumed)  # what stands elsewhere, no partial one can point to

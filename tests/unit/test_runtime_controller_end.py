@@ -1,0 +1,61 @@
+"""A controller that died while it ended the run: its next life says what was not heard."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from pathlib import Path
+
+from lazarus.control import commits
+from lazarus.control.messages import Body, DriverHello, Journal, Record, RunOver
+from lazarus.control.replay import initial_state
+from lazarus.control.state import ControlConfig
+from lazarus.runtime.controller import open_controller
+from lazarus.runtime.journal import Journal as Storage
+from lazarus.runtime.link import Link
+from lazarus.runtime.rpc import lazarus_pb2 as pb
+from lazarus.runtime.spec import ControllerSpec
+
+
+def end_entry(config: ControlConfig) -> dict[str, object]:
+    state = initial_state(config, term=1, now_s=0.0)
+    _, commands = commits.end(state, status="finished", error={}, at_s=7.0)
+    (journaled,) = (c for c in commands if isinstance(c, Journal))
+    return dict(journaled.entry)
+
+
+def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
+    config = ControlConfig(steps=3)
+    storage = Storage(tmp_path / "journal")
+    storage.append({"kind": "header", "run": "r", "format": 1})
+    storage.append(end_entry(config))
+    spec = ControllerSpec(
+        run_id="r", host="127.0.0.1", port=0, secret="s3cret", run_dir=tmp_path, config=config
+    )
+    for life in range(2):  # it may die there again
+        controller = open_controller(spec)
+        thread = threading.Thread(target=controller.run)
+        thread.start()
+        heard: queue.SimpleQueue[Body] = queue.SimpleQueue()
+        link = Link(
+            f"127.0.0.1:{controller.port}",
+            secret="s3cret",
+            method="Drive",
+            envelope=pb.FromDriver,
+            hello=lambda: DriverHello(run="r"),
+            on_message=lambda term, body, heard=heard: heard.put(body),
+            on_dead=print,
+            allowance_s=30.0,
+        )
+        link.start()
+        said = heard.get(timeout=20)
+        if life == 0:
+            assert isinstance(said, Record) and json.loads(said.line)["event"] == "run_finished"
+            said = heard.get(timeout=20)
+        assert isinstance(said, RunOver) and said.status == "finished" and said.error == ""
+        thread.join(20)
+        assert not thread.is_alive()
+        link.close()
+    record = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in record] == ["run_finished"]

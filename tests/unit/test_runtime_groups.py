@@ -1,0 +1,183 @@
+"""Groups that are released from outside: real processes, a stopped peer, and nothing left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from group_ranks import RankProcess
+
+from lazarus.runtime.groups import RendezvousStore, listen
+
+SIZE = 3
+
+
+@pytest.fixture(scope="module")
+def store() -> RendezvousStore:
+    return RendezvousStore("127.0.0.1", timeout_s=60)
+
+
+@pytest.fixture
+def ranks() -> Iterator[list[RankProcess]]:
+    made = [RankProcess() for _ in range(SIZE)]
+    yield made
+    for rank in made:
+        rank.end()
+
+
+GENERATIONS = iter(range(1, 10_000))
+
+
+def build(ranks: list[RankProcess], store: RendezvousStore, *, shared: bool = False) -> int:
+    generation = next(GENERATIONS)
+    for index, rank in enumerate(ranks):
+        rank.tell(
+            "build",
+            store=store.address,
+            generation=generation,
+            rank=index,
+            size=len(ranks),
+            answer=True,
+            shared=shared,
+        )
+    assert [rank.answer() for rank in ranks] == ["done"] * len(ranks)
+    return generation
+
+
+def collective(ranks: list[RankProcess], kind: str) -> None:
+    for rank in ranks:
+        rank.tell("collective", kind=kind)
+
+
+def finish(ranks: list[RankProcess]) -> list[str]:
+    for rank in ranks:
+        rank.tell("join")
+    return [rank.answer() for rank in ranks]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["gloo", "shared memory"])
+@pytest.mark.parametrize("kind", ["all_reduce", "all_to_all"])
+def test_a_rank_in_a_collective_with_a_stopped_peer_is_freed_at_once(
+    ranks: list[RankProcess], store: RendezvousStore, kind: str, shared: bool
+) -> None:
+    build(ranks, store, shared=shared)
+    collective(ranks, kind)
+    assert finish(ranks) == ["done"] * SIZE
+    *living, stopped = ranks
+    assert stopped.process.pid is not None
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    collective(living, kind)
+    for rank in living:
+        rank.tell("release")
+    for rank in living:
+        outcome, took_s = rank.answer()
+        wanted = "LinkError" if shared else "RuntimeError"
+        assert outcome == wanted, "the collective must have raised, not ended or hung"
+        assert took_s < 2.0
+    for rank in living:
+        rank.tell("close")
+        assert rank.answer() == "closed"
+    build(living, store, shared=shared)
+    collective(living, kind)
+    assert finish(living) == ["done"] * len(living)
+
+
+def test_a_rank_that_waits_for_a_group_that_never_gets_whole_is_freed_at_once(
+    ranks: list[RankProcess], store: RendezvousStore
+) -> None:
+    generation = next(GENERATIONS)
+    *there, _ = ranks
+    for index, rank in enumerate(there):
+        rank.tell(
+            "build",
+            store=store.address,
+            generation=generation,
+            rank=index,
+            size=SIZE,
+            answer=False,
+        )
+    for rank in there:
+        rank.tell("release")
+    for rank in there:
+        outcome, took_s = rank.answer()
+        assert outcome in ("FencedError", "RuntimeError", "DistNetworkError", "DistStoreError")
+        assert took_s < 3.0
+    for rank in there:
+        rank.tell("close")
+        assert rank.answer() == "closed"
+    build(ranks, store)
+
+
+def test_a_store_that_is_gone_is_an_error_at_once(ranks: list[RankProcess]) -> None:
+    first, *_ = ranks
+    first.tell("build", store="127.0.0.1:1", generation=1, rank=0, size=2, answer=True)
+    assert first.answer() == "RuntimeError"
+
+
+def test_a_store_that_does_not_answer_any_more_keeps_nobody(ranks: list[RankProcess]) -> None:
+    """The client of a controller that dies right then tries on for itself."""
+    first, *_ = ranks
+    with listen("127.0.0.1") as deaf:
+        port = deaf.getsockname()[1]
+        first.tell("build", store=f"127.0.0.1:{port}", generation=1, rank=0, size=2, answer=False)
+        for _ in range(2):  # the look whether somebody listens, and the client
+            deaf.accept()
+        first.tell("release")
+        outcome, took_s = first.answer()
+    assert outcome == "FencedError"
+    assert took_s < 3.0
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_rank_that_waits_for_a_peer_to_connect_is_freed_at_once(
+    ranks: list[RankProcess], store: RendezvousStore, index: int
+) -> None:
+    """All addresses are in the store, but the peers behind them are gone."""
+    generation = build(ranks, store)
+    waiting = ranks[index]
+    for rank in ranks:
+        if rank is not waiting:
+            rank.end()
+    waiting.tell("close")
+    assert waiting.answer() == "closed"
+    again = {"generation": generation, "rank": index, "size": SIZE}
+    waiting.tell("build", store=store.address, answer=False, **again)
+    waiting.tell("reach_gloo")
+    assert waiting.answer() == "in gloo"
+    waiting.tell("release")
+    outcome, took_s = waiting.answer()
+    assert outcome in ("FencedError", "RuntimeError")
+    assert took_s < 3.0
+
+
+def test_release_spares_the_sockets_of_user_code(
+    ranks: list[RankProcess], store: RendezvousStore
+) -> None:
+    build(ranks, store)
+    first, *_ = ranks
+    first.tell("open_own_socket")
+    assert first.answer() == "open"
+    first.tell("release")
+    first.answer()
+    first.tell("own_socket_works")
+    assert first.answer() is True
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["gloo", "shared memory"])
+def test_twenty_regenerations_leave_fds_and_threads_flat(
+    ranks: list[RankProcess], store: RendezvousStore, shared: bool
+) -> None:
+    counts = []
+    for _ in range(22):
+        build(ranks, store, shared=shared)
+        collective(ranks, "all_reduce")
+        assert finish(ranks) == ["done"] * SIZE
+        for rank in ranks:
+            rank.tell("close")
+            assert rank.answer() == "closed"
+        ranks[0].tell("count")
+        counts.append(ranks[0].answer())
+    settled = counts[1]
+    assert counts[-1][0] <= settled[0] and counts[-1][1] <= settled[1] + 1, counts

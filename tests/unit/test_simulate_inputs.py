@@ -1,0 +1,233 @@
+"""Trace files, loads, profiles and the command: what is wrong is said with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazarus.cli import main
+from lazarus.errors import ConfigError
+from lazarus.simulate.costs import PROFILES, grouped_step, read_profile, replicated_step
+from lazarus.simulate.loads import (
+    counts_of_commits,
+    fitted,
+    load_loads,
+    save_loads,
+    uniform_load,
+    zipf_load,
+)
+from lazarus.simulate.shapes import SHAPES
+from lazarus.simulate.traces import parse_trace, read_trace, segment
+from placement import PlacementRequest, plan
+
+SPOT = Path(__file__).resolve().parents[3] / "shared" / "data" / "spot-traces"
+
+
+def test_both_forms_of_a_trace_say_the_same() -> None:
+    csv = parse_trace(["0,add,a", "0,add,b", "5000,remove,a"], name="x.csv")
+    rows = ['[0,"add",{"nodes":["a","b"]}]', '[1,"no-op",{"nodes":[]}]',
+            '[5000,"remove",{"nodes":["a"]}]']  # fmt: skip
+    assert parse_trace(rows, name="x.csv") == csv
+    assert csv.nodes_at(10) == {"b"} and csv.length_s == 5.0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("garbage", "is not ms,add|remove,node"),
+        ("12,explode,a", "is not ms,add|remove,node"),
+        ("x,add,a", "not a time"),
+        ("-5,add,a", "not a time"),
+        ("nan,add,a", "not a time"),
+        ("[1,2", "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('[1,"add",{"nodes":"a"}]', "is not"),
+        ('[1,"add",{"nodes":[3]}]', "nodes must be names"),
+        ("500,add,c", "time goes backwards: 500 ms after 1000 ms"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_line(line: str, said: str) -> None:
+    with pytest.raises(ConfigError) as problem:
+        parse_trace(["1000,add,a", "", line], name="fleet.csv")
+    assert "fleet.csv:3: " in str(problem.value) and said in str(problem.value)
+
+
+def test_unknown_removals_and_repeated_adds_are_counted_and_mean_nothing() -> None:
+    trace = parse_trace(["0,add,a", "1,remove,zz", "2,add,a", "3,remove,a"], name="x")
+    assert (trace.unknown_removals, trace.repeated_adds) == (1, 1)
+    assert [e.kind for e in trace.events] == ["add", "remove"]
+
+
+def test_an_empty_trace_and_a_missing_file_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no event"):
+        parse_trace([], name="x")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_trace(tmp_path / "nothing.csv")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_trace(tmp_path / "binary")
+
+
+@given(st.lists(st.text(max_size=30), max_size=20))
+def test_no_text_does_anything_but_parse_or_raise_a_config_error(lines: list[str]) -> None:
+    try:
+        trace = parse_trace(lines, name="fuzz")
+    except ConfigError:
+        return
+    assert trace.events
+
+
+def test_a_segment_never_has_more_nodes_than_its_cap() -> None:
+    lines = [f"0,add,n{i}" for i in range(9)] + ["1000,remove,n0", "2000,remove,n1", "3000,add,x"]
+    part = segment(parse_trace(lines, name="x"), start_s=0.5, length_s=10, most_nodes=4)
+    for at_s in (0.0, 0.6, 1.6, 2.6):
+        assert len(part.nodes_at(at_s)) == 4
+
+
+@pytest.mark.skipif(not SPOT.is_dir(), reason="no public spot traces beside this checkout")
+def test_the_public_traces_are_read() -> None:
+    bamboo = read_trace(SPOT / "bamboo-p3-trace.csv")
+    assert sum(len(e.nodes) for e in bamboo.events if e.kind == "remove") == 167
+    assert read_trace(SPOT / "parcae-hl_15_25.txt", time_scale=0.5).length_s <= 1800
+
+
+def test_loads_are_written_and_read_back(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 100, (7, 2, 4))
+    trace = load_loads(save_loads(tmp_path / "expert_load.npz", counts, steps=range(3, 10)))
+    assert np.array_equal(trace.counts, counts) and trace.steps[0] == 3
+    assert np.allclose(trace.at(4), counts[1] / counts[1].sum(1, keepdims=True))
+    with pytest.raises(ValueError, match="wanted"):
+        save_loads(tmp_path / "x.npz", counts[0])
+
+
+def test_a_damaged_load_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"nonsense")
+    np.savez(tmp_path / "b.npz", other=np.zeros(3))
+    np.savez(tmp_path / "c.npz", load=-np.ones((2, 2, 2)))
+    for name in ("a", "b", "c", "missing"):
+        with pytest.raises(ConfigError):
+            load_loads(tmp_path / f"{name}.npz")
+
+
+def test_only_committed_steps_count_and_a_rollback_voids_what_came_after() -> None:
+    import base64
+
+    def commit(step: int, value: float) -> dict[str, Any]:
+        lanes = np.zeros(10 + 1 + 2 * 2)
+        lanes[11:13] = value
+        return {"step": step, "lanes": base64.b64encode(lanes.astype("<f8").tobytes()).decode()}
+
+    entries = [
+        {"kind": "resume", "shape": [1, 2], "seats": ["a"]},
+        {"kind": "commits", "commits": [commit(1, 1), commit(2, 2), commit(3, 3)]},
+        {"kind": "commits", "commits": [commit(2, 9)]},
+    ]
+    trace = counts_of_commits(entries)
+    assert trace.steps.tolist() == [1, 2]
+    assert trace.counts[:, 0, 0].tolist() == [1, 9]
+
+
+def test_a_trace_of_another_shape_is_brought_to_this_one() -> None:
+    trace = zipf_load(2, 32, 1.0)
+    assert fitted(trace, num_layers=5, num_experts=8).counts.shape == (1, 5, 8)
+    assert fitted(trace, num_layers=1, num_experts=64).counts.shape == (1, 1, 64)
+
+
+def test_profiles_come_from_names_and_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(PROFILES["rtx3090-100g"].to_json())
+    assert read_profile(str(path)) == PROFILES["rtx3090-100g"]
+    path.write_text('{"schema": 1, "flops_per_s": -3.0}')
+    with pytest.raises(ConfigError, match="flops_per_s"):
+        read_profile(str(path))
+    with pytest.raises(ConfigError, match="known names"):
+        read_profile("nothing")
+
+
+def test_every_figure_of_a_cost_model_has_a_unit_and_a_reason() -> None:
+    for item in PROFILES["h200-8x400g"].assumptions():
+        assert set(item) == {"name", "value", "unit", "why"} and item["why"]
+
+
+def test_shapes_have_the_published_sizes() -> None:
+    for name, total in (("gpt-s", 521e6), ("gpt-l", 1.7e9), ("mixtral-8x7b", 46.7e9),
+                        ("olmoe-1b-7b", 6.9e9), ("deepseek-v3", 671e9)):  # fmt: skip
+        assert SHAPES[name].total_params == pytest.approx(total, rel=0.03)
+
+
+def test_a_skewed_load_slows_fixed_experts_and_hardly_the_replicated() -> None:
+    """The paper's ablation: one expert gets up to four times its fair share."""
+    costs, shape = PROFILES["rtx3090-100g"], SHAPES["gpt-s"]
+    slow, ours = [], []
+    for ratio in (1, 4):
+        load = np.ones((1, 8))
+        load[0, 0] = ratio * 7 / (8 - ratio)
+        load /= load.sum()
+        request = PlacementRequest(load=load, num_nodes=10, slots_per_node=6)
+        made = plan(request)
+        ours.append(replicated_step(costs, shape, made, load, tokens=40960).total)
+        slow.append(grouped_step(costs, shape, load, nodes=10, group=2, tokens=40960).total)
+    assert ours[1] < 1.1 * ours[0]
+    assert slow[1] > 1.2 * slow[0]
+
+
+def test_the_command_prints_rows_and_assumptions(capsys: Any) -> None:
+    base = ["simulate", "--nodes", "6", "--hours", "0.5", "--mtbf", "1h", "--layers", "2"]
+    assert main([*base, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["schema"] == 1 and len(answer["rows"]) == 3
+    assert {"flops_per_s", "detect_s"} <= {f["name"] for f in answer["assumptions"][0]["figures"]}
+    assert main([*base, "--slots", "6", "8"]) == 0
+    assert "cost model h200-8x400g (assumed)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["nobody-knows"],
+        ["--shape", "gpt-9"],
+        ["--profile", "nothing"],
+        ["--mtbf", "soon"],
+        ["--mtbf", "1h", "--period", "5min"],
+        ["--policies", "nobody"],
+        ["--nodes", "0"],
+        ["--load", "missing.npz"],
+        ["--trace", "missing.csv"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(wrong: list[str], capsys: Any) -> None:
+    assert main(["simulate", *wrong]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_uniform_loads_are_uniform() -> None:
+    assert np.allclose(uniform_load(2, 4).at(0), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--slots 0", "--slots 0 must be"),
+        ("--slots 6 -1", "--slots -1 must be"),
+        ("--slots 1 --nodes 2", "2 nodes x 1 slots = 2 < 8 experts of gpt-s; use --slots 4"),
+        ("--min-replicas 0", "--min-replicas 0 must be"),
+        ("--layers 0", "--layers 0 must be"),
+        ("--group 0", "--group 0 must be"),
+        ("--seeds 0", "--seeds 0 must be"),
+        ("--hours nan", "--hours nan must be"),
+        ("--hours inf", "--hours inf must be"),
+        ("--tokens-per-node nan", "--tokens-per-node nan must be"),
+        ("--zones -1", "--zones -1 must be"),
+    ],
+)
+def test_what_no_fleet_can_have_is_refused_with_its_value(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--shape", "gpt-s", *options.split()]) == 2
+    assert message in capsys.readouterr().err
