@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -22,6 +21,21 @@ _LEAST = 1 << 16  # bytes of the smallest block
 
 _numbers = count()
 _standing: dict[int, Block] = {}  # by address: buffers of ``shared_zeros`` that are alive
+
+
+class _StandingFile(mmap.mmap):
+    """The mapping behind a buffer of ``shared_zeros``.
+
+    The registry is told before the memory is unmapped: afterwards another thread may get the same
+    address for something else.
+    """
+
+    address = 0
+
+    def __del__(self) -> None:
+        block = _standing.pop(self.address, None)
+        if block is not None:
+            block.close()
 
 
 @dataclass(eq=False)
@@ -46,10 +60,10 @@ def mapped(number: int, fd: int, size: int) -> Block:
     return Block(number, fd, size, torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8))
 
 
-def _made(size: int) -> tuple[int, mmap.mmap]:
+def _memory_file(size: int) -> int:
     fd = os.memfd_create("exchange", os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
-    return fd, mmap.mmap(fd, size)
+    return fd
 
 
 def shared_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,23 +76,20 @@ def shared_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Te
     if plain == 0 or not hasattr(os, "memfd_create"):
         return torch.zeros(tuple(shape), dtype=dtype)
     size = aligned(plain)
-    fd, file = _made(size)
+    fd = _memory_file(size)
+    file = _StandingFile(fd, size)
     bytes_N = torch.frombuffer(file, dtype=torch.uint8)
+    file.address = bytes_N.data_ptr()
     # The registry must not keep the memory alive: it holds no tensor, and is told of the end.
     block = Block(next(_numbers), fd, size, torch.empty(0, dtype=torch.uint8))
-    _standing[bytes_N.data_ptr()] = block
-    weakref.finalize(file, _forget, bytes_N.data_ptr())
+    _standing[file.address] = block
     return bytes_N[:plain].view(dtype).view(tuple(shape))
-
-
-def _forget(address: int) -> None:
-    _standing.pop(address).close()
 
 
 def standing(bytes_N: Tensor) -> tuple[Block, int] | None:
     """The buffer of ``shared_zeros`` that holds these bytes, and where in it they begin."""
     address, size = bytes_N.data_ptr(), bytes_N.shape[0]
-    for start, block in _standing.items():
+    for start, block in list(_standing.items()):  # another thread's buffer may go meanwhile
         if start <= address and address + size <= start + block.size:
             return block, address - start
     return None
@@ -102,8 +113,8 @@ class BlockPool:
 
     def _new(self, size: int) -> Block:
         room = max(_LEAST, 1 << (size - 1).bit_length())
-        fd, file = _made(room)
-        block = Block(next(_numbers), fd, room, torch.frombuffer(file, dtype=torch.uint8))
+        fd = _memory_file(room)
+        block = mapped(next(_numbers), fd, room)
         self.blocks.append(block)
         return block
 

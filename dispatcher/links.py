@@ -17,6 +17,7 @@ from dispatcher.blocks import Block, mapped
 from dispatcher.errors import LinkError
 
 INLINE_BYTES = 4096  # content up to this size travels in the message itself
+_PARTING = -1  # number of the last message of a rank that gives up; exchanges count from 1
 _HEAD = struct.Struct("<qqIIqqqqq?")
 _ANCILLARY = socket.CMSG_SPACE(4)
 
@@ -76,13 +77,32 @@ class Link:
             else:
                 self.socket.send(head + message.content)
         except OSError as problem:
-            raise LinkError(peer=self.peer, reason=_reason(problem)) from problem
+            known = self._blamed()
+            raise known or LinkError(peer=self.peer, reason=_reason(problem)) from problem
+
+    def part(self, problem: LinkError) -> None:
+        """This rank's last word: whom it gave up for. Never waits; frees whoever waits here."""
+        if problem.peer != self.peer:
+            head = _HEAD.pack(_PARTING, 0, 0, 0, problem.peer, 0, 0, 0, 0, False)
+            with suppress(OSError):
+                text = problem.reason.encode()[:INLINE_BYTES]
+                self.socket.send(head + text, socket.MSG_DONTWAIT)
+        self.shut()
+
+    def _blamed(self) -> LinkError | None:
+        """What a peer that reads no more had to say, if it was not its own fault."""
+        try:
+            while True:
+                self._next(socket.MSG_DONTWAIT)
+        except LinkError as last:
+            return last if last.peer != self.peer else None
 
     def receive(self, number: int, phase: int) -> Message:
         """The peer's message about this exchange; earlier ones are kept for who asks for them.
 
         Raises:
-            LinkError: The peer is gone, silent for the time limit, or ahead of this rank.
+            LinkError: The peer is gone, silent for the time limit, or ahead of this rank; or it
+                gave up for another rank, which is the one that is named then.
         """
         found = self.early.pop((number, phase), None)
         while found is None:
@@ -93,15 +113,19 @@ class Link:
                 self.early[message.number, message.phase] = message
         return found
 
-    def _next(self) -> Message:
+    def _next(self, flags: int = 0) -> Message:
         try:
-            data, ancillary, _, _ = self.socket.recvmsg(_HEAD.size + INLINE_BYTES, _ANCILLARY)
+            data, ancillary, _, _ = self.socket.recvmsg(
+                _HEAD.size + INLINE_BYTES, _ANCILLARY, flags
+            )
         except OSError as problem:
             raise LinkError(peer=self.peer, reason=_reason(problem)) from problem
         if not data:
             raise LinkError(peer=self.peer, reason="it left or died")
         message = Message(*_HEAD.unpack_from(data))
         message.content = data[_HEAD.size :]
+        if message.number == _PARTING:
+            raise LinkError(peer=message.block, reason=message.content.decode(errors="replace"))
         for _, _, raw in ancillary:
             fd = struct.unpack("i", raw[:4])[0]
             block = mapped(message.block, fd, message.room)

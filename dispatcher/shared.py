@@ -20,7 +20,7 @@ from torch import Tensor
 from dispatcher.blocks import aligned, standing
 from dispatcher.exchange import Done, Exchange, Pending
 from dispatcher.links import INLINE_BYTES, Link
-from dispatcher.wire import Place, Wire, check_sizes
+from dispatcher.wire import Place, Wire
 
 STAGE_BYTES = 8 << 20  # of one block; more is sent in pieces from two of them in turn
 _ONE_PHASE_BYTES = 1 << 16  # sums up to this size: everybody reads everything
@@ -50,7 +50,8 @@ class SharedExchange:
     """Collectives over CPU tensors between processes of one machine; see ``within_machine``.
 
     ``abort`` may be called by any thread: it ends every collective under way with a ``LinkError``,
-    here and on the peers. A failed collective leaves the exchange unusable.
+    here and on the peers. A rank whose collective failed tells its peers for whom it gave up, and
+    can use the exchange no more.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -93,7 +94,7 @@ class SharedExchange:
         rooms = [got_N[begin:end] for begin, end in got]
         number = self._wire.begin()
         own, into = parts[self.rank], rooms[self.rank]
-        check_sizes(self.rank, label, own.shape[0], into.shape[0])
+        self._wire.check_sizes(self.rank, label, own.shape[0], into.shape[0])
         posting = _Posting(self._wire, number, label, sent_N, parts)
         missing = {link.peer: rooms[link.peer] for link in self._wire.peers}
         while missing or posting.is_going_on:

@@ -43,6 +43,7 @@ class Wire:
         self._links: dict[int, Link] = {}
         self._door: Door | None = None
         self._aborted = False
+        self._failed: LinkError | None = None
         self._number = 0
         self._open: set[int] = set()
 
@@ -97,10 +98,12 @@ class Wire:
         """The number of a new collective.
 
         Raises:
-            LinkError: After ``abort``.
+            LinkError: After ``abort``, or after a collective that failed.
         """
         if self._aborted:
             raise LinkError(peer=-1, reason="aborted")
+        if self._failed is not None:
+            raise self._failed
         self._number += 1
         self._open.add(self._number)
         return self._number
@@ -141,7 +144,11 @@ class Wire:
             size if whole is None else whole, place.block.size if place else 0,
             bool(place and place.is_lent), content,
         )  # fmt: skip
-        link.send(message, place.block if place else None)
+        try:
+            link.send(message, place.block if place else None)
+        except LinkError as problem:
+            self._give_up(problem)
+            raise
 
     def hear(self, link: Link, number: int, label: str, *, whole: int, phase: int = 0) -> Message:
         """The peer's message, which must belong to ``whole`` bytes.
@@ -149,11 +156,31 @@ class Wire:
         Raises:
             LinkError: The peer is gone, or at something else.
         """
-        message = link.receive(number, phase)
-        if message.label != zlib.crc32(label.encode()):
-            raise LinkError(peer=link.peer, reason=f"it is at another collective than {label!r}")
-        check_sizes(link.peer, label, message.whole, whole)
+        try:
+            message = link.receive(number, phase)
+            if message.label != zlib.crc32(label.encode()):
+                reason = f"it is at another collective than {label!r}"
+                raise LinkError(peer=link.peer, reason=reason)
+        except LinkError as problem:
+            self._give_up(problem)
+            raise
+        self.check_sizes(link.peer, label, message.whole, whole)
         return message
+
+    def check_sizes(self, peer: int, label: str, sent: int, wanted: int) -> None:
+        """Raises LinkError when a rank sends another number of bytes than is expected."""
+        if sent != wanted:
+            reason = f"it sends {sent} bytes for {label!r}, {wanted} were expected"
+            problem = LinkError(peer=peer, reason=reason)
+            self._give_up(problem)
+            raise problem
+
+    def _give_up(self, problem: LinkError) -> None:
+        """Tell all peers whom this rank gave up for, so that none of them waits for this one."""
+        if self._failed is None and not self._aborted:
+            self._failed = problem
+            for link in self._links.values():
+                link.part(problem)
 
     def content(self, link: Link, message: Message) -> Tensor:
         """What a message speaks of, uint8."""
@@ -179,11 +206,3 @@ class Wire:
         """Wait until these peers have read what was lent to them."""
         for link in links:
             self.hear(link, number, label, whole=0, phase=phase + ANSWER)
-
-
-def check_sizes(peer: int, label: str, sent: int, wanted: int) -> None:
-    """Raises LinkError when a peer sends another number of bytes than is expected."""
-    if sent != wanted:
-        raise LinkError(
-            peer=peer, reason=f"it sends {sent} bytes for {label!r}, {wanted} were expected"
-        )

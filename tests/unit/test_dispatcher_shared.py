@@ -126,6 +126,31 @@ def test_who_waits_for_a_rank_that_left_is_told() -> None:
             assert spent < 50  # the time limit is 60
 
 
+def leaves_one_first(gloo: Exchange, first: int) -> str:
+    """Rank 1 leaves rank ``first``, and the others when that one has given up."""
+    via = shared(gloo)
+    if via.rank == 1:
+        left = via._wire._links[first].socket
+        left.shutdown(socket.SHUT_WR)
+        while left.recv(9999):
+            continue
+        via.close()
+        return ""
+    with pytest.raises(LinkError) as caught:
+        even(via)
+    with pytest.raises(LinkError, match="rank 1 failed"):
+        via.all_reduce(torch.ones(1), label="commit")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("first", [0, 2, 3])
+def test_who_waits_for_a_rank_that_gave_up_is_told_for_whom(first: int) -> None:
+    for rank, said in enumerate(run_processes(leaves_one_first, size=4, args=(first,))):
+        if rank != 1:
+            assert "rank 1 failed" in said
+            assert "silent" not in said
+
+
 def even(via: Exchange, *, splits: list[int] | None = None) -> None:
     """An all-to-all of two floats for each, unless this rank says otherwise."""
     parts = [2] * via.size
@@ -215,6 +240,25 @@ def test_a_standing_buffer_is_found_by_its_parts_and_goes_with_its_last_view() -
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == files
     assert address not in dispatcher.blocks._standing
+
+
+def test_a_buffer_is_forgotten_before_its_memory_is_given_back() -> None:
+    """Threads that make and drop buffers get each other's addresses: none finds an old block."""
+    wrong: list[str] = []
+
+    def come_and_go() -> None:
+        for _ in range(3000):
+            buffer = shared_zeros((40_000,))
+            block, at = standing(buffer.view(torch.uint8)) or (None, -1)
+            if block is None or block.fd < 0 or at != 0:
+                wrong.append(f"{block}, {at}")
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_a_stranger_at_the_door_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
