@@ -8,7 +8,11 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lazarus.checkpoint.errors import KeeperUnavailableError
 from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
+
+_REPLACEMENTS = 3  # of one node's keeper: one that dies again and again stays away
+_NODE_NEWS_S = 1.0  # a node that dies takes its keeper along, and is closed long before this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,13 +24,17 @@ class NodePlace:
 
 
 class LocalNodes:
-    """Owns the keepers of this machine: they end with this process, or before."""
+    """Owns the keepers of this machine: they end with this process, or before.
+
+    A keeper that dies alone is replaced, at its address and without its snapshots.
+    """
 
     def __init__(self, host: str) -> None:
         self._host = host
         self._lock = threading.Lock()
         self._keepers: dict[str, KeeperProcess] = {}
         self._folders: dict[str, Path] = {}
+        self._closed: dict[str, threading.Event] = {}
 
     def open(self, key: str, *, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
         """Make the node's folder and start its keeper.
@@ -41,9 +49,35 @@ class LocalNodes:
             return NodePlace(host=self._host)
         started = start_keeper(replace(keeper, bind=f"{self._host}:0"))
         (folder / str(started.process.pid)).touch()
+        closed = threading.Event()
         with self._lock:
-            self._keepers[key] = started
+            self._keepers[key], self._closed[key] = started, closed
+        threading.Thread(
+            target=self._follow, args=(key, replace(keeper, bind=started.address), closed),
+            name="keeper-watch", daemon=True,
+        ).start()  # fmt: skip
         return NodePlace(host=self._host, keeper=started.address)
+
+    def _follow(self, key: str, config: KeeperConfig, closed: threading.Event) -> None:
+        """Replace the keeper of a node that lives on without it."""
+        for _ in range(_REPLACEMENTS):
+            with self._lock:
+                keeper = self._keepers.get(key)
+            if keeper is None or keeper.process.wait() == 0 or closed.wait(_NODE_NEWS_S):
+                return  # the node is closed, or the keeper was told to leave
+            keeper.stop()
+            try:
+                started = start_keeper(config)
+            except KeeperUnavailableError:
+                continue  # its port is taken, or there is no room: checkpoints say that they fail
+            with self._lock:
+                if not closed.is_set():
+                    (self._folders[key] / str(keeper.process.pid)).unlink(missing_ok=True)
+                    (self._folders[key] / str(started.process.pid)).touch()
+                    self._keepers[key] = started
+                    continue
+            started.stop()
+            return
 
     def note(self, key: str, pid: int = 0) -> None:
         """A process (this one) belongs to the node: a fault that ends the node ends it too."""
@@ -56,6 +90,9 @@ class LocalNodes:
         with self._lock:
             keeper = self._keepers.pop(key, None)
             folder = self._folders.pop(key, None)
+            closed = self._closed.pop(key, None)
+        if closed is not None:
+            closed.set()
         if keeper is not None:
             keeper.process.kill()
             keeper.stop()
