@@ -30,6 +30,7 @@ from lazarus.runtime.images import (
     state_tensors,
     write_scalars,
 )
+from lazarus.runtime.norms import square_sums
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 Schedule = Callable[[int], float]
@@ -272,18 +273,19 @@ class Replica:
 
     def dense_square_sum(self) -> float:
         """Square sum of the reduced dense gradient: equal bits on all ranks, so never summed."""
-        return float(torch.linalg.vector_norm(self.flat_grad, dtype=torch.float64).square())
+        return square_sums([self.flat_grad])[0]
 
     def expert_square_sums(self, home_LE: NDArray[np.int32], rank: int) -> NDArray[np.float64]:
         """Square sums of the gradients of the experts whose home is this rank, [L, E]."""
         squares = np.zeros((len(self.layers), self.num_experts), dtype=np.float64)
+        rows: dict[Expert, Tensor] = {}
         for layer, bank in enumerate(self.banks):
             assert bank.weight.grad is not None
-            norms = torch.linalg.vector_norm(bank.weight.grad, dim=1, dtype=torch.float64)
-            values = norms.square().cpu().numpy()
             for slot, expert in enumerate(bank.expert_of_slot):
                 if expert >= 0 and home_LE[layer, expert] == rank:
-                    squares[layer, expert] = values[slot]
+                    rows[layer, expert] = bank.weight.grad[slot]
+        for place, value in zip(rows, square_sums(list(rows.values())), strict=True):
+            squares[place] = value
         return squares
 
     def apply(self, sums: StepSums, *, dense_square: float) -> float:
