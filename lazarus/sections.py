@@ -193,15 +193,17 @@ class PlacementConfig:
     slots_per_node: int | Auto = setting("auto", "auto: the floor holds after spare_losses", ge=1)
     spare_losses: int = setting(2, "further losses that auto slots provide for", ge=0)
     memory_fraction: float = setting(
-        0.85, "reserved: of a node's memory that slots may fill", gt=0, le=1
+        0.85, "of a node's memory that auto slots may fill", gt=0, le=1
     )
     solver: Literal["auto", "greedy", "ilp"] = setting("auto", "ilp: PuLP, at planned moments only")
     policy: str | None = setting(None, "dotted path of an own policy, `package.module:Name`")
     resilience_weight: float = setting(1.0, "survival against balance", ge=0)
     domains: Literal["node", "zone"] = setting(
-        "node", "reserved: what fails together; a run plans by node"
+        "node", "what fails together; zone: Ray label `ray.io/availability-zone`"
     )
-    max_plan_ms: float = setting(1000.0, "reserved: slower plans fall back to the greedy one", gt=0)
+    max_plan_ms: float = setting(
+        1000.0, "limit of an own policy and of ilp; then the greedy plan", gt=0
+    )
 
     def __post_init__(self) -> None:
         require(self, _dotted(self.policy, "placement.policy"))

@@ -21,9 +21,9 @@ from torch import nn
 
 from lazarus import errors, preflight
 from lazarus.callbacks_bus import CallbackBus
-from lazarus.checkpoint.adaptive import SaveSettings
+from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.config import TrainConfig
-from lazarus.control.state import ControlConfig
+from lazarus.control_config import control_config
 from lazarus.errors import ConfigError, LazarusError, Problem, StoppedError
 from lazarus.faults import FaultSpec, fault_problems, parse_fault
 from lazarus.result import Result, leave_artifacts, result_of
@@ -34,8 +34,9 @@ from lazarus.runtime.launch import Launcher, OnExit, ProcessLauncher
 from lazarus.runtime.ray_home import PrivateHome
 from lazarus.runtime.spec import UserCode
 from lazarus.timeouts import derive_timeouts
-from lazarus.user_code import builder_of, imported, pickled
+from lazarus.user_code import builder_of, pickled
 from lazarus.version import __version__
+from placement import PlacementPolicy
 
 
 class RunHandle:
@@ -96,6 +97,7 @@ class ElasticTrainer:
         schedule: Step -> learning-rate multiplier; None: as configured.
         callbacks: See ``lazarus.callbacks``.
         placement: A placement policy; None: the library's own.
+        recovery: Decides about experts without a live replica; None: ``recovery.on_lost_expert``.
         faults: Scripted faults, beside those of the configuration.
 
     Raises:
@@ -115,8 +117,8 @@ class ElasticTrainer:
         schedule: Callable[[int], float] | None = None,
         callbacks: Sequence[Any] = (),
         hooks: Sequence[Any] = (),
-        placement: Any = None,
-        recovery: Any = None,
+        placement: PlacementPolicy | None = None,
+        recovery: RecoveryPolicy | None = None,
         faults: Sequence[str | FaultSpec] = (),
     ) -> None:
         self.config = config
@@ -183,7 +185,12 @@ class _Run:
             scratch=self._scratch,
             config=config.to_dict(),
             control=replace(
-                _control_config(trainer, ranks),
+                control_config(
+                    config,
+                    placement=trainer._placement,
+                    recovery=trainer._recovery,
+                    ranks_per_node=ranks,
+                ),
                 checkpoint_url=self._url,
                 **({} if start is None else start.control()),
             ),
@@ -307,54 +314,6 @@ def _check(config: TrainConfig, *, model: Any, data: Any, faults: tuple[str, ...
         raise ConfigError(problems)
 
 
-def _control_config(trainer: ElasticTrainer, ranks_per_node: int) -> ControlConfig:
-    config = trainer.config
-    slots = config.placement.slots_per_node
-    policy = trainer._placement
-    if policy is None and config.placement.policy is not None:
-        policy = imported(config.placement.policy, key="placement.policy")
-    extra = {} if policy is None else {"placement": policy}
-    timeouts = derive_timeouts(config.recovery.tolerated_stall_s)
-    return ControlConfig(
-        steps=config.train.steps,
-        global_batch=config.train.global_batch,
-        seed=config.run.seed,
-        ledger=config.run.ledger,
-        nodes=config.cluster.nodes,
-        min_nodes=config.cluster.min_nodes,
-        max_nodes=config.cluster.max_nodes,
-        ranks_per_node=ranks_per_node,
-        min_replicas=config.placement.min_replicas,
-        slots_per_node=None if slots == "auto" else int(slots),
-        spare_losses=config.placement.spare_losses,
-        tolerated_stall_s=config.recovery.tolerated_stall_s,
-        start_timeout_s=timeouts.startup_s,
-        standstill_s=timeouts.standstill_s,
-        join_debounce_s=config.cluster.join_debounce_s,
-        quorum_timeout_s=config.cluster.quorum_timeout_s,
-        final_checkpoint=config.checkpoint.full_at_end,
-        on_lost_expert=config.recovery.on_lost_expert,
-        partial_checkpoints=config.checkpoint.select != "full",
-        saves=_save_settings(config),
-        plt_budget=config.checkpoint.plt_budget,
-        resilience_weight=config.placement.resilience_weight,
-        solver=config.placement.solver,
-        heal=config.recovery.heal,
-        version=__version__,
-        **extra,
-    )
-
-
-def _save_settings(config: TrainConfig) -> SaveSettings:
-    asked = config.checkpoint
-    return SaveSettings(
-        every=None if asked.every == "auto" else int(asked.every),
-        k_snapshot=None if asked.k_snapshot == "auto" else int(asked.k_snapshot),
-        k_persist=None if asked.k_persist == "auto" else int(asked.k_persist),
-        select=asked.select,
-    )
-
-
 def _ranks_per_node(config: TrainConfig) -> int:
     ranks = config.cluster.ranks_per_node
     if ranks != "auto":
@@ -383,7 +342,7 @@ def _next_journal(run_dir: Path) -> str:
 def _launcher(config: TrainConfig, on_exit: OnExit) -> Launcher:
     host = None if config.security.bind == "auto" else config.security.bind
     if config.cluster.launcher == "process":
-        return ProcessLauncher(on_exit, host=host or "127.0.0.1")
+        return ProcessLauncher(on_exit, host=host or "127.0.0.1", nodes=config.cluster.nodes)
     joins = config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_is_up()
     home = None if joins else PrivateHome()
     from lazarus.runtime.ray_launch import RayLauncher

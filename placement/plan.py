@@ -39,6 +39,7 @@ class Plan:
         requested_floor: What the request asked for.
         method: How the plan was found.
         notes: What a reader must know, such as a lowered floor.
+        fallback: Why the policy that was asked did not make this plan; empty if it did.
     """
 
     node_ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Plan:
     requested_floor: int
     method: str
     notes: tuple[str, ...] = ()
+    fallback: str = ""
 
     def __post_init__(self) -> None:
         for array in (self.expert_of_slot, self.share_of_slot, self.home, self.block):
@@ -76,7 +78,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical content: everything but method and notes."""
+        """SHA-256 of the canonical content: everything but method, notes and fallback."""
         head = [
             FORMAT, list(self.node_ids), self.ranks_per_node, self.slots_per_node,
             self.num_experts, list(self.expert_of_slot.shape), self.floor, self.requested_floor,
@@ -157,6 +159,7 @@ class Plan:
             "requested_floor": self.requested_floor,
             "method": self.method,
             "notes": list(self.notes),
+            "fallback": self.fallback,
             "digest": self.digest,
         }
 
@@ -188,6 +191,7 @@ class Plan:
                 requested_floor=int(data["requested_floor"]),
                 method=str(data["method"]),
                 notes=tuple(str(n) for n in data["notes"]),
+                fallback=str(data.get("fallback", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidRequestError(f"not a plan: {error!r}") from error

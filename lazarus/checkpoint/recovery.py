@@ -74,9 +74,13 @@ class RestoredExpert:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restore:
-    """Go on at the resume step; these experts come back from these copies."""
+    """Go on at the resume step; these experts come back from these copies.
+
+    ``refused`` says why the policy that was asked did not decide this; empty if it did.
+    """
 
     experts: tuple[RestoredExpert, ...]
+    refused: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +88,8 @@ class Rollback:
     """Go back to a checkpoint on storage: all state, and the samples after it again."""
 
     step: int
-    reason: str
+    reason: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +98,7 @@ class Fail:
 
     reason: str
     experts: tuple[tuple[int, int], ...]
+    refused: str = ""
 
 
 RecoveryDecision = Restore | Rollback | Fail

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lazarus.checkpoint.plt import portion_lost
+from lazarus.checkpoint.policy import ClusterView, Hold, decided_by_setting
 from lazarus.checkpoint.recovery import (
     Copy,
     Fail,
@@ -15,53 +16,78 @@ from lazarus.checkpoint.recovery import (
     RestoredExpert,
     Rollback,
     Source,
-    decide_recovery,
 )
 from lazarus.checkpoint.recovery import Restore as CheckpointRestore
 from lazarus.control.messages import Publish, Restore
-from lazarus.control.saves import worth_waiting
+from lazarus.control.saves import in_flight, worth_waiting
 from lazarus.control.state import Control, Transition
 from placement import Plan
 
 Expert = tuple[int, int]
 
 
-def restores_for(
-    state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert]
-) -> tuple[tuple[Restore, ...], int | None] | Fail:
-    """What brings back the experts that nobody holds.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WayBack:
+    """What brings lost experts back.
 
-    Returns:
-        The restores, and the step to roll all state back to (None: go on where we stand).
+    Attributes:
+        restores: Where each comes from.
+        step: To roll all state back to; None: go on where we stand.
+        refused: Why the user's policy did not decide this; empty if it did or there is none.
     """
+
+    restores: tuple[Restore, ...] = ()
+    step: int | None = None
+    refused: str = ""
+
+
+def restores_for(
+    state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert], *, at_s: float
+) -> WayBack | Fail | Hold:
+    """What brings back the experts that nobody holds."""
     if not lost:
-        return (), None
+        return WayBack()
     if not state.resumed:
-        return tuple(_at_start(state, transition, expert) for expert in lost), None
-    decision = _decide(state, transition, plan, lost)
-    if isinstance(decision, Fail):
+        return WayBack(restores=tuple(_at_start(state, transition, e) for e in lost))
+    decision = _decide(state, transition, plan, lost, at_s=at_s)
+    if isinstance(decision, Fail | Hold):
         return decision
     if isinstance(decision, Rollback):
         if (place := place_of_checkpoint(state, decision.step)) in state.bad_sources:
             reason = f"{decision.reason}; but it cannot be read: {place}"
             return Fail(reason=reason, experts=tuple(lost))
-        return _everything_from(state, decision.step), decision.step
-    return tuple(_restore(state, choice) for choice in decision.experts), None
+        everything = _everything_from(state, decision.step)
+        return WayBack(restores=everything, step=decision.step, refused=decision.refused)
+    restores = tuple(_restore(state, choice) for choice in decision.experts)
+    return WayBack(restores=restores, refused=decision.refused)
 
 
 def _decide(
-    state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert]
-) -> RecoveryDecision:
+    state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert], *, at_s: float
+) -> RecoveryDecision | Hold:
+    """The user's policy decides if there is one, unless it has held everything up too long."""
+    config = state.config
+    losses = [_loss(state, transition, plan, expert) for expert in lost]
+    view = _view(state, transition, at_s=at_s)
+    if config.recovery is not None and view.waited_s <= config.start_timeout_s:
+        return config.recovery(losses, view, now_s=at_s)
+    return decided_by_setting(losses, view, config.on_lost_expert)
+
+
+def _view(state: Control, transition: Transition, *, at_s: float) -> ClusterView:
     readable = (
         c for c in state.checkpoints if place_of_checkpoint(state, c.step) not in state.bad_sources
     )
-    return decide_recovery(
-        [_loss(state, transition, plan, expert) for expert in lost],
-        policy=state.config.on_lost_expert,
+    return ClusterView(
+        step=transition.step,
+        nodes=transition.next_nodes,
         lineage=state.lineage,
-        resume_step=transition.step,
         checkpoints=tuple(readable),
         start_step=state.config.start_step,
+        in_flight=in_flight(state, upto=transition.step),
+        plt=plt_of(state),
+        plt_budget=state.config.plt_budget,
+        waited_s=at_s - transition.phase_s,
     )
 
 
@@ -72,10 +98,12 @@ def checkpoint_awaited(
 
     A rollback waits for any newer one; a restore only where it would start an expert afresh.
     """
-    policy = state.config.on_lost_expert
-    if not lost or policy == "fail" or not worth_waiting(state, transition, at_s=at_s):
+    config = state.config
+    if config.recovery is not None or config.on_lost_expert == "fail":
+        return False  # a policy of the user's knows what is in flight, and may hold
+    if not lost or not worth_waiting(state, transition, at_s=at_s):
         return False
-    decision = _decide(state, transition, plan, lost)
+    decision = _decide(state, transition, plan, lost, at_s=at_s)
     if isinstance(decision, Rollback):
         return True
     found = decision.experts if isinstance(decision, CheckpointRestore) else ()

@@ -44,7 +44,9 @@ def on_hello(state: Control, body: Hello, *, at_s: float) -> Result:
         serial, node = found
     workers = list(node.workers)
     workers[body.local_rank] = body.worker
-    node = replace(node, workers=tuple(workers), joined_s=at_s)
+    node = replace(
+        node, workers=tuple(workers), joined_s=at_s, zone=body.zone, memory_bytes=body.memory_bytes
+    )
     known = Worker(
         node=serial,
         local_rank=body.local_rank,

@@ -34,6 +34,8 @@ class Hello(Body):
     fence: int = 0
     committed: int = 0
     keeper: str = ""
+    zone: str = ""
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

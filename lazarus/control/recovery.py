@@ -9,7 +9,7 @@ import numpy as np
 
 from lazarus.control.messages import Aligned, Move, Report, Seat, Vector
 from lazarus.errors import BrokenInvariantError
-from placement import Plan
+from placement import InfeasiblePlacementError, Plan
 
 Expert = tuple[int, int]  # (layer, expert)
 
@@ -118,6 +118,15 @@ def schedule_moves(
     return tuple(moves), lost
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotMemory:
+    """Bytes that one slot takes in all layers, that slots may fill on a node, and that it has."""
+
+    per_slot: float
+    per_node: float
+    whole_node: float
+
+
 def slots_for(
     *,
     num_nodes: int,
@@ -127,15 +136,31 @@ def slots_for(
     min_replicas: int,
     spare_losses: int,
     ranks_per_node: int = 1,
+    memory: SlotMemory | None = None,
 ) -> int:
     """Slots per node for a membership: as configured, or automatic.
 
     Automatic slots hold ``min_replicas`` of every expert after ``spare_losses`` losses from the
-    started size, and grow with the need when fewer nodes are left, so that no expert is homeless.
+    started size, and grow with the need when fewer nodes are left, so that no expert is homeless;
+    memory caps them: the floor then holds for fewer losses, or is lowered.
+
+    Raises:
+        InfeasiblePlacementError: Memory does not even hold every expert once.
     """
     if configured is not None:
         return configured
     left = max(1, started_nodes - spare_losses)
     wanted = -(-num_experts * min(min_replicas, left) // left)
-    slots = min(num_experts, max(wanted, -(-num_experts // max(1, num_nodes))))
-    return -(-slots // ranks_per_node) * ranks_per_node
+    least = -(-num_experts // max(1, num_nodes))
+    slots = -(-min(num_experts, max(wanted, least)) // ranks_per_node) * ranks_per_node
+    if memory is None:
+        return slots
+    fit = int(max(0.0, memory.per_node) / memory.per_slot) // ranks_per_node * ranks_per_node
+    if fit < least:
+        raise InfeasiblePlacementError(
+            f"{num_experts} experts do not fit: memory holds {fit} slots on each of {num_nodes} "
+            f"nodes, {least} are needed ({memory.per_slot / 2**30:.2f} GiB a slot, "
+            f"{memory.whole_node / 2**30:.1f} GiB a node). Add nodes, or raise "
+            f"placement.memory_fraction."
+        )
+    return min(slots, fit)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lazarus.checkpoint.adaptive import Adapted, Measured, SaveSettings
 from lazarus.checkpoint.plt import PltLedger
+from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.control.messages import (
     Aligned,
@@ -73,11 +74,15 @@ class ControlConfig:
     profile: str = "balanced"
     resilience_weight: float = 1.0
     solver: str = "auto"  # only "ilp" differs, and only in the first plan
+    plan_limit_s: float = 1.0  # of the integer program
+    plans_by_zone: bool = False
+    memory_fraction: float = 0.85  # of a node's memory that automatic slots may fill
     heal: str = "auto"
     heal_before_bytes: int = 64 << 20  # "auto" heals before resuming up to this many bytes a rank
     share_by_speed: bool = True
     version: str = ""
     placement: PlacementPolicy = replan
+    recovery: RecoveryDecider | None = None  # None: on_lost_expert decides
     plan_text: Callable[[Plan], str] = Plan.to_json  # what Prepare carries
     resume: str | None = None  # checkpoint that this run started from
     start_step: int = 0
@@ -143,6 +148,8 @@ class Node:
     workers: tuple[str, ...]  # by local rank; "" where the process has not said hello yet
     joined_s: float = 0.0
     leaving: str = ""  # cause, empty if it stays
+    zone: str = ""  # what fails together with others; empty: not known
+    memory_bytes: int = 0  # that experts may use; 0: not known
 
     @property
     def complete(self) -> bool:
@@ -179,7 +186,9 @@ class Transition:
     moves_behind: tuple[Move, ...] = ()
     restores: tuple[Restore, ...] = ()
     rollback: bool = False
+    refused: str = ""  # why the user's recovery policy did not decide what is restored
     awaits: bool = False  # a checkpoint in flight that the lost experts may come back from
+    held_until_s: float = 0.0  # a recovery policy wants to be asked again then
     moved_bytes: int = 0
     ready: Mapping[str, Ready] = field(default_factory=dict)
 

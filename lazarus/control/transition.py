@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lazarus.checkpoint.policy import Hold
 from lazarus.checkpoint.recovery import Fail
 from lazarus.control import adapting, commits, saves
 from lazarus.control.exactly_once import num_samples_in
@@ -42,17 +43,17 @@ from lazarus.control.messages import (
     TellDriver,
     Vector,
 )
+from lazarus.control.planning import adoption, history_of, plan_for
 from lazarus.control.recovery import (
     aligned_alike,
     holders,
     needs,
     schedule_moves,
-    slots_for,
     verdict,
 )
 from lazarus.control.state import Control, Node, Phase, Timeline, Transition
 from lazarus.errors import BrokenInvariantError
-from placement import InfeasiblePlacementError, PlacementRequest, Plan, replan
+from placement import InfeasiblePlacementError, Plan
 
 Result = tuple[Control, tuple[Command, ...]]
 
@@ -240,12 +241,6 @@ def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
     return {node: weight for node, weight in found.items() if weight < 1.0}
 
 
-def history_of(body: Aligned) -> NDArray[np.float64]:
-    """The load history at the aligned step, [3, L, E]."""
-    shape = (3, body.num_layers, body.num_experts)
-    return np.frombuffer(body.history, dtype="<f8").reshape(shape)
-
-
 def prepare(state: Control, *, at_s: float) -> Result:
     """Plan for the next members, or hold if that cannot be (rule 26)."""
     transition = state.transition
@@ -272,10 +267,13 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
     moves, lost = schedule_moves(needs(plan, num_seats=len(seats)), owners)
     if lost and checkpoint_awaited(state, transition, plan, lost, at_s=at_s):
         return replace(state, transition=replace(transition, awaits=True)), ()
-    decided = restores_for(state, transition, plan, lost)
+    decided = restores_for(state, transition, plan, lost, at_s=at_s)
     if isinstance(decided, Fail):
         return give_up(state, decided, at_s=at_s)
-    restores, back = decided
+    if isinstance(decided, Hold):
+        until_s = at_s + decided.for_s
+        return replace(state, transition=replace(transition, held_until_s=until_s)), ()
+    back = decided.step
     behind = not transition.leavers and heals_behind(
         moves,
         mode=state.config.heal,
@@ -293,8 +291,9 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         feeders=feeders,
         moves=moves if back is None and not behind else (),
         moves_behind=moves if back is None and behind else (),
-        restores=restores,
+        restores=decided.restores,
         rollback=back is not None,
+        refused=decided.refused,
         step=transition.step if back is None else back,
         moved_bytes=moved,
         phase_s=at_s,
@@ -313,7 +312,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         dense_targets=joining if back is None else (),
         scalars=any_aligned.scalars,
         history=any_aligned.history,
-        restores=restores,
+        restores=decided.restores,
         speeds=_speeds(state, nodes),
         lineage=_lineage(state.lineage),
         reload="" if back is None else place_of_checkpoint(state, back),
@@ -322,48 +321,13 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
 
 
 def waited_enough(state: Control, *, at_s: float) -> bool:
-    """Whether the checkpoint in flight that a recovery waits for is there, or given up."""
+    """Whether what a recovery waits for is there or given up: a checkpoint, a policy's time."""
     transition = state.transition
+    if transition is not None and transition.held_until_s:
+        return at_s >= transition.held_until_s
     if transition is None or not transition.awaits:
         return False
     return not saves.worth_waiting(state, transition, at_s=at_s)
-
-
-def plan_for(state: Control, transition: Transition) -> Plan:
-    """F of rule 22: base plan, load history, members, configuration; nothing else.
-
-    Raises:
-        InfeasiblePlacementError: Fewer slots than experts.
-    """
-    aligned = next(iter(transition.aligned.values()))
-    experts = aligned.num_experts
-    history = history_of(aligned)
-    nodes, config = transition.next_nodes, state.config
-    slots = slots_for(
-        num_nodes=len(nodes),
-        num_experts=experts,
-        configured=config.slots_per_node,
-        started_nodes=config.nodes,
-        min_replicas=config.min_replicas,
-        spare_losses=config.spare_losses,
-        ranks_per_node=config.ranks_per_node,
-    )
-    request = PlacementRequest(
-        load=history[0],
-        num_nodes=len(nodes),
-        slots_per_node=slots,
-        min_replicas=min(config.min_replicas, len(nodes)),
-        ranks_per_node=config.ranks_per_node,
-        node_ids=nodes,
-        profile=config.profile,
-        resilience_weight=config.resilience_weight,
-        solver=config.solver,
-    )
-    base = state.base_plan
-    gone = frozenset(base.node_ids) - set(nodes) if base else frozenset()
-    if transition.reason == "rebalance" and config.placement is replan:
-        return replan(request, previous=base, lost=gone, rebalance=True)
-    return config.placement(request, previous=base, lost=gone)
 
 
 def _seat(state: Control, worker: str) -> Seat:
@@ -540,26 +504,7 @@ def _resume_events(
         events.append(
             Publish(t=at_s, event="node_left", fields={"generation": generation, "node": node})
         )
-    events.append(Publish(t=at_s, event="plan_adopted", fields=_plan_fields(state, plan)))
-    return tuple(events)
-
-
-def _plan_fields(state: Control, plan: Plan) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "generation": state.resumed,
-        "digest": plan.digest,
-        "method": plan.method,
-        "floor": plan.floor,
-        "requested_floor": state.config.min_replicas,
-        "nodes": list(plan.node_ids),
-        "slots_per_node": plan.slots_per_node,
-        "notes": list(plan.notes),
-    }
-    if plan.expert_of_slot.size <= 20_000:
-        fields["experts_of_rank"] = [
-            [[int(e) for e in slots if e >= 0] for slots in ranks] for ranks in plan.expert_of_slot
-        ]
-    return fields
+    return (*events, *adoption(state, transition, plan, at_s=at_s))
 
 
 def give_up(state: Control, decision: Fail, *, at_s: float) -> Result:

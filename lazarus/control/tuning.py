@@ -10,10 +10,10 @@ from dataclasses import replace
 from statistics import median
 
 from lazarus.control.messages import Command, Publish
+from lazarus.control.planning import request_for
 from lazarus.control.state import Control
 from lazarus.control.vector import StepSums
 from lazarus.data.sampler import share
-from placement import PlacementRequest, Plan
 from placement.rebalance import MoveCost, considered
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -110,7 +110,7 @@ def _rebalance(state: Control, *, step: int) -> Control:
     fixed = MOVE_COST_S / max(state.step_s, 1e-3)
     regret, better = considered(
         state.regret,
-        request_for(state, plan),
+        request_for(state, load=state.history[0], nodes=plan.node_ids, slots=plan.slots_per_node),
         previous=plan,
         latest=state.history[2],
         steps=min(steps, REBALANCE_EVERY),
@@ -118,17 +118,3 @@ def _rebalance(state: Control, *, step: int) -> Control:
     )
     wants = "rebalance" if better is not None else ""
     return replace(state, regret=regret, wants=wants)
-
-
-def request_for(state: Control, plan: Plan) -> PlacementRequest:
-    """The same members and slots, with the loads as smoothed so far."""
-    return PlacementRequest(
-        load=state.history[0],
-        num_nodes=len(plan.node_ids),
-        slots_per_node=plan.slots_per_node,
-        min_replicas=min(state.config.min_replicas, len(plan.node_ids)),
-        ranks_per_node=plan.ranks_per_node,
-        node_ids=plan.node_ids,
-        profile=state.config.profile,
-        resilience_weight=state.config.resilience_weight,
-    )

@@ -304,6 +304,8 @@ class Driver:
                     faults=spec.faults,
                     resume=spec.resume,
                     keeper=place.keeper,
+                    zone=place.zone,
+                    memory_share=place.memory_share,
                     checkpoint_url=spec.checkpoint_url,
                     version=spec.version,
                 )

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -92,8 +93,9 @@ def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
 class ProcessLauncher:
     """Plain processes from a fork server that has imported torch: quick to start, easy to kill."""
 
-    def __init__(self, on_exit: OnExit, *, host: str = "127.0.0.1") -> None:
+    def __init__(self, on_exit: OnExit, *, host: str = "127.0.0.1", nodes: int = 1) -> None:
         self.host = host
+        self._memory_share = 1 / nodes
         self._nodes = LocalNodes(host)
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["lazarus.runtime.preload"])
@@ -109,7 +111,8 @@ class ProcessLauncher:
         return wanted
 
     def open_node(self, key: str, *, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
-        return self._nodes.open(key, keeper=keeper, folder=folder)
+        place = self._nodes.open(key, keeper=keeper, folder=folder)
+        return replace(place, memory_share=self._memory_share)
 
     def close_node(self, key: str) -> None:
         self._nodes.close(key)

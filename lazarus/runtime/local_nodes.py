@@ -21,6 +21,8 @@ class NodePlace:
 
     host: str  # the address that its processes bind to, and are reached at
     keeper: str = ""  # address of its keeper of snapshots; empty: it has none
+    zone: str = ""  # availability zone of its machine; empty: not known
+    memory_share: float = 1.0  # of the memory that one of its processes sees
 
 
 class LocalNodes:

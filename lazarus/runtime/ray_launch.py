@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
 _POLL_S = 0.5  # between two looks at the cluster's machines
 _JOIN_S = 5.0
+_ZONE_LABEL = "ray.io/availability-zone"
 _ACTOR_S = 120.0  # for Ray to start a small actor on a busy machine
 
 
@@ -123,7 +124,8 @@ class RayLauncher:
             raise StartupError(f"no room for {key}: {self._places.shortage(1)}")
         self._node_of[key] = node
         if self._cluster.is_own:
-            return self._local.open(key, keeper=keeper, folder=folder)
+            here = self._local.open(key, keeper=keeper, folder=folder)
+            return replace(here, memory_share=1 / self._config.cluster.nodes)
         actor = _remote(NodeActor).options(num_cpus=0, **_on(node.id)).remote(node.host)
         with self._lock:
             self._node_actors[key] = actor
@@ -132,7 +134,16 @@ class RayLauncher:
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as problem:
             self.close_node(key)
             raise StartupError(f"{key} did not start on {node.host}: {problem}") from problem
-        return place
+        return replace(
+            place, zone=node.labels.get(_ZONE_LABEL, ""), memory_share=self._memory_share(node)
+        )
+
+    def _memory_share(self, node: RayNode) -> float:
+        """Ranks with a device of their own see that one alone; others see the whole machine."""
+        if self._per_rank["GPU"]:
+            return float(self._ranks)
+        with self._lock:
+            return 1 / max(1, self._places.num_on(node.id))
 
     def close_node(self, key: str) -> None:
         """Forget the node, and end its keeper; fine if it is gone."""

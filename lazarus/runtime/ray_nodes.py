@@ -41,6 +41,10 @@ class Places:
         """Nodes of the run that have a place."""
         return len(self._home)
 
+    def num_on(self, node_id: str) -> int:
+        """Nodes of the run that live on one Ray node."""
+        return sum(home == node_id for home in self._home.values())
+
     def see(self, nodes: Iterable[RayNode]) -> tuple[str, ...]:
         """Take note of the live Ray nodes. Returns those never seen before that fit a node."""
         alive = {node.id: node for node in nodes}
@@ -65,8 +69,8 @@ class Places:
             (node.free.get(name, 0.0) / amount for name, amount in self._need.items()),
             default=math.inf,
         )
-        used = sum(home == node_id for home in self._home.values())
-        return max(0, (10**6 if math.isinf(fit) else math.floor(fit + _SLACK)) - used)
+        whole = 10**6 if math.isinf(fit) else math.floor(fit + _SLACK)
+        return max(0, whole - self.num_on(node_id))
 
     def room(self) -> int:
         """How many more nodes of the run fit anywhere."""

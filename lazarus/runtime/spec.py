@@ -50,6 +50,8 @@ class WorkerSpec:
     node_folder: Path  # scratch folder that names the node's processes
     faults: tuple[str, ...] = ()
     keeper: str = ""
+    zone: str = ""
+    memory_share: float = 1.0
     resume: str | None = None  # "url step" of the checkpoint that the run starts from
     checkpoint_url: str = ""
     version: str = ""

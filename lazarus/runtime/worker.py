@@ -61,6 +61,7 @@ from lazarus.faults import FaultSpec, parse_fault
 from lazarus.runtime.inject import InjectedCrashError, Observer, register_process
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.link import Link
+from lazarus.runtime.memory import visible_bytes
 from lazarus.runtime.rank import Rank
 from lazarus.runtime.rpc import lazarus_pb2 as pb
 from lazarus.runtime.spec import WorkerSpec
@@ -109,6 +110,7 @@ class Worker:
             go_timeout_s=6 * stall_s,
         )
         self._welcomed = threading.Event()
+        self._memory_bytes = int(spec.memory_share * visible_bytes())
 
     # ---- control thread ------------------------------------------------------------------------
 
@@ -127,6 +129,8 @@ class Worker:
             fence=ledger.fence,
             committed=ledger.decided,
             keeper=spec.keeper,
+            zone=spec.zone,
+            memory_bytes=self._memory_bytes,
         )
 
     def _on_message(self, term: int, body: Body) -> None:

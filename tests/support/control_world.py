@@ -299,6 +299,8 @@ class World:
             while worker.inbox and self.rng.random() < 0.5:
                 worker.inbox.pop()
             worker.connected = False
+        # What it alone had heard of, and had not journaled, nobody need know any more.
+        self.evidence = {s: e for s, e in self.evidence.items() if s <= self.journaled()}
         kept = [item for item in self.driver_box if isinstance(item, KillNode | StartNode)]
         self.driver_box = deque(kept)
 

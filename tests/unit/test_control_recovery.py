@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazarus.control.messages import Aligned, Held, Report, Seat, Vector
+from lazarus.control.planning import plan_for
 from lazarus.control.recovery import (
     Verdict,
     aligned_alike,
@@ -19,8 +20,7 @@ from lazarus.control.recovery import (
     slots_for,
     verdict,
 )
-from lazarus.control.state import Control, ControlConfig, Transition
-from lazarus.control.transition import plan_for
+from lazarus.control.state import Control, ControlConfig, Node, Transition
 from lazarus.control.vector import start_history
 from lazarus.errors import BrokenInvariantError
 from placement import PlacementRequest, Plan, plan, replan
@@ -167,6 +167,7 @@ def test_a_plan_grows_from_the_plan_of_the_last_committed_step() -> None:
     resumed = plan(PlacementRequest(load=np.ones(6), num_nodes=4, slots_per_node=3))
     state = Control(
         config=ControlConfig(steps=9, nodes=3, placement=policy),
+        nodes={node: Node(key=f"n{node}", workers=("w",)) for node in range(3)},
         plan=resumed,
         base_plan=committed,
     )

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Hello(_message.Message):
-    __slots__ = ("worker", "node_key", "local_rank", "ranks_per_node", "host", "pid", "version", "term", "generation", "fence", "committed", "keeper")
+    __slots__ = ("worker", "node_key", "local_rank", "ranks_per_node", "host", "pid", "version", "term", "generation", "fence", "committed", "keeper", "zone", "memory_bytes")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     NODE_KEY_FIELD_NUMBER: _ClassVar[int]
     LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,8 @@ class Hello(_message.Message):
     FENCE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     KEEPER_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     node_key: str
     local_rank: int
@@ -32,7 +34,9 @@ class Hello(_message.Message):
     fence: int
     committed: int
     keeper: str
-    def __init__(self, worker: _Optional[str] = ..., node_key: _Optional[str] = ..., local_rank: _Optional[int] = ..., ranks_per_node: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., version: _Optional[str] = ..., term: _Optional[int] = ..., generation: _Optional[int] = ..., fence: _Optional[int] = ..., committed: _Optional[int] = ..., keeper: _Optional[str] = ...) -> None: ...
+    zone: str
+    memory_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., node_key: _Optional[str] = ..., local_rank: _Optional[int] = ..., ranks_per_node: _Optional[int] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., version: _Optional[str] = ..., term: _Optional[int] = ..., generation: _Optional[int] = ..., fence: _Optional[int] = ..., committed: _Optional[int] = ..., keeper: _Optional[str] = ..., zone: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("generation", "step", "phase", "progress", "waiting", "step_s", "acked")

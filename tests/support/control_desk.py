@@ -1,0 +1,212 @@
+"""A controller and workers that answer it at once: one layer, one slot a node, no processes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from lazarus.control.machine import decide
+from lazarus.control.messages import (
+    Align,
+    Aligned,
+    Body,
+    Command,
+    Fence,
+    Held,
+    Hello,
+    ManifestDone,
+    Prepare,
+    Publish,
+    Ready,
+    Report,
+    Resume,
+    Snapped,
+    Snapshotted,
+    Stored,
+    StreamClosed,
+    Tell,
+    Tick,
+    Vector,
+    WorkerSaid,
+)
+from lazarus.control.replay import initial_state
+from lazarus.control.state import Control, ControlConfig, Phase
+from lazarus.control.vector import VectorLayout, contribution
+from placement import Plan
+
+EXPERTS = 3  # one slot a node: each expert lives on one node alone
+
+
+class Desk:
+    """Workers that answer every order at once, except where a test holds an answer back."""
+
+    def __init__(self, *, nodes: int = 3, **config: Any) -> None:
+        options: dict[str, Any] = {
+            "steps": 100,
+            "nodes": nodes,
+            "slots_per_node": None,
+            "min_replicas": 1,
+            "spare_losses": 0,
+            "checkpoint_url": "/ckpt",
+            "partial_checkpoints": False,
+        }
+        self.state: Control = initial_state(ControlConfig(**(options | config)), term=1, now_s=0.0)
+        self.now_s = 0.0
+        self.log: list[Command] = []
+        self.committed = dict.fromkeys((f"w{i}" for i in range(nodes)), 0)
+        self.entered = dict.fromkeys(self.committed, 0)
+        self.held: dict[str, tuple[int, ...]] = dict.fromkeys(self.committed, ())
+        self.plans: dict[str, Plan] = {}
+        self.snaps: dict[str, tuple[Snapped, ...]] = {}  # what each node's keeper holds
+        self.deaf: set[str] = set()  # orders by type that nobody answers
+        for worker in self.committed:
+            self.say(worker, self.hello(worker))
+
+    def hello(self, worker: str) -> Hello:
+        """How a worker introduces itself."""
+        return Hello(worker=worker, node_key=f"n{worker[1:]}", keeper=f"{worker}:1")
+
+    def say(self, worker: str, body: Body) -> None:
+        self.feed(WorkerSaid(worker=worker, body=body, at_s=self.now_s))
+
+    def feed(self, event: Any) -> None:
+        self.state, commands = decide(self.state, event)
+        self.log += commands
+        for command in commands:
+            if isinstance(command, Tell) and type(command.body).__name__ not in self.deaf:
+                self._answer(command.worker, command.body)
+
+    def tick(self, seconds: float = 0.2) -> None:
+        self.now_s += seconds
+        self.feed(Tick(at_s=self.now_s))
+
+    def _answer(self, worker: str, body: Body) -> None:
+        at = self.committed[worker]
+        match body:
+            case Fence(generation=generation):
+                entered = self.entered[worker]
+                report = Report(generation=generation, committed=at, prepared=at, entered=entered)
+                self.say(worker, report)
+            case Align(generation=generation, step=step):
+                self.committed[worker] = step
+                self.say(worker, self.aligned(worker, generation))
+            case Prepare(generation=generation):
+                plan = Plan.from_json(body.plan)
+                self.plans[worker] = plan
+                history = self.history(body.step) if body.reload else b""
+                ready = Ready(generation=generation, plan_digest=plan.digest, history=history)
+                self.say(worker, ready)
+            case Resume(generation=generation, step=step):
+                rank = list(self.state.seats).index(worker)
+                plan = self.plans[worker]
+                self.held[worker] = tuple(e for e in range(EXPERTS) if rank in plan.ranks_of(0, e))
+                self.committed[worker], self.entered[worker] = step, generation
+
+    def history(self, step: int) -> bytes:
+        return np.full((3, 1, EXPERTS), 8.0 * step).astype("<f8").tobytes()
+
+    def aligned(self, worker: str, generation: int) -> Aligned:
+        held = (Held(layer=0, experts=self.held[worker]),) if self.held[worker] else ()
+        step = self.committed[worker]
+        return Aligned(
+            generation=generation,
+            step=step,
+            history=self.history(step),
+            held=held,
+            num_layers=1,
+            num_experts=EXPERTS,
+            top_k=1,
+            expert_bytes=1,
+            scalars="{}",
+            snapshots=self.snaps.get(worker, ()),
+        )
+
+    def commit(self, step: int) -> None:
+        """Everybody commits one step."""
+        seats = self.state.seats
+        layout = VectorLayout(world_size=len(seats), num_layers=1, num_experts=EXPERTS)
+        lanes = sum(
+            contribution(
+                layout,
+                rank=rank,
+                generation=self.state.resumed,
+                step=step,
+                samples=1,
+                count=8.0,
+                sample_hash=1,
+                loss_sum=1.0,
+                aux_sum=0.0,
+                found_inf=False,
+                pause=False,
+                own_s=0.01,
+            )
+            for rank in range(len(seats))
+        )
+        assert isinstance(lanes, np.ndarray)
+        lanes[layout.counts] = 8.0
+        for worker in seats:
+            self.committed[worker] = step
+        vector = Vector(
+            generation=self.state.resumed,
+            step=step,
+            lanes=lanes.astype("<f8").tobytes(),
+            wall_s=0.1,
+        )
+        self.say(seats[0], vector)
+        self.tick()
+
+    def share(
+        self,
+        worker: str,
+        step: int,
+        *,
+        generation: int = 1,
+        ok: bool = True,
+        measured: dict[str, float] | None = None,
+    ) -> None:
+        """One rank's share is durable, or is not."""
+        error = "" if ok else "disk full"
+        record: dict[str, Any] = {"kind": "persist", "ok": ok, "files": [], "error": error}
+        if measured is not None:
+            record["measured"] = measured
+        body = Snapshotted(generation=generation, step=step, record=json.dumps(record))
+        self.say(worker, body)
+
+    def lose(self, *workers: str) -> None:
+        for worker in workers:
+            self.feed(StreamClosed(worker=worker, at_s=self.now_s))
+
+    def written(self, step: int, *, full: bool = True, error: str = "") -> None:
+        """The manifest of a step stands, or could not be written."""
+        versions = tuple(
+            Stored(layer=0, expert=e, generation=1, step=step, routed=8 * step)
+            for e in range(EXPERTS)
+        )
+        done = ManifestDone(
+            generation=1,
+            step=step,
+            at_s=self.now_s,
+            standing=((1, step, full),),
+            stored=versions,
+            error=error,
+        )
+        self.feed(done)
+
+    def of(self, kind: type) -> list[Any]:
+        return [c for c in self.log if isinstance(c, kind)]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [dict(c.fields) for c in self.of(Publish) if c.event == name]
+
+    def told(self, kind: type) -> list[Any]:
+        return [c.body for c in self.of(Tell) if isinstance(c.body, kind)]
+
+
+def running(**config: Any) -> Desk:
+    desk = Desk(**config)
+    assert desk.state.phase is Phase.RUNNING
+    for step in range(1, 9):
+        desk.commit(step)
+    return desk
