@@ -1,0 +1,30 @@
+"""Policies as a user writes them, found by dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lazarus.recovery import Answer, ClusterView, ExpertLoss, Stop
+from placement import PlacementRequest, Plan, replan
+
+
+class GivesUp:
+    """Good for the first plan; the replan after a loss raises."""
+
+    def __call__(
+        self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
+    ) -> Plan:
+        if lost:
+            raise RuntimeError(f"lost {sorted(lost)}, and no idea")
+        return replan(request, previous=previous, lost=lost)
+
+
+class Oldest:
+    """Every lost expert from its oldest copy: from the seed."""
+
+    def __call__(self, losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
+        return {(x.layer, x.expert): min(x.copies, key=lambda copy: copy.step) for x in losses}
+
+
+def stop(losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
+    return Stop(reason=f"{len(losses)} experts at step {view.step}")
