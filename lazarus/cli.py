@@ -43,6 +43,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Every deliberate error ends here, in one line."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # where a user's policies are, as with python -m lazarus
     try:
         parser = _parser(arguments)
         parsed, unknown = parser.parse_known_args(arguments)

@@ -123,8 +123,10 @@ class ElasticTrainer:
     ) -> None:
         self.config = config
         self._callbacks = tuple(callbacks)
-        self._placement = placement
-        self._recovery = recovery
+        self._ranks = _ranks_per_node(config)
+        self._control = control_config(
+            config, placement=placement, recovery=recovery, ranks_per_node=self._ranks
+        )
         self._eval_data = eval_data
         specs = tuple(dict.fromkeys(str(fault) for fault in (*config.faults.specs, *faults)))
         self._faults = specs
@@ -178,19 +180,13 @@ class _Run:
         self._leaves_report = config.metrics.report
         self._scratch = Path(tempfile.mkdtemp(prefix="lazarus-"))
         self._bus = CallbackBus(trainer._callbacks, fail=config.metrics.on_callback_error == "fail")
-        ranks = _ranks_per_node(config)
         spec = RunSpec(
             run_id=self.run_id,
             run_dir=self.run_dir,
             scratch=self._scratch,
             config=config.to_dict(),
             control=replace(
-                control_config(
-                    config,
-                    placement=trainer._placement,
-                    recovery=trainer._recovery,
-                    ranks_per_node=ranks,
-                ),
+                trainer._control,
                 checkpoint_url=self._url,
                 **({} if start is None else start.control()),
             ),
@@ -200,7 +196,7 @@ class _Run:
             checkpoint_url=self._url,
             resume=None if start is None else f"{start.url} {start.step}",
             version=__version__,
-            ranks_per_node=ranks,
+            ranks_per_node=trainer._ranks,
             checkpoint={"run": self.run_id, "seed": config.run.seed},
             keep_checkpoints=config.checkpoint.keep,
             keepers=config.checkpoint.every != 0,
