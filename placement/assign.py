@@ -75,9 +75,12 @@ def _least_loaded(key_LN: Floats, need_L: Ints) -> Bools:
 
 def _use_leftovers(load_LE: Floats, member: Bools, room: Ints) -> Bools:
     """Give each free slot to the hottest expert per replica that its node lacks."""
+    most = int(room.sum(1).max(initial=0))
+    if most <= 0:
+        return member
     rows_L = np.arange(len(load_LE))
     counts = member.sum(2)
-    for _ in range(int(room.sum(1).max(initial=0))):
+    for _ in range(most):
         open_LEN: Bools = ~member & (room > 0)[:, None, :]
         can_LE: Bools = np.any(open_LEN, axis=2)
         if not can_LE.any():

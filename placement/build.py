@@ -203,8 +203,10 @@ def slots_of(member: Bools, weight_LE: Floats, *, ranks_per_node: int, slots_per
     num_layers, _, num_nodes = member.shape
     slots = np.full((num_layers, num_nodes * ranks_per_node, slots_per_rank), -1, dtype=np.int32)
     if ranks_per_node == 1:
-        by_node = member.transpose(0, 2, 1)
-        layer, node, expert = np.nonzero(by_node)
+        row_M, node = np.divmod(np.flatnonzero(member), num_nodes)
+        layer, expert = np.divmod(row_M, member.shape[1])
+        order = np.argsort(layer * num_nodes + node, kind="stable")
+        layer, node, expert = layer[order], node[order], expert[order]
         flat = layer * num_nodes + node
         counts = np.bincount(flat, minlength=num_layers * num_nodes)
         slots[layer, node, np.arange(len(flat)) - (np.cumsum(counts) - counts)[flat]] = expert

@@ -55,7 +55,7 @@ def repaired_blocks(
             used[n] += block_width
 
     def of(block: int, *, more: int = -1, less: int = -1) -> float:
-        return risk(sorted((nodes[block] | {more}) - {-1, less}))
+        return 0.0 if risk is no_risk else risk(sorted((nodes[block] | {more}) - {-1, less}))
 
     def gain(block: int, joiner: int) -> float:
         return of(block) - of(block, more=joiner) if nodes[block] else 0.0
@@ -187,10 +187,12 @@ def _exchanges(blocks: Sequence[set[int]], a: int, num_nodes: int) -> list[tuple
 
 def held_by_block(member: Bools, block_LE: Ints, num_blocks: int) -> npt.NDArray[np.int64]:
     """Replicas of each block's experts on each node, over all layers; int64 [B, N]."""
-    rows = member.reshape(-1, member.shape[2])
-    of_row = block_LE.reshape(-1)
-    held = np.stack([rows[of_row == block].sum(0) for block in range(num_blocks)]).astype(np.int64)
-    return held
+    num_nodes = member.shape[2]
+    row_M, node_M = np.divmod(np.flatnonzero(member), num_nodes)
+    block_M = block_LE.reshape(-1)[row_M]
+    cell_M = (block_M.astype(np.int64) * num_nodes + node_M)[block_M >= 0]
+    held = np.bincount(cell_M, minlength=num_blocks * num_nodes).astype(np.int64, copy=False)
+    return held.reshape(num_blocks, num_nodes)
 
 
 def core_member(template: Template, block_LE: Ints, *, num_nodes: int) -> Bools:

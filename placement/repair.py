@@ -13,7 +13,14 @@ from scipy.optimize import linear_sum_assignment
 from placement.allocate import allocate_replicas
 from placement.assign import fill
 from placement.build import add_to_ranks, draft_of, plan_of, slots_of
-from placement.cores import core_member, held_by_block, repaired_blocks, unconfined_blocks
+from placement.cores import (
+    Risk,
+    core_member,
+    held_by_block,
+    no_risk,
+    repaired_blocks,
+    unconfined_blocks,
+)
 from placement.level import ROUNDS, levelled
 from placement.order import block_risk, improved_order, on_nodes
 from placement.plan import Plan
@@ -27,8 +34,14 @@ def surviving(previous: Plan, request: PlacementRequest) -> tuple[Bools, Ints]:
     """Replicas that live on, bool [L, E, N], and each new node's old position (-1 for a joiner)."""
     where = {node: position for position, node in enumerate(previous.node_ids)}
     origin = np.array([where.get(node, -1) for node in request.node_ids], dtype=np.int32)
-    # take() keeps nodes innermost in memory, which an index on the last axis does not.
-    member = np.take(previous.node_member, np.maximum(origin, 0), axis=2) & (origin >= 0)
+    position = np.full(previous.num_nodes, -1, dtype=np.intp)  # of old nodes among the new ones
+    position[origin[origin >= 0]] = np.flatnonzero(origin >= 0)
+    row_M, node_M = np.divmod(np.flatnonzero(previous.node_member), previous.num_nodes)
+    node_M = position[node_M]
+    kept_M = node_M >= 0
+    shape = (previous.num_layers, previous.num_experts, request.num_nodes)
+    member = np.zeros(shape, dtype=np.bool_)
+    member.reshape(-1)[(row_M * request.num_nodes + node_M)[kept_M]] = True
     return member, origin
 
 
@@ -52,14 +65,17 @@ def repaired_template(
     """
     if not previous.template:
         return None
-    new_position = {int(old): new for new, old in enumerate(origin) if old >= 0}
+    new_position = {old: new for new, old in enumerate(origin.tolist()) if old >= 0}
     old = [
-        (tuple(new_position[n] for n in nodes if n in new_position), width)
+        (tuple([new_position[n] for n in nodes if n in new_position]), width)
         for nodes, width in previous.template
     ]
     held_BN = held_by_block(member, previous.block, len(old))
-    joiners = [n for n in range(request.num_nodes) if origin[n] < 0]
+    joiners = np.flatnonzero(origin < 0).tolist()
     wanted = min(len(nodes) for nodes, _ in previous.template)
+    risk: Risk = no_risk
+    if len(request.domains) or len(request.hazards):
+        risk = partial(block_risk, domains=request.domains, hazards=request.hazards)
     for least in sorted({max(wanted, floor), floor}, reverse=True):
         blocks = repaired_blocks(
             old,
@@ -67,7 +83,7 @@ def repaired_template(
             held_BN=held_BN,
             slots_per_node=request.slots_per_node,
             floor=least,
-            risk=partial(block_risk, domains=request.domains, hazards=request.hazards),
+            risk=risk,
         )
         if blocks is not None:
             return unconfined_blocks(
@@ -189,9 +205,9 @@ def settled_slots(
 ) -> Ints:
     """Slots in which surviving replicas keep their rank; int32 [L, R, S]."""
     per_node, per_rank = request.ranks_per_node, request.slots_per_node // request.ranks_per_node
-    weight_LE = request.load / member.sum(2)
     if per_node == 1:
-        return slots_of(member, weight_LE, ranks_per_node=1, slots_per_rank=per_rank)
+        return slots_of(member, request.load, ranks_per_node=1, slots_per_rank=per_rank)
+    weight_LE = request.load / member.sum(2)
     old = previous.expert_of_slot
     shape = (request.num_layers, request.num_nodes * per_node, per_rank)
     slots = np.full(shape, -1, dtype=np.int32)

@@ -44,12 +44,14 @@ from lazarus.control.messages import (
     Strike,
     Suspicion,
     Tell,
+    TellAll,
     TellDriver,
     Tick,
     UserError,
     Vector,
     WorkerDied,
     WorkerSaid,
+    each,
 )
 from lazarus.control.state import Control, Phase
 
@@ -58,6 +60,12 @@ Result = tuple[Control, tuple[Command, ...]]
 
 def decide(state: Control, event: Event) -> Result:
     """The next state, and what the shell must do, in order, to get there."""
+    state, commands = decide_at_once(state, event)
+    return state, each(commands)
+
+
+def decide_at_once(state: Control, event: Event) -> Result:
+    """``decide``, with one ``TellAll`` where many workers are told the same."""
     if state.phase is Phase.ENDED:
         return state, ()
     state, commands = _react(state, event)
@@ -229,11 +237,10 @@ def _on_user_error(state: Control, worker: str, body: UserError, *, at_s: float)
         "traceback": body.traceback,
     }
     event = Publish(t=at_s, event="user_error", fields=fields)
-    if state.resumed and state.members and serial not in state.members:
-        # A joiner that lacks something, or reads other data, must not end what others train.
-        state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
-        return state, (event, *commands)
-    if serial in state.doomed and len(state.members) > 1:  # says nothing of the user's code
+    # A joiner that lacks something, or reads other data, must not end what others train; a node
+    # that was doomed says nothing of the user's code.
+    joining = state.resumed and state.members and serial not in state.members
+    if joining or (serial in state.doomed and len(state.members) > 1):
         state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
         return state, (event, *commands)
     others = {node for node, step in state.raised if step == body.step and node != serial}
@@ -284,9 +291,8 @@ def _settle(state: Control, *, at_s: float) -> Result:
         case Phase.PREPARING if suspicion.is_due(state, at_s=at_s):
             return suspicion.settle(state, at_s=at_s)
         case Phase.FINALIZING:
-            seats = set(state.seats)
             written = not (state.manifest_pending or saves.last_ones_awaited(state, at_s=at_s))
-            if set(state.finalized) >= seats and state.digest and written:
+            if set(state.finalized) >= set(state.seats) and state.digest and written:
                 return _finish(state, at_s=at_s)
         case Phase.ALIGNING if change.waited_enough(state, at_s=at_s):
             return change.prepare(state, at_s=at_s)
@@ -323,19 +329,18 @@ def _settle_running(state: Control, *, at_s: float) -> Result:
         return _all_lost(state, at_s=at_s)
     if suspicion.is_due(state, at_s=at_s):
         return suspicion.settle(state, at_s=at_s)
-    seats = set(state.seats)
-    if set(state.paused) >= seats:
+    if len(state.paused) >= len(state.seats) and set(state.paused) >= set(state.seats):
         return _all_paused(state, at_s=at_s)
     if not state.pause_sent and _pause_reason(state, at_s=at_s):
-        told = tuple(Tell(worker=w, body=Pause(generation=state.resumed)) for w in state.seats)
-        return replace(state, pause_sent=True), told
+        order = Pause(generation=state.resumed)
+        return replace(state, pause_sent=True), (TellAll(workers=state.seats, body=order),)
     return state, ()
 
 
 def _pause_reason(state: Control, *, at_s: float) -> str:
     if state.stopping:
         return "stop"
-    if any(state.nodes[n].leaving for n in state.members):
+    if change.leaving(state, state.members):
         return "leave"
     waiting = change.candidates(state)
     limit = state.config.max_nodes
@@ -352,8 +357,7 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
     state, commands = commits.close_timeline(state, at_s=at_s)
     state, more = commits.flush(state, at_s=at_s)
     commands += more
-    steps = set(state.paused.values())
-    if len(steps) != 1 or steps != {state.step}:
+    if set(state.paused.values()) != {state.step}:
         return state, commands  # vectors still on their way
     if state.step >= state.config.steps or state.stopping:
         order = Finalize(
@@ -363,8 +367,8 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
             term=state.term,
         )
         state = replace(state, phase=Phase.FINALIZING, phase_s=at_s, finalized={}, digest="")
-        return state, (*commands, *(Tell(worker=w, body=order) for w in state.seats))
-    if any(state.nodes[n].leaving for n in state.members):
+        return state, (*commands, TellAll(workers=state.seats, body=order))
+    if change.leaving(state, state.members):
         reason = "leave"
     elif change.candidates(state):
         reason = "join"

@@ -6,7 +6,7 @@ one to the other by name. Nothing here knows of streams, clocks or processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -554,6 +554,14 @@ class Tell:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TellAll:
+    """The same for many workers, in this order; ``each`` spells it out."""
+
+    workers: tuple[str, ...]
+    body: Body
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TellDriver:
     body: Body
 
@@ -598,4 +606,15 @@ class Exit:
     """The controller's work is done."""
 
 
-Command = Tell | TellDriver | Journal | Publish | WriteManifest | Disconnect | Exit
+Command = Tell | TellAll | TellDriver | Journal | Publish | WriteManifest | Disconnect | Exit
+
+
+def each(commands: Iterable[Command]) -> tuple[Command, ...]:
+    """The same commands with one ``Tell`` for every worker that a ``TellAll`` names."""
+    spelled: list[Command] = []
+    for command in commands:
+        if isinstance(command, TellAll):
+            spelled += [Tell(worker=worker, body=command.body) for worker in command.workers]
+        else:
+            spelled.append(command)
+    return tuple(spelled)

@@ -123,6 +123,7 @@ def _plan_fields(state: Control, plan: Plan) -> dict[str, Any]:
     }
     if plan.expert_of_slot.size <= _MOST_LISTED:
         fields["experts_of_rank"] = [
-            [[int(e) for e in slots if e >= 0] for slots in ranks] for ranks in plan.expert_of_slot
+            [[e for e in slots if e >= 0] for slots in ranks]
+            for ranks in plan.expert_of_slot.tolist()
         ]
     return fields

@@ -37,8 +37,9 @@ def verdict(
     """
     vectors = dict(known)
     for report in reports.values():
-        vectors.update({vector.step: vector for vector in report.vectors})
-    decided = max([published, *vectors, *(report.committed for report in reports.values())])
+        for vector in report.vectors:
+            vectors[vector.step] = vector
+    decided = max([published, *vectors, *[report.committed for report in reports.values()]])
     behind = [worker for worker, report in reports.items() if report.committed < decided]
     for worker in behind:
         report = reports[worker]
@@ -54,8 +55,9 @@ def verdict(
 
 def aligned_alike(aligned: Mapping[str, Aligned]) -> str:
     """Empty if all aligned ranks agree bit for bit, else what differs and on whom."""
+    bodies = {id(body): body for body in aligned.values()}.values()  # each object once
     for what in ("step", "dense_digest", "history_digest", "num_layers", "num_experts"):
-        if len({getattr(body, what) for body in aligned.values()}) > 1:
+        if len({getattr(body, what) for body in bodies}) > 1:
             groups: dict[object, list[str]] = {}
             for worker, body in aligned.items():
                 groups.setdefault(getattr(body, what), []).append(worker)
@@ -66,17 +68,17 @@ def aligned_alike(aligned: Mapping[str, Aligned]) -> str:
 
 def holders(aligned: Mapping[str, Aligned], feeders: Sequence[Seat]) -> dict[Expert, list[int]]:
     """Feeder indices that hold a live copy of each expert, ascending."""
-    owners: dict[int, dict[int, list[int]]] = {}
-    for index, seat in enumerate(feeders):
-        body = aligned.get(seat.worker)
+    alike: dict[int, list[int]] = {}  # feeders whose answer is one object
+    bodies = [aligned.get(seat.worker) for seat in feeders]
+    for index, body in enumerate(bodies):
+        alike.setdefault(id(body), []).append(index)
+    owners: dict[Expert, list[int]] = {}
+    for indices in alike.values():
+        body = bodies[indices[0]]
         for held in body.held if body else ():
-            of_layer = owners.setdefault(held.layer, {})
             for expert in held.experts:
-                if expert in of_layer:
-                    of_layer[expert].append(index)
-                else:
-                    of_layer[expert] = [index]
-    return {(layer, e): ranks for layer, rows in owners.items() for e, ranks in rows.items()}
+                owners.setdefault((held.layer, expert), []).extend(indices)
+    return {expert: sorted(ranks) for expert, ranks in owners.items()}
 
 
 def needs(plan: Plan, *, num_seats: int) -> dict[Expert, list[int]]:
@@ -107,6 +109,8 @@ def schedule_moves(
     missing: dict[Expert, list[int]] = {}
     for expert, ranks in wanted.items():
         if owners.get(expert):
+            if ranks == owners[expert]:
+                continue
             holding = set(owners[expert])
             missing[expert] = [rank for rank in ranks if rank not in holding]
     for expert in sorted(missing, key=lambda e: (len(owners[e]), e)):

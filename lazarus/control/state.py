@@ -194,8 +194,8 @@ class Transition:
 
     @property
     def next_nodes(self) -> tuple[int, ...]:
-        stay = set(self.voters) - set(self.leavers)
-        return tuple(sorted(stay | set(self.joiners)))
+        stay = set(self.voters) - set(self.leavers) if self.leavers else self.voters
+        return tuple(sorted((*stay, *self.joiners)))  # nobody is both voter and joiner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

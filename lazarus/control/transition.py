@@ -6,6 +6,8 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, replace
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ from lazarus.control.messages import (
     Resume,
     Seat,
     StartNode,
-    Tell,
+    TellAll,
     TellDriver,
     Vector,
 )
@@ -60,11 +62,27 @@ Result = tuple[Control, tuple[Command, ...]]
 
 def workers_of(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
     """Workers of nodes in rank order."""
-    return tuple(worker for node in nodes for worker in state.nodes[node].workers)
+    known = state.nodes
+    return tuple(chain.from_iterable([known[node].workers for node in nodes]))
+
+
+def _all_in(state: Control, nodes: tuple[int, ...], answers: Mapping[str, Any]) -> bool:
+    """Whether every worker of the nodes has answered."""
+    if len(answers) < len(nodes) * state.config.ranks_per_node:
+        return False
+    return all(map(answers.__contains__, workers_of(state, nodes)))
+
+
+def leaving(state: Control, nodes: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the nodes that will go, in the same order."""
+    known = state.nodes
+    return tuple([node for node in nodes if known[node].leaving])
 
 
 def candidates(state: Control) -> tuple[int, ...]:
     """Complete nodes that are no members and stay, by serial."""
+    if len(state.nodes) == len(state.members):  # members are nodes
+        return ()
     fresh = sorted(state.nodes.keys() - set(state.members))
     nodes = ((serial, state.nodes[serial]) for serial in fresh)
     return tuple(serial for serial, node in nodes if node.complete and not node.leaving)
@@ -90,7 +108,7 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         joiners = waiting[: _room(state, voters)]
     else:
         joiners = ()
-    leavers = tuple(node for node in voters if state.nodes[node].leaving)
+    leavers = leaving(state, voters)
     generation = state.generation + 1
     transition = Transition(
         generation=generation,
@@ -123,14 +141,15 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         digests={},
     )
     order = Fence(generation=generation)
-    told = tuple(Tell(worker=w, body=order) for w in workers_of(state, voters + joiners))
-    return state, (*commands, Journal(entry=claim), *told)
+    told = TellAll(workers=workers_of(state, voters + joiners), body=order)
+    return state, (*commands, Journal(entry=claim), told)
 
 
 def _room(state: Control, voters: tuple[int, ...]) -> int:
-    stay = sum(1 for node in voters if not state.nodes[node].leaving)
     limit = state.config.max_nodes
-    return len(state.nodes) if limit is None else max(0, limit - stay)
+    if limit is None:
+        return len(state.nodes)
+    return max(0, limit - len(voters) + len(leaving(state, voters)))
 
 
 def _with_timeline(state: Control, *, reason: str, at_s: float) -> Control:
@@ -167,7 +186,8 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Resu
         # Evidence outlives the attempt, and the rank that gave it (rules 19 and 21).
         fresh = {v.step: replace(v, at_s=at_s) for v in body.vectors if v.step > state.step}
         state = replace(state, known={**fresh, **state.known})
-    if set(workers_of(state, transition.voters + transition.joiners)) - set(transition.reports):
+    asked = transition.voters + transition.joiners
+    if not _all_in(state, asked, transition.reports):
         return state, ()
     return _judge(state, transition, at_s=at_s)
 
@@ -199,7 +219,7 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:
     order = Align(
         generation=transition.generation, step=result.step, commit=bool(lanes), lanes=lanes
     )
-    return state, (*commands, *(Tell(worker=worker, body=order) for worker in voting))
+    return state, (*commands, TellAll(workers=voting, body=order))
 
 
 def _evidence(state: Control) -> dict[int, Vector]:
@@ -219,7 +239,7 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
         return replace(state, stale=state.stale + 1), ()
     transition = replace(transition, aligned={**transition.aligned, worker: body})
     state = replace(state, transition=transition)
-    if set(workers_of(state, transition.voters)) - set(transition.aligned):
+    if not _all_in(state, transition.voters, transition.aligned):
         return state, ()
     if odd := aligned_alike(transition.aligned):
         return hold(state, reason=odd, at_s=at_s, broken=True)
@@ -237,8 +257,8 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
 
 def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
     """Share weights below 1 of the nodes that stay."""
-    found = {node: state.next_speeds.get(node, 1.0) for node in nodes}
-    return {node: weight for node, weight in found.items() if weight < 1.0}
+    found = [(node, state.next_speeds[node]) for node in nodes if node in state.next_speeds]
+    return {node: weight for node, weight in found if weight < 1.0}
 
 
 def prepare(state: Control, *, at_s: float) -> Result:
@@ -261,8 +281,8 @@ def prepare(state: Control, *, at_s: float) -> Result:
 
 def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
     nodes = transition.next_nodes
-    seats = tuple(_seat(state, worker) for worker in workers_of(state, nodes))
-    feeders = seats + tuple(_seat(state, w) for w in workers_of(state, transition.leavers))
+    seats = _seats(state, workers_of(state, nodes))
+    feeders = seats + _seats(state, workers_of(state, transition.leavers))
     owners = holders(transition.aligned, feeders)
     moves, lost = schedule_moves(needs(plan, num_seats=len(seats)), owners)
     if lost and checkpoint_awaited(state, transition, plan, lost, at_s=at_s):
@@ -281,7 +301,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         before_bytes=state.config.heal_before_bytes,
     )
     voting = set(workers_of(state, transition.voters))
-    joining = tuple(i for i, seat in enumerate(seats) if seat.worker not in voting)
+    joining = tuple([i for i, seat in enumerate(seats) if seat.worker not in voting])
     now = 0 if behind else len(moves)
     moved = now * state.record_bytes[1] + len(joining) * state.record_bytes[0]
     transition = replace(
@@ -299,7 +319,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         phase_s=at_s,
     )
     state = replace(state, phase=Phase.PREPARING, phase_s=at_s, transition=transition)
-    any_aligned = transition.aligned[workers_of(state, transition.voters)[0]]
+    any_aligned = transition.aligned[workers_of(state, transition.voters[:1])[0]]
     order = Prepare(
         generation=transition.generation,
         step=transition.step,
@@ -308,7 +328,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         plan=state.config.plan_text(plan),
         moves=transition.moves,
         moves_behind=transition.moves_behind,
-        dense_sources=tuple(i for i, seat in enumerate(feeders) if seat.worker in voting),
+        dense_sources=tuple([i for i, seat in enumerate(feeders) if seat.worker in voting]),
         dense_targets=joining if back is None else (),
         scalars=any_aligned.scalars,
         history=any_aligned.history,
@@ -317,7 +337,8 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         lineage=_lineage(state.lineage),
         reload="" if back is None else place_of_checkpoint(state, back),
     )
-    return state, tuple(Tell(worker=seat.worker, body=order) for seat in feeders)
+    told = TellAll(workers=tuple([seat.worker for seat in feeders]), body=order)
+    return state, (told,)
 
 
 def waited_enough(state: Control, *, at_s: float) -> bool:
@@ -330,12 +351,19 @@ def waited_enough(state: Control, *, at_s: float) -> bool:
     return not saves.worth_waiting(state, transition, at_s=at_s)
 
 
-def _seat(state: Control, worker: str) -> Seat:
-    known = state.workers[worker]
-    return Seat(worker=worker, node=known.node, host=known.host, keeper=known.keeper)
+def _seats(state: Control, workers: tuple[str, ...]) -> tuple[Seat, ...]:
+    known = state.workers
+    return tuple([_seat(w, k.node, k.host, k.keeper) for w in workers for k in (known[w],)])
+
+
+@lru_cache(maxsize=1 << 15)  # most of a fleet sits where it sat before
+def _seat(worker: str, node: int, host: str, keeper: str) -> Seat:
+    return Seat(worker=worker, node=node, host=host, keeper=keeper)
 
 
 def _speeds(state: Control, nodes: tuple[int, ...]) -> tuple[float, ...]:
+    if not state.next_speeds:
+        return ()
     weights = [state.next_speeds.get(node, 1.0) for node in nodes]
     if all(weight == 1.0 for weight in weights):
         return ()
@@ -361,21 +389,24 @@ def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result
         return hold(state, reason=f"plan digest differs on {worker}", at_s=at_s, broken=True)
     transition = replace(transition, ready={**transition.ready, worker: body})
     state = replace(state, transition=transition)
-    if {seat.worker for seat in transition.feeders} - set(transition.ready):
+    missing = len(transition.ready) < len(transition.feeders)
+    if missing or not all(seat.worker in transition.ready for seat in transition.feeders):
         return state, ()
     return _resume(state, transition, plan, at_s=at_s)
 
 
 def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
     nodes = transition.next_nodes
+    seats = tuple([seat.worker for seat in transition.seats])
+    seat_nodes = tuple([seat.node for seat in transition.seats])
     entry = {
         "kind": "resume",
         "term": state.term,
         "generation": transition.generation,
         "step": transition.step,
         "nodes": list(nodes),
-        "seats": [seat.worker for seat in transition.seats],
-        "seat_nodes": [seat.node for seat in transition.seats],
+        "seats": list(seats),
+        "seat_nodes": list(seat_nodes),
         "speeds": [[n, w] for n, w in sorted(_weights(state, nodes).items())],
         "plan": plan.to_dict(),
         "shape": list(state.shape),
@@ -409,8 +440,8 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         past_seats=saves.seats_remembered(state),
         ordered=min(state.ordered, transition.step),
         members=nodes,
-        seats=tuple(seat.worker for seat in transition.seats),
-        seat_nodes=tuple(seat.node for seat in transition.seats),
+        seats=seats,
+        seat_nodes=seat_nodes,
         rolled=(transition.generation, transition.step) if transition.rollback else state.rolled,
         speeds=_weights(state, nodes),
         wants="",
@@ -435,11 +466,12 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         save_all=saves.none_stands(state),
         **({} if adapted is None else asdict(adapted)),
     )
-    told = [Tell(worker=seat.worker, body=order) for seat in transition.seats]
-    left = [Tell(worker=w, body=Depart(reason="left the run")) for w in departed]
+    told = [TellAll(workers=seats, body=order)]
+    if departed:
+        told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
     events = _resume_events(state, transition, plan, first=first, held=held, at_s=at_s)
     events += adapting.adapted_events(state, before, at_s=at_s)
-    return state, (Journal(entry=entry), *told, *left, *events, *bills)
+    return state, (Journal(entry=entry), *told, *events, *bills)
 
 
 def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.float64]:

@@ -151,7 +151,7 @@ def decode(layout: VectorLayout, lanes: Lanes) -> StepSums:
         aux_sum=float(lanes[layout.lane("aux_sum")]),
         found_inf=lanes[layout.lane("found_inf")] > 0,
         pause=lanes[layout.lane("pause")] > 0,
-        times=tuple(float(x) for x in lanes[layout.times]),
+        times=tuple(lanes[layout.times].tolist()),
         counts=lanes[layout.counts].reshape(shape),
         squares=lanes[layout.squares].reshape(shape),
     )

@@ -30,7 +30,8 @@ def with_early(state: Control, name: str, early: Mapping[str, Body]) -> Control:
         steps = {worker: body.step for worker, body in early.items() if isinstance(body, Paused)}
         return replace(state, paused={**state.paused, **steps})
     assert state.transition is not None
-    known = {**getattr(state.transition, name), **early}
+    before = getattr(state.transition, name)
+    known = {**before, **early} if before else early
     changed: Any = {name: known}
     return replace(state, transition=replace(state.transition, **changed))
 

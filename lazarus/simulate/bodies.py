@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,22 +41,21 @@ def vector(
 def holdings(plan: Plan, seats: tuple[str, ...]) -> dict[str, tuple[Held, ...]]:
     """What each rank holds under a plan."""
     rows_R = np.ascontiguousarray(plan.expert_of_slot.transpose(1, 0, 2))
+    whole = np.dtype((np.void, rows_R[0].nbytes))  # a rank's slots of all layers as one key
+    keys = rows_R.reshape(len(rows_R), -1).view(whole)[:, 0].tolist()
     known: dict[bytes, tuple[Held, ...]] = {}  # many ranks hold the same
-    held = {}
-    for worker, rows in zip(seats, rows_R, strict=True):
-        key = rows.tobytes()
+    for rank, key in enumerate(keys):
         if key not in known:
             known[key] = tuple(
                 Held(layer=layer, experts=tuple(e for e in slots if e >= 0))
-                for layer, slots in enumerate(rows.tolist())
+                for layer, slots in enumerate(rows_R[rank].tolist())
             )
-        held[worker] = known[key]
-    return held
+    return {worker: known[key] for worker, key in zip(seats, keys, strict=True)}
 
 
 def all_aligned(
     workers: Sequence[str], *, held: Mapping[str, tuple[Held, ...]],
-    snapshots: Callable[[str], tuple[Snapped, ...]], generation: int, step: int,
+    snapshots: Mapping[str, tuple[Snapped, ...]], generation: int, step: int,
     history: NDArray[np.float64], dense_bytes: float, expert_bytes: float,
 ) -> dict[str, Body]:  # fmt: skip
     """Every rank stands at ``step`` and says what it holds; those that hold the same say the same.
@@ -67,14 +66,15 @@ def all_aligned(
     said: dict[tuple[int, int], Body] = {}
     answers: dict[str, Body] = {}
     for worker in workers:
-        mine, copies = held.get(worker, ()), snapshots(worker)
+        mine, copies = held.get(worker, ()), snapshots.get(worker, ())
         key = (id(mine), id(copies))
-        if key not in said:
-            said[key] = aligned(
+        body = said.get(key)
+        if body is None:
+            body = said[key] = aligned(
                 generation=generation, step=step, held=mine, history=text, shape=history.shape,
                 snapshots=copies, dense_bytes=dense_bytes, expert_bytes=expert_bytes,
             )  # fmt: skip
-        answers[worker] = said[key]
+        answers[worker] = body
     return answers
 
 

@@ -69,13 +69,13 @@ class CopyBook:
         return persists
 
     def snapped(self, *, alive: set[int]) -> dict[int, tuple[Snapped, ...]]:
-        """What the host memory of each living node holds, by node."""
-        found: dict[int, list[Snapped]] = {node: [] for node in alive}
+        """What the host memory of each living node holds, by node; nothing of empty ones."""
+        found: dict[int, list[Snapped]] = {}
         for place in range(2):
             for layer, expert in np.argwhere(self._nodes[place] >= 0).tolist():
                 node = int(self._nodes[place, layer, expert])
-                if node in found:
-                    found[node].append(
+                if node in alive:
+                    found.setdefault(node, []).append(
                         Snapped(
                             layer=layer,
                             expert=expert,

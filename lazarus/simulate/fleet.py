@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lazarus.control.machine import decide
+from lazarus.control.machine import decide, decide_at_once
 from lazarus.control.messages import (
     Align,
     Body,
@@ -30,6 +30,7 @@ from lazarus.control.messages import (
     RunOver,
     StreamClosed,
     Tell,
+    TellAll,
     TellDriver,
     Tick,
     WorkerSaid,
@@ -60,7 +61,8 @@ class VirtualRun:
         self._serial = 0
         self._now = 0.0
         self._start_s = 0.0  # when the first generation resumed
-        self._live: set[str] = set()
+        self._live: set[str] = set()  # nodes
+        self._dead: set[str] = set()  # workers of nodes that are gone
         self._told: set[tuple[type[Body], int]] = set()
         self._down_s: float | None = None
         self._why = ""
@@ -123,15 +125,10 @@ class VirtualRun:
     # ---- the controller's shell ------------------------------------------------------------------
 
     def _feed(self, event: Event) -> None:
-        self.state, commands = decide(self.state, event)
-        last: Body | None = None
+        self.state, commands = (decide if self._exact else decide_at_once)(self.state, event)
         for command in commands:
-            if isinstance(command, Tell):
-                if command.body is last:
-                    continue  # the same order for the next worker
-                if self._repeats(command.body):
-                    last = command.body
-                    continue
+            if isinstance(command, Tell | TellAll) and self._repeats(command.body):
+                continue
             self._carry_out(command)
 
     def _say(self, worker: str, body: Body) -> None:
@@ -139,15 +136,15 @@ class VirtualRun:
 
     def _carry_out(self, command: Command) -> None:
         match command:
-            case Tell(body=Fence(generation=g)):
+            case Tell(body=Fence(generation=g)) | TellAll(body=Fence(generation=g)):
                 self._push(self._now + self._costs.release_s, "report", g)
-            case Tell(body=Align(generation=g)):
+            case Tell(body=Align(generation=g)) | TellAll(body=Align(generation=g)):
                 self._push(self._now + self._costs.align_s, "align", g)
-            case Tell(body=Prepare() as order):
+            case Tell(body=Prepare() as order) | TellAll(body=Prepare() as order):
                 self._prepare(order)
-            case Tell(body=Resume(generation=g)):
+            case Tell(body=Resume(generation=g)) | TellAll(body=Resume(generation=g)):
                 self._resumed(g)
-            case Tell(body=Pause(generation=g)):
+            case Tell(body=Pause(generation=g)) | TellAll(body=Pause(generation=g)):
                 self._push(self.training.boundary(self._now), "pause", g)
             case TellDriver(body=RunOver()):
                 self._over = True
@@ -187,6 +184,7 @@ class VirtualRun:
     def _on_add(self, nodes: tuple[str, ...]) -> None:
         for key in nodes:
             self._live.add(key)
+            self._dead.discard(f"{key}.0")
             self._push(self._now + self._costs.start_s, "hello", key)
 
     def _on_hello(self, key: str) -> None:
@@ -212,8 +210,9 @@ class VirtualRun:
         for key in nodes:
             if key not in self._live:
                 continue
-            self._live.discard(key)
             worker = f"{key}.0"
+            self._live.discard(key)
+            self._dead.add(worker)
             if worker in self.state.seats:
                 self.tally.losses += 1
                 self.training.stop(self._now)
@@ -237,14 +236,14 @@ class VirtualRun:
 
     def _absorb(self, name: str, answers: Mapping[str, Body]) -> None:
         """All answers of one phase: the last through ``decide``, the others straight into place."""
-        *others, last = answers
         if self._exact:
             for worker in answers:
                 self._say(worker, answers[worker])
             return
-        early = {worker: answers[worker] for worker in others}
+        early = dict(answers)
+        last, body = early.popitem()
         self.state = with_early(self.state, name, early)
-        self._say(last, answers[last])
+        self._say(last, body)
 
     def _due(self, generation: int, phase: Phase) -> bool:
         transition = self.state.transition
@@ -253,7 +252,8 @@ class VirtualRun:
 
     def _alive(self, workers: tuple[str, ...]) -> list[str]:
         """Those that can still answer; None missing means that the phase will end."""
-        return [w for w in workers if w.removesuffix(".0") in self._live]
+        dead = self._dead
+        return [w for w in workers if w not in dead]
 
     def _on_report(self, generation: int) -> None:
         if not self._due(generation, Phase.FENCING):
@@ -271,15 +271,14 @@ class VirtualRun:
             return
         transition = self.state.transition
         assert transition is not None
-        alive = set(transition.voters)
-        snapped = self.training.copies.snapped(alive=alive)
+        snapped = self.training.copies.snapped(alive=set(transition.voters))
         stored, known = self.training.copies.on_storage()
         self.state = replace(self.state, stored=stored, checkpoints=known)
         shape = self._setting.shape
         answers = bodies.all_aligned(
             self._alive(workers_of(self.state, transition.voters)),
             held=self.training.held,
-            snapshots=lambda worker: snapped.get(self.state.workers[worker].node, ()),
+            snapshots={self.state.nodes[n].workers[0]: rows for n, rows in snapped.items()},
             generation=generation, step=transition.step, history=self.training.history,
             dense_bytes=shape.dense_bytes, expert_bytes=shape.expert_bytes,
         )  # fmt: skip

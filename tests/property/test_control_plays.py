@@ -32,7 +32,7 @@ from lazarus.control.messages import (
     Report,
     StreamClosed,
     Suspicion,
-    Tell,
+    TellAll,
     Tick,
     UserError,
     Vector,
@@ -195,7 +195,7 @@ def the_fence_is_sent_before_the_claim(patch: Patch) -> None:
 
     def begin(state: Control, **more: Any) -> Any:
         state, commands = original(state, **more)
-        fences = [c for c in commands if isinstance(c, Tell) and isinstance(c.body, Fence)]
+        fences = [c for c in commands if isinstance(c, TellAll) and isinstance(c.body, Fence)]
         return state, (*fences, *(c for c in commands if c not in fences))
 
     patch.setattr(transition, "begin", begin)

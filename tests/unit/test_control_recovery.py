@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.messages import Aligned, Held, Report, Seat, Vector
+from lazarus.control.messages import (
+    Aligned,
+    DriverHello,
+    Fence,
+    Held,
+    Report,
+    Seat,
+    Tell,
+    TellAll,
+    TellDriver,
+    Vector,
+    each,
+)
 from lazarus.control.planning import plan_for
 from lazarus.control.recovery import (
     Verdict,
@@ -120,6 +132,12 @@ def test_senders_share_the_work() -> None:
     owners = {(0, e): [0, 1] for e in range(6)}
     moves, _ = schedule_moves(wanted, owners)
     assert {source: sum(m.source == source for m in moves) for source in (0, 1)} == {0: 3, 1: 3}
+
+
+def test_an_order_for_all_spells_out_to_one_for_each() -> None:
+    fence, hello = Fence(generation=2), TellDriver(body=DriverHello(run=""))
+    told = (hello, TellAll(workers=("a", "b"), body=fence), Tell(worker="c", body=fence))
+    assert each(told) == (hello, *(Tell(worker=w, body=fence) for w in "abc"))
 
 
 def test_holders_and_needs_read_the_plan() -> None:

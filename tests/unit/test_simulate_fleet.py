@@ -67,6 +67,23 @@ def test_answers_entered_at_once_end_where_answers_one_by_one_end(faults: Any) -
     assert len([e for e in told if e["event"] == "reconfigured"]) >= 3
 
 
+def test_a_fleet_with_joins_and_losses_ends_as_one_by_one() -> None:
+    chosen = setting(
+        shape=SHAPES["olmoe-1b-7b"],
+        costs=PROFILES["h200-8x400g"],
+        load=zipf_load(2, 64, 0.5),
+        faults=Poisson(node_mtbf_s=20 * 3600, replace_s=300),
+        num_nodes=70,
+        slots_per_node=3,
+        horizon_s=3600.0,
+    )
+    fast, events = fleet(chosen)
+    slow, exact_events = fleet(chosen, exact=True)
+    assert fast == slow and fast.losses >= 2 and fast.joins >= 2
+    plans = [e["digest"] for e in events if e["event"] == "plan_adopted"]
+    assert plans == [e["digest"] for e in exact_events if e["event"] == "plan_adopted"]
+
+
 def test_the_same_seed_gives_the_same_row_and_another_seed_another_history() -> None:
     chosen = setting(faults=Poisson(node_mtbf_s=3000, replace_s=100))
     assert fleet(chosen, seed=1)[0] == fleet(chosen, seed=1)[0]
