@@ -7,16 +7,12 @@ they differ in the feed-forward alone and in how its gradients are brought toget
 from __future__ import annotations
 
 import math
-import os
-import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatcher import (
@@ -28,6 +24,7 @@ from dispatcher import (
     sum_replica_gradients,
 )
 from lazarus.model import gpt
+from lazarus.model.balance import expected_fractions
 from lazarus.model.context import LayerContext
 from lazarus.model.experts import deferred_experts
 from lazarus.model.moe import MoELayer, moe_layers, take_auxiliary
@@ -113,8 +110,11 @@ class Contender:
     def _synchronise(self) -> None:
         flat_all_reduce(self.flat_grad, self.exchange)
 
+    def settle(self) -> None:
+        """Called by all ranks after the warm-up, before anything is timed."""
+
     def load(self) -> float:
-        """Largest over mean load of an expert in the last step; 0 where unknown."""
+        """Largest over mean load of an expert in the last step, asked of all ranks; 0: unknown."""
         return 0.0
 
 
@@ -131,21 +131,51 @@ class Ours(Contender):
     def _place_experts(self) -> None:
         placed = placement_by_load(self.setting, self.replicas)
         for index, layer in enumerate(moe_layers(self.model).values()):
-            table = RoutingTable.from_plan_arrays(
-                placed.expert_of_slot[0], rank=self.exchange.rank, home_E=placed.home[0]
-            )
+            table = self._table(placed)
             held = slots_for_exchange(table)
             layer.experts.allocate(num_slots=len(held), device="cpu")
             layer.experts.weight.grad = shared_zeros(layer.experts.weight.shape)
             for slot, expert in enumerate(held):
                 layer.experts.assign(slot, expert)
                 layer.experts.initialise(slot)
-            layer.attach(
-                LayerContext(layer=index, exchange=self.exchange, table=table, mode=self.mode)
-            )
-            layer.context.written = set()
-            if not self.setting.own:
-                layer.context.forced_TK = choices(self.setting, rank=self.exchange.rank)
+            self._attach(index, layer, table)
+
+    def _table(self, placed: Plan) -> RoutingTable:
+        return RoutingTable.from_plan_arrays(
+            placed.expert_of_slot[0], rank=self.exchange.rank, home_E=placed.home[0]
+        )
+
+    def _attach(self, index: int, layer: MoELayer, table: RoutingTable) -> None:
+        layer.attach(LayerContext(layer=index, exchange=self.exchange, table=table, mode=self.mode))
+        layer.context.written = set()
+        if not self.setting.own:
+            layer.context.forced_TK = choices(self.setting, rank=self.exchange.rank)
+
+    def settle(self) -> None:
+        """Experts placed anew, by the loads of the last step, as a run does it."""
+        if not self.setting.own:
+            return
+        for index, layer in enumerate(moe_layers(self.model).values()):
+            bank = layer.experts
+            state = self.optimizer.state[bank.weight]
+            moved = [bank.weight.detach(), state["exp_avg"], state["exp_avg_sq"]]
+            whole = [self._gathered(rows, layer) for rows in moved]
+            table = self._table(planned(self.last_counts[index], self.setting, self.replicas))
+            bank.expert_of_slot[:] = slots_for_exchange(table)
+            for rows, all_EP in zip(moved, whole, strict=True):
+                rows.copy_(all_EP[bank.expert_of_slot])
+            expected_E = layer.context.expected_E
+            self._attach(index, layer, table)
+            layer.context.expected_E = expected_E
+
+    def _gathered(self, rows: Tensor, layer: MoELayer) -> Tensor:
+        """All experts' rows from their homes."""
+        all_EP = rows.new_zeros(self.setting.experts, rows.shape[1])
+        for slot, expert in enumerate(layer.experts.expert_of_slot):
+            if layer.context.table.home_E[expert] == self.exchange.rank:
+                all_EP[expert] = rows[slot]
+        self.exchange.all_reduce(all_EP, label="digest")
+        return all_EP
 
     def _auxiliary(self) -> Tensor | None:
         return take_auxiliary(self.model)
@@ -163,6 +193,7 @@ class Ours(Contender):
         self._commit()
         self.last_counts = [m.context.counts_E.clone() for m in moe_layers(self.model).values()]
         for layer in moe_layers(self.model).values():
+            layer.context.expected_E = expected_fractions(layer.context.counts_E)
             layer.context.start_step()
 
     def _commit(self) -> None:
@@ -249,7 +280,11 @@ class Plain(Contender):
 
     def _place_experts(self) -> None:
         for block in moe_blocks(self.model):
-            block.ffn = PlainLayer(self.setting, self.exchange)
+            layer = PlainLayer(self.setting, self.exchange)
+            same_router(layer.router, block.ffn)
+            for i, expert in enumerate(layer.local_experts):
+                same_expert(expert, block.ffn, self.exchange.rank * layer.local + i)
+            block.ffn = layer
 
 
 class Dense(Contender):
@@ -258,71 +293,6 @@ class Dense(Contender):
     def _place_experts(self) -> None:
         for block in moe_blocks(self.model):
             block.ffn = gpt.FeedForward(self.setting.dim, self.setting.hidden * self.setting.top_k)
-
-
-class DeepSpeedLayer(nn.Module):
-    """``deepspeed.moe.layer.MoE`` over all ranks, its defaults but for the named ones."""
-
-    def __init__(self, setting: Setting, *, drop: bool, rank: int) -> None:
-        super().__init__()
-        from deepspeed.moe.layer import MoE
-
-        expert = gpt.FeedForward(setting.dim, setting.hidden)
-        self.moe = MoE(
-            setting.dim, expert, num_experts=setting.experts, ep_size=setting.ranks,
-            k=setting.top_k, capacity_factor=1.25, drop_tokens=drop,
-        )  # fmt: skip
-        self.moe.set_deepspeed_parallelism()
-        self.auxiliary: Tensor | None = None
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        out, self.auxiliary, self.counts = self.moe(x_BSD)
-        return out.to(x_BSD.dtype)
-
-
-class DeepSpeed(Contender):
-    """DeepSpeed's layer in the same model and step; dropping at capacity 1.25, or not at all."""
-
-    def __init__(self, name: str, setting: Setting, exchange: Exchange, *, drop: bool) -> None:
-        self.drop = drop
-        super().__init__(name, setting, exchange)
-
-    def _place_experts(self) -> None:
-        prepare_deepspeed(self.setting, rank=self.exchange.rank)
-        for block in moe_blocks(self.model):
-            layer = DeepSpeedLayer(self.setting, drop=self.drop, rank=self.exchange.rank)
-            block.ffn = layer
-
-    def _is_expert(self, name: str, parameter: nn.Parameter) -> bool:
-        return not getattr(parameter, "allreduce", True)
-
-    def _auxiliary(self) -> Tensor | None:
-        tokens = self.setting.batch * SEQ
-        layers = [m for m in self.model.modules() if isinstance(m, DeepSpeedLayer)]
-        return sum(0.01 * tokens * m.auxiliary for m in layers if m.auxiliary is not None)
-
-
-def prepare_deepspeed(setting: Setting, *, rank: int) -> None:
-    """Initialise DeepSpeed on the default group, without compiling its shared-memory operator."""
-    import deepspeed
-    from deepspeed.moe import sharded_moe
-
-    if not deepspeed.comm.is_initialized():
-        os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(setting.ranks))
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-        deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)
-    if not setting.own and not hasattr(sharded_moe, "unforced"):
-        sharded_moe.unforced = (sharded_moe.top1gating, sharded_moe.top2gating)
-        logits = torch.zeros(setting.batch * SEQ, setting.experts)
-        order = torch.arange(setting.top_k, 0, -1).float() + 50.0
-        chosen = choices(setting, rank=rank)
-        logits.scatter_(1, chosen, order.expand(chosen.shape).contiguous())
-        for name, original in zip(("top1gating", "top2gating"), sharded_moe.unforced, strict=True):
-            setattr(sharded_moe, name, _forced(original, logits))
-
-
-def _forced(original: Any, logits: Tensor) -> Any:
-    return lambda own, *rest: original(own * 0 + logits, *rest)
 
 
 def moe_blocks(model: gpt.GPT) -> list[gpt.Block]:
@@ -356,27 +326,36 @@ def placement_by_load(setting: Setting, replicas: int) -> Plan:
     """Where ours holds its experts: planned, as in a run, from the loads of the steps before."""
     chosen = [choices(setting, rank=rank).flatten() for rank in range(setting.ranks)]
     load = torch.bincount(torch.cat(chosen), minlength=setting.experts)
+    return planned(torch.ones_like(load) if setting.own else load, setting, replicas)
+
+
+def planned(load_E: Tensor, setting: Setting, replicas: int) -> Plan:
+    """A plan that fills as few slots as the replicas need."""
     copies = min(replicas, setting.ranks)
     return plan(
         PlacementRequest(
-            load=load.numpy(), num_nodes=setting.ranks, min_replicas=copies,
+            load=load_E.numpy(), num_nodes=setting.ranks, min_replicas=copies,
             slots_per_node=-(-setting.experts * copies // setting.ranks),
         )
     )  # fmt: skip
 
 
-def join_default_group(exchange: Exchange) -> None:
-    """A default process group beside the exchange's own, for DeepSpeed."""
-    if dist.is_initialized():
-        return
-    port = torch.zeros(1, dtype=torch.int64)
-    store = None
-    if exchange.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port[0] = store.port
-    exchange.all_reduce(port, label="digest")
-    store = store or dist.TCPStore("127.0.0.1", int(port), is_master=False)
-    dist.init_process_group("gloo", store=store, rank=exchange.rank, world_size=exchange.size)
+def same_router(router: nn.Linear, layer: MoELayer) -> None:
+    """Give a peer's router the weights that ours begins with."""
+    router.weight.data.copy_(layer.router.weight.detach())
+
+
+def same_expert(expert: gpt.FeedForward, layer: MoELayer, number: int) -> None:
+    """Give a peer's expert the weights that ours of this number begins with."""
+    bank = layer.experts
+    bank.allocate(num_slots=1, device="cpu")
+    bank.assign(0, number)
+    bank.initialise(0)
+    fields = bank.field_views(bank.weight.detach()[0])
+    expert.up.weight.data.copy_(fields["w_in"].t())
+    expert.down.weight.data.copy_(fields["w_out"].t())
+    expert.up.bias.data.copy_(fields["b_in"])
+    expert.down.bias.data.copy_(fields["b_out"])
 
 
 def _shape(setting: Setting) -> gpt.GPTConfig:
@@ -404,6 +383,3 @@ def _flattened(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
 def gelu_forward_flops(setting: Setting) -> float:
     """Products of one rank's tokens with its k experts, forward, per MoE layer."""
     return 4.0 * setting.batch * SEQ * setting.top_k * setting.dim * setting.hidden
-
-
-__all__ = ["Contender", "DeepSpeed", "Dense", "F", "Ours", "Plain", "Setting"]

@@ -17,7 +17,7 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ from dispatch_contenders import (
     SEQ,
     VOCAB,
     Contender,
-    DeepSpeed,
     Dense,
     Ours,
     Plain,
     Setting,
-    join_default_group,
 )
+from dispatch_deepspeed import DeepSpeed, join_default_group
 from dispatch_profile import Profile
 
 from dispatcher import Exchange, within_machine
@@ -47,37 +46,49 @@ GRID = [
         (4, 8, 1), (4, 8, 2), (4, 16, 1), (4, 16, 2), (8, 8, 1), (8, 16, 1), (8, 8, 2), (8, 16, 2),
     ]
 ]  # fmt: skip
-OWN = [Setting(4, 8, 1, own=True), Setting(4, 8, 2, own=True), Setting(4, 16, 2, own=True)]
+OWN = [replace(s, own=True) for s in GRID if not s.zipf]
 HOT = [Setting(4, 16, 2, hot=True), Setting(4, 8, 1, hot=True)]
 BF16 = [Setting(4, 8, 1, bf16=True), Setting(4, 16, 2, zipf=True, bf16=True)]
+ARITHMETIC = (
+    "dense forward and backward, rest", "experts forward", "experts backward", "optimizer",
+)  # fmt: skip
 FOREIGN = 0.08  # part of the machine that other programs may have in a round that counts
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-def contenders(setting: Setting, exchange: Exchange, *, full: bool) -> list[Contender]:
-    """Everybody who takes part, ours first; without ``full`` only ours and DeepSpeed."""
+def contenders(setting: Setting, exchange: Exchange, who: str) -> list[Contender]:
+    """Everybody who takes part, ours first.
+
+    Args:
+        setting: The shape.
+        exchange: The ranks, over gloo.
+        who: "all"; "few": ours and DeepSpeed; "ours": ours and what its parts cost.
+    """
     near = within_machine(exchange)
-    out: list[Contender] = [Ours("ours", setting, near), Ours("ours over gloo", setting, exchange)]
-    if HAS_DEEPSPEED:
+    out: list[Contender] = [Ours("ours", setting, near)]
+    if HAS_DEEPSPEED and who != "ours":
         join_default_group(exchange)
         out.append(DeepSpeed("deepspeed 1.25", setting, exchange, drop=True))
         out.append(DeepSpeed("deepspeed no-drop", setting, exchange, drop=False))
-    if full:
+    if who != "few":
         out.append(Ours("ours r=1", setting, near, replicas=1))
         out.append(Ours("ours no commit", setting, near, commit=False))
+    if who == "all":
+        out.append(Ours("ours over gloo", setting, exchange))
         out.append(Plain("plain all-to-all", setting, exchange))
         out.append(Dense("dense twin", setting, exchange))
     return out
 
 
 def measure(
-    exchange: Exchange, setting: Setting, blocks: int, steps: int, full: bool, profile: bool
+    exchange: Exchange, setting: Setting, blocks: int, steps: int, who: str, profile: bool
 ) -> dict[str, Any]:
     """One rank's part: warm up, then ``blocks`` rounds of ``steps`` steps of every contender."""
     keep_freed_memory()
-    everyone = contenders(setting, exchange, full=full)
+    everyone = contenders(setting, exchange, who)
     random = torch.Generator().manual_seed(exchange.rank)
     times: dict[str, list[tuple[float, float, float]]] = {c.name: [] for c in everyone}
+    loads: dict[str, list[float]] = {c.name: [] for c in everyone}
     for block in range(blocks + 1):
         for contender in everyone:
             batches = [
@@ -93,6 +104,9 @@ def measure(
                 spent = (time.perf_counter() - wall, time.process_time() - core)
                 busy = busy_seconds() - busy
                 times[contender.name].append((spent[0] / steps, spent[1] / steps, busy / steps))
+                loads[contender.name].append(contender.load())
+            else:
+                contender.settle()
     sections = {}
     if profile:
         for contender in everyone:
@@ -102,7 +116,8 @@ def measure(
                         contender.step(batch)
                 sections[contender.name] = {k: v / steps for k, v in watch.spent.items()}
                 break
-    return {"times": times, "load": everyone[0].load(), "sections": sections}
+    dropped = {c.name: c.dropped() for c in everyone if isinstance(c, DeepSpeed)}
+    return {"times": times, "loads": loads, "dropped": dropped, "sections": sections}
 
 
 def busy_seconds() -> float:
@@ -150,7 +165,8 @@ def summary(setting: Setting, by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "setting": asdict(setting),
         "name": str(setting),
-        "load": by_rank[0]["load"],
+        "loads": {n: spread(v) for n, v in by_rank[0]["loads"].items() if any(v)},
+        "dropped": by_rank[0]["dropped"],
         "rounds": (len(kept), rounds),
         "foreign_share": share,
         "wall_ms": {n: 1e3 * statistics.median(v) for n, v in wall.items()},
@@ -161,7 +177,13 @@ def summary(setting: Setting, by_rank: list[dict[str, Any]]) -> dict[str, Any]:
             for n, v in core.items()
         },
         "sections_core_ms": sections,
+        "overhead": overhead(sections),
     }
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, least and largest."""
+    return statistics.median(values), min(values), max(values)
 
 
 def _column(by_rank: list[dict[str, Any]], name: str, which: int) -> list[list[float]]:
@@ -171,17 +193,33 @@ def _column(by_rank: list[dict[str, Any]], name: str, which: int) -> list[list[f
 def show(row: dict[str, Any]) -> None:
     kept, rounds = row["rounds"]
     print(
-        f"\n{row['name']}   max/mean expert load {row['load']:.2f}   "
-        f"{kept} of {rounds} rounds count, others had up to {row['foreign_share']:.0%} in them"
+        f"\n{row['name']}   {kept} of {rounds} rounds count, "
+        f"others had up to {row['foreign_share']:.0%} in them"
     )
     for name, (median, low, high) in row["ratio"].items():
         print(
             f"  {name:18s} {row['wall_ms'][name]:8.1f} ms  core {row['core_ms'][name]:8.1f} ms  "
             f"against ours {median:5.2f} [{low:.2f}-{high:.2f}]  "
-            f"by core {row['core_ratio'][name]:.2f}"
+            f"by core {row['core_ratio'][name]:.2f}" + _load_of(row, name)
         )
     for name, spent in sorted(row["sections_core_ms"].items(), key=lambda item: -item[1]):
         print(f"      {name:24s} {spent:7.1f} core ms")
+    if row["sections_core_ms"]:
+        print(f"      beyond arithmetic and optimizer {row['overhead']:.1%}")
+
+
+def overhead(sections: dict[str, float]) -> float:
+    """Part of our step that neither the model's arithmetic nor its optimizer takes."""
+    arithmetic = sum(sections.get(name, 0.0) for name in ARITHMETIC)
+    return 1.0 - arithmetic / sum(sections.values()) if sections else 0.0
+
+
+def _load_of(row: dict[str, Any], name: str) -> str:
+    if name not in row["loads"]:
+        return ""
+    median, low, high = row["loads"][name]
+    lost = f", drops {row['dropped'][name]:.0%}" if row["dropped"].get(name) else ""
+    return f"  max/mean {median:.1f} [{low:.1f}-{high:.1f}]{lost}"
 
 
 def floor_ms(setting: Setting, steps: int) -> float:
@@ -237,7 +275,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--first", type=int, default=99, help="only so many of the shapes chosen")
-    parser.add_argument("--few", action="store_true", help="ours and DeepSpeed only")
+    parser.add_argument(
+        "--who", choices=("all", "few", "ours"), default="all",
+        help="few: ours and DeepSpeed; ours: ours with one replica and without commit beside it",
+    )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="sections of our step")
     args = parser.parse_args()
     settings = GRID + OWN + HOT
@@ -269,7 +310,7 @@ def main() -> None:
     for setting in settings:
         by_rank = run_processes(
             measure, size=setting.ranks, timeout_s=600,
-            args=(setting, blocks, args.steps, not args.few, args.profile),
+            args=(setting, blocks, args.steps, args.who, args.profile),
         )  # fmt: skip
         row = summary(setting, by_rank)
         row["floor_ms"] = floor_ms(setting, args.steps)

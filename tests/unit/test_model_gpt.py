@@ -67,3 +67,16 @@ def test_recomputation_changes_no_bit() -> None:
         assert a is not None
         assert b is not None
         assert torch.equal(a, b)
+
+
+def test_attention_under_autocast_is_that_of_fp32_to_the_precision_of_its_input() -> None:
+    torch.manual_seed(2)
+    attention = gpt.Attention(64, 4)
+    x_BSD = torch.randn(2, 40, 64)
+    exact = attention(x_BSD)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = attention(x_BSD)
+    low.float().square().sum().backward()
+    assert low.dtype == torch.bfloat16
+    assert torch.linalg.vector_norm(low.float() - exact) < 0.02 * torch.linalg.vector_norm(exact)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
