@@ -7,8 +7,8 @@ from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.config import TrainConfig
 from lazarus.control.state import ControlConfig
 from lazarus.policies import CheckedPlacement, CheckedRecovery
+from lazarus.policy_paths import check_call, imported_policy
 from lazarus.timeouts import derive_timeouts
-from lazarus.user_code import imported
 from lazarus.version import __version__
 from placement import PlacementPolicy, replan
 
@@ -30,7 +30,7 @@ def control_config(
         ranks_per_node: Processes of each node.
 
     Raises:
-        ConfigError: A policy cannot be imported.
+        ConfigError: A policy cannot be imported, or not be called as its protocol is.
     """
     slots = config.placement.slots_per_node
     timeouts = derive_timeouts(config.recovery.tolerated_stall_s)
@@ -75,14 +75,18 @@ def _limit_s(config: TrainConfig) -> float:
 def _placement(config: TrainConfig, policy: PlacementPolicy | None) -> PlacementPolicy:
     path = config.placement.policy
     if policy is None and path is not None:
-        policy = imported(path, key="placement.policy")
+        policy = imported_policy(path, key="placement.policy", like=PlacementPolicy)
+    elif policy is not None:
+        check_call(policy, what="placement", like=PlacementPolicy)
     return replan if policy is None else CheckedPlacement(policy, limit_s=_limit_s(config))
 
 
 def _recovery(config: TrainConfig, policy: RecoveryPolicy | None) -> CheckedRecovery | None:
     path = config.recovery.policy
     if policy is None and path is not None:
-        policy = imported(path, key="recovery.policy")
+        policy = imported_policy(path, key="recovery.policy", like=RecoveryPolicy)
+    elif policy is not None:
+        check_call(policy, what="recovery", like=RecoveryPolicy)
     if policy is None:
         return None
     on_lost_expert = config.recovery.on_lost_expert

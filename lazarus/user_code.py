@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -69,17 +68,3 @@ def _culprit(value: Any) -> str:
         except Exception:  # noqa: BLE001 - pickling runs the object's own code
             return f"it captures `{name}`, a {type(content).__name__}: "
     return ""
-
-
-def imported(path: str, *, key: str) -> Any:
-    """The object behind ``package.module:Name``; a class is made into an instance.
-
-    Raises:
-        ConfigError: It cannot be imported.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as problem:
-        raise ConfigError(f'{key} = "{path}" cannot be imported: {problem}') from problem
-    return found() if isinstance(found, type) else found

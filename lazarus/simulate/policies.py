@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,11 +9,19 @@ import numpy as np
 
 from lazarus.control.recovery import slots_for
 from lazarus.errors import ConfigError
+from lazarus.policy_paths import imported_policy
 from lazarus.simulate.fleet import VirtualRun
 from lazarus.simulate.peers import PeerPolicy, PeerRun
 from lazarus.simulate.rows import FleetPolicy, Row, Setting
-from placement import PlacementPolicy, PlacementRequest, Plan, replan
+from placement import (
+    InfeasiblePlacementError,
+    PlacementPolicy,
+    PlacementRequest,
+    Plan,
+    replan,
+)
 from placement.baselines import baseline
+from placement.testing import assert_valid
 
 Policy = FleetPolicy | PeerPolicy
 
@@ -45,6 +52,38 @@ class WithoutLoads:
         """See ``PlacementPolicy``."""
         blind = replace(request, load=np.ones_like(request.load))
         return replan(blind, previous=previous, lost=lost)
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """Somebody's policy; what it answers must hold, or the row would be another policy's."""
+
+    path: str
+    policy: PlacementPolicy
+
+    def __call__(
+        self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
+    ) -> Plan:
+        """A plan that answers the request.
+
+        Raises:
+            InfeasiblePlacementError: The policy says that there is none.
+            ConfigError: It raised anything else, or its answer cannot be used.
+        """
+        try:
+            plan = self.policy(request, previous=previous, lost=lost)
+            if not isinstance(plan, Plan):
+                raise TypeError(f"it returned {type(plan).__name__}, not a placement.Plan")
+            assert_valid(plan, request)
+        except InfeasiblePlacementError:
+            raise
+        except Exception as problem:  # a stranger's code may raise anything
+            raise ConfigError(
+                f"policy {self.path} for {request.num_nodes} nodes without {sorted(lost)}: "
+                f"{type(problem).__name__}: {problem}; a live run would take the library's plan "
+                f"instead (event plan_fallback)"
+            ) from problem
+        return plan
 
 
 def named_policies(setting: Setting) -> dict[str, Policy]:
@@ -106,18 +145,10 @@ def load_placement(path: str) -> PlacementPolicy:
     """The placement policy at a dotted path.
 
     Raises:
-        ConfigError: It cannot be imported, or is not callable.
+        ConfigError: It cannot be imported, or not be called as a ``PlacementPolicy``.
     """
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise ConfigError(f"policy {path!r} cannot be imported: {problem}") from problem
-    made = found() if isinstance(found, type) else found
-    if not callable(made):
-        raise ConfigError(f"policy {path!r} is a {type(made).__name__}, not a placement policy")
-    policy: PlacementPolicy = made
-    return policy
+    policy = imported_policy(path, key="--policies", like=PlacementPolicy)
+    return Stranger(path=path, policy=policy)
 
 
 def run_one(setting: Setting, policy: Policy, *, seed: int) -> Row:
