@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -16,8 +16,8 @@ from lazarus.simulate.rows import Setting
 from lazarus.simulate.shapes import Shape
 from lazarus.simulate.traces import FleetEvent
 
-_PHASES = {"detect": "detect_s", "release": "release_s", "align": "align_s", "groups": "groups_s",
-           "plan": "plan_s", "transfer": "transfer_fixed_s"}  # fmt: skip
+Point = tuple[int, float]  # number of nodes, seconds
+
 _WARM_STEPS = 3  # first steps of a run, which allocate and compile
 
 
@@ -36,42 +36,84 @@ def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") ->
     """The cost model that the records show.
 
     Step times are the mean gaps between commits, by number of nodes (slow steps take their time
-    too); the phases of recoveries are medians. What records cannot show (bandwidths, where little
-    moved) is left out of the way.
+    too). The phases of recoveries are lines over the number of nodes that were left, or medians
+    where the records show a single size. Bandwidths are left out of the way: what moves took is in
+    ``transfer_fixed_s`` (0 where nothing moved), the check of a change that moved nothing in
+    ``groups_s``.
 
     Raises:
         ConfigError: No record has commits.
     """
+    found: dict[str, list[Point]] = {}
     gaps: dict[int, list[float]] = {}
-    phases: dict[str, list[float]] = {phase: [] for phase in _PHASES}
-    extra: list[float] = []
     for events in records:
+        own: dict[int, list[float]] = {}
         for nodes, seconds in _gaps(events):
+            own.setdefault(nodes, []).append(seconds)
             gaps.setdefault(nodes, []).append(seconds)
+        for change in of_kind(events, "reconfigured"):
+            nodes = int(change["num_nodes"])
+            usual_s = fmean(own[nodes]) if nodes in own else None
+            for part, seconds in _parts(change, usual_s=usual_s).items():
+                found.setdefault(part, []).append((nodes, seconds))
     if not gaps:
         raise ConfigError("no committed steps in the records; nothing to calibrate from")
-    table = tuple(sorted((nodes, fmean(found)) for nodes, found in gaps.items()))
-    steps = dict(table)
-    for events in records:
-        for change in of_kind(events, "reconfigured"):
-            for phase in _PHASES:
-                if phase in change["phases"]:
-                    phases[phase].append(float(change["phases"][phase]))
-            redo = float(change["phases"].get("redo", 0.0))
-            extra.append(redo - steps.get(int(change["num_nodes"]), redo))
-    figures = {_PHASES[phase]: median(found) for phase, found in phases.items() if found}
     return Costs(
         name=name,
         source="measured",
-        net_bytes_per_s=1e15,  # transfers are in transfer_fixed_s
+        net_bytes_per_s=1e15,
         storage_bytes_per_s=1e15,
-        groups_per_node_s=0.0,
         plan_per_cell_s=0.0,
         start_s=0.0,
         snapshot_overhead=0.0,
-        warmup_s=max(0.0, median(extra)) if extra else 0.0,
-        step_table_s=table,
-    ).changed(figures)
+        step_table_s=tuple(sorted((nodes, fmean(some)) for nodes, some in gaps.items())),
+    ).changed(_figures(found))
+
+
+def _parts(change: Event, *, usual_s: float | None) -> dict[str, float]:
+    """Seconds of one change by what takes them; ``usual_s`` is a step of that size."""
+    phases = {name: float(seconds) for name, seconds in change["phases"].items()}
+    parts = {
+        name: phases[name] for name in ("detect", "release", "align", "plan") if name in phases
+    }
+    if "groups" in phases:
+        made = "regrouping" if change["bytes_moved"] else "groups"
+        parts[made] = phases["groups"] + phases.get("transfer", 0.0)
+    if usual_s is not None and "redo" in phases:
+        parts["warmup"] = phases["redo"] - usual_s
+    return parts
+
+
+def _figures(found: Mapping[str, Sequence[Point]]) -> dict[str, float]:
+    """The figures of the cost model that the parts of changes show."""
+    figures = {}
+    for part in ("detect", "plan"):
+        if part in found:
+            figures[f"{part}_s"] = median(seconds for _, seconds in found[part])
+    for part in ("release", "align", "groups", "warmup"):
+        points = found.get(part) or (found.get("regrouping", ()) if part == "groups" else ())
+        if points:
+            figures[f"{part}_s"], figures[f"{part}_per_node_s"] = line(points)
+    if "groups_s" in figures:
+        moved = [
+            seconds - figures["groups_s"] - figures["groups_per_node_s"] * nodes
+            for nodes, seconds in found.get("regrouping", ())
+        ]
+        figures["transfer_fixed_s"] = max(0.0, median(moved)) if moved else 0.0
+    return figures
+
+
+def line(points: Sequence[Point]) -> tuple[float, float]:
+    """Fixed part and part per node, both >= 0, of seconds over numbers of nodes, one or more.
+
+    Source: Theil and Sen, the median slope over all pairs of points, which no outlier moves.
+    """
+    slopes = [(t - s) / (m - n) for n, s in points for m, t in points if m > n]
+    slope = max(0.0, median(slopes)) if slopes else 0.0
+    fixed = median(seconds - slope * nodes for nodes, seconds in points)
+    if fixed < 0 < slope:
+        return 0.0, max(0.0, median(seconds / nodes for nodes, seconds in points))
+    return max(0.0, fixed), slope
 
 
 def _gaps(events: Sequence[Event]) -> list[tuple[int, float]]:
@@ -90,7 +132,9 @@ def measured(events: Sequence[Event]) -> Measured:
     commits = sorted(committed_steps(events).values(), key=lambda e: float(e["t"]))
     start, end = float(commits[0]["t"]), float(commits[-1]["t"])
     tokens = sum(int(e["tokens"]) for e in commits[1:])
-    backs = sorted(r.back_s for r in recoveries(events) if r.back_s is not None)
+    # Nodes that were lost together come back together.
+    known = [((r.step, r.rebuild_s), r.back_s) for r in recoveries(events) if r.back_s is not None]
+    backs = [max(s for at, s in known if at == one) for one in sorted({at for at, _ in known})]
     return Measured(
         goodput_tokens_per_s=tokens / (end - start),
         recovery_median_s=median(backs) if backs else 0.0,

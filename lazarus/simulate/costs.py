@@ -42,7 +42,9 @@ class Costs:
     step_fixed_s: float = _assume(0.02, "s", "launch, data, commit barrier of a step")
     detect_s: float = _assume(0.1, "s", "process death to the controller's notice (closed stream)")
     release_s: float = _assume(0.5, "s", "survivors leave their collectives (communicator abort)")
+    release_per_node_s: float = _assume(0.0, "s", "the same, added by each node")
     align_s: float = _assume(0.05, "s", "verdict and digest of the dense state")
+    align_per_node_s: float = _assume(0.0, "s", "the same, added by each node")
     groups_s: float = _assume(2.0, "s", "new communicators")
     groups_per_node_s: float = _assume(0.005, "s", "the same, added by each node")
     plan_s: float = _assume(0.004, "s", "a plan, fixed part")
@@ -50,6 +52,7 @@ class Costs:
     transfer_fixed_s: float = _assume(0.2, "s", "start and check of a state transfer")
     start_s: float = _assume(30.0, "s", "a new node's processes until they say hello")
     warmup_s: float = _assume(0.0, "s", "what the first step after a change takes longer")
+    warmup_per_node_s: float = _assume(0.0, "s", "the same, added by each node")
     peer_detect_s: float = _assume(15.0, "s", "peers notice a loss by a collective's time-out")
     peer_restart_s: float = _assume(
         60.0, "s", "peers end and start all processes and communicators"
@@ -88,6 +91,18 @@ class Costs:
     def planning_s(self, shape: Shape, num_nodes: int) -> float:
         """Time of one plan."""
         return self.plan_s + self.plan_per_cell_s * shape.moe_layers * shape.experts * num_nodes
+
+    def releasing_s(self, num_nodes: int) -> float:
+        """Time until the survivors have left their collectives."""
+        return self.release_s + self.release_per_node_s * num_nodes
+
+    def aligning_s(self, num_nodes: int) -> float:
+        """Time until all stand at the same step."""
+        return self.align_s + self.align_per_node_s * num_nodes
+
+    def warming_s(self, num_nodes: int) -> float:
+        """What the first step after a change takes longer."""
+        return self.warmup_s + self.warmup_per_node_s * num_nodes
 
     def grouping_s(self, num_nodes: int) -> float:
         """Time of new groups."""

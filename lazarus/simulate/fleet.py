@@ -135,11 +135,12 @@ class VirtualRun:
         self._feed(WorkerSaid(worker=worker, body=body, at_s=self._now))
 
     def _carry_out(self, command: Command) -> None:
+        size = len(change.next_nodes) if (change := self.state.transition) else 0
         match command:
             case Tell(body=Fence(generation=g)) | TellAll(body=Fence(generation=g)):
-                self._push(self._now + self._costs.release_s, "report", g)
+                self._push(self._now + self._costs.releasing_s(size), "report", g)
             case Tell(body=Align(generation=g)) | TellAll(body=Align(generation=g)):
-                self._push(self._now + self._costs.align_s, "align", g)
+                self._push(self._now + self._costs.aligning_s(size), "align", g)
             case Tell(body=Prepare() as order) | TellAll(body=Prepare() as order):
                 self._prepare(order)
             case Tell(body=Resume(generation=g)) | TellAll(body=Resume(generation=g)):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from lazarus.simulate.costs import Costs
@@ -156,7 +157,7 @@ class Tally:
             losses=self.losses,
             joins=self.joins,
             recoveries=len(waits),
-            recovery_median_s=waits[len(waits) // 2] if waits else 0.0,
+            recovery_median_s=median(waits) if waits else 0.0,
             recovery_worst_s=waits[-1] if waits else 0.0,
             stall_s={k: round(v, 6) for k, v in sorted(self.stall_s.items())},
             restarts=self.restarts,

@@ -63,7 +63,11 @@ def multi_node(files: Files) -> Table:
                 "transfer_s": round(took_s, 2),
                 "transfer_s_published": transfer_s,
                 "change_s": round(
-                    took_s + costs.detect_s + costs.release_s + costs.grouping_s(10 - lost), 2
+                    took_s
+                    + costs.detect_s
+                    + costs.releasing_s(10 - lost)
+                    + costs.grouping_s(10 - lost),
+                    2,
                 ),
                 "change_s_published": whole_s,
             }

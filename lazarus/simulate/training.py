@@ -150,7 +150,7 @@ class Training:
         self._plan, self.step, self.generation = plan, step, generation
         self.held = holdings(plan, seats)
         self.renew_step()
-        self._since = now_s + self._costs.warmup_s if run else None
+        self._since = now_s + self._costs.warming_s(len(seats)) if run else None
 
     def prepare(self, order: Prepare) -> Work:
         """What the change takes: groups, transfer of the busiest node, restores."""

@@ -66,7 +66,8 @@ def test_a_cost_model_is_read_off_a_record() -> None:
     costs = calibrated([record()])
     assert costs.source == "measured"
     assert dict(costs.step_table_s) == pytest.approx({3: STEP_S, 4: STEP_S})
-    assert (costs.detect_s, costs.groups_s) == (0.05, 0.1)
+    assert costs.detect_s == 0.05
+    assert costs.groups_s == pytest.approx(0.12)  # with the check of a change that moved nothing
     assert costs.warmup_s == pytest.approx(0.1)
 
 
