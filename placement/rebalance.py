@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placement.balance import balance_of
+from placement.balance import balance_of, max_over_mean
 from placement.errors import InvalidRequestError
 from placement.migrate import busiest, transfers
 from placement.plan import Plan
@@ -111,20 +111,30 @@ def considered(
     candidate = replan(request, previous=previous, rebalance=True)
     if candidate == previous:
         return regret, None
-    todo = transfers(previous, candidate)
-    if not todo:
-        return regret, candidate
     newest = request.load if latest is None else as_load(latest)
-    gain = moe_part * (
-        _excess_on(newest, previous, request.load) - _excess_on(newest, candidate, request.load)
-    )
-    price = cost.fixed + cost.per_replica * busiest(todo)[1]
+    if todo := transfers(previous, candidate):
+        gain = _excess_on(newest, previous, request.load)
+        gain -= _excess_on(newest, candidate, request.load)
+        price = cost.fixed + cost.per_replica * busiest(todo)[1]
+    else:  # the same replicas with other shares and homes
+        gain = _served_excess(newest, previous) - _served_excess(newest, candidate)
+        price = cost.fixed
+    gain *= moe_part
     regret, due = accumulated(regret, gain=gain, steps=steps, cost=price, alpha=alpha)
     return regret, candidate if due else None
 
 
 def _excess_on(load: Floats, plan: Plan, share_load: Floats) -> float:
     return float(balance_of(load, plan.node_member, share_load=share_load).mean()) - 1.0
+
+
+def _served_excess(load: Floats, plan: Plan) -> float:
+    """The same as the plan serves it: the mean over its shares and its homes, which modes use."""
+    homes = np.zeros((plan.num_layers, plan.num_nodes))
+    layer = np.arange(plan.num_layers)[:, None]
+    np.add.at(homes, (layer, plan.home // plan.ranks_per_node), load)
+    both = max_over_mean(homes), max_over_mean(plan.loads_of_nodes(load))
+    return float(np.mean(both)) - 1.0
 
 
 def mean_excess(plan: Plan, load: Sequence[Any] | npt.NDArray[Any]) -> float:

@@ -390,6 +390,25 @@ def test_a_drifted_load_leads_to_a_rebalance_and_a_steady_one_to_none() -> None:
     )
 
 
+def test_new_shares_alone_are_adopted_when_they_have_paid_for_the_pause() -> None:
+    """A ring of three experts has nowhere to move, but who serves what follows the load."""
+    before = request(3, 2, load=[[1.0, 1.0, 1.0]])
+    made = plan(before)
+    turned = request(3, 2, load=[[1.0, 1.4, 1.0]])
+    regret, then, looks = Regret(), None, 0
+    while then is None and looks < 1000:
+        regret, then = considered(
+            regret, turned, previous=made, steps=1, cost=MoveCost(fixed=1.0), latest=turned.load
+        )
+        looks += 1
+    assert then is not None and transfers(made, then) == ()
+    assert looks > 5
+    level = then.loads_of_nodes(turned.load)
+    assert level.max() / level.mean() < made.loads_of_nodes(turned.load).max() / level.mean()
+    _, same = considered(Regret(), before, previous=made, steps=1000, cost=MoveCost())
+    assert same is None
+
+
 class Fresh:
     """A stranger's policy: always from scratch."""
 
