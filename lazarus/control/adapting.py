@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lazarus.checkpoint.adaptive import Adapted, Measured, adapt, busiest_rank, default_of
-from lazarus.control.messages import Publish
+from lazarus.control.ports import Publish
 from lazarus.control.state import Control
 from placement import Plan
 

@@ -17,20 +17,15 @@ from lazarus.control.exactly_once import ledger_event
 from lazarus.control.measures import measures_of
 from lazarus.control.messages import (
     Ack,
-    Command,
     Depart,
     DigestItem,
     DigestPart,
     Evaluated,
-    Exit,
     Heartbeat,
-    Journal,
-    Publish,
     RunOver,
-    Tell,
-    TellDriver,
     Vector,
 )
+from lazarus.control.ports import Command, Exit, Journal, Publish, Tell, TellDriver
 from lazarus.control.state import Control, Phase, Timeline
 from lazarus.control.tuning import learned
 from lazarus.control.vector import StepSums, VectorLayout, advance_history, decode

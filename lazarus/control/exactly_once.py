@@ -7,7 +7,8 @@ import json
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.control.messages import Publish, Vector
+from lazarus.control.messages import Vector
+from lazarus.control.ports import Publish
 from lazarus.control.state import Control
 from lazarus.control.vector import StepSums, sample_hash
 from lazarus.data.sampler import step_sample_ids

@@ -18,7 +18,8 @@ from lazarus.checkpoint.recovery import (
     Source,
 )
 from lazarus.checkpoint.recovery import Restore as CheckpointRestore
-from lazarus.control.messages import Publish, Restore
+from lazarus.control.messages import Restore
+from lazarus.control.ports import Publish
 from lazarus.control.saves import in_flight, worth_waiting
 from lazarus.control.state import Control, Transition
 from placement import Plan

@@ -6,18 +6,14 @@ import json
 from dataclasses import replace
 from typing import assert_never
 
-from lazarus.control import commits, membership, saves, suspicion
+from lazarus.control import commits, membership, resuming, saves, suspicion
 from lazarus.control import transition as change
 from lazarus.control.messages import (
     Aligned,
     Body,
-    Command,
     DigestPart,
-    DriverGone,
     DriverHello,
-    DriverSaid,
     Evaluated,
-    Event,
     FaultFired,
     Finalize,
     Finalized,
@@ -26,30 +22,36 @@ from lazarus.control.messages import (
     Heartbeat,
     Hello,
     Injected,
-    Journal,
     KillController,
     LeaveRequest,
-    ManifestDone,
     NodeNotice,
     Odd,
     Pause,
     Paused,
-    Publish,
     Ready,
     Report,
     Snapshotted,
     StartNode,
     StopRun,
-    StreamClosed,
     Strike,
     Suspicion,
+    UserError,
+    Vector,
+    WorkerDied,
+)
+from lazarus.control.ports import (
+    Command,
+    DriverGone,
+    DriverSaid,
+    Event,
+    Journal,
+    ManifestDone,
+    Publish,
+    StreamClosed,
     Tell,
     TellAll,
     TellDriver,
     Tick,
-    UserError,
-    Vector,
-    WorkerDied,
     WorkerSaid,
     each,
 )
@@ -118,7 +120,7 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
         case Aligned():
             return change.on_aligned(state, worker, body, at_s=at_s)
         case Ready():
-            return change.on_ready(state, worker, body, at_s=at_s)
+            return resuming.on_ready(state, worker, body, at_s=at_s)
         case Paused():
             steady = state.phase in (Phase.RUNNING, Phase.RECONNECTING)
             if body.generation != state.resumed or not steady:

@@ -6,20 +6,8 @@ from dataclasses import replace
 
 from lazarus.control import commits
 from lazarus.control import transition as change
-from lazarus.control.messages import (
-    Command,
-    Disconnect,
-    Fenced,
-    Hello,
-    Journal,
-    KillNode,
-    LeaveRequest,
-    NodeNotice,
-    Publish,
-    Tell,
-    TellDriver,
-    Welcome,
-)
+from lazarus.control.messages import Fenced, Hello, KillNode, LeaveRequest, NodeNotice, Welcome
+from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
 from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker
 
 Result = tuple[Control, tuple[Command, ...]]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.control.messages import Aligned, Publish
+from lazarus.control.messages import Aligned
+from lazarus.control.ports import Publish
 from lazarus.control.recovery import SlotMemory, slots_for
 from lazarus.control.state import Control, Transition
 from placement import PlacementRequest, Plan, replan

@@ -13,7 +13,8 @@ from lazarus.checkpoint.adaptive import Adapted
 from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.control.commits import commit_events, counts_of
-from lazarus.control.messages import Publish, Stored, Vector
+from lazarus.control.messages import Vector
+from lazarus.control.ports import Publish, Stored
 from lazarus.control.saves import seats_remembered
 from lazarus.control.state import Control, ControlConfig, Node, Phase
 from lazarus.control.vector import advance_history, start_history

@@ -15,15 +15,8 @@ from typing import Any
 from lazarus.checkpoint.lineage import Lineage, is_valid
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.control.adapting import on_measured
-from lazarus.control.messages import (
-    Command,
-    Finalized,
-    Journal,
-    ManifestDone,
-    Publish,
-    Snapshotted,
-    WriteManifest,
-)
+from lazarus.control.messages import Finalized, Snapshotted
+from lazarus.control.ports import Command, Journal, ManifestDone, Publish, WriteManifest
 from lazarus.control.state import Control, Phase, Save, Transition
 
 Result = tuple[Control, tuple[Command, ...]]

@@ -14,16 +14,8 @@ from lazarus.checkpoint.adaptive import Adapted, Measured, SaveSettings
 from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.checkpoint.recovery import StoredCheckpoint
-from lazarus.control.messages import (
-    Aligned,
-    Move,
-    Ready,
-    Report,
-    Restore,
-    Seat,
-    Stored,
-    Vector,
-)
+from lazarus.control.messages import Aligned, Move, Ready, Report, Restore, Seat, Vector
+from lazarus.control.ports import Stored
 from placement import PlacementPolicy, Plan, replan
 from placement.rebalance import Regret
 

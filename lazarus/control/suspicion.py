@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from lazarus.control import commits, membership
 from lazarus.control import transition as change
-from lazarus.control.messages import Command, Suspicion
+from lazarus.control.messages import Suspicion
+from lazarus.control.ports import Command
 from lazarus.control.state import Control, Phase
 
 MAX_ERRORS = 3  # generations in a row that end in an error without a death and without a commit

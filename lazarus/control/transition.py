@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lazarus.checkpoint.policy import Hold
 from lazarus.checkpoint.recovery import Fail
-from lazarus.control import adapting, commits, saves
+from lazarus.control import commits, saves
 from lazarus.control.exactly_once import num_samples_in
 from lazarus.control.healing import heals_behind
 from lazarus.control.losses import (
-    bill_restores,
     checkpoint_awaited,
-    over_budget,
     place_of_checkpoint,
-    plt_of,
-    restored_entry,
     restores_for,
 )
-from lazarus.control.messages import (
-    Align,
-    Aligned,
-    Command,
-    Depart,
-    Fence,
-    Journal,
-    Prepare,
-    Publish,
-    Ready,
-    Report,
-    Resume,
-    Seat,
-    StartNode,
-    TellAll,
-    TellDriver,
-    Vector,
-)
-from lazarus.control.planning import adoption, history_of, plan_for
+from lazarus.control.messages import Align, Aligned, Fence, Prepare, Report, Seat, StartNode, Vector
+from lazarus.control.planning import history_of, plan_for
+from lazarus.control.ports import Command, Journal, Publish, TellAll, TellDriver
 from lazarus.control.recovery import (
     aligned_alike,
     holders,
@@ -53,7 +29,8 @@ from lazarus.control.recovery import (
     schedule_moves,
     verdict,
 )
-from lazarus.control.state import Control, Node, Phase, Timeline, Transition
+from lazarus.control.state import Control, Node, Phase, Transition
+from lazarus.control.timeline import mark, with_timeline
 from lazarus.errors import BrokenInvariantError
 from placement import InfeasiblePlacementError, Plan
 
@@ -128,7 +105,7 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         "reason": reason,
     }
     state = replace(
-        _with_timeline(state, reason=reason, at_s=at_s),
+        with_timeline(state, reason=reason, at_s=at_s),
         generation=generation,
         phase=Phase.FENCING,
         phase_s=at_s,
@@ -150,24 +127,6 @@ def _room(state: Control, voters: tuple[int, ...]) -> int:
     if limit is None:
         return len(state.nodes)
     return max(0, limit - len(voters) + len(leaving(state, voters)))
-
-
-def _with_timeline(state: Control, *, reason: str, at_s: float) -> Control:
-    if not state.resumed:
-        return state
-    line = state.timeline
-    if line is None:
-        return replace(state, timeline=Timeline(reason=reason, trigger_s=at_s))
-    return replace(state, timeline=replace(line, attempts=line.attempts + 1))
-
-
-def _mark(state: Control, name: str, seconds: float) -> Control:
-    """Add to one phase of the recovery under way; attempts add up."""
-    line = state.timeline
-    if line is None:
-        return state
-    marks = {**line.marks, name: line.marks.get(name, 0.0) + max(0.0, seconds)}
-    return replace(state, timeline=replace(line, marks=marks))
 
 
 def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Result:
@@ -212,7 +171,7 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:
     except BrokenInvariantError as broken:
         return hold(state, reason=str(broken), at_s=at_s, broken=True)
     state, commands = commits.flush(state, at_s=at_s)
-    state = _mark(state, "release", at_s - transition.phase_s)
+    state = mark(state, "release", at_s - transition.phase_s)
     transition = replace(transition, step=result.step, phase_s=at_s)
     state = replace(state, phase=Phase.ALIGNING, phase_s=at_s, transition=transition)
     lanes = result.vector.lanes if result.vector else b""
@@ -243,7 +202,7 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
         return state, ()
     if odd := aligned_alike(transition.aligned):
         return hold(state, reason=odd, at_s=at_s, broken=True)
-    state = _mark(state, "align", at_s - transition.phase_s)
+    state = mark(state, "align", at_s - transition.phase_s)
     state = replace(
         state,
         shape=(body.num_layers, body.num_experts),
@@ -253,12 +212,6 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
         record_bytes=(body.dense_bytes, body.expert_bytes),
     )
     return prepare(state, at_s=at_s)
-
-
-def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
-    """Share weights below 1 of the nodes that stay."""
-    found = [(node, state.next_speeds[node]) for node in nodes if node in state.next_speeds]
-    return {node: weight for node, weight in found if weight < 1.0}
 
 
 def prepare(state: Control, *, at_s: float) -> Result:
@@ -334,7 +287,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         history=any_aligned.history,
         restores=decided.restores,
         speeds=_speeds(state, nodes),
-        lineage=_lineage(state.lineage),
+        lineage=lineage_text(state.lineage),
         reload="" if back is None else place_of_checkpoint(state, back),
     )
     told = TellAll(workers=tuple([seat.worker for seat in feeders]), body=order)
@@ -370,173 +323,9 @@ def _speeds(state: Control, nodes: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(w for w in weights for _ in range(state.config.ranks_per_node))
 
 
-def _lineage(lineage: tuple[tuple[int, int], ...]) -> str:
+def lineage_text(lineage: tuple[tuple[int, int], ...]) -> str:
+    """As PREPARE and RESUME carry it."""
     return json.dumps([list(pair) for pair in lineage])
-
-
-def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result:
-    """One rank is healed and grouped; with the last of them RESUME (rule 25)."""
-    transition = state.transition
-    if (
-        state.phase is not Phase.PREPARING
-        or transition is None
-        or body.generation != transition.generation
-    ):
-        return replace(state, stale=state.stale + 1), ()
-    plan = transition.plan
-    assert plan is not None
-    if body.plan_digest != plan.digest:
-        return hold(state, reason=f"plan digest differs on {worker}", at_s=at_s, broken=True)
-    transition = replace(transition, ready={**transition.ready, worker: body})
-    state = replace(state, transition=transition)
-    missing = len(transition.ready) < len(transition.feeders)
-    if missing or not all(seat.worker in transition.ready for seat in transition.feeders):
-        return state, ()
-    return _resume(state, transition, plan, at_s=at_s)
-
-
-def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
-    nodes = transition.next_nodes
-    seats = tuple([seat.worker for seat in transition.seats])
-    seat_nodes = tuple([seat.node for seat in transition.seats])
-    entry = {
-        "kind": "resume",
-        "term": state.term,
-        "generation": transition.generation,
-        "step": transition.step,
-        "nodes": list(nodes),
-        "seats": list(seats),
-        "seat_nodes": list(seat_nodes),
-        "speeds": [[n, w] for n, w in sorted(_weights(state, nodes).items())],
-        "plan": plan.to_dict(),
-        "shape": list(state.shape),
-        "record_bytes": list(state.record_bytes),
-        "restores": [restored_entry(restore) for restore in transition.restores],
-        "rollback": transition.rollback,
-        "top_k": state.top_k,
-        "num_samples": state.num_samples,
-    }
-    if transition.rollback:
-        state = replace(state, history=_reloaded_history(state, transition))
-        entry["history"] = base64.b64encode(state.history.astype("<f8").tobytes()).decode()
-    state = _mark_resume(state, transition, at_s=at_s)
-    adapted = adapting.at_resume(state, plan)
-    entry["adapted"] = [] if adapted is None else list(astuple(adapted))
-    before = state.adapted
-    lineage = (*state.lineage, (transition.generation, transition.step))
-    first, held = not state.resumed, bool(state.hold_reason)
-    departed = workers_of(state, transition.leavers)
-    bills, state = bill_restores(state, transition, at_s=at_s)
-    double = bool(bills) and over_budget(state)
-    if double:
-        state = replace(state, plt_spent=plt_of(state))
-    state = replace(
-        state,
-        phase=Phase.RUNNING,
-        phase_s=at_s,
-        resumed=transition.generation,
-        step=transition.step if transition.rollback else max(state.step, transition.step),
-        saves=saves.after_resume(state, lineage),
-        past_seats=saves.seats_remembered(state),
-        ordered=min(state.ordered, transition.step),
-        members=nodes,
-        seats=seats,
-        seat_nodes=seat_nodes,
-        rolled=(transition.generation, transition.step) if transition.rollback else state.rolled,
-        speeds=_weights(state, nodes),
-        wants="",
-        streaks={},
-        plan=plan,
-        base_plan=plan if state.base_plan is None else state.base_plan,
-        lineage=lineage,
-        adapted=adapted,
-        known={},
-        newest=None if transition.rollback else state.newest,
-        transition=None,
-        hold_reason="",
-        nodes={n: node for n, node in state.nodes.items() if n not in transition.leavers},
-        workers={w: known for w, known in state.workers.items() if w not in departed},
-    )
-    order = Resume(
-        generation=transition.generation,
-        step=transition.step,
-        plan_digest=plan.digest,
-        lineage=_lineage(lineage),
-        double_k=double,
-        save_all=saves.none_stands(state),
-        **({} if adapted is None else asdict(adapted)),
-    )
-    told = [TellAll(workers=seats, body=order)]
-    if departed:
-        told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
-    events = _resume_events(state, transition, plan, first=first, held=held, at_s=at_s)
-    events += adapting.adapted_events(state, before, at_s=at_s)
-    return state, (Journal(entry=entry), *told, *events, *bills)
-
-
-def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.float64]:
-    """The load history that every rank read with the checkpoint."""
-    body = next(iter(transition.ready.values()))
-    return np.frombuffer(body.history, dtype="<f8").reshape((3, *state.shape))
-
-
-def _mark_resume(state: Control, transition: Transition, *, at_s: float) -> Control:
-    line = state.timeline
-    if line is None:
-        return state
-    ready = transition.ready.values()
-    groups = max(body.groups_s for body in ready)
-    transfer = max(body.transfer_s for body in ready)
-    state = _mark(state, "plan", at_s - transition.phase_s - groups - transfer)
-    state = _mark(state, "groups", groups)
-    state = _mark(state, "transfer", transfer)
-    assert state.timeline is not None
-    marks = {**state.timeline.marks, "resumed_s": at_s}
-    line = replace(
-        state.timeline,
-        marks=marks,
-        moves=line.moves + len(transition.moves),
-        behind=len(transition.moves_behind),
-        bytes_moved=line.bytes_moved + transition.moved_bytes,
-        joined=line.joined + transition.joiners,
-    )
-    return replace(state, timeline=line)
-
-
-def _resume_events(
-    state: Control, transition: Transition, plan: Plan, *, first: bool, held: bool, at_s: float
-) -> tuple[Publish, ...]:
-    generation, events = transition.generation, []
-    fields: Mapping[str, Any]
-    if held:
-        fields = {"generation": generation, "nodes": list(state.members)}
-        events.append(Publish(t=at_s, event="quorum_regained", fields=fields))
-    if first:
-        fields = {
-            "schema": 1,
-            "num_nodes": len(state.members),
-            "world_size": len(state.seats),
-            "steps": state.config.steps,
-            "start_step": transition.step,
-            "nodes": list(state.members),
-            "num_layers": state.shape[0],
-            "num_experts": state.shape[1],
-            "top_k": state.top_k,
-        }
-        fields = {"generation": generation, **fields}
-        events.append(Publish(t=at_s, event="run_started", fields=fields))
-        if state.config.resume:
-            fields = {**fields, "checkpoint": state.config.resume}
-            events.append(Publish(t=at_s, event="run_resumed", fields=fields))
-    for node in transition.joiners:
-        events.append(
-            Publish(t=at_s, event="node_joined", fields={"generation": generation, "node": node})
-        )
-    for node in transition.leavers:
-        events.append(
-            Publish(t=at_s, event="node_left", fields={"generation": generation, "node": node})
-        )
-    return (*events, *adoption(state, transition, plan, at_s=at_s))
 
 
 def give_up(state: Control, decision: Fail, *, at_s: float) -> Result:

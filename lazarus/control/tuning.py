@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from lazarus.control.messages import Command, Publish
 from lazarus.control.planning import request_for
+from lazarus.control.ports import Command, Publish
 from lazarus.control.state import Control
 from lazarus.control.vector import StepSums
 from lazarus.data.sampler import share

@@ -6,8 +6,9 @@ Shapes: R ranks, L MoE layers, E experts, N = 1 + L * E things that are compared
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dispatcher.exchange import Exchange
+from lazarus.errors import LazarusError
 from lazarus.runtime.replica import Replica
 
 MOST_REPORTED = 16  # differences in one comparison; the first says enough
@@ -100,3 +102,20 @@ def differences(sums_RN: NDArray[np.int64], *, num_experts: int) -> list[Differe
             )
         )
     return found
+
+
+def require_equal(words: Mapping[str, str], exchange: Exchange, *, device: torch.device) -> None:
+    """All-gather what must be equal on every rank before RESUME (rule 24); each compares.
+
+    Raises:
+        LazarusError: Something differs; the message names it.
+    """
+    sums = [zlib.crc32(word.encode()) for word in words.values()]
+    own = torch.tensor(sums, dtype=torch.int64, device=device)
+    everybody = own.new_empty(len(words) * exchange.size)
+    exchange.all_gather(everybody, own, label="digest")
+    rows = everybody.cpu().view(exchange.size, len(words))
+    same = (rows == rows[0]).all(0).tolist()
+    if not all(same):
+        wrong = [name for name, equal in zip(words, same, strict=True) if not equal]
+        raise LazarusError(f"ranks disagree on {', '.join(wrong)} before RESUME")

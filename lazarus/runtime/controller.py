@@ -20,21 +20,16 @@ from typing import Any
 from lazarus import metrics
 from lazarus.control.commits import last_words
 from lazarus.control.machine import decide
-from lazarus.control.messages import (
-    Body,
+from lazarus.control.messages import Body, DriverHello, Hello, Prepare, Record, RunOver
+from lazarus.control.ports import (
     Command,
     Disconnect,
     DriverGone,
-    DriverHello,
     DriverSaid,
     Event,
     Exit,
-    Hello,
     Journal,
-    Prepare,
     Publish,
-    Record,
-    RunOver,
     StreamClosed,
     Tell,
     TellDriver,

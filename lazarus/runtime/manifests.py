@@ -14,7 +14,7 @@ from lazarus.checkpoint.manifest import LayerEntry, Manifest, WrittenFile
 from lazarus.checkpoint.retention import retain
 from lazarus.checkpoint.store import Tag, commit_manifest
 from lazarus.checkpoint.verify import newest_usable
-from lazarus.control.messages import ManifestDone, Stored, WriteManifest
+from lazarus.control.ports import ManifestDone, Stored, WriteManifest
 from lazarus.errors import LazarusError
 from lazarus.runtime.spec import ControllerSpec
 

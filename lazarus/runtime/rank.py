@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import time
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +13,8 @@ from typing import Any
 import cloudpickle
 import torch
 
-from lazarus.checkpoint.reader import CheckpointReader, read_newest_expert
-from lazarus.checkpoint.store import Tag, load_manifest
-from lazarus.checkpoint.tensors import tensors_of
+from lazarus.checkpoint.store import Tag
 from lazarus.config import TrainConfig
-from lazarus.control.healing import missing_after, without
-from lazarus.control.losses import bad_source_of
 from lazarus.control.messages import (
     Align,
     Aligned,
@@ -31,33 +25,30 @@ from lazarus.control.messages import (
     Healed,
     Prepare,
     Ready,
-    Restore,
     Resume,
-    Seat,
     Snapped,
     Vector,
 )
 from lazarus.control.vector import Lanes, StepSums, VectorLayout, decode
-from lazarus.errors import BadSourceError, CheckpointError, FencedError, LazarusError
+from lazarus.errors import BadSourceError, CheckpointError, FencedError
 from lazarus.runtime import builtin
 from lazarus.runtime.base import Base, read_base
-from lazarus.runtime.boundary import Boundary
+from lazarus.runtime.compare import require_equal
 from lazarus.runtime.context import WorkerContext
-from lazarus.runtime.evaluating import Evaluator
+from lazarus.runtime.fetching import Fetcher
 from lazarus.runtime.finals import write_share
-from lazarus.runtime.groups import Group
 from lazarus.runtime.guard import GuardedExchange
 from lazarus.runtime.hooks import Hooks
 from lazarus.runtime.inject import Observer
-from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.ledger import StepLedger
-from lazarus.runtime.reading import open_reading
-from lazarus.runtime.replica import Replica
+from lazarus.runtime.rank_groups import RankGroups
+from lazarus.runtime.refill import Refill
 from lazarus.runtime.saver import Saver
 from lazarus.runtime.sources import Seating
 from lazarus.runtime.spec import UserCode, WorkerSpec
-from lazarus.runtime.step import Batching, Step, World
-from lazarus.runtime.transfer import Feed, Piece, expert_pieces, rounds_of
+from lazarus.runtime.step import Step, World
+from lazarus.runtime.transfer import Feed
+from lazarus.runtime.workshop import Workshop
 from placement import Plan
 
 
@@ -88,8 +79,6 @@ class Rank:
         self._config = TrainConfig.from_dict(spec.config)
         self._ledger = ledger
         self._observer = observer
-        self._lock = threading.Lock()
-        self._groups: list[Group] = []
         self._pending: Pending | None = None
         self._world: World | None = None
         self._step: Step | None = None
@@ -104,12 +93,15 @@ class Rank:
             seed=self._config.run.seed,
             dtype=torch.float32 if self._config.train.precision == "fp32" else torch.bfloat16,
         )
+        self._groups = RankGroups(
+            spec, self._config, ledger=ledger, observer=observer, device=self.device
+        )
+        self._workshop = Workshop(self._config, self.user, device=self.device, observer=observer)
         self._term = 0
         self._loaded = spec.resume is None
         self.saver: Saver | None = None
-        self._behind: list[list[Piece]] = []
-        self._read: list[Snapped] = []  # versions that came from storage
-        self._load_user_code()
+        self._refill: Refill | None = None
+        self._make()
         if spec.keeper and self._config.checkpoint.every:
             self.saver = Saver(
                 self._config,
@@ -123,85 +115,25 @@ class Rank:
             )
         self._first_scalars = self._scalars()
 
-    def _load_user_code(self) -> None:
-        config, user = self._config, self.user
-        self.replica = self._make_replica()
-        data = user.data
-        opened = builtin.training_data(config) if data is None else self._opened(data)
-        self.reading = open_reading(
-            opened,
-            collate=user.collate or builtin.collate,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            num_shards=config.data.num_shards,
-            shuffle_shards=config.data.shuffle_shards,
-            prefetch_steps=builtin.prefetch_steps(config, opened),
-        )
-        self.batching = Batching(
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch_size=config.train.micro_batch_size,
-            precision=config.train.precision,
-        )
-        self._hooks = Hooks(user.hooks)
-        self._hooks.setup(self.context, self.replica.model)
-        self._boundary = Boundary(
-            self.replica,
-            evaluator=self._evaluator() if config.eval.every else None,
-            compare_every=config.recovery.compare_every,
-            hooks=self._hooks,
-        )
-
-    def _make_replica(self) -> Replica:
-        config, user = self._config, self.user
-        make_model = user.model
-        return Replica(
-            (lambda: builtin.model(config)) if make_model is None else self._own_model,
-            optimizer=user.optimizer or builtin.optimizer(config),
-            schedule=user.schedule or builtin.schedule(config),
-            clip_norm=config.optim.clip_norm,
-            seed=config.run.seed,
-            device=self.device,
-        )
-
-    def _opened(self, data: Any) -> Any:
-        return data(self.context) if callable(data) else data
-
-    def _evaluator(self) -> Evaluator:
-        config, user = self._config, self.user
-        data = user.eval_data
-        return Evaluator(
-            self.replica,
-            builtin.held_out_data(config) if data is None else self._opened(data),
-            batching=self.batching,
-            every=config.eval.every,
-            batches=config.eval.batches,
-            collate=user.collate or builtin.collate,
-            loss=user.loss or builtin.loss,
-            observer=self._observer,
-            measures=self.context.measures,
-        )
-
-    def _own_model(self) -> Any:
-        assert self.user.model is not None
-        return self.user.model(self.context)
+    def _make(self) -> None:
+        """Everything that the configuration and the user's code give."""
+        shop, context = self._workshop, self.context
+        self.replica = shop.replica(context)
+        self.reading = shop.reading(context)
+        self.batching = shop.batching
+        self._hooks = Hooks(self.user.hooks)
+        self._hooks.setup(context, self.replica.model)
+        self._boundary = shop.boundary(self.replica, self._hooks, context)
 
     # ---- orders --------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Free the training thread from whatever it waits for. Called by the control thread."""
-        with self._lock:
-            groups = list(self._groups)
-        for group in groups:
-            group.release()
+        self._groups.release()
 
     def _close_groups(self) -> None:
-        with self._lock:
-            groups, self._groups = self._groups, []
-        self._world = self._step = None
-        self._behind = []
-        for group in groups:
-            group.close()
+        self._world = self._step = self._refill = None
+        self._groups.close()
 
     def redo(self) -> None:
         """Drop the attempt: scratch goes back to what the last commit left (rule 20)."""
@@ -286,7 +218,7 @@ class Rank:
             BadSourceError: The checkpoint lacks something or is damaged.
         """
         if place == "init":
-            fresh = self._make_replica()
+            fresh = self._workshop.replica(self.context)
             return Base.of(fresh, step=0, scalars=self._first_scalars)
         try:
             return read_base(place, self.replica)
@@ -310,15 +242,14 @@ class Rank:
         """Groups, transfers into staging, comparison of digests (rules 23 and 24)."""
         self._close_groups()
         self._pending = None
-        self._read = []
         plan = Plan.from_json(order.plan)
         own = self._spec.worker
         seat = next((i for i, s in enumerate(order.seats) if s.worker == own), None)
         started = time.monotonic()
-        exchange = self._build(order.seats, order, "train") if seat is not None else None
+        exchange = self._groups.build(order.seats, order, "train") if seat is not None else None
         feeding = exchange
         if len(order.feeders) > len(order.seats):
-            feeding = self._build(order.feeders, order, "feed")
+            feeding = self._groups.build(order.feeders, order, "feed")
         assert feeding is not None
         built = time.monotonic()
         base = self._read_base(order.reload) if order.reload else None
@@ -331,8 +262,9 @@ class Rank:
             device=self.device,
         )
         feed.run()
+        fetcher = self._fetcher(order)
         if seat is not None:
-            self._fetch(order, plan, seat, feed)
+            fetcher.fetch(plan, seat, feed, entering=lambda: self._observer.enter("transfer"))
         if seat in order.dense_targets:
             self._take_over(order)
         self._boundary.agree(order.scalars)
@@ -344,105 +276,13 @@ class Rank:
             groups_s=built - started,
             transfer_s=time.monotonic() - built,
             bytes_received=feed.bytes_received,
-            restored=tuple(self._read),
+            restored=tuple(fetcher.versions),
             history=b"" if base is None else base.history.astype("<f8").tobytes(),
         )
 
-    def _fetch(self, order: Prepare, plan: Plan, seat: int, feed: Feed) -> None:
-        """Experts without a live replica: each holder fetches the one chosen copy (rule 27)."""
-        readers: dict[str, CheckpointReader] = {}
-        for restore in order.restores:
-            if restore.source == "init" or seat not in plan.ranks_of(restore.layer, restore.expert):
-                continue
-            self._observer.enter("transfer")
-            try:
-                tensors = self._tensors_from(restore, order, readers)
-            except CheckpointError as problem:  # the next attempt chooses another copy
-                place = restore.source.partition(":")[2]
-                name = bad_source_of(restore) if restore.detail else place
-                what = f"L{restore.layer}/E{restore.expert}"
-                raise BadSourceError(
-                    name=name, what=what, source=place, reason=str(problem)
-                ) from problem
-            record = self.replica.record_of(restore.layer, restore.expert, tensors)
-            feed.staged[(restore.layer, restore.expert)] = record
-            feed.bytes_received += record.numel()
-
-    def _tensors_from(
-        self, restore: Restore, order: Prepare, readers: dict[str, CheckpointReader]
-    ) -> Mapping[str, torch.Tensor]:
-        kind, _, place = restore.source.partition(":")
-        if kind == "storage" and restore.detail:
-            return self._newest_stored(restore, order, place.rpartition(" ")[0])
-        if kind == "storage":
-            if place not in readers:
-                url, _, step = place.rpartition(" ")
-                readers[place] = CheckpointReader(url, load_manifest(url, int(step)))
-            return readers[place].expert(restore.layer, restore.expert)
-        client = KeeperClient(
-            place,
-            secret=self._spec.controller.secret,
-            tag=Tag(job=self._spec.run_id, term=self._term, generation=order.generation),
-        )
-        try:
-            _, image = client.fetch(
-                layer=restore.layer,
-                expert=restore.expert,
-                generation=restore.generation,
-                step=restore.step,
-            )
-        finally:
-            client.close()
-        return tensors_of(image, where=f"L{restore.layer}/E{restore.expert} from {place}")
-
-    def _newest_stored(
-        self, restore: Restore, order: Prepare, url: str
-    ) -> Mapping[str, torch.Tensor]:
-        """From storage, passing over damaged files: the same version on every rank."""
-        lineage = [(int(g), int(b)) for g, b in json.loads(order.lineage)]
-        found = read_newest_expert(
-            url, restore.layer, restore.expert, lineage=lineage, resume_step=order.step
-        )
-        self._read.append(
-            Snapped(
-                layer=restore.layer,
-                expert=restore.expert,
-                generation=found.generation,
-                step=found.step,
-                routed=found.routed,
-            )
-        )
-        return found.tensors
-
-    def _build(self, seats: tuple[Seat, ...], order: Prepare, kind: str) -> GuardedExchange:
-        controller_port = int(self._spec.controller.address.rpartition(":")[2])
-        group = Group(generation=order.generation, skip_ports=frozenset({controller_port}))
-        with self._lock:
-            self._groups.append(group)
-        if self._ledger.fence != order.generation:
-            raise FencedError(generation=order.generation, fence=self._ledger.fence)
-        rank = next(i for i, s in enumerate(seats) if s.worker == self._spec.worker)
-        stall_s = self._config.recovery.tolerated_stall_s
-        self._observer.waiting("groups")
-        try:
-            group.build(
-                store=order.store,
-                prefix=f"{self._spec.run_id}/{order.generation}/{kind}",
-                rank=rank,
-                size=len(seats),
-                host=self._spec.host,
-                device=self.device,
-                timeout_s=30 * stall_s,
-            )
-            exchange = group.exchange(
-                shared=self.device.type == "cpu" and self._config.dispatch.transport == "auto",
-                timeout_s=30 * stall_s,
-            )
-        except RuntimeError as problem:
-            raise FencedError(generation=order.generation, fence=self._ledger.fence) from problem
-        finally:
-            self._observer.done()
-        return GuardedExchange(exchange, ledger=self._ledger, observer=self._observer)
+    def _fetcher(self, order: Prepare) -> Fetcher:
+        tag = Tag(job=self._spec.run_id, term=self._term, generation=order.generation)
+        return Fetcher(order, self.replica, secret=self._spec.controller.secret, tag=tag)
 
     def _take_over(self, order: Prepare) -> None:
         """A joiner has the dense state: make it its own."""
@@ -460,23 +300,18 @@ class Rank:
         self, order: Prepare, plan: Plan, exchange: GuardedExchange, base: Base | None
     ) -> None:
         """All-gather what must be equal on every rank; each compares."""
-        words = (
-            self._spec.run_id,
-            str(order.generation),
-            str(order.step),
-            plan.digest,
-            self.replica.dense_digest() if base is None else base.dense_digest(),
-            self.replica.history_digest() if base is None else base.history_digest(),
+        require_equal(
+            {
+                "run": self._spec.run_id,
+                "generation": str(order.generation),
+                "step": str(order.step),
+                "plan": plan.digest,
+                "dense state": (self.replica if base is None else base).dense_digest(),
+                "load history": (self.replica if base is None else base).history_digest(),
+            },
+            exchange,
+            device=self.device,
         )
-        sums = [zlib.crc32(word.encode()) for word in words]
-        own = torch.tensor(sums, dtype=torch.int64, device=self.device)
-        everybody = own.new_empty(len(words) * exchange.size)
-        exchange.all_gather(everybody, own, label="digest")
-        rows = everybody.cpu().view(exchange.size, len(words))
-        if not bool((rows == rows[0]).all()):
-            names = ("run", "generation", "step", "plan", "dense state", "load history")
-            wrong = [n for i, n in enumerate(names) if not bool((rows[:, i] == rows[0, i]).all())]
-            raise LazarusError(f"ranks disagree on {', '.join(wrong)} before RESUME")
 
     def resume(self, order: Resume) -> None:
         """Switch slots, free old ones, stand ready for the next step (rule 25)."""
@@ -493,20 +328,19 @@ class Rank:
         replica.ensure_slots(plan.expert_of_slot.shape[2])
         if self.saver is not None:
             self.saver.adapt(order)
-        self._missing = missing_after(pending.order.moves_behind)
-        pieces = expert_pieces(pending.order.moves_behind, record_bytes=replica.record_bytes)
-        self._behind = list(rounds_of(pieces))
-        self._feed = pending.feed
-        self._whole_plan = plan
-        self._whole_moves = pending.order.moves_behind
+        self._refill = Refill(pending.order, pending.plan, pending.feed, replica)
         self._exchange = exchange
         self._speeds = pending.order.speeds
-        plan = without(plan, self._missing)
+        plan = self._refill.plan
         for layer in range(len(replica.layers)):
             experts = [int(e) for e in plan.expert_of_slot[layer, exchange.rank] if e >= 0]
             replica.place(layer, experts, pending.feed.staged)
         self._seats = pending.order.seats
-        self._tell_keeper(order)
+        if self.saver is not None and self._spec.local_rank == 0:
+            lineage = [(int(g), int(b)) for g, b in json.loads(order.lineage)]
+            self.saver.tell_resumed(
+                lineage, order.step, term=self._term, generation=order.generation
+            )
         self.reading.seat(
             Seating(
                 rank=exchange.rank,
@@ -545,38 +379,16 @@ class Rank:
             hooks=self._hooks,
         )
 
-    def _heal_on(self, step: int, send: Callable[[Body], None]) -> None:
+    def _heal_on(self, refill: Refill, step: int, send: Callable[[Body], None]) -> None:
         """One round of refilling between two optimizer steps, when the tensors stand still."""
         world = self._world
         assert world is not None
-        batch = self._behind.pop(0)
-        self._feed.run_round(batch)
-        moved = frozenset((piece.layer, piece.expert, piece.target) for piece in batch)
-        self._missing -= moved
-        plan, rank = without(self._whole_plan, self._missing), world.exchange.rank
-        for layer in sorted({piece.layer for piece in batch if piece.target == rank}):
-            experts = [int(e) for e in plan.expert_of_slot[layer, rank] if e >= 0]
-            self.replica.place(layer, experts, self._feed.staged)
-        self._feed.staged.clear()
-        self._enter(plan, self._exchange, world.generation)
-        if not self._behind and rank == 0:
-            total = len(self._whole_moves) * self.replica.record_bytes
-            send(Healed(generation=world.generation, step=step, bytes_received=total))
-
-    def _tell_keeper(self, order: Resume) -> None:
-        """What the new lineage voids in this node's memory; nobody waits for it."""
-        saver = self.saver
-        if saver is None or self._spec.local_rank != 0:
-            return
-        lineage = [(int(g), int(b)) for g, b in json.loads(order.lineage)]
-        options = {"term": self._term, "generation": order.generation}
-        threading.Thread(
-            target=saver.resumed,
-            args=(lineage, order.step),
-            kwargs=options,
-            name="keeper",
-            daemon=True,
-        ).start()
+        rank = world.exchange.rank
+        refill.run_round(rank)
+        self._enter(refill.plan, self._exchange, world.generation)
+        if refill.is_over and rank == 0:
+            done = Healed(generation=world.generation, step=step, bytes_received=refill.num_bytes)
+            send(done)
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -616,8 +428,8 @@ class Rank:
 
     def after_commit(self, step: int, send: Callable[[Body], None], *, published: int) -> None:
         """What follows a commit at its boundary: a snapshot, a digest now and then."""
-        if self._behind:
-            self._heal_on(step, send)
+        if self._refill is not None and not self._refill.is_over:
+            self._heal_on(self._refill, step, send)
         world = self._world
         if self.saver is not None and world is not None:
             self.saver.after_commit(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -289,22 +290,23 @@ class Saver:
             if copy.layer >= 0
         )
 
-    def resumed(
+    def tell_resumed(
         self, lineage: Sequence[tuple[int, int]], step: int, *, term: int, generation: int
     ) -> None:
-        """Tell the keeper what the newest RESUME voids."""
+        """Tell the keeper what the newest RESUME voids in its memory; nobody waits for it."""
         client = KeeperClient(
             self._keeper,
             secret=self._secret,
             tag=Tag(job=self._job, term=term, generation=generation),
             timeout_s=1.0,
         )
-        try:
-            client.tell(lineage=lineage, resume_step=step)
-        except CheckpointError:
-            return  # a dead keeper holds nothing that could be wrong
-        finally:
-            client.close()
+
+        def tell() -> None:
+            # A dead keeper holds nothing that could be wrong.
+            with closing(client), suppress(CheckpointError):
+                client.tell(lineage=lineage, resume_step=step)
+
+        threading.Thread(target=tell, name="keeper", daemon=True).start()
 
     def close(self) -> None:
         self._snapshotter.close()

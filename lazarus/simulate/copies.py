@@ -9,7 +9,8 @@ import numpy as np
 
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.checkpoint.schedule import ScheduleConfig, ScheduleState, select_experts
-from lazarus.control.messages import Snapped, Stored
+from lazarus.control.messages import Snapped
+from lazarus.control.ports import Stored
 from lazarus.simulate.loads import Floats
 from placement import Plan
 

@@ -24,20 +24,15 @@ from lazarus.control.messages import (
     Fence,
     Heartbeat,
     Hello,
-    Journal,
     LeaveRequest,
     Paused,
-    Publish,
     Ready,
     Report,
-    StreamClosed,
     Suspicion,
-    TellAll,
-    Tick,
     UserError,
     Vector,
-    WorkerSaid,
 )
+from lazarus.control.ports import Journal, Publish, StreamClosed, TellAll, Tick, WorkerSaid
 from lazarus.control.state import Control, Phase
 from lazarus.runtime.ledger import StepLedger
 

@@ -22,8 +22,8 @@ from lazarus.control.messages import (
     Report,
     Suspicion,
     Vector,
-    WorkerSaid,
 )
+from lazarus.control.ports import WorkerSaid
 from lazarus.control.recovery import slots_for
 from lazarus.control.state import ControlConfig, Phase
 from lazarus.control.vector import advance_history, start_history

@@ -9,7 +9,7 @@ from control_play import config_of
 from control_world import World
 
 from lazarus.control import machine
-from lazarus.control.messages import Publish, Tick
+from lazarus.control.ports import Publish, Tick
 from lazarus.control.state import Phase
 
 

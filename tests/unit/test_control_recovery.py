@@ -9,20 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.messages import (
-    Aligned,
-    DriverHello,
-    Fence,
-    Held,
-    Report,
-    Seat,
-    Tell,
-    TellAll,
-    TellDriver,
-    Vector,
-    each,
-)
+from lazarus.control.messages import Aligned, DriverHello, Fence, Held, Report, Seat, Vector
 from lazarus.control.planning import plan_for
+from lazarus.control.ports import Tell, TellAll, TellDriver, each
 from lazarus.control.recovery import (
     Verdict,
     aligned_alike,

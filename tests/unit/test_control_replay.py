@@ -7,7 +7,8 @@ from control_play import play
 from control_world import World
 
 from lazarus.control import machine
-from lazarus.control.messages import Fence, Fenced, Hello, Tell, Tick, Welcome, WorkerSaid
+from lazarus.control.messages import Fence, Fenced, Hello, Welcome
+from lazarus.control.ports import Tell, Tick, WorkerSaid
 from lazarus.control.replay import missing_commits, resumed_state
 from lazarus.control.state import Control, Phase
 

@@ -11,16 +11,8 @@ from lazarus.checkpoint.adaptive import SaveSettings
 from lazarus.control import saves
 from lazarus.control.adapting import WANTED
 from lazarus.control.losses import bad_source_of, place_of_checkpoint
-from lazarus.control.messages import (
-    Journal,
-    Pause,
-    Paused,
-    Prepare,
-    Resume,
-    Snapped,
-    Suspicion,
-    WriteManifest,
-)
+from lazarus.control.messages import Pause, Paused, Prepare, Resume, Snapped, Suspicion
+from lazarus.control.ports import Journal, WriteManifest
 from lazarus.control.replay import resumed_state
 from lazarus.control.state import Phase
 

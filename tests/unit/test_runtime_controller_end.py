@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 
 from lazarus.control import commits
-from lazarus.control.messages import Body, DriverHello, Journal, Record, RunOver
+from lazarus.control.messages import Body, DriverHello, Record, RunOver
+from lazarus.control.ports import Journal
 from lazarus.control.replay import initial_state
 from lazarus.control.state import ControlConfig
 from lazarus.runtime.controller import open_controller

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from lazarus.control.exactly_once import ids_of_step, ledger_event, num_samples_in
 from lazarus.control.machine import decide
 from lazarus.control.measures import measures_of, with_measures
-from lazarus.control.messages import Evaluated, Journal, Odd, Publish, Vector, WorkerSaid
+from lazarus.control.messages import Evaluated, Odd, Vector
+from lazarus.control.ports import Journal, Publish, WorkerSaid
 from lazarus.control.state import Control, ControlConfig, Node, Phase, Worker
 from lazarus.control.vector import VectorLayout, contribution, decode, sample_hash
 from lazarus.errors import BrokenInvariantError

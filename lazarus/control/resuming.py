@@ -1,0 +1,176 @@
+"""The last step of a reconfiguration: all ranks are ready, RESUME (rules 24 and 25). PURE."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.control import adapting, saves
+from lazarus.control.losses import bill_restores, over_budget, plt_of, restored_entry
+from lazarus.control.messages import Depart, Ready, Resume
+from lazarus.control.planning import adoption
+from lazarus.control.ports import Command, Journal, Publish, TellAll
+from lazarus.control.state import Control, Phase, Transition
+from lazarus.control.timeline import mark_resume
+from lazarus.control.transition import hold, lineage_text, workers_of
+from placement import Plan
+
+Result = tuple[Control, tuple[Command, ...]]
+
+
+def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result:
+    """One rank is healed and grouped; with the last of them RESUME (rule 25)."""
+    transition = state.transition
+    if (
+        state.phase is not Phase.PREPARING
+        or transition is None
+        or body.generation != transition.generation
+    ):
+        return replace(state, stale=state.stale + 1), ()
+    plan = transition.plan
+    assert plan is not None
+    if body.plan_digest != plan.digest:
+        return hold(state, reason=f"plan digest differs on {worker}", at_s=at_s, broken=True)
+    transition = replace(transition, ready={**transition.ready, worker: body})
+    state = replace(state, transition=transition)
+    missing = len(transition.ready) < len(transition.feeders)
+    if missing or not all(seat.worker in transition.ready for seat in transition.feeders):
+        return state, ()
+    return _resume(state, transition, plan, at_s=at_s)
+
+
+def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
+    nodes = transition.next_nodes
+    seats = tuple([seat.worker for seat in transition.seats])
+    entry = _entry(state, transition, plan)
+    if transition.rollback:
+        state = replace(state, history=_reloaded_history(state, transition))
+        entry["history"] = base64.b64encode(state.history.astype("<f8").tobytes()).decode()
+    state = mark_resume(state, transition, at_s=at_s)
+    adapted = adapting.at_resume(state, plan)
+    entry["adapted"] = [] if adapted is None else list(astuple(adapted))
+    before = state.adapted
+    lineage = (*state.lineage, (transition.generation, transition.step))
+    first, held = not state.resumed, bool(state.hold_reason)
+    departed = workers_of(state, transition.leavers)
+    bills, state = bill_restores(state, transition, at_s=at_s)
+    double = bool(bills) and over_budget(state)
+    if double:
+        state = replace(state, plt_spent=plt_of(state))
+    state = replace(
+        state,
+        phase=Phase.RUNNING,
+        phase_s=at_s,
+        resumed=transition.generation,
+        step=transition.step if transition.rollback else max(state.step, transition.step),
+        saves=saves.after_resume(state, lineage),
+        past_seats=saves.seats_remembered(state),
+        ordered=min(state.ordered, transition.step),
+        members=nodes,
+        seats=seats,
+        seat_nodes=tuple([seat.node for seat in transition.seats]),
+        rolled=(transition.generation, transition.step) if transition.rollback else state.rolled,
+        speeds=_weights(state, nodes),
+        wants="",
+        streaks={},
+        plan=plan,
+        base_plan=plan if state.base_plan is None else state.base_plan,
+        lineage=lineage,
+        adapted=adapted,
+        known={},
+        newest=None if transition.rollback else state.newest,
+        transition=None,
+        hold_reason="",
+        nodes={n: node for n, node in state.nodes.items() if n not in transition.leavers},
+        workers={w: known for w, known in state.workers.items() if w not in departed},
+    )
+    order = Resume(
+        generation=transition.generation,
+        step=transition.step,
+        plan_digest=plan.digest,
+        lineage=lineage_text(lineage),
+        double_k=double,
+        save_all=saves.none_stands(state),
+        **({} if adapted is None else asdict(adapted)),
+    )
+    told = [TellAll(workers=seats, body=order)]
+    if departed:
+        told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
+    events = _resume_events(state, transition, plan, first=first, held=held, at_s=at_s)
+    events += adapting.adapted_events(state, before, at_s=at_s)
+    return state, (Journal(entry=entry), *told, *events, *bills)
+
+
+def _entry(state: Control, transition: Transition, plan: Plan) -> dict[str, Any]:
+    """What the journal keeps of a RESUME."""
+    nodes = transition.next_nodes
+    return {
+        "kind": "resume",
+        "term": state.term,
+        "generation": transition.generation,
+        "step": transition.step,
+        "nodes": list(nodes),
+        "seats": [seat.worker for seat in transition.seats],
+        "seat_nodes": [seat.node for seat in transition.seats],
+        "speeds": [[n, w] for n, w in sorted(_weights(state, nodes).items())],
+        "plan": plan.to_dict(),
+        "shape": list(state.shape),
+        "record_bytes": list(state.record_bytes),
+        "restores": [restored_entry(restore) for restore in transition.restores],
+        "rollback": transition.rollback,
+        "top_k": state.top_k,
+        "num_samples": state.num_samples,
+    }
+
+
+def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
+    """Share weights below 1 of the nodes that stay."""
+    found = [(node, state.next_speeds[node]) for node in nodes if node in state.next_speeds]
+    return {node: weight for node, weight in found if weight < 1.0}
+
+
+def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.float64]:
+    """The load history that every rank read with the checkpoint."""
+    body = next(iter(transition.ready.values()))
+    return np.frombuffer(body.history, dtype="<f8").reshape((3, *state.shape))
+
+
+def _resume_events(
+    state: Control, transition: Transition, plan: Plan, *, first: bool, held: bool, at_s: float
+) -> tuple[Publish, ...]:
+    generation, events = transition.generation, []
+    fields: Mapping[str, Any]
+    if held:
+        fields = {"generation": generation, "nodes": list(state.members)}
+        events.append(Publish(t=at_s, event="quorum_regained", fields=fields))
+    if first:
+        fields = {
+            "schema": 1,
+            "num_nodes": len(state.members),
+            "world_size": len(state.seats),
+            "steps": state.config.steps,
+            "start_step": transition.step,
+            "nodes": list(state.members),
+            "num_layers": state.shape[0],
+            "num_experts": state.shape[1],
+            "top_k": state.top_k,
+        }
+        fields = {"generation": generation, **fields}
+        events.append(Publish(t=at_s, event="run_started", fields=fields))
+        if state.config.resume:
+            fields = {**fields, "checkpoint": state.config.resume}
+            events.append(Publish(t=at_s, event="run_resumed", fields=fields))
+    for node in transition.joiners:
+        events.append(
+            Publish(t=at_s, event="node_joined", fields={"generation": generation, "node": node})
+        )
+    for node in transition.leavers:
+        events.append(
+            Publish(t=at_s, event="node_left", fields={"generation": generation, "node": node})
+        )
+    return (*events, *adoption(state, transition, plan, at_s=at_s))

@@ -1,0 +1,89 @@
+"""What a rank makes of the configuration and of the user's code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lazarus.config import TrainConfig
+from lazarus.runtime import builtin
+from lazarus.runtime.boundary import Boundary
+from lazarus.runtime.context import WorkerContext
+from lazarus.runtime.evaluating import Evaluator
+from lazarus.runtime.hooks import Hooks
+from lazarus.runtime.inject import Observer
+from lazarus.runtime.reading import Reading, open_reading
+from lazarus.runtime.replica import Replica
+from lazarus.runtime.spec import UserCode
+from lazarus.runtime.step import Batching
+
+
+class Workshop:
+    """Makes a rank's parts; the user's functions get ``context``, as it is at that moment."""
+
+    def __init__(
+        self, config: TrainConfig, user: UserCode, *, device: torch.device, observer: Observer
+    ) -> None:
+        self._config, self._user = config, user
+        self._device, self._observer = device, observer
+        self.batching = Batching(
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            micro_batch_size=config.train.micro_batch_size,
+            precision=config.train.precision,
+        )
+
+    def replica(self, context: WorkerContext) -> Replica:
+        """The state of the first step."""
+        config, make = self._config, self._user.model
+        return Replica(
+            (lambda: builtin.model(config)) if make is None else (lambda: make(context)),
+            optimizer=self._user.optimizer or builtin.optimizer(config),
+            schedule=self._user.schedule or builtin.schedule(config),
+            clip_norm=config.optim.clip_norm,
+            seed=config.run.seed,
+            device=self._device,
+        )
+
+    def reading(self, context: WorkerContext) -> Reading:
+        """The training data, at the beginning."""
+        config, data = self._config, self._user.data
+        opened = builtin.training_data(config) if data is None else _opened(data, context)
+        return open_reading(
+            opened,
+            collate=self._user.collate or builtin.collate,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            num_shards=config.data.num_shards,
+            shuffle_shards=config.data.shuffle_shards,
+            prefetch_steps=builtin.prefetch_steps(config, opened),
+        )
+
+    def boundary(self, replica: Replica, hooks: Hooks, context: WorkerContext) -> Boundary:
+        """What happens between two steps."""
+        return Boundary(
+            replica,
+            evaluator=self._evaluator(replica, context) if self._config.eval.every else None,
+            compare_every=self._config.recovery.compare_every,
+            hooks=hooks,
+        )
+
+    def _evaluator(self, replica: Replica, context: WorkerContext) -> Evaluator:
+        config, user = self._config, self._user
+        data = user.eval_data
+        return Evaluator(
+            replica,
+            builtin.held_out_data(config) if data is None else _opened(data, context),
+            batching=self.batching,
+            every=config.eval.every,
+            batches=config.eval.batches,
+            collate=user.collate or builtin.collate,
+            loss=user.loss or builtin.loss,
+            observer=self._observer,
+            measures=context.measures,
+        )
+
+
+def _opened(data: Any, context: WorkerContext) -> Any:
+    return data(context) if callable(data) else data
