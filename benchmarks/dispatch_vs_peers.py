@@ -63,18 +63,24 @@ def contenders(setting: Setting, exchange: Exchange, who: str) -> list[Contender
         setting: The shape.
         exchange: The ranks, over gloo.
         who: "all"; "few": ours and DeepSpeed; "ours": ours and what its parts cost.
+
+    A router of its own sends nearly everything to one expert for some of its first steps: there
+    ours spreads what pays (``dispatch.mode = "balanced"``). Elsewhere it keeps to home replicas.
     """
     near = within_machine(exchange)
-    out: list[Contender] = [Ours("ours", setting, near)]
+    mode = "balanced" if setting.own else "home"
+    out: list[Contender] = [Ours("ours", setting, near, mode=mode)]
     if HAS_DEEPSPEED and who != "ours":
         join_default_group(exchange)
         out.append(DeepSpeed("deepspeed 1.25", setting, exchange, drop=True))
         out.append(DeepSpeed("deepspeed no-drop", setting, exchange, drop=False))
     if who != "few":
-        out.append(Ours("ours r=1", setting, near, replicas=1))
-        out.append(Ours("ours no commit", setting, near, commit=False))
+        out.append(Ours("ours r=1", setting, near, replicas=1, mode=mode))
+        out.append(Ours("ours no commit", setting, near, commit=False, mode=mode))
     if who == "all":
-        out.append(Ours("ours over gloo", setting, exchange))
+        out.append(Ours("ours over gloo", setting, exchange, mode=mode))
+        if setting.own:
+            out.append(Ours("ours at home", setting, near))
         out.append(Plain("plain all-to-all", setting, exchange))
         out.append(Dense("dense twin", setting, exchange))
     return out
@@ -224,9 +230,7 @@ def _load_of(row: dict[str, Any], name: str) -> str:
 
 def floor_ms(setting: Setting, steps: int) -> float:
     """The dense twin on all ranks' tokens in one process that has every core, ms a step."""
-    whole = Setting(
-        1, setting.experts, setting.top_k, setting.moe_every, setting.batch * setting.ranks
-    )
+    whole = replace(setting, ranks=1, batch=setting.batch * setting.ranks)
     result = run_processes(_floor, size=1, args=(whole, steps), threads=os.cpu_count() or 1)
     return 1e3 * float(result[0])
 
