@@ -1,11 +1,12 @@
 """Does the simulator say what real runs do? Goodput and recovery time of five runs, predicted.
 
-    python benchmarks/simulator_vs_real.py [--quick] [--json FILE] [--keep DIR]
+    python benchmarks/simulator_vs_real.py [--quick] [--rounds N] [--json FILE] [--keep DIR]
 
-Five real runs of different sizes and schedules. Each is predicted with a cost model calibrated from
-the other four (``lazarus calibrate``), given only its size and the moments of its faults. On a
-machine that others use too, step times differ from run to run; the second pair of columns therefore
-takes the step times from the run itself and everything else from the other four.
+Five real runs of different sizes and schedules, in rounds. Each is predicted with a cost model
+calibrated from the other four (``lazarus calibrate``), given only its size and the moments of its
+faults; figures are medians over the rounds. A machine that others use too is faster in one run than
+in the next; the second pair of columns therefore takes the step times from the run itself, and
+everything else from the other four at the pace that those step times show.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lazarus.events import read_events
+from lazarus.events import Event, read_events
 from lazarus.simulate.calibrate import as_setting, calibrated, measured
+from lazarus.simulate.costs import Costs
 from lazarus.simulate.policies import run_one
-from lazarus.simulate.rows import FleetPolicy
+from lazarus.simulate.rows import FleetPolicy, Row
+
+Record = Sequence[Event]
 
 MODEL = (
     "cluster.launcher=process", "metrics.progress=off", "model.layers=4", "model.dim=64",
@@ -71,30 +75,43 @@ def train(folder: Path, nodes: int, steps: int, faults: Sequence[str]) -> None:
     )
 
 
-def predict(records: dict[str, list[Any]], name: str) -> dict[str, Any]:
-    """One run beside its predictions."""
-    events = records[name]
-    others = calibrated([record for other, record in records.items() if other != name])
-    own = calibrated([events])
-    known = {n for n, _ in own.step_table_s}
-    table = (*own.step_table_s, *(p for p in others.step_table_s if p[0] not in known))
-    real = measured(events)
+def pace(own: Costs, others: Costs) -> float:
+    """How much longer steps of the same sizes took than in the other runs; 1 without such."""
+    theirs = dict(others.step_table_s)
+    ratios = [seconds / theirs[nodes] for nodes, seconds in own.step_table_s if nodes in theirs]
+    return statistics.median(ratios) if ratios else 1.0
+
+
+def predict(records: Mapping[str, Sequence[Record]], name: str) -> dict[str, Any]:
+    """One case beside its predictions: medians over its rounds."""
+    mine = records[name]
+    others = calibrated([one for case, rounds in records.items() if case != name for one in rounds])
+    guesses: dict[str, list[Row]] = {"others": [], "own_steps": []}
+    for events in mine:
+        own = calibrated([events])
+        paced = others.at_pace(pace(own, others))
+        known = {nodes for nodes, _ in own.step_table_s}
+        steps = (*own.step_table_s, *(p for p in paced.step_table_s if p[0] not in known))
+        for label, costs in (("others", others), ("own_steps", paced.with_steps(steps))):
+            setting = as_setting(events, costs, name=name)
+            guesses[label].append(run_one(setting, FleetPolicy(name="lazarus"), seed=0))
+    real = [measured(events) for events in mine]
+    goodput = statistics.median(one.goodput_tokens_per_s for one in real)
+    recovery_s = statistics.median(one.recovery_median_s for one in real)
     row: dict[str, Any] = {
         "run": name,
-        "recoveries": real.recoveries,
-        "goodput": real.goodput_tokens_per_s,
-        "recovery_s": real.recovery_median_s,
+        "rounds": len(real),
+        "recoveries": sum(one.recoveries for one in real),
+        "goodput": goodput,
+        "goodputs": [one.goodput_tokens_per_s for one in real],
+        "recovery_s": recovery_s,
+        "recoveries_s": [one.recovery_median_s for one in real],
     }
-    for label, costs in (
-        ("others", others),
-        ("own_steps", others.with_steps(table)),
-    ):
-        said = run_one(as_setting(events, costs, name=name), FleetPolicy(name="lazarus"), seed=0)
-        row[f"goodput_{label}"] = said.goodput_tokens_per_s
-        row[f"recovery_s_{label}"] = said.recovery_median_s
-        row[f"goodput_error_{label}"] = said.goodput_tokens_per_s / real.goodput_tokens_per_s - 1
-        if real.recovery_median_s:
-            row[f"recovery_error_{label}"] = said.recovery_median_s / real.recovery_median_s - 1
+    for label, said in guesses.items():
+        row[f"goodput_{label}"] = statistics.median(r.goodput_tokens_per_s for r in said)
+        row[f"recovery_s_{label}"] = statistics.median(r.recovery_median_s for r in said)
+        row[f"goodput_error_{label}"] = row[f"goodput_{label}"] / goodput - 1
+        row[f"recovery_error_{label}"] = row[f"recovery_s_{label}"] / recovery_s - 1
     return row
 
 
@@ -102,20 +119,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="only the first three runs")
+    parser.add_argument("--quick", action="store_true", help="only three cases, one round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all cases (default: 3)")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--keep", metavar="DIR", help="where the runs stay; reused if there")
     args = parser.parse_args()
-    records: dict[str, list[Any]] = {}
+    cases = CASES[: 3 if args.quick else None]
+    records: dict[str, list[Record]] = {name: [] for name, *_ in cases}
     with tempfile.TemporaryDirectory(prefix="simulated-") as scratch:
-        home = Path(args.keep or scratch)
-        home.mkdir(parents=True, exist_ok=True)
-        for index, (name, nodes, steps, faults) in enumerate(CASES[: 3 if args.quick else None]):
-            folder = home / f"run{index}"
-            if not (folder / "events.jsonl").exists():
-                print(f"running {name} ...", file=sys.stderr, flush=True)
-                train(folder, nodes, steps, faults)
-            records[name] = read_events(folder)
+        for number in range(1 if args.quick else args.rounds):
+            home = Path(args.keep or scratch) / f"round{number}"
+            home.mkdir(parents=True, exist_ok=True)
+            for index, (name, nodes, steps, faults) in enumerate(cases):
+                folder = home / f"run{index}"
+                if not (folder / "events.jsonl").exists():
+                    print(f"round {number}: {name} ...", file=sys.stderr, flush=True)
+                    train(folder, nodes, steps, faults)
+                records[name].append(read_events(folder))
     rows = [predict(records, name) for name in records]
     print(table(rows))
     if args.json:

@@ -13,14 +13,14 @@ from typing import Any
 
 from lazarus import runs
 from lazarus.errors import ConfigError
-from lazarus.format import count_text, seconds_text
-from lazarus.simulate import loads
+from lazarus.simulate import findings, loads
 from lazarus.simulate.costs import PROFILES, Costs, read_profile
 from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
+from lazarus.simulate.peers import PeerPolicy
 from lazarus.simulate.policies import policy_named, run_one
 from lazarus.simulate.rows import Row, Setting
 from lazarus.simulate.scenarios import SCENARIOS, Files, check_claims, scenario_named
-from lazarus.simulate.shapes import shape_named
+from lazarus.simulate.shapes import Shape, shape_named
 from lazarus.simulate.tables import TABLES
 from lazarus.simulate.traces import read_trace, segment
 
@@ -36,9 +36,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("scenario", nargs="?", help=f"{', '.join([*SCENARIOS, *TABLES])}; or options")
     add("--shape", default="gpt-l", help="model shape (default: gpt-l)")
     add("--profile", default="h200-8x400g", help="costs: a name, or a file of lazarus calibrate")
-    add("--nodes", type=int, default=16, help="nodes at the start (default: 16)")
+    add("--nodes", type=int, nargs="+", default=[16],
+        help="nodes at the start (default: 16); several are compared")  # fmt: skip
     add("--slots", type=int, nargs="+", help="slots per node and layer; several are compared")
     add("--min-replicas", type=int, nargs="+", default=[2], help="floors; several are compared")
+    add("--memory", type=float, help="GB of a node for training state: slots that fit are compared")
+    add("--price", type=float, help="of a node and hour: adds what a billion tokens cost")
     add("--load", default="zipf:0.5", help="uniform, zipf:S, or an .npz file [T, L, E]")
     add("--mtbf", help="mean time between failures of one node, such as 12h")
     add("--period", help="one failure every so often, such as 5min, until half are left")
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         settings = _settings(args)
         policies = (args.policies or _POLICIES).split(",")
         seeds = range(args.seeds or 1)
-    rows = _run_all(settings, policies, seeds)
+    rows = _run_all(settings, policies, seeds, once=scenario is None)
     claims = check_claims(scenario, rows) if scenario else []
     if args.plot:
         from lazarus.report.simulated import write_plot
@@ -85,13 +88,14 @@ def run(args: argparse.Namespace) -> int:
             {
                 "schema": 1,
                 "rows": [row.to_dict() for row in rows],
+                "findings": findings.findings(rows, price=args.price),
                 "published": claims,
                 "assumptions": _assumptions(settings),
                 "wall_s": round(time.monotonic() - started, 3),
             }
         )
     else:
-        _print(settings, rows, claims)
+        _print(settings, rows, claims, price=args.price)
     return 0
 
 
@@ -109,14 +113,23 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_all(settings: list[Setting], policies: Sequence[str], seeds: Sequence[int]) -> list[Row]:
-    """Every part, policy and seed; says how far it is when it takes longer than two seconds."""
-    jobs = [
-        (setting, policy_named(policy, setting), seed)
-        for setting in settings
-        for policy in policies
-        for seed in seeds
-    ]
+def _run_all(
+    settings: list[Setting], policies: Sequence[str], seeds: Sequence[int], *, once: bool
+) -> list[Row]:
+    """Every part, policy and seed; says how far it is when it takes longer than two seconds.
+
+    Args:
+        once: Run a model of a peer once for settings that differ only in what it does not know.
+    """
+    jobs, known = [], set()
+    for setting in settings:
+        for policy in (policy_named(name, setting) for name in policies):
+            if once and isinstance(policy, PeerPolicy):  # knows neither slots nor floors
+                same = replace(setting, name="", slots_per_node=1, min_replicas=1).digest()
+                if (policy, same) in known:
+                    continue
+                known.add((policy, same))
+            jobs += [(setting, policy, seed) for seed in seeds]
     rows, said_s = [], time.monotonic()
     # Large fleets make millions of small frozen objects and no cycles: look for those less often.
     gc.set_threshold(200_000, 50, 50)
@@ -138,36 +151,62 @@ def _files(args: argparse.Namespace) -> Files:
 def _settings(args: argparse.Namespace) -> list[Setting]:
     _check(args)
     shape, costs = shape_named(args.shape), read_profile(args.profile)
-    faults, nodes = _faults(args)
-    for slots in args.slots or ():
-        if slots * nodes < shape.experts:
-            raise ConfigError(
-                f"{nodes} nodes x {slots} slots = {slots * nodes} < {shape.experts} experts of "
-                f"{shape.name}; use --slots {-(-shape.experts // nodes)} or more nodes"
-            )
+    settings = []
+    for most in args.nodes:
+        faults, nodes = _faults(args, most)
+        slots = _slots(args, shape, nodes)
+        layers = args.layers or _placed_layers(shape.moe_layers * shape.experts * nodes, nodes)
+        layers = min(layers, shape.moe_layers)
+        base = Setting(
+            name="",
+            shape=shape,
+            costs=costs,
+            load=_load(args.load, layers, shape.experts),
+            faults=faults,
+            num_nodes=nodes,
+            slots_per_node=slots[0],
+            horizon_s=args.hours * 3600.0,
+            tokens_per_step=args.tokens_per_node * nodes,
+            group=args.group or max(1, min(nodes, -(-shape.experts // slots[0]))),
+            placed_layers=layers,
+        )
+        settings += [
+            replace(base, name=f"{shape.name} x {nodes}, {s} slots, floor {f}", slots_per_node=s,
+                    min_replicas=f)
+            for s in slots
+            for f in args.min_replicas
+        ]  # fmt: skip
+    return settings
+
+
+def _slots(args: argparse.Namespace, shape: Shape, nodes: int) -> list[int]:
+    """Slots to compare: those given, or enough for the floors; no more than the memory holds.
+
+    Raises:
+        ConfigError: They are too few for all experts.
+    """
     fewest = -(-shape.experts // nodes)
-    slots = args.slots or [max(2 * fewest, -(-2 * shape.experts // max(1, nodes - 2)))]
-    layers = args.layers or _placed_layers(shape.moe_layers * shape.experts * nodes, nodes)
-    layers = min(layers, shape.moe_layers)
-    base = Setting(
-        name="",
-        shape=shape,
-        costs=costs,
-        load=_load(args.load, layers, shape.experts),
-        faults=faults,
-        num_nodes=nodes,
-        slots_per_node=slots[0],
-        horizon_s=args.hours * 3600.0,
-        tokens_per_step=args.tokens_per_node * nodes,
-        group=args.group or max(1, min(nodes, -(-shape.experts // slots[0]))),
-        placed_layers=layers,
-    )
-    return [
-        replace(base, name=f"{shape.name} x {nodes}, {s} slots, floor {f}", slots_per_node=s,
-                min_replicas=f)
-        for s in slots
-        for f in args.min_replicas
-    ]  # fmt: skip
+    left = max(1, nodes - 2)
+    slots: list[int] = args.slots or [max(2 * fewest, -(-2 * shape.experts // left))]
+    if args.memory is not None:
+        room = args.memory * 1e9 - shape.dense_bytes
+        fit = int(room // (shape.moe_layers * shape.expert_bytes))
+        if fit < fewest:
+            need = (shape.dense_bytes + fewest * shape.moe_layers * shape.expert_bytes) / 1e9
+            raise ConfigError(
+                f"--memory {args.memory:g} GB is too little for {shape.experts} experts of "
+                f"{shape.name} on {nodes} nodes: {need:,.0f} GB a node hold each expert once"
+            )
+        wanted = [-(-shape.experts * min(f, left) // left) for f in args.min_replicas]
+        slots = args.slots or sorted({*wanted, fit, (fewest + fit + 1) // 2})
+        slots = [s for s in slots if s <= min(fit, shape.experts)] or [min(fit, shape.experts)]
+    for given in slots:
+        if given * nodes < shape.experts:
+            raise ConfigError(
+                f"{nodes} nodes x {given} slots = {given * nodes} < {shape.experts} experts of "
+                f"{shape.name}; use --slots {fewest} or more nodes"
+            )
+    return slots
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -185,6 +224,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be a finite number > 0")
+    for name in ("memory", "price"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} {value} must be a finite number > 0")
     if args.zones < 0:
         raise ConfigError(f"--zones {args.zones} must be a whole number >= 0")
 
@@ -204,17 +247,17 @@ def _load(text: str, layers: int, experts: int) -> loads.LoadTrace:
     return loads.fitted(loads.load_loads(text), num_layers=layers, num_experts=experts)
 
 
-def _faults(args: argparse.Namespace) -> tuple[FaultSource, int]:
+def _faults(args: argparse.Namespace, nodes: int) -> tuple[FaultSource, int]:
     given = [name for name in ("mtbf", "period", "trace") if getattr(args, name)]
     if len(given) > 1:
         raise ConfigError(f"give one of --mtbf, --period and --trace, not {len(given)}")
     if args.trace:
         trace = read_trace(args.trace, time_scale=args.time_scale)
-        part = segment(trace, start_s=0, length_s=args.hours * 3600, most_nodes=args.nodes)
+        part = segment(trace, start_s=0, length_s=args.hours * 3600, most_nodes=nodes)
         source = FromTrace(trace=part)
         return source, max(1, len(source.start))
     if args.period:
-        return Periodic(every_s=_seconds(args.period), until=-(-args.nodes // 2)), args.nodes
+        return Periodic(every_s=_seconds(args.period), until=-(-nodes // 2)), nodes
     never = args.replace_after == "never"
     source_ = Poisson(
         node_mtbf_s=_seconds(args.mtbf or "30d"),
@@ -222,7 +265,7 @@ def _faults(args: argparse.Namespace) -> tuple[FaultSource, int]:
         zones=args.zones,
         zone_mtbf_s=_seconds(args.zone_mtbf) if args.zone_mtbf else float("inf"),
     )
-    return source_, args.nodes
+    return source_, nodes
 
 
 def _number(text: str, option: str) -> float:
@@ -253,15 +296,16 @@ def _assumptions(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     ]
 
 
-def _print(settings: Sequence[Setting], rows: Sequence[Row], claims: list[dict[str, Any]]) -> None:
-    print(f"{'scenario':28} {'policy':14} {'tok/s':>8} {'ETTR':>6} {'lost':>6} {'rec. s':>7} "
-          f"{'step s':>7} {'PLT %':>6}  stalls")  # fmt: skip
-    for row in rows:
-        stalls = "  ".join(f"{k} {seconds_text(v)}" for k, v in row.stall_s.items() if v >= 0.5)
-        print(f"{row.scenario[:28]:28} {row.policy[:14]:14} "
-              f"{count_text(row.goodput_tokens_per_s):>8} {row.ettr:6.3f} {row.steps_lost:6d} "
-              f"{row.recovery_median_s:7.2f} {row.step_s_at_start:7.3f} {row.plt * 100:6.2f}  "
-              f"{stalls}")  # fmt: skip
+def _print(
+    settings: Sequence[Setting],
+    rows: Sequence[Row],
+    claims: list[dict[str, Any]],
+    *,
+    price: float | None,
+) -> None:
+    print("\n".join(findings.table(rows, price=price)))
+    if not claims:
+        print("\n".join(findings.findings(rows, price=price)))
     for claim in claims:
         mark = "reached" if claim["reached"] else f"SHORT: {claim['why_short']}"
         print(f"published {claim['part']}: {claim['what']} {claim['published']} | ours "

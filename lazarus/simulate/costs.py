@@ -20,6 +20,12 @@ from lazarus.simulate.loads import Floats
 from lazarus.simulate.shapes import Shape
 from placement import Plan
 
+# What a change of members takes, apart from bytes on a wire.
+_CHANGES = (
+    "detect_s", "release_s", "release_per_node_s", "align_s", "align_per_node_s", "groups_s",
+    "groups_per_node_s", "plan_s", "transfer_fixed_s", "warmup_s", "warmup_per_node_s",
+)  # fmt: skip
+
 
 def _assume(default: Any, unit: str, why: str) -> Any:
     return field(default=default, metadata={"unit": unit, "why": why})
@@ -75,6 +81,12 @@ class Costs:
     def with_steps(self, table: tuple[tuple[int, float], ...]) -> Costs:
         """The same profile with other measured steps."""
         return replace(self, step_table_s=tuple(sorted(table)))
+
+    def at_pace(self, factor: float) -> Costs:
+        """The same profile on a machine whose steps and changes take ``factor`` times as long."""
+        slower = {name: factor * getattr(self, name) for name in _CHANGES}
+        table = tuple((nodes, factor * seconds) for nodes, seconds in self.step_table_s)
+        return self.changed(slower).with_steps(table)
 
     def assumptions(self) -> list[dict[str, Any]]:
         """Every figure with unit and reason, for printing beside results."""

@@ -124,6 +124,17 @@ def fleet_of(source: FaultSource, num_nodes: int) -> tuple[str, ...]:
     return source.start if isinstance(source, FromTrace) else names(num_nodes)
 
 
+def node_hours(source: FaultSource, *, num_nodes: int, length_s: float, seed: int) -> float:
+    """Hours that nodes are there, summed over all of them: what a fleet is paid for."""
+    fleet = fleet_of(source, num_nodes)
+    live, since_s, total_s = set(fleet), 0.0, 0.0
+    for event in source.events(num_nodes=len(fleet), horizon_s=length_s, seed=seed):
+        total_s += len(live) * (event.at_s - since_s)
+        since_s = event.at_s
+        (live.update if event.kind == "add" else live.difference_update)(event.nodes)
+    return (total_s + len(live) * (length_s - since_s)) / 3600.0
+
+
 def live_after(fleet: Sequence[str], events: Sequence[FleetEvent], at_s: float) -> set[str]:
     """Who is there after the events up to a moment."""
     live = set(fleet)

@@ -91,7 +91,7 @@ class VirtualRun:
         return self.tally.row(
             setting, policy=self._policy.name, seed=self._seed, wall_s=self._now - self._start_s,
             nodes=len(self._live), first_step_s=self.training.first_step_s,
-            decided_by="lazarus.control",
+            decided_by="lazarus.control", config=self.state.config,
         )  # fmt: skip
 
     def _loop(self, end_s: float) -> None:

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from lazarus.control.state import ControlConfig
 from lazarus.simulate.costs import Costs
-from lazarus.simulate.faults import FaultSource
+from lazarus.simulate.faults import FaultSource, node_hours
 from lazarus.simulate.loads import LoadTrace
 from lazarus.simulate.shapes import Shape
 from lazarus.version import __version__
@@ -106,6 +107,11 @@ class Row:
     nodes_at_end: int
     step_s_at_start: float
     config_digest: str
+    num_nodes: int  # at the start
+    slots_per_node: int  # of one layer; 0 under fixed expert parallelism
+    min_replicas: int
+    state_bytes_per_node: float  # weights, master weights and moments
+    node_hours: float  # of all nodes, while they were there
     version: str = __version__
     decided_by: str = "lazarus.control"
     recovery_s: tuple[float, ...] = field(default=(), repr=False)
@@ -138,8 +144,12 @@ class Tally:
 
     def row(
         self, setting: Setting, *, policy: str, seed: int, wall_s: float, nodes: int,
-        first_step_s: float, decided_by: str,
+        first_step_s: float, decided_by: str, config: ControlConfig | None = None,
     ) -> Row:  # fmt: skip
+        """The sums as a row; without ``config`` every group of nodes holds the experts once."""
+        shape = setting.shape
+        slots, floor = (config.slots_per_node or 0, config.min_replicas) if config else (0, 0)
+        held = slots or -(-shape.experts // setting.group)
         tokens = self.tokens
         waits = sorted(self.recovery_s)
         copies = tokens * setting.shape.top_k * setting.shape.moe_layers
@@ -167,6 +177,13 @@ class Tally:
             nodes_at_end=nodes,
             step_s_at_start=first_step_s,
             config_digest=setting.digest(),
+            num_nodes=setting.num_nodes,
+            slots_per_node=slots,
+            min_replicas=floor,
+            state_bytes_per_node=held * shape.moe_layers * shape.expert_bytes + shape.dense_bytes,
+            node_hours=node_hours(
+                setting.faults, num_nodes=setting.num_nodes, length_s=wall_s, seed=seed
+            ),
             decided_by=decided_by,
             recovery_s=tuple(waits),
         )
