@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from lazarus.checkpoint.schedule import (
     FULL,
+    ScheduleConfig,
     default_schedule,
     largest_hidden_k,
     shortest_interval,
@@ -71,18 +72,22 @@ class Adapted:
 
 def default_of(settings: SaveSettings, *, num_layers: int, num_experts: int) -> Adapted:
     """What ranks do before anything is measured."""
-    schedule = default_schedule(
+    schedule = _unmeasured(settings, num_layers, num_experts)
+    return Adapted(
+        k_snapshot=schedule.k_snapshot,
+        snapshot_every=schedule.snapshot_every,
+        persist_every=schedule.persist_every,
+    )
+
+
+def _unmeasured(settings: SaveSettings, num_layers: int, num_experts: int) -> ScheduleConfig:
+    return default_schedule(
         num_layers=num_layers,
         num_experts=num_experts,
         every=settings.every or DEFAULT_EVERY,
         k_snapshot=settings.k_snapshot,
         k_persist=settings.k_persist,
         select=settings.select,
-    )
-    return Adapted(
-        k_snapshot=schedule.k_snapshot,
-        snapshot_every=schedule.snapshot_every,
-        persist_every=schedule.persist_every,
     )
 
 
@@ -107,14 +112,7 @@ def adapt(
 
     Source: MoC-System, adaptive configuration.
     """
-    default = default_schedule(
-        num_layers=num_layers,
-        num_experts=num_experts,
-        every=settings.every or DEFAULT_EVERY,
-        k_snapshot=settings.k_snapshot,
-        k_persist=settings.k_persist,
-        select=settings.select,
-    )
+    default = _unmeasured(settings, num_layers, num_experts)
     k_snapshot = default.k_snapshot
     if settings.k_snapshot is None and settings.select != FULL:
         ladder = ladder_of(default.k_persist, num_experts)

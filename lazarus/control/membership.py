@@ -49,7 +49,11 @@ def on_hello(state: Control, body: Hello, *, at_s: float) -> Result:
         nodes={**state.nodes, serial: node},
         workers={**state.workers, body.worker: known},
     )
-    return state, (*commands, Tell(worker=body.worker, body=Welcome(node=serial)))
+    commands = (*commands, Tell(worker=body.worker, body=Welcome(node=serial)))
+    if (early := state.notices.get(body.node_key)) is None:
+        return state, commands
+    state, told = on_notice(state, early, at_s=at_s)
+    return state, (*commands, *told)
 
 
 def _refusal(state: Control, body: Hello) -> str:
@@ -155,8 +159,8 @@ def on_leave(state: Control, worker: str, body: LeaveRequest, *, at_s: float) ->
 def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Result:
     """The cluster says so instead."""
     found = change.node_of(state, body.node_key)
-    if found is None:
-        return state, ()
+    if found is None:  # it may be on its way
+        return replace(state, notices={**state.notices, body.node_key: body}), ()
     cause = body.cause or "drain"
     return _mark_leaving(state, found[0], cause=cause, notice_s=body.notice_s, at_s=at_s)
 

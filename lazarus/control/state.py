@@ -14,7 +14,7 @@ from lazarus.checkpoint.adaptive import Adapted, Measured, SaveSettings
 from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.checkpoint.recovery import StoredCheckpoint
-from lazarus.control.messages import Aligned, Move, Ready, Report, Restore, Seat, Vector
+from lazarus.control.messages import Aligned, Move, NodeNotice, Ready, Report, Restore, Seat, Vector
 from lazarus.control.ports import Stored
 from placement import PlacementPolicy, Plan, replan
 from placement.rebalance import Regret
@@ -219,6 +219,7 @@ class Control:
     phase_s: float = 0.0
     next_serial: int = 0
     nodes: Mapping[int, Node] = field(default_factory=dict)
+    notices: Mapping[str, NodeNotice] = field(default_factory=dict)  # of nodes not heard of yet
     workers: Mapping[str, Worker] = field(default_factory=dict)
     members: tuple[int, ...] = ()  # living nodes of the newest RESUMEd generation
     seats: tuple[str, ...] = ()  # its ranks' workers in rank order, the dead ones too

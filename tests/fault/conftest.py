@@ -9,31 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_runs import SMALL
 
 from lazarus import ElasticTrainer, TrainConfig
 from lazarus.events import read_events
 from lazarus.metrics import committed_steps
-
-SMALL = (
-    "cluster.launcher=process",
-    "model.layers=2",
-    "model.dim=32",
-    "model.heads=2",
-    "model.seq_len=16",
-    "model.experts=6",
-    "model.top_k=2",
-    "model.moe_every=1",
-    "model.ffn_mult=2",
-    "train.global_batch=11",
-    "train.micro_batch_size=2",
-    "optim.lr=0.003",
-    "optim.warmup_steps=2",
-    "placement.slots_per_node=4",
-    "checkpoint.full_at_end=false",
-    "checkpoint.every=0",
-    "metrics.progress=off",
-    "metrics.report=false",
-)
 
 
 @dataclass(frozen=True)
@@ -85,6 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         config = TrainConfig.load(
             overrides=[
                 *SMALL,
+                "metrics.report=false",
                 f"cluster.nodes={nodes}",
                 f"train.steps={steps}",
                 f"run.dir={folder}",
@@ -96,5 +77,5 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         events = read_events(folder / "events.jsonl")
         return Outcome(folder=folder, events=events, digest=result.state_digest, steps=result.steps)
 
-    go.small = SMALL  # type: ignore[attr-defined]
+    go.small = (*SMALL, "metrics.report=false")  # type: ignore[attr-defined]
     return go

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import Event, Watched, at_step, watch
+from fault_runs import Act, Event, Watched, at_step, watch
 
 SETTINGS = (
     "recovery.on_lost_expert=rollback",
@@ -63,6 +63,12 @@ def _rolled_back(watched: Watched) -> tuple[int, list[int], list[int]]:
     return back, before, after
 
 
+def _run(folder: Path, settings: Sequence[str], strike: Act) -> Watched:
+    """Four nodes until some steps after the rollback that the strike brings."""
+    stop = (_some_steps_after("rolled_back", 6), Watched.stop)
+    return watch(folder / "run", nodes=4, steps=STEPS, settings=settings, acts=[strike, stop])
+
+
 def _same_losses(watched: Watched, plain: Watched, steps: Sequence[int]) -> None:
     """The steps done again have the losses of a run that nothing happened to."""
     again = {e["step"]: e["loss"] for e in watched.of("step_committed")}  # the last one counts
@@ -74,16 +80,7 @@ def _same_losses(watched: Watched, plain: Watched, steps: Sequence[int]) -> None
 @pytest.mark.slow
 def test_rollback_goes_back_to_the_newest_checkpoint_that_stands(tmp_path: Path) -> None:
     settings = (*SETTINGS, "checkpoint.every=4", "checkpoint.select=full")
-    watched = watch(
-        tmp_path / "run",
-        nodes=4,
-        steps=STEPS,
-        settings=settings,
-        acts=[
-            (_when_persisted(8), _kill_pair),
-            (_some_steps_after("rolled_back", 6), Watched.stop),
-        ],
-    )
+    watched = _run(tmp_path, settings, (_when_persisted(8), _kill_pair))
     back, before, after = _rolled_back(watched)
     stood = [e["step"] for e in watched.of("checkpoint_persisted")]
     assert back in stood and 8 <= back <= before[-1]
@@ -94,16 +91,7 @@ def test_rollback_goes_back_to_the_newest_checkpoint_that_stands(tmp_path: Path)
 @pytest.mark.slow
 def test_where_no_checkpoint_stands_yet_rollback_starts_again_from_the_seed(tmp_path: Path) -> None:
     settings = (*SETTINGS, f"checkpoint.every={STEPS}")
-    watched = watch(
-        tmp_path / "run",
-        nodes=4,
-        steps=STEPS,
-        settings=settings,
-        acts=[
-            (at_step(5, _kill_pair)),
-            (_some_steps_after("rolled_back", 8), Watched.stop),
-        ],
-    )
+    watched = _run(tmp_path, settings, at_step(5, _kill_pair))
     back, _, after = _rolled_back(watched)
     assert back == 0
     plain = watch(tmp_path / "plain", nodes=4, steps=after[-1], settings=settings)
@@ -124,16 +112,7 @@ def test_a_checkpoint_that_rots_before_the_rollback_is_passed_over(tmp_path: Pat
                 path.write_bytes(data)
         _kill_pair(watched)
 
-    watched = watch(
-        tmp_path / "run",
-        nodes=4,
-        steps=STEPS,
-        settings=settings,
-        acts=[
-            (_when_persisted(8), rot_and_kill),
-            (_some_steps_after("rolled_back", 6), Watched.stop),
-        ],
-    )
+    watched = _run(tmp_path, settings, (_when_persisted(8), rot_and_kill))
     back, _, after = _rolled_back(watched)
     sound = min(e["step"] for e in watched.of("checkpoint_persisted"))
     later = {e["step"] for e in watched.of("checkpoint_persisted")}

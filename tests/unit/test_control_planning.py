@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from control_desk import EXPERTS, Desk, running
 
-from lazarus.control.messages import Hello
+from lazarus.control.messages import Hello, NodeNotice
+from lazarus.control.ports import DriverSaid
 from lazarus.control.recovery import SlotMemory, slots_for
 from lazarus.control.state import Phase
 from lazarus.policies import CheckedPlacement, CheckedRecovery
@@ -142,3 +143,16 @@ def test_a_policy_that_holds_for_ever_is_passed_over() -> None:
     (event,) = desk.events("expert_restored")
     assert event["source"] == "storage"
     assert event["expert"] in range(EXPERTS)
+
+
+def test_a_notice_for_a_node_that_has_not_said_hello_waits_for_it() -> None:
+    desk = running()
+    desk.feed(DriverSaid(body=NodeNotice(node_key="n9", notice_s=30.0), at_s=desk.now_s))
+    assert not desk.events("drain_notice")
+    desk.committed["w9"] = desk.entered["w9"] = 0
+    desk.say("w9", desk.hello("w9"))
+    (event,) = desk.events("drain_notice")
+    assert (event["node"], event["notice_s"]) == (3, 30.0)
+    for _ in range(30):
+        desk.tick()
+    assert 3 not in desk.state.members
