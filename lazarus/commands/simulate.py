@@ -17,7 +17,7 @@ from lazarus.simulate import findings, loads
 from lazarus.simulate.costs import PROFILES, Costs, read_profile
 from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
 from lazarus.simulate.peers import PeerPolicy
-from lazarus.simulate.policies import policy_named, run_one
+from lazarus.simulate.policies import policy_named, run_one, with_recovery
 from lazarus.simulate.rows import Row, Setting
 from lazarus.simulate.scenarios import SCENARIOS, Files, check_claims, scenario_named
 from lazarus.simulate.shapes import Shape, shape_named
@@ -55,6 +55,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--group", type=int, help="nodes that hold one set of experts, for the peers")
     add("--layers", type=int, help="layers that plans hold; the others are alike")
     add("--policies", help=f"names or module:Name, comma-separated (default: {_POLICIES})")
+    add("--recovery", help="module:Name of a policy for experts without a live replica")
     add("--seeds", type=int, help="seeds 0, 1, ... (default: 1, or the scenario's)")
     add("--plot", metavar="FILE", help="a page with charts")
     add("--json", action="store_true", help="print one JSON object")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         settings = _settings(args)
         policies = (args.policies or _POLICIES).split(",")
         seeds = range(args.seeds or 1)
-    rows = _run_all(settings, policies, seeds, once=scenario is None)
+    rows = _run_all(settings, policies, seeds, recovery=args.recovery, once=scenario is None)
     claims = check_claims(scenario, rows) if scenario else []
     if args.plot:
         from lazarus.report.simulated import write_plot
@@ -114,11 +115,17 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def _run_all(
-    settings: list[Setting], policies: Sequence[str], seeds: Sequence[int], *, once: bool
+    settings: list[Setting],
+    policies: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    recovery: str | None,
+    once: bool,
 ) -> list[Row]:
     """Every part, policy and seed; says how far it is when it takes longer than two seconds.
 
     Args:
+        recovery: Dotted path of a recovery policy.
         once: Run a model of a peer once for settings that differ only in what it does not know.
     """
     jobs, known = [], set()
@@ -129,7 +136,7 @@ def _run_all(
                 if (policy, same) in known:
                     continue
                 known.add((policy, same))
-            jobs += [(setting, policy, seed) for seed in seeds]
+            jobs += [(setting, with_recovery(policy, recovery), seed) for seed in seeds]
     rows, said_s = [], time.monotonic()
     # Large fleets make millions of small frozen objects and no cycles: look for those less often.
     gc.set_threshold(200_000, 50, 50)

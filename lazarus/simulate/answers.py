@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.control.messages import Body, Hello, Paused
 from lazarus.control.state import Control, ControlConfig
 from lazarus.simulate import bodies
@@ -59,7 +60,7 @@ def with_time(state: Control, *, now_s: float) -> Control:
 
 def control_config(
     setting: Setting, *, nodes: int, start_step: int, placement: PlacementPolicy, slots: int,
-    floor: int,
+    floor: int, recovery: RecoveryDecider | None = None,
 ) -> ControlConfig:  # fmt: skip
     """What the controller of a simulated run is configured with."""
     return ControlConfig(
@@ -74,6 +75,7 @@ def control_config(
         final_checkpoint=False,
         version=bodies.VERSION,
         placement=placement,
+        recovery=recovery,
         plan_text=lambda plan: (
             plan.digest
         ),  # nobody here reads it; the text of a large plan is long

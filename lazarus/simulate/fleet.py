@@ -122,6 +122,7 @@ class VirtualRun:
             placement=policy.placement,
             slots=policy.slots_per_node or setting.slots_per_node,
             floor=policy.min_replicas or setting.min_replicas,
+            recovery=policy.recovery,
         )
 
     # ---- the controller's shell ------------------------------------------------------------------
@@ -132,6 +133,9 @@ class VirtualRun:
             if isinstance(command, Tell | TellAll) and self._repeats(command.body):
                 continue
             self._carry_out(command)
+        transition = self.state.transition
+        if transition is not None and transition.held_until_s > self._now:  # by a recovery policy
+            self._push(transition.held_until_s + _WITHIN_S, "tick", None)
 
     def _say(self, worker: str, body: Body) -> None:
         self._feed(WorkerSaid(worker=worker, body=body, at_s=self._now))

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.control.recovery import slots_for
 from lazarus.errors import ConfigError
+from lazarus.policies import CheckedRecovery
 from lazarus.policy_paths import imported_policy
 from lazarus.simulate.fleet import VirtualRun
 from lazarus.simulate.peers import PeerPolicy, PeerRun
@@ -149,6 +151,21 @@ def load_placement(path: str) -> PlacementPolicy:
     """
     policy = imported_policy(path, key="--policies", like=PlacementPolicy)
     return Stranger(path=path, policy=policy)
+
+
+def with_recovery(policy: Policy, path: str | None) -> Policy:
+    """The same with somebody's recovery policy; models of other systems know none.
+
+    The object that the path names is the same that ``recovery.policy`` takes in a live run.
+
+    Raises:
+        ConfigError: It cannot be imported, or not be called as a ``RecoveryPolicy``.
+    """
+    if path is None or not isinstance(policy, FleetPolicy):
+        return policy
+    asked = imported_policy(path, key="--recovery", like=RecoveryPolicy)
+    checked = CheckedRecovery(asked, limit_s=None, on_lost_expert="partial")
+    return replace(policy, name=f"{policy.name}+{path}", recovery=checked)
 
 
 def run_one(setting: Setting, policy: Policy, *, seed: int) -> Row:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.control.state import ControlConfig
 from lazarus.simulate.costs import Costs
 from lazarus.simulate.faults import FaultSource, node_hours
@@ -75,6 +76,7 @@ class FleetPolicy:
 
     name: str
     placement: PlacementPolicy = replan
+    recovery: RecoveryDecider | None = None  # None: restore each lost expert from its newest copy
     min_replicas: int | None = None  # None: as the setting says
     slots_per_node: int | None = None
     overrides: Mapping[str, float] | None = None  # costs that are different under this policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lazarus.recovery import Answer, ClusterView, ExpertLoss, Stop
+from lazarus.recovery import Answer, ClusterView, ExpertLoss, Hold, Stop
 from placement import PlacementRequest, Plan, replan
 
 
@@ -28,3 +28,12 @@ class Oldest:
 
 def stop(losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
     return Stop(reason=f"{len(losses)} experts at step {view.step}")
+
+
+class Patient(Oldest):
+    """The same, a minute later."""
+
+    def __call__(self, losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
+        return (
+            Hold(for_s=60.0) if view.waited_s < 60 else super().__call__(losses, view, now_s=now_s)
+        )

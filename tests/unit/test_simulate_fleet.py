@@ -12,7 +12,7 @@ from lazarus.simulate.costs import PROFILES
 from lazarus.simulate.faults import FromTrace, Periodic, Poisson, Scripted
 from lazarus.simulate.fleet import VirtualRun
 from lazarus.simulate.loads import uniform_load, zipf_load
-from lazarus.simulate.policies import policy_named, run_one, simulate
+from lazarus.simulate.policies import policy_named, run_one, simulate, with_recovery
 from lazarus.simulate.rows import FleetPolicy, Row, Setting
 from lazarus.simulate.shapes import SHAPES
 from lazarus.simulate.traces import FleetEvent, parse_trace
@@ -147,6 +147,21 @@ def test_experts_without_a_live_replica_come_back_and_are_billed() -> None:
     row = run_one(chosen, FleetPolicy(name="bare", min_replicas=1, slots_per_node=3), seed=3)
     assert row.experts_restored > 0
     assert row.plt > 0 and row.steps_lost == 0
+
+
+def test_the_recovery_policy_of_a_live_run_decides_here_too() -> None:
+    chosen = setting(faults=Periodic(every_s=400, nodes=2, until=6), load=uniform_load(2, 16))
+    bare = FleetPolicy(name="bare", min_replicas=1, slots_per_node=3)
+    assert with_recovery(bare, None) is bare
+    plain = run_one(chosen, bare, seed=3)
+    patient = with_recovery(bare, "user_policies:Patient")
+    assert patient.name == "bare+user_policies:Patient"
+    row = run_one(chosen, patient, seed=3)
+    assert row.experts_restored > 0
+    assert row.recovery_worst_s == pytest.approx(plain.recovery_worst_s + 60, abs=5)
+    assert row.plt > plain.plt  # the oldest copies, not the newest
+    with pytest.raises(ConfigError, match=r"is called with \(losses, view, \*, now_s\)"):
+        with_recovery(bare, "user_policies:GivesUp")
 
 
 def test_every_policy_gives_a_plain_row_with_its_digest() -> None:
