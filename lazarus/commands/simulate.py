@@ -182,6 +182,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
                     min_replicas=f)
             for s in slots
             for f in args.min_replicas
+            if args.slots or f == min(args.min_replicas) or s * nodes >= f * shape.experts
         ]  # fmt: skip
     return settings
 
