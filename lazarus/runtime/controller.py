@@ -39,6 +39,7 @@ from lazarus.control.ports import (
 )
 from lazarus.control.replay import missing_commits, resumed_state
 from lazarus.control.state import Control
+from lazarus.journals import read_journal
 from lazarus.runtime import journal as journaling
 from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.manifests import ManifestWriter
@@ -319,7 +320,7 @@ def open_controller(spec: ControllerSpec) -> Controller:
         OSError: The port of the earlier life is not to be had.
     """
     folder = spec.run_dir / spec.journal
-    entries = journaling.read_journal(folder) if folder.exists() else []
+    entries = read_journal(folder) if folder.exists() else []
     journal = journaling.Journal(folder)
     now = time.time()
     if not entries:

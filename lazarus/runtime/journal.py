@@ -1,7 +1,8 @@
 """The controller's journal: one numbered sequence of entries, each created if absent (rule 36).
 
 Claims and commits race for the same next number, so whoever claims has read every commit before it.
-Entries are JSON files; a reader never sees half an entry.
+Entries are JSON files; a reader never sees half an entry. Every thousand of them are folded into
+one file, so that a long run does not leave millions; see ``lazarus.journals``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.errors import LazarusError
+from lazarus.journals import FOLD, folded_path, last_number
 
 _DURABLE = frozenset({"header", "term", "serial", "claim", "resume", "manifest", "end"})
 
@@ -33,7 +35,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._next = 1 + max((int(path.stem) for path in folder.glob("*.json")), default=0)
+        self._next = 1 + last_number(folder)
 
     def append(self, entry: Mapping[str, Any]) -> int:
         """Write the next entry whole or not at all.
@@ -43,31 +45,42 @@ class Journal:
             OSError: The storage failed; the controller must end.
         """
         number = self._next
-        final = self._folder / f"{number:09d}.json"
-        draft = self._folder / f".{number:09d}.{os.getpid()}"
+        final = self._single(number)
+        text = json.dumps(entry, separators=(",", ":"))
+        if not self._create(final, text, is_durable=entry["kind"] in _DURABLE):
+            raise JournalConflictError(number=number)
+        # A number whose file was folded away can be created again; the folded one tells.
+        if folded_path(self._folder, number).exists():
+            final.unlink()
+            raise JournalConflictError(number=number)
+        self._next = number + 1
+        if number % FOLD == 0:
+            self._fold(number)
+        return number
+
+    def _single(self, number: int) -> Path:
+        return self._folder / f"{number:09d}.json"
+
+    def _create(self, final: Path, text: str, *, is_durable: bool) -> bool:
+        """Whether the file was not there; it appears whole."""
+        draft = self._folder / f".{final.stem}.{os.getpid()}"
         with draft.open("w", encoding="utf-8") as out:
-            json.dump(entry, out, separators=(",", ":"))
-            if entry["kind"] in _DURABLE:
+            out.write(text)
+            if is_durable:
                 out.flush()
                 os.fsync(out.fileno())
         try:
             os.link(draft, final)
         except FileExistsError:
-            raise JournalConflictError(number=number) from None
+            return False
         finally:
             draft.unlink()
-        self._next = number + 1
-        return number
+        return True
 
-
-def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """All entries in order.
-
-    Raises:
-        LazarusError: A number is missing.
-    """
-    paths = sorted(folder.glob("*.json"))
-    for expected, path in enumerate(paths, start=1):
-        if int(path.stem) != expected:
-            raise LazarusError(f"journal {folder} lacks entry {expected}, but has {path.name}")
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    def _fold(self, last: int) -> None:
+        """The newest entries into one file; only then do their own files go."""
+        paths = [self._single(number) for number in range(last - FOLD + 1, last + 1)]
+        lines = [path.read_text(encoding="utf-8") + "\n" for path in paths]
+        self._create(folded_path(self._folder, last), "".join(lines), is_durable=True)
+        for path in paths:
+            path.unlink(missing_ok=True)

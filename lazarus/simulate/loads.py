@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from lazarus.control.vector import VectorLayout
 from lazarus.errors import ConfigError
+from lazarus.journals import read_journal
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -119,11 +119,10 @@ def counts_of_journal(folder: str | Path) -> LoadTrace | None:
 
     Raises:
         ValueError: A file is no JSON object.
+        LazarusError: An entry is missing.
     """
-    files = sorted(Path(folder).glob("*.json"))
-    if not files:
-        return None
-    return counts_of_commits(json.loads(path.read_text(encoding="utf-8")) for path in files)
+    entries = read_journal(Path(folder))
+    return counts_of_commits(entries) if entries else None
 
 
 def uniform_load(num_layers: int, num_experts: int) -> LoadTrace:

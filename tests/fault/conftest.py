@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from fault_runs import SMALL
 
 from lazarus import ElasticTrainer, TrainConfig
 from lazarus.events import read_events
+from lazarus.journals import read_journal
 from lazarus.metrics import committed_steps
 
 
@@ -34,8 +34,7 @@ class Outcome:
 
     def resumed_at(self, generation: int) -> int:
         """The committed step b that the journal names for a generation's RESUME."""
-        for path in sorted((self.folder / "journal").glob("*.json")):
-            entry = json.loads(path.read_text())
+        for entry in read_journal(self.folder / "journal"):
             if entry["kind"] == "resume" and entry["generation"] == generation:
                 return int(entry["step"])
         raise LookupError(f"generation {generation} never resumed")

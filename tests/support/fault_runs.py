@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from lazarus import ElasticTrainer, TrainConfig
 from lazarus.events import read_events
+from lazarus.journals import read_journal
 from lazarus.trainer import RunHandle
 
 SMALL = (
@@ -90,8 +90,7 @@ class Watched:
 
 
 def journal_of(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted((folder / "journal").glob("*.json"))
-    return [json.loads(path.read_text()) for path in paths]
+    return read_journal(folder / "journal")
 
 
 def at_step(step: int, action: Action) -> Act:
