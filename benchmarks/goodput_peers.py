@@ -73,13 +73,13 @@ def children_of(pid: int) -> list[int]:
     return [child for word in own for child in (*children_of(int(word)), int(word))]
 
 
-def deepspeed(python: str, folder: Path, *, nodes: int, every: int, seed: int) -> Group:
+def deepspeed(python: str, folder: Path, *, nodes: int, spec: Mapping[str, Any]) -> Group:
     """One life of DeepSpeed-MoE; a killed rank ends it, as torchrun ends all others."""
     folder.mkdir(exist_ok=True)
     script = "deepspeed_rank.py"
     command = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(nodes),
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--max-restarts", "0",
-               str(HERE / "peers" / script), str(folder), str(every), str(seed)]  # fmt: skip
+               str(HERE / "peers" / script), str(folder), json.dumps(spec)]  # fmt: skip
     more = {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
@@ -89,7 +89,7 @@ def deepspeed(python: str, folder: Path, *, nodes: int, every: int, seed: int) -
     return Group([agent], lambda: sorted(p for p in children_of(agent.pid) if _runs(p, script)))
 
 
-def torchft(python: str, folder: Path, *, nodes: int, seed: int) -> Group:
+def torchft(python: str, folder: Path, *, nodes: int, spec: Mapping[str, Any]) -> Group:
     """All replica groups and their lighthouse, tuned: 1 s heartbeat, 0.5 s join, 10 s time-out."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
@@ -101,7 +101,7 @@ def torchft(python: str, folder: Path, *, nodes: int, seed: int) -> Group:
     more = {"TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}", "RUST_LOG": "error"}
     processes = [_started(lighthouse, folder, more)]
     for replica in range(nodes):
-        words = [str(replica), str(nodes), str(folder / "log"), str(seed), "10"]
+        words = [str(replica), str(nodes), str(folder / "log"), "10", json.dumps(spec)]
         script = str(HERE / "peers" / "torchft_goodput.py")
         processes.append(_started([python, script, *words], folder, more))
     ranks = processes[1:]
@@ -146,40 +146,8 @@ def first_commit(folder: Path, running: Group, *, limit_s: float = 300.0) -> flo
                 return float(line["t"])
         time.sleep(0.1)
     running.end()
-    said = (folder / "output").read_text(errors="replace")[-2000:]
+    said = (folder / "output").read_text(errors="replace")[-6000:]
     raise SystemExit(f"no step was committed within {limit_s} s:\n{said}")
-
-
-def figures(
-    lines: Sequence[Mapping[str, Any]], *, began: float, wall_s: float, kills: int
-) -> dict[str, Any]:
-    """What the log says of the measured window; steps above a resumed one were rolled back."""
-    counted: dict[tuple[int, int], Mapping[str, Any]] = {}
-    made = 0
-    for line in (x for x in lines if x["t"] <= began + wall_s):
-        if "resumed" in line:
-            counted = {key: x for key, x in counted.items() if key[0] <= line["resumed"]}
-        else:
-            counted[line["step"], line.get("part", 0)] = line
-            made += 1
-    inside = [x for x in counted.values() if x["t"] > began]
-    # The median stands for all: part of a step in which a system waits for a loss is no progress.
-    walls = sorted(float(x["wall_s"]) for x in inside)
-    busy_s = len({x["step"] for x in inside}) * (walls[len(walls) // 2] if walls else 0.0)
-    last = max((x["step"] for x in counted.values()), default=0)
-    final = [float(x["loss"]) for x in counted.values() if x["step"] == last]
-    return {
-        "goodput_tokens_per_s": sum(int(x["tokens"]) for x in inside) / wall_s,
-        "ettr": min(1.0, busy_s / wall_s),
-        "steps": last,
-        "steps_lost": made - len(counted),
-        "kills": kills,
-        "experts_restored": 0,
-        "lost_copies": 0.0,
-        "plt": 0.0,
-        "loss": sum(final) / len(final) if final else float("nan"),
-        "stall_s_by_phase": {},
-    }
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """How much is trained while nodes die? The same model, data, seed and faults through each system.
 
-    python benchmarks/goodput_under_faults.py [--quick] [--json FILE] [--systems a,b,c,d,e]
+    python benchmarks/goodput_under_faults.py [--quick] [--json FILE] [--systems a,b,B,c,d,e]
 
-a  Lazarus: every expert has two replicas.
+a  Lazarus: every expert has two replicas; partial checkpoints in the background.
 b  our trainer as DeepSpeed would run it ("DS"): each expert once, every loss ends all processes,
-   which start again from the last full checkpoint on the nodes that divide the experts.
-c  the same with reconfiguration but no replicas ("DS(FT)"): the processes stay, the state of all
-   goes back to the last full checkpoint.
+   which start again from the last full checkpoint on the nodes that divide the experts. A rank's
+   process imports torch anew (``--warm-starts``: it is forked) while the one who starts it stays,
+   as under torchrun; training waits for every save.
+B  the same, saving as often as costs least by Young's formula with what b's run measured.
+c  b with reconfiguration but no replicas ("DS(FT)"): the processes stay, the state of all goes
+   back to the last full checkpoint.
 d  the real DeepSpeed-MoE under torchrun (``--ds-python``), started again at once from its last
    checkpoint, on the nodes that divide the experts.
 e  torchft data parallel with all experts in every group (``--ft-python``), tuned time-outs; its
@@ -15,6 +18,12 @@ e  torchft data parallel with all experts in every group (``--ft-python``), tune
 Goodput counts tokens of committed steps that were not rolled back, from the first commit on, over
 the same wall time for every system. A node that every system has in use is killed (SIGKILL) every
 ``--period`` seconds until half are left.
+
+Two cores play six nodes. So that a lost node takes its compute with it, every rank, the peers'
+too, has a modelled device: a sample takes at least ``--device-ms``, the experts' part of it where
+its experts are. And a full checkpoint takes at least ``--write-s``, to write and to read: the
+share of the fault period that it takes on the paper's testbed. 0 turns each off. Processes,
+exchanges, losses and recoveries are real.
 """
 
 from __future__ import annotations
@@ -22,103 +31,57 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import goodput_peers
+import goodput_plans as plans
+import goodput_tables as tables
+from goodput_modelled import Device, Modelled
+from goodput_plans import Plan
+from goodput_shapes import SHAPES, best_every
 
 from lazarus.events import read_events
-from lazarus.metrics import committed_steps, plt
-from lazarus.simulate.traces import read_trace, segment
 
-EXPERTS = 12
-TOKENS = 16 * 64  # of one step
-MODEL = (
-    "cluster.launcher=process", "metrics.progress=off", "model.layers=4", "model.dim=64",
-    "model.heads=4", "model.seq_len=64", "model.vocab=256", f"model.experts={EXPERTS}",
-    "model.top_k=2", "model.moe_every=2", "model.ffn_mult=4", "train.global_batch=16",
-    "train.micro_batch_size=4", "train.steps=100000", "optim.lr=0.001", "optim.warmup_steps=20",
-    "checkpoint.full_at_end=false", "recovery.tolerated_stall_s=10", "cluster.min_nodes=1",
-)  # fmt: skip
-NAMES = {"a": "Lazarus", "b": "DS", "c": "DS(FT)", "d": "DeepSpeed", "e": "torchft"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What all systems go through: seconds since the first commit at which a node dies."""
-
-    name: str
-    nodes: int
-    wall_s: float
-    kills_s: tuple[float, ...]
-    every_b: int
-    every_c: int
-
-
-def periodic(args: argparse.Namespace, seed: int) -> Plan:
-    """A kill every period, shifted a little by the seed, until half of the nodes are left."""
-    shift = random.Random(seed).uniform(-0.2, 0.2) * args.period
-    count = args.nodes - args.nodes // 2
-    kills = tuple(args.period * (i + 1) + shift for i in range(count))
-    wall = args.period * (count + 1)
-    return _plan(f"every {args.period:g} s", args, wall, kills)
-
-
-def poisson(args: argparse.Namespace, seed: int) -> Plan:
-    """Exponential gaps with the same mean."""
-    rng, at_s, kills = random.Random(seed), 0.0, []
-    wall = args.period * (args.nodes - args.nodes // 2 + 1)
-    while len(kills) < args.nodes - args.nodes // 2:
-        at_s += rng.expovariate(1 / args.period)
-        if at_s >= wall - 5:
-            break
-        kills.append(at_s)
-    return _plan(f"Poisson {args.period:g} s", args, wall, tuple(kills))
-
-
-def traced(args: argparse.Namespace, seed: int) -> Plan:
-    """The removals of a spot trace; its adds are left out."""
-    del seed
-    wall = args.period * (args.nodes - args.nodes // 2 + 1)
-    trace = read_trace(args.trace, time_scale=args.time_scale)
-    first = next((e.at_s for e in trace.events if e.kind == "remove"), 0.0)
-    part = segment(trace, start_s=first - 5, length_s=wall - 5, most_nodes=args.nodes)
-    kills = [e.at_s for e in part.events if e.kind == "remove" for _ in e.nodes]
-    return _plan(Path(args.trace).name, args, wall, tuple(kills[: args.nodes // 2]))
-
-
-def _plan(name: str, args: argparse.Namespace, wall: float, kills: tuple[float, ...]) -> Plan:
-    return Plan(
-        name=name, nodes=args.nodes, wall_s=wall, kills_s=kills,
-        every_b=args.full_every, every_c=args.ft_every,
-    )  # fmt: skip
+NAMES = {"a": tables.LAZARUS, "b": "DS", "B": "DS, best interval", "c": "DS(FT)",
+         "d": "DeepSpeed", "e": "torchft"}  # fmt: skip
 
 
 # ---- one life of a run, in a process of its own --------------------------------------------------
 
 
-def life(spec: Mapping[str, Any]) -> int:
-    """Train until told to stop; ``kill`` on stdin ends one node, the lowest."""
+def life() -> int:
+    """Train as the first line of stdin says, until told to stop; ``kill`` ends the lowest node."""
     from lazarus import ElasticTrainer, TrainConfig
     from lazarus.errors import LazarusError
 
-    handle = ElasticTrainer(TrainConfig.load(overrides=list(spec["overrides"]))).start(
-        resume=spec["resume"]
+    line = sys.stdin.readline()
+    if not line.startswith("{"):
+        return 0  # it was never needed
+    spec = json.loads(line)
+    given = spec["modelled"]
+    modelled = Modelled(
+        **{**given, "device": Device(**given["device"]), "url": Path(given["url"]),
+           "log": Path(given["log"])}
+    )  # fmt: skip
+    trainer = ElasticTrainer(
+        TrainConfig.load(overrides=list(spec["overrides"])), loss=modelled.loss, hooks=[modelled]
     )
+    handle = trainer.start(resume=spec["resume"])
 
     def listen() -> None:
+        driver = handle._driver  # the benchmark plays the machine that takes nodes away
         for line in sys.stdin:
-            driver = handle._driver  # the benchmark plays the machine that takes nodes away
+            while not driver.live_nodes():  # it is still starting
+                time.sleep(0.02)
             live = driver.live_nodes()
             if line.strip() == "kill" and len(live) > 1:
                 driver.inject("kill", live[0], "bench")
@@ -136,22 +99,22 @@ def life(spec: Mapping[str, Any]) -> int:
 
 @dataclass
 class Life:
-    """The process of one life."""
+    """The process of one life. What it leaves in temporary folders goes with the benchmark's."""
 
     process: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, overrides: Sequence[str], *, resume: str | None, log: Path) -> Life:
-        spec = json.dumps({"overrides": list(overrides), "resume": resume})
+    def prepare(cls, *, log: Path) -> Life:
+        """A process that has imported the library and waits to be told what to train."""
         with log.open("a") as out:
             return cls(
                 subprocess.Popen(
-                    [sys.executable, __file__, "--life", spec],
+                    [sys.executable, __file__, "--life"],
                     stdin=subprocess.PIPE,
                     stdout=out,
                     stderr=out,
                     text=True,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)},
                 )
             )
 
@@ -167,6 +130,11 @@ class Life:
         except BrokenPipeError:
             pass  # it has just ended; the loop will see
 
+    def strike(self) -> None:
+        """End all its processes at once: they die with it."""
+        self.process.kill()
+        self.process.wait()
+
     def end(self) -> None:
         self.tell("stop")
         try:
@@ -176,46 +144,72 @@ class Life:
             self.process.wait()
 
 
-def usable(system: str, live: int) -> int:
-    """Nodes that a start can use: fixed expert parallelism needs a divisor of the experts."""
-    if system not in ("b", "d"):
-        return live
-    return max(n for n in range(1, live + 1) if EXPERTS % n == 0)
+def device_of(plan: Plan) -> dict[str, float]:
+    """What every rank computes on; ``goodput_modelled.Device`` as JSON."""
+    timing = plan.timing
+    return {
+        "sample_s": timing.device_s, "expert_part": timing.expert_part, "rows": plan.shape.rows,
+    }  # fmt: skip
 
 
-def overrides(system: str, plan: Plan, folder: Path, *, nodes: int, seed: int) -> list[str]:
-    """The configuration of one system."""
-    given = {
-        "a": ["placement.min_replicas=2", "placement.slots_per_node=6", "checkpoint.every=100"],
-        "b": ["placement.min_replicas=1", f"placement.slots_per_node={EXPERTS // nodes}",
-              "recovery.on_lost_expert=fail", "checkpoint.select=full",
-              f"checkpoint.every={plan.every_b}"],
-        "c": ["placement.min_replicas=1", "placement.slots_per_node=auto",
-              "placement.spare_losses=0", "recovery.on_lost_expert=rollback",
-              "checkpoint.select=full", f"checkpoint.every={plan.every_c}"],
-    }[system]  # fmt: skip
-    return [*MODEL, *given, f"cluster.nodes={nodes}", f"run.dir={folder}", f"run.seed={seed}"]
+def life_spec(
+    system: str, plan: Plan, folder: Path, *, live: int, seed: int, resumes: bool, is_warm: bool
+) -> dict[str, Any]:
+    """What a life of one of our systems is told, as JSON."""
+    nodes = plans.usable(system, plan, live)
+    checkpoints = folder / "checkpoints"
+    return {
+        "overrides": plans.overrides(system, plan, folder, nodes=nodes, seed=seed, is_warm=is_warm),
+        "resume": "auto" if resumes else None,
+        "modelled": {
+            "device": device_of(plan),
+            "write_s": plan.timing.write_s,
+            "every": plans.saves_every(system, plan),
+            "url": str(checkpoints),
+            "log": str(tables.waits_of(folder)),
+            "reads": resumes and any(checkpoints.glob("*/manifest.json")),
+        },
+    }
 
 
-def measure(system: str, plan: Plan, *, seed: int, folder: Path) -> dict[str, Any]:
-    """One system through one plan."""
+def measure(
+    system: str, plan: Plan, *, seed: int, folder: Path, is_warm: bool = False
+) -> dict[str, Any]:
+    """One of our systems through one plan."""
     live, lives, pending = plan.nodes, 1, list(plan.kills_s)
     log = folder.with_suffix(".log")
-    given = overrides(system, plan, folder, nodes=usable(system, live), seed=seed)
-    running = Life.start(given, resume=None, log=log)
+    restarts = system in ("b", "B")
+
+    def start(running: Life, *, resumes: bool) -> Life:
+        spec = life_spec(
+            system, plan, folder, live=live, seed=seed, resumes=resumes, is_warm=is_warm
+        )
+        running.tell(json.dumps(spec))
+        return running
+
+    running = start(Life.prepare(log=log), resumes=False)
     began = _first_commit(folder, running, log)
-    while (now := time.time() - began) < plan.wall_s:
+    # The one who starts the ranks of a restart stays, as torchrun's agents do.
+    standby = Life.prepare(log=log) if restarts else None
+    watch = Watch(NAMES[system], plan)
+    while (now := time.time() - began) < plan.wall_s and not running.over:
         if pending and now >= pending[0]:
             pending.pop(0)
             live -= 1
-            running.tell("kill")
-        if running.over:
-            lives += 1
-            given = overrides(system, plan, folder, nodes=usable(system, live), seed=seed)
-            running = Life.start(given, resume="auto", log=log)
+            if standby is None:
+                running.tell("kill")
+            else:
+                lives += 1
+                running.strike()
+                running, standby = start(standby, resumes=True), Life.prepare(log=log)
+        watch.show(now, live=live, lives=lives)
         time.sleep(0.02)
-    running.end()
-    return {**figures(folder, began, plan), "system": NAMES[system], "seed": seed, "lives": lives}
+    cpu = watch.cpu()
+    for process in (running, standby):
+        if process is not None:
+            process.end()
+    found = tables.figures(folder, began, plan)
+    return {**found, "kills": len(plan.kills_s) - len(pending), "lives": lives, "cpu": cpu}
 
 
 def _first_commit(folder: Path, running: Life, log: Path, *, limit_s: float = 300.0) -> float:
@@ -232,35 +226,6 @@ def _first_commit(folder: Path, running: Life, log: Path, *, limit_s: float = 30
     )
 
 
-def figures(folder: Path, began: float, plan: Plan) -> dict[str, Any]:
-    """What the record says of the measured window."""
-    events = [e for e in read_events(folder) if e["t"] <= began + plan.wall_s]
-    counted = committed_steps(events)
-    inside = [e for e in counted.values() if e["t"] > began]
-    made = sum(e["event"] == "step_committed" for e in events)
-    phases: dict[str, float] = {}
-    for event in events:
-        if event["event"] == "reconfigured":
-            for name, seconds in event["phases"].items():
-                phases[name] = phases.get(name, 0.0) + float(seconds)
-    productive = sum(float(e["wall_s"]) for e in inside)
-    last = max(counted, default=0)
-    return {
-        "goodput_tokens_per_s": sum(int(e["tokens"]) for e in inside) / plan.wall_s,
-        "ettr": min(1.0, productive / plan.wall_s),
-        "steps": last,
-        "steps_lost": made - len(counted),
-        "kills": sum(e["event"] == "node_lost" for e in events),
-        "experts_restored": sum(e["event"] == "expert_restored" for e in events),
-        "lost_copies": sum(
-            float(e["lost_copies"]) for e in events if e["event"] == "expert_restored"
-        ),
-        "plt": plt(events),
-        "loss": counted[last]["loss"] if counted else None,  # at equal wall time
-        "stall_s_by_phase": {k: round(v, 3) for k, v in phases.items()},
-    }
-
-
 # ---- peers ---------------------------------------------------------------------------------------
 
 
@@ -268,16 +233,18 @@ def measure_peer(
     system: str, plan: Plan, *, seed: int, folder: Path, python: str
 ) -> dict[str, Any]:
     """A real peer through one plan."""
+    work = {"shape": plan.shape.name, "seed": seed, "every": plans.saves_every(system, plan),
+            "device": device_of(plan), "write_s": plan.timing.write_s}  # fmt: skip
 
-    def start(nodes: int) -> goodput_peers.Group:
-        if system == "e":
-            return goodput_peers.torchft(python, folder, nodes=nodes, seed=seed)
-        return goodput_peers.deepspeed(python, folder, nodes=nodes, every=plan.every_b, seed=seed)
+    def start() -> goodput_peers.Group:
+        make = goodput_peers.torchft if system == "e" else goodput_peers.deepspeed
+        return make(python, folder, nodes=plans.usable(system, plan, live), spec=work)
 
     live, lives, pending = plan.nodes, 1, list(plan.kills_s)
-    running = start(usable(system, live))
+    running = start()
     try:
         began = goodput_peers.first_commit(folder, running)
+        watch = Watch(NAMES[system], plan)
         while (now := time.time() - began) < plan.wall_s:
             if pending and now >= pending[0]:
                 pending.pop(0)
@@ -286,114 +253,143 @@ def measure_peer(
             if running.over:
                 running.end()
                 lives += 1
-                running = start(usable(system, live))
+                running = start()
+            watch.show(now, live=live, lives=lives)
             time.sleep(0.02)
+        cpu = watch.cpu()
     finally:
         running.end()
-    found = goodput_peers.figures(
+    found = tables.peer_figures(
         goodput_peers.read_log(folder), began=began, wall_s=plan.wall_s,
         kills=len(plan.kills_s) - len(pending),
     )  # fmt: skip
-    return {**found, "system": NAMES[system], "seed": seed, "lives": lives}
+    return {**found, "lives": lives, "cpu": cpu}
+
+
+class Watch:
+    """Progress while a system runs, and the machine's CPU time meanwhile."""
+
+    def __init__(self, name: str, plan: Plan) -> None:
+        self._name, self._wall_s = name, plan.wall_s
+        self._redraws = sys.stderr.isatty()
+        self._shown_s = -float("inf")
+        self._began = _cpu_ticks()
+
+    def show(self, now: float, *, live: int, lives: int) -> None:
+        """A line that is redrawn on a terminal; one per 10 s elsewhere."""
+        if now - self._shown_s < (0.5 if self._redraws else 10.0):
+            return
+        self._shown_s = now
+        text = f"{self._name}: {now:.0f} of {self._wall_s:.0f} s, {live} nodes, life {lives}"
+        print(f"\r{text:60}" if self._redraws else text, end="" if self._redraws else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    def cpu(self) -> float:
+        """Part of all cores' time that was used since the beginning, by whomever."""
+        if self._redraws:
+            print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
+        busy, total = (now - then for now, then in zip(_cpu_ticks(), self._began, strict=True))
+        return busy / max(1, total)
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """Busy and all ticks of this machine."""
+    ticks = [int(t) for t in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    return sum(ticks) - idle, sum(ticks)
 
 
 # ---- all together --------------------------------------------------------------------------------
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one seed")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--systems", default="a,b,c,d,e")
-    parser.add_argument("--nodes", type=int, default=6)
-    parser.add_argument("--period", type=float, default=25.0)
-    parser.add_argument("--schedule", choices=("periodic", "poisson", "trace"), default="periodic")
-    parser.add_argument("--trace", metavar="FILE")
-    parser.add_argument("--time-scale", type=float, default=0.02)
-    parser.add_argument("--seeds", type=int, default=3)
-    # As the paper runs its baselines at a failure every 5 minutes.
-    parser.add_argument("--full-every", type=int, default=50, help="steps between checkpoints of b")
-    parser.add_argument("--ft-every", type=int, default=250, help="the same of c")
-    parser.add_argument("--ds-python", default=sys.executable, help="that has DeepSpeed")
-    parser.add_argument("--ft-python", default=sys.executable, help="that has torchft")
-    parser.add_argument("--life", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one seed")
+    add("--json", metavar="FILE")
+    add("--systems", default="a,b,B,c,d,e")
+    add("--shape", choices=sorted(SHAPES), default="l", help="after the paper's GPT-S or GPT-L")
+    add("--nodes", type=int, default=6)
+    add("--period", type=float, default=25.0, help="seconds between faults")
+    add("--device-ms", type=float, default=25.0, help="of a modelled device per sample; 0: none")
+    add("--write-s", type=float, help="of a full checkpoint; none: the paper's share of the period")
+    add("--warm-starts", action="store_true", help="DS forks its ranks from a warm process")
+    add("--schedule", choices=("periodic", "poisson", "trace"), default="periodic")
+    add("--trace", metavar="FILE")
+    add("--time-scale", type=float, default=0.02)
+    add("--seeds", type=int, default=3)
+    add("--ds-python", default=sys.executable, help="that has DeepSpeed")
+    add("--ft-python", default=sys.executable, help="that has torchft")
+    add("--life", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     if args.life:
-        return life(json.loads(args.life))
-    make = {"periodic": periodic, "poisson": poisson, "trace": traced}[args.schedule]
-    rows: list[dict[str, Any]] = []
+        return life()
     pythons = {"d": args.ds_python, "e": args.ft_python}
     wanted = args.systems.split(",")
     why_not = {s: goodput_peers.missing(s, pythons.get(s, "")) for s in wanted}
     skipped = {NAMES[s]: why for s, why in why_not.items() if why}
+    make = {"periodic": plans.periodic, "poisson": plans.poisson, "trace": plans.traced}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="goodput-") as scratch:
         for seed in range(1 if args.quick else args.seeds):
-            plan = make(args, seed)
+            plan = make[args.schedule](args, seed)
+            print(_assumptions(plan), flush=True)
             for system in (s for s in wanted if not why_not[s]):
                 folder = Path(scratch) / f"{system}{seed}"
+                own = _at_best(plan, rows) if system == "B" else plan
                 if system in pythons:
                     row = measure_peer(
-                        system, plan, seed=seed, folder=folder, python=pythons[system]
+                        system, own, seed=seed, folder=folder, python=pythons[system]
                     )
                 else:
-                    row = measure(system, plan, seed=seed, folder=folder)
-                rows.append({**row, "schedule": plan.name})
-                print(_line(rows[-1]), flush=True)
-    summary = summarise(rows)
-    print(_table(summary))
+                    row = measure(system, own, seed=seed, folder=folder, is_warm=args.warm_starts)
+                row |= {"system": NAMES[system], "seed": seed, "schedule": plan.name,
+                        "every": plans.saves_every(system, own)}  # fmt: skip
+                rows.append(row)
+                print(tables.line(row), flush=True)
+    summary = tables.summarise(rows)
+    print(f"{tables.table(summary)}\n{tables.compared(plan, summary)}")
     for name, why in skipped.items():
         print(f"{name:10} not measured: {why}")
     if args.json:
-        result = {"schema": 1, "rows": rows, "summary": summary, "skipped": skipped}
+        result = {"schema": 2, "rows": rows, "summary": summary, "skipped": skipped}
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return (
-        f"seed {row['seed']}  {row['system']:10} {row['goodput_tokens_per_s']:8.0f} tok/s  ETTR "
-        f"{row['ettr']:.3f}  step {row['steps']}  lost {row['steps_lost']}  kills {row['kills']}  "
-        f"lives {row['lives']}  PLT {row['plt']:.2%}  loss {row['loss']:.3f}"
+def _at_best(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Plan:
+    """The plan with the interval that costs least, by what DS measured in this very run."""
+    measured = [r for r in rows if r["system"] == NAMES["b"]]
+    if not measured:
+        raise SystemExit("error: B needs the figures of b; name b before it in --systems")
+    last = measured[-1]
+    every = best_every(
+        save_s=max(0.001, last["save_s"]), period_s=plan.period_s, step_s=last["step_s"]
     )
+    return replace(plan, timing=replace(plan.timing, every_b=every))
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over seeds, their spread, and the ratio of Lazarus to each."""
-    found = []
-    ours = {r["seed"]: r["goodput_tokens_per_s"] for r in rows if r["system"] == "Lazarus"}
-    for name in dict.fromkeys(r["system"] for r in rows):
-        mine = [r for r in rows if r["system"] == name]
-        goodput = [float(r["goodput_tokens_per_s"]) for r in mine]
-        ratios = [ours[r["seed"]] / max(1e-9, r["goodput_tokens_per_s"]) for r in mine if ours]
-        found.append(
-            {
-                "system": name,
-                "goodput_tokens_per_s": statistics.median(goodput),
-                "lowest": min(goodput),
-                "highest": max(goodput),
-                "lazarus_over_it": statistics.median(ratios) if ratios else None,
-                "ettr": statistics.median(float(r["ettr"]) for r in mine),
-                "steps_lost": statistics.median(int(r["steps_lost"]) for r in mine),
-                "loss": statistics.median(float(r["loss"]) for r in mine),
-            }
-        )
-    return found
-
-
-def _table(summary: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"{'system':10} {'goodput':>8} {'low..high':>14} {'Lazarus/it':>10} {'ETTR':>6} "
-             f"{'lost':>6} {'loss':>6}"]  # fmt: skip
-    for row in summary:
-        ratio = row["lazarus_over_it"]
-        shown = "" if ratio is None else f"{ratio:.2f}"
-        spread = f"{row['lowest']:.0f}..{row['highest']:.0f}"
-        lines.append(
-            f"{row['system']:10} {row['goodput_tokens_per_s']:8.0f} {spread:>14} {shown:>10} "
-            f"{row['ettr']:6.3f} {row['steps_lost']:6.0f} {row['loss']:6.3f}"
-        )
-    return "\n".join(lines)
+def _assumptions(plan: Plan) -> str:
+    """What is modelled in this run, for its reader."""
+    timing, shape = plan.timing, plan.shape
+    device = "not modelled"
+    if timing.device_s:
+        part = f"{timing.expert_part:.0%} of it where its experts are"
+        device = f"{1000 * timing.device_s:g} ms a sample, {part}"
+    storage = f"{timing.write_s:.2f} s a full checkpoint" if timing.write_s else "not modelled"
+    return (
+        f"shape {shape.name}: {shape.experts} experts in {shape.layers} layers, dim {shape.dim}, "
+        f"top-{shape.top_k}, {shape.batch} samples of {shape.seq_len} tokens; {plan.nodes} nodes, "
+        f"kills {plan.name}\ndevices: {device}; storage: {storage}; DS saves every "
+        f"{timing.every_b} steps, DS(FT) every {timing.every_c}"
+    )
 
 
 if __name__ == "__main__":

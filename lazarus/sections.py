@@ -49,7 +49,9 @@ class ClusterConfig:
     address: str | None = setting(None, "Ray cluster to join; none: an embedded one")
     join_debounce_s: float = setting(2.0, "wait this long for further joiners", ge=0)
     quorum_timeout_s: float = setting(3600.0, "give up when below quorum for this long", gt=0)
-    launcher: Literal["ray", "process"] = setting("ray", "who starts workers", internal=True)
+    launcher: Literal["ray", "process", "cold"] = setting(
+        "ray", "who starts workers; cold: each process imports torch anew", internal=True
+    )
 
     def __post_init__(self) -> None:
         most = self.max_nodes

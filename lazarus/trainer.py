@@ -337,8 +337,13 @@ def _next_journal(run_dir: Path) -> str:
 
 def _launcher(config: TrainConfig, on_exit: OnExit) -> Launcher:
     host = None if config.security.bind == "auto" else config.security.bind
-    if config.cluster.launcher == "process":
-        return ProcessLauncher(on_exit, host=host or "127.0.0.1", nodes=config.cluster.nodes)
+    if config.cluster.launcher != "ray":
+        return ProcessLauncher(
+            on_exit,
+            host=host or "127.0.0.1",
+            nodes=config.cluster.nodes,
+            is_warm=config.cluster.launcher == "process",
+        )
     joins = config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_is_up()
     home = None if joins else PrivateHome()
     from lazarus.runtime.ray_launch import RayLauncher

@@ -1,6 +1,6 @@
 """One replica group of one rank under torchft, with all experts in it; trains until it is ended.
 
-    python torchft_goodput.py REPLICA REPLICAS LOG SEED TIMEOUT_S
+    python torchft_goodput.py REPLICA REPLICAS LOG TIMEOUT_S WORK
 
 A replica group keeps its own batch when others are gone, so the global batch shrinks with them.
 """
@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from same_work import BATCH, CLIP, LR, SHAPE, Samples, note, rate
+from goodput_modelled import count_rows
+from goodput_shapes import Shape
+from same_work import CLIP, LR, Samples, Work, note, rate
 from torch import distributed as dist
 from torchft import Manager, ProcessGroupGloo
 
@@ -30,14 +32,14 @@ from lazarus.model.experts import deferred_experts
 from lazarus.model.moe import moe_layers, take_auxiliary
 
 
-def whole_model(seed: int) -> torch.nn.Module:
+def whole_model(shape: Shape, seed: int) -> torch.nn.Module:
     """Our model with every expert in this process."""
     torch.manual_seed(seed)
     with deferred_experts():
-        model = gpt.build(SHAPE)
+        model = gpt.build(shape)
     for index, layer in enumerate(moe_layers(model).values()):
         table = RoutingTable.from_plan_arrays(
-            [list(range(SHAPE.experts))], rank=0, home_E=np.zeros(SHAPE.experts, dtype=np.int64)
+            [list(range(shape.experts))], rank=0, home_E=np.zeros(shape.experts, dtype=np.int64)
         )
         held = slots_for_exchange(table)
         layer.experts.allocate(num_slots=len(held), device="cpu")
@@ -51,9 +53,10 @@ def whole_model(seed: int) -> torch.nn.Module:
 
 def main() -> None:
     replica, replicas, log = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    seed, timeout = int(sys.argv[4]), timedelta(seconds=float(sys.argv[5]))
+    timeout, work = timedelta(seconds=float(sys.argv[4])), Work.of(sys.argv[5])
     torch.set_num_threads(1)
-    model, samples = whole_model(seed), Samples(seed)
+    count_rows(work.device)
+    model, samples = whole_model(work.shape, work.seed), Samples(work)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     manager = Manager(
@@ -67,16 +70,18 @@ def main() -> None:
         world_size=1, store_addr="127.0.0.1", store_port=store.port,
         replica_id=f"replica-{replica}", hostname="127.0.0.1", init_sync=False,
     )  # fmt: skip
-    count = -(-BATCH // replicas)
+    count, device = -(-work.shape.batch // replicas), work.device
     while True:
         begun = time.perf_counter()
         manager.start_quorum()
         step = manager.current_step() + 1
         optimizer.zero_grad()
         tokens = samples.tokens(step, part=replica, parts=replicas, count=count)
+        device.begin(count)
         total, targets = gpt.loss(model, {"tokens": tokens})
         auxiliary = take_auxiliary(model)
         ((total if auxiliary is None else total + auxiliary) / targets).backward()
+        device.finish()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in grads])
         manager.allreduce(flat).wait()

@@ -91,14 +91,22 @@ def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
 
 
 class ProcessLauncher:
-    """Plain processes from a fork server that has imported torch: quick to start, easy to kill."""
+    """Plain processes from a fork server that has imported torch: quick to start, easy to kill.
 
-    def __init__(self, on_exit: OnExit, *, host: str = "127.0.0.1", nodes: int = 1) -> None:
+    Args:
+        nodes: Nodes that share this machine.
+        is_warm: False: the fork server has imported nothing, so every process imports torch
+            itself, as under torchrun.
+    """
+
+    def __init__(
+        self, on_exit: OnExit, *, host: str = "127.0.0.1", nodes: int = 1, is_warm: bool = True
+    ) -> None:
         self.host = host
         self._memory_share = 1 / nodes
         self._nodes = LocalNodes(host)
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["lazarus.runtime.preload"])
+        self._context.set_forkserver_preload(["lazarus.runtime.preload"] if is_warm else [])
         self._on_exit = on_exit
         self._lock = threading.Lock()
         self._processes: dict[str, Any] = {}

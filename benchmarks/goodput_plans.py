@@ -1,0 +1,124 @@
+"""When nodes die in goodput_under_faults.py, and how each of our systems is configured."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from goodput_shapes import SHAPES, Shape, Timing, timing
+
+from lazarus.simulate.traces import read_trace, segment
+
+COMMON = (
+    "metrics.progress=off", "metrics.report=false", "train.steps=100000", "optim.lr=0.001",
+    "optim.warmup_steps=20", "checkpoint.full_at_end=false", "recovery.tolerated_stall_s=10",
+    "cluster.min_nodes=1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all systems go through: seconds since the first commit at which a node dies."""
+
+    name: str
+    shape: Shape
+    timing: Timing
+    nodes: int
+    period_s: float
+    wall_s: float
+    kills_s: tuple[float, ...]
+
+
+def periodic(args: argparse.Namespace, seed: int) -> Plan:
+    """A kill every period, shifted a little by the seed, until half of the nodes are left."""
+    shift = random.Random(seed).uniform(-0.2, 0.2) * args.period
+    kills = tuple(args.period * (i + 1) + shift for i in range(_half(args)))
+    return _plan(f"every {args.period:g} s", args, kills)
+
+
+def poisson(args: argparse.Namespace, seed: int) -> Plan:
+    """Exponential gaps with the same mean."""
+    rng, at_s, kills = random.Random(seed), 0.0, []
+    while len(kills) < _half(args):
+        at_s += rng.expovariate(1 / args.period)
+        if at_s >= _wall_s(args) - 5:
+            break
+        kills.append(at_s)
+    return _plan(f"Poisson {args.period:g} s", args, tuple(kills))
+
+
+def traced(args: argparse.Namespace, seed: int) -> Plan:
+    """The removals of a spot trace; its adds are left out."""
+    del seed
+    trace = read_trace(args.trace, time_scale=args.time_scale)
+    first = next((e.at_s for e in trace.events if e.kind == "remove"), 0.0)
+    length_s = _wall_s(args) - 5
+    part = segment(trace, start_s=first - 5, length_s=length_s, most_nodes=args.nodes)
+    kills = [e.at_s for e in part.events if e.kind == "remove" for _ in e.nodes]
+    return _plan(Path(args.trace).name, args, tuple(kills[: args.nodes // 2]))
+
+
+def _half(args: argparse.Namespace) -> int:
+    nodes: int = args.nodes
+    return nodes - nodes // 2
+
+
+def _wall_s(args: argparse.Namespace) -> float:
+    return float(args.period) * (_half(args) + 1)
+
+
+def _plan(name: str, args: argparse.Namespace, kills: tuple[float, ...]) -> Plan:
+    shape = SHAPES[args.shape]
+    return Plan(
+        name=name,
+        shape=shape,
+        timing=timing(
+            shape, period_s=args.period, nodes=args.nodes, device_ms=args.device_ms,
+            write_s=args.write_s,
+        ),
+        nodes=args.nodes,
+        period_s=args.period,
+        wall_s=_wall_s(args),
+        kills_s=kills,
+    )  # fmt: skip
+
+
+def usable(system: str, plan: Plan, live: int) -> int:
+    """Nodes that a start of the system can use."""
+    return plan.shape.usable(live) if system in ("b", "B", "d") else live
+
+
+def saves_every(system: str, plan: Plan) -> int:
+    """Steps between the saves that training waits for; 0: it waits for none."""
+    return {"b": plan.timing.every_b, "B": plan.timing.every_b, "c": plan.timing.every_c,
+            "d": plan.timing.every_b}.get(system, 0)  # fmt: skip
+
+
+def overrides(
+    system: str, plan: Plan, folder: Path, *, nodes: int, seed: int, is_warm: bool = False
+) -> list[str]:
+    """The configuration of one of our systems.
+
+    Args:
+        is_warm: Ranks of a restart are forked from an interpreter that has imported torch.
+    """
+    shape = plan.shape
+    launcher = "cold" if system in ("b", "B") and not is_warm else "process"
+    every = saves_every(system, plan)
+    # As on a cluster, where every rank has a device of its own. There sending an expert's gradient
+    # takes about as long as serving a third of its rows (17 MB over 100 Gb/s; 50 Mflop a row).
+    rows = shape.batch * shape.seq_len * shape.top_k // shape.experts // 3
+    split = ["dispatch.mode=balanced", f"dispatch.rows_per_replica={rows}"]
+    full = ["placement.min_replicas=1", "checkpoint.select=full", f"checkpoint.every={every}"]
+    given = {
+        "a": ["placement.min_replicas=2", f"placement.slots_per_node={shape.experts // 2}",
+              "checkpoint.every=100", *(split if plan.timing.device_s else [])],
+        "b": [*full, f"placement.slots_per_node={shape.experts // nodes}",
+              "recovery.on_lost_expert=fail"],
+        "c": [*full, "placement.slots_per_node=auto", "placement.spare_losses=0",
+              "recovery.on_lost_expert=rollback"],
+    }[system.lower()]  # fmt: skip
+    return [*COMMON, *shape.overrides(), *given, f"cluster.launcher={launcher}",
+            f"cluster.nodes={nodes}", f"run.dir={folder}", f"run.seed={seed}"]  # fmt: skip
