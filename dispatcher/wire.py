@@ -43,7 +43,7 @@ class Wire:
         self._links: dict[int, Link] = {}
         self._door: Door | None = None
         self._aborted = False
-        self._failed: LinkError | None = None
+        self._failed: tuple[int, str] | None = None  # for whom this rank gave up, and why
         self._number = 0
         self._open: set[int] = set()
 
@@ -103,7 +103,7 @@ class Wire:
         if self._aborted:
             raise LinkError(peer=-1, reason="aborted")
         if self._failed is not None:
-            raise self._failed
+            raise LinkError(peer=self._failed[0], reason=self._failed[1])
         self._number += 1
         self._open.add(self._number)
         return self._number
@@ -178,7 +178,8 @@ class Wire:
     def _give_up(self, problem: LinkError) -> None:
         """Tell all peers whom this rank gave up for, so that none of them waits for this one."""
         if self._failed is None and not self._aborted:
-            self._failed = problem
+            # Not the error itself: its traceback would keep this wire's memory alive.
+            self._failed = problem.peer, problem.reason
             for link in self._links.values():
                 link.part(problem)
 

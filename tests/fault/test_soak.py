@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,9 +36,10 @@ def schedule(seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one process holds."""
+    """What one process holds; ``blocks`` are shared memory of exchanges, ``fds`` all the rest."""
 
     fds: int
+    blocks: int
     threads: int
     rss_kb: int
 
@@ -47,11 +47,21 @@ class Usage:
     def of(pid: int) -> Usage:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in status)
+        open_files = [_behind(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        blocks = sum("memfd:exchange" in name for name in open_files)
         return Usage(
-            fds=len(os.listdir(f"/proc/{pid}/fd")),
+            fds=len(open_files) - blocks,
+            blocks=blocks,
             threads=int(fields["Threads"]),
             rss_kb=int(fields["VmRSS"].split()[0]),
         )
+
+
+def _behind(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except FileNotFoundError:  # closed since it was listed
+        return ""
 
 
 @dataclass
@@ -130,6 +140,9 @@ def assert_flat(name: str, measured: list[tuple[int, Usage]]) -> None:
             before = median(getattr(usage, what) for usage in early)
             now = median(getattr(usage, what) for usage in late)
             assert now <= 1.05 * before + 1, f"{name}: {what} {before} -> {now} at {nodes} nodes"
+        # How many blocks an exchange needs depends on who is late; a leak would add up to dozens.
+        most, now = max(u.blocks for u in early), median(u.blocks for u in late)
+        assert now <= 1.05 * most + 1, f"{name}: blocks {most} -> {now} at {nodes} nodes"
     third = len(measured) // 3
     before = median(usage.rss_kb for _, usage in measured[:third])
     now = median(usage.rss_kb for _, usage in measured[-third:])
