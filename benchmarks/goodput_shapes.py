@@ -1,6 +1,6 @@
 """What goodput_under_faults.py trains, and the proportions of the Lazarus paper's testbed.
 
-A fault every 25 s on one machine tells something of a fault every 300 s on a cluster only if the
+A fault every 20 s on one machine tells something of a fault every 300 s on a cluster only if the
 other times shrink with it: the steps between checkpoints, and how long a checkpoint takes to
 write and to read. The paper's side of it is estimated here from what it prints.
 """

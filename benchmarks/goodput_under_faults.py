@@ -313,7 +313,7 @@ def arguments() -> argparse.Namespace:
     add("--systems", default="a,b,B,c,d,e")
     add("--shape", choices=sorted(SHAPES), default="l", help="after the paper's GPT-S or GPT-L")
     add("--nodes", type=int, default=6)
-    add("--period", type=float, default=25.0, help="seconds between faults")
+    add("--period", type=float, default=20.0, help="seconds between faults")
     add("--device-ms", type=float, default=25.0, help="of a modelled device per sample; 0: none")
     add("--write-s", type=float, help="of a full checkpoint; none: the paper's share of the period")
     add("--warm-starts", action="store_true", help="DS forks its ranks from a warm process")
