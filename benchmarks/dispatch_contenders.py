@@ -7,17 +7,17 @@ they differ in the feed-forward alone and in how its gradients are brought toget
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
+from dispatch_loads import HEADS, LAYERS, SEQ, VOCAB, Setting, choices, loads_before
 from torch import Tensor, nn
 
 from dispatcher import (
     Exchange,
     RoutingTable,
+    SplitRule,
     flat_all_reduce,
     shared_zeros,
     slots_for_exchange,
@@ -29,42 +29,6 @@ from lazarus.model.context import LayerContext
 from lazarus.model.experts import deferred_experts
 from lazarus.model.moe import MoELayer, moe_layers, take_auxiliary
 from placement import PlacementRequest, Plan, plan
-
-DIM, HIDDEN, HEADS, VOCAB, SEQ = 256, 1024, 4, 256, 128
-LAYERS = 4
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One shape of the comparison."""
-
-    ranks: int
-    experts: int
-    top_k: int
-    moe_every: int = 2
-    batch: int = 4
-    hot: bool = False
-    zipf: bool = False
-    own: bool = False  # every contender goes by its own router, from the same weights
-    bf16: bool = False
-    dim: int = DIM
-
-    @property
-    def hidden(self) -> int:
-        return 4 * self.dim
-
-    @property
-    def routing(self) -> str:
-        return "own" if self.own else "hot" if self.hot else "zipf" if self.zipf else "mild"
-
-    def __str__(self) -> str:
-        name = f"{self.ranks} ranks, E={self.experts}, k={self.top_k}"
-        name += ", MoE in every layer" if self.moe_every == 1 else ""
-        name += ", half of all copies to one expert" if self.hot else ""
-        name += ", Zipf popularity" if self.zipf else ""
-        name += ", each by its own router" if self.own else ""
-        name += f", d={self.dim}" if self.dim != DIM else ""
-        return name + (", bf16 autocast" if self.bf16 else "")
 
 
 class Contender:
@@ -119,19 +83,18 @@ class Contender:
 
 
 class Ours(Contender):
-    """Lazarus: every expert with ``replicas`` replicas, home mode, norm and commit included."""
+    """Lazarus: every expert with ``replicas`` replicas, norm and commit included."""
 
     def __init__(
-        self, name: str, setting: Setting, exchange: Exchange, *, replicas: int = 2,
-        commit: bool = True, mode: str = "home",
+        self, name: str, setting: Setting, exchange: Exchange, *, rule: SplitRule,
+        replicas: int = 2, commit: bool = True,
     ) -> None:  # fmt: skip
-        self.replicas, self.commit, self.mode = replicas, commit, mode
+        self.replicas, self.commit, self.rule = replicas, commit, rule
         super().__init__(name, setting, exchange)
 
     def _place_experts(self) -> None:
-        placed = placement_by_load(self.setting, self.replicas)
         for index, layer in enumerate(moe_layers(self.model).values()):
-            table = self._table(placed)
+            table = self._table(placement_by_load(self.setting, self.replicas, index))
             held = slots_for_exchange(table)
             layer.experts.allocate(num_slots=len(held), device="cpu")
             layer.experts.weight.grad = shared_zeros(layer.experts.weight.shape)
@@ -146,10 +109,11 @@ class Ours(Contender):
         )
 
     def _attach(self, index: int, layer: MoELayer, table: RoutingTable) -> None:
-        layer.attach(LayerContext(layer=index, exchange=self.exchange, table=table, mode=self.mode))
+        layer.attach(LayerContext(layer=index, exchange=self.exchange, table=table, rule=self.rule))
         layer.context.written = set()
         if not self.setting.own:
-            layer.context.forced_TK = choices(self.setting, rank=self.exchange.rank)
+            forced_TK = choices(self.setting, rank=self.exchange.rank, layer=index)
+            layer.context.forced_TK = forced_TK
 
     def settle(self) -> None:
         """Experts placed anew, by the loads of the last step, as a run does it."""
@@ -218,7 +182,7 @@ class Ours(Contender):
 class PlainLayer(nn.Module):
     """Dropless expert parallelism as it is usually written: argsort, all-to-all, autograd."""
 
-    def __init__(self, setting: Setting, exchange: Exchange) -> None:
+    def __init__(self, setting: Setting, exchange: Exchange, index: int) -> None:
         super().__init__()
         self.setting, self.exchange = setting, exchange
         self.local = setting.experts // setting.ranks
@@ -226,7 +190,7 @@ class PlainLayer(nn.Module):
         self.local_experts = nn.ModuleList(
             gpt.FeedForward(setting.dim, setting.hidden) for _ in range(self.local)
         )
-        self.forced = choices(setting, rank=exchange.rank)
+        self.forced = choices(setting, rank=exchange.rank, layer=index)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x = x_BSD.reshape(-1, self.setting.dim)
@@ -279,8 +243,8 @@ class Plain(Contender):
     """One replica of each expert, plain all-to-all."""
 
     def _place_experts(self) -> None:
-        for block in moe_blocks(self.model):
-            layer = PlainLayer(self.setting, self.exchange)
+        for index, block in enumerate(moe_blocks(self.model)):
+            layer = PlainLayer(self.setting, self.exchange, index)
             same_router(layer.router, block.ffn)
             for i, expert in enumerate(layer.local_experts):
                 same_expert(expert, block.ffn, self.exchange.rank * layer.local + i)
@@ -300,33 +264,11 @@ def moe_blocks(model: gpt.GPT) -> list[gpt.Block]:
     return [b for b in model.blocks if isinstance(b, gpt.Block) and isinstance(b.ffn, MoELayer)]
 
 
-def choices(setting: Setting, *, rank: int) -> Tensor:
-    """Where this rank's tokens go, the same for all contenders, int64 [T, K].
-
-    Popularity falls linearly from 1.6 to 0.4 times the mean; or, Zipf, like 1 / rank, about as
-    uneven as routers are in their first steps and in published traces; or, hot, half of all copies
-    go to expert 0 and the others alike.
-    """
-    random = np.random.default_rng(rank)
-    tokens = setting.batch * SEQ
-    if not setting.hot:
-        popularity = np.linspace(1.6, 0.4, setting.experts)
-        if setting.zipf:
-            popularity = 1.0 / np.arange(1, setting.experts + 1)
-        key = np.log(popularity) + random.gumbel(size=(tokens, setting.experts))
-        return torch.from_numpy(np.ascontiguousarray((-key).argsort(1)[:, : setting.top_k]))
-    others = random.integers(1, setting.experts, size=tokens)
-    if setting.top_k == 1:
-        return torch.from_numpy(np.where(np.arange(tokens) % 2 == 0, 0, others)[:, None])
-    return torch.from_numpy(np.stack([np.zeros_like(others), others], axis=1))
-
-
 @cache
-def placement_by_load(setting: Setting, replicas: int) -> Plan:
+def placement_by_load(setting: Setting, replicas: int, layer: int) -> Plan:
     """Where ours holds its experts: planned, as in a run, from the loads of the steps before."""
-    chosen = [choices(setting, rank=rank).flatten() for rank in range(setting.ranks)]
-    load = torch.bincount(torch.cat(chosen), minlength=setting.experts)
-    return planned(torch.ones_like(load) if setting.own else load, setting, replicas)
+    load_E = loads_before(setting, layer=layer)
+    return planned(torch.ones_like(load_E) if setting.own else load_E, setting, replicas)
 
 
 def planned(load_E: Tensor, setting: Setting, replicas: int) -> Plan:

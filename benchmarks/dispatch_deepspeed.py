@@ -9,15 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dispatch_contenders import (
-    SEQ,
-    Contender,
-    Setting,
-    choices,
-    moe_blocks,
-    same_expert,
-    same_router,
-)
+from dispatch_contenders import Contender, moe_blocks, same_expert, same_router
+from dispatch_loads import SEQ, Setting, choices
 from torch import Tensor, nn
 
 from dispatcher import Exchange
@@ -27,7 +20,7 @@ from lazarus.model import gpt
 class DeepSpeedLayer(nn.Module):
     """``deepspeed.moe.layer.MoE`` over all ranks, its defaults but for the named ones."""
 
-    def __init__(self, setting: Setting, *, drop: bool, rank: int) -> None:
+    def __init__(self, setting: Setting, *, drop: bool, rank: int, index: int) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE
 
@@ -38,9 +31,11 @@ class DeepSpeedLayer(nn.Module):
         )  # fmt: skip
         self.moe.set_deepspeed_parallelism()
         self.auxiliary: Tensor | None = None
+        self.forced = None if setting.own else _forcing_logits(setting, rank=rank, layer=index)
         self.counts_E = torch.zeros(setting.experts)  # this rank's copies, before any is dropped
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        _forced.logits = self.forced
         out, self.auxiliary, self.counts_E = self.moe(x_BSD)
         return out.to(x_BSD.dtype)
 
@@ -54,8 +49,10 @@ class DeepSpeed(Contender):
 
     def _place_experts(self) -> None:
         prepare_deepspeed(self.setting, rank=self.exchange.rank)
-        for block in moe_blocks(self.model):
-            layer = DeepSpeedLayer(self.setting, drop=self.drop, rank=self.exchange.rank)
+        for index, block in enumerate(moe_blocks(self.model)):
+            layer = DeepSpeedLayer(
+                self.setting, drop=self.drop, rank=self.exchange.rank, index=index
+            )
             inner = layer.moe.deepspeed_moe
             same_router(inner.gate.wg, block.ffn)
             local = inner.experts.deepspeed_experts
@@ -100,18 +97,33 @@ def prepare_deepspeed(setting: Setting, *, rank: int) -> None:
         os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(setting.ranks))
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
         deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)
-    if not setting.own and not hasattr(sharded_moe, "unforced"):
+    if not hasattr(sharded_moe, "unforced"):
         sharded_moe.unforced = (sharded_moe.top1gating, sharded_moe.top2gating)
-        logits = torch.zeros(setting.batch * SEQ, setting.experts)
-        order = torch.arange(setting.top_k, 0, -1).float() + 50.0
-        chosen = choices(setting, rank=rank)
-        logits.scatter_(1, chosen, order.expand(chosen.shape).contiguous())
         for name, original in zip(("top1gating", "top2gating"), sharded_moe.unforced, strict=True):
-            setattr(sharded_moe, name, _forced(original, logits))
+            setattr(sharded_moe, name, _forced.gating(original))
 
 
-def _forced(original: Any, logits: Tensor) -> Any:
-    return lambda own, *rest: original(own * 0 + logits, *rest)
+class _Forced:
+    """Logits that DeepSpeed's gates take instead of their router's; None: the router's."""
+
+    logits: Tensor | None = None
+
+    def gating(self, original: Any) -> Any:
+        def gate(own: Tensor, *rest: Any) -> Any:
+            return original(own if self.logits is None else own * 0 + self.logits, *rest)
+
+        return gate
+
+
+_forced = _Forced()
+
+
+def _forcing_logits(setting: Setting, *, rank: int, layer: int) -> Tensor:
+    """Logits that make a gate choose what all contenders are told to choose."""
+    chosen = choices(setting, rank=rank, layer=layer)
+    order = torch.arange(setting.top_k, 0, -1).float() + 50.0
+    logits = torch.zeros(setting.batch * SEQ, setting.experts)
+    return logits.scatter_(1, chosen, order.expand(chosen.shape).contiguous())
 
 
 def join_default_group(exchange: Exchange) -> None:

@@ -22,36 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dispatch_contenders import (
-    SEQ,
-    VOCAB,
-    Contender,
-    Dense,
-    Ours,
-    Plain,
-    Setting,
-)
+from dispatch_contenders import Contender, Dense, Ours, Plain
 from dispatch_deepspeed import DeepSpeed, join_default_group
+from dispatch_loads import SEQ, TRACE, VOCAB, Setting
 from dispatch_profile import Profile
 
-from dispatcher import Exchange, within_machine
+from dispatcher import Exchange, SplitRule, within_machine
 from dispatcher.memory import keep_freed_memory
 from dispatcher.processes import run_processes
 
-GRID = [
-    Setting(ranks, experts, k, every, zipf=zipf)
-    for zipf in (False, True)
+MILD = [
+    Setting(ranks, experts, k, every)
     for every in (2, 1)
     for ranks, experts, k in [
         (4, 8, 1), (4, 8, 2), (4, 16, 1), (4, 16, 2), (8, 8, 1), (8, 16, 1), (8, 8, 2), (8, 16, 2),
     ]
 ]  # fmt: skip
-OWN = [replace(s, own=True) for s in GRID if not s.zipf]
+GRIDS = [MILD] + [[replace(s, **{name: True}) for s in MILD] for name in ("zipf", "trace", "own")]
 HOT = [Setting(4, 16, 2, hot=True), Setting(4, 8, 1, hot=True)]
 BF16 = [Setting(4, 8, 1, bf16=True), Setting(4, 16, 2, zipf=True, bf16=True)]
 ARITHMETIC = (
     "dense forward and backward, rest", "experts forward", "experts backward", "optimizer",
 )  # fmt: skip
+ROWS_PER_REPLICA = 128.0  # the default of dispatch.rows_per_replica
 FOREIGN = 0.08  # part of the machine that other programs may have in a round that counts
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -62,25 +55,29 @@ def contenders(setting: Setting, exchange: Exchange, who: str) -> list[Contender
     Args:
         setting: The shape.
         exchange: The ranks, over gloo.
-        who: "all"; "few": ours and DeepSpeed; "ours": ours and what its parts cost.
+        who: "all"; "few": ours and DeepSpeed; "splits": these and ours by the other rule; "ours":
+            ours and what its parts cost.
 
-    A router of its own sends nearly everything to one expert for some of its first steps: there
-    ours spreads what pays (``dispatch.mode = "balanced"``). Elsewhere it keeps to home replicas.
+    Where forced loads are level (mild, zipf) ours keeps an expert's tokens at its home replica; for
+    loads of a trace or of routers in their first steps it spreads what pays, by the default costs
+    (``dispatch.mode = "balanced"``).
     """
     near = within_machine(exchange)
-    mode = "balanced" if setting.own else "home"
-    out: list[Contender] = [Ours("ours", setting, near, mode=mode)]
+    spread = SplitRule(mode="balanced", rows_per_replica=ROWS_PER_REPLICA)
+    rule = spread if setting.own or setting.trace else SplitRule()
+    out: list[Contender] = [Ours("ours", setting, near, rule=rule)]
     if HAS_DEEPSPEED and who != "ours":
         join_default_group(exchange)
         out.append(DeepSpeed("deepspeed 1.25", setting, exchange, drop=True))
         out.append(DeepSpeed("deepspeed no-drop", setting, exchange, drop=False))
-    if who != "few":
-        out.append(Ours("ours r=1", setting, near, replicas=1, mode=mode))
-        out.append(Ours("ours no commit", setting, near, commit=False, mode=mode))
+    if who in ("all", "ours"):
+        out.append(Ours("ours r=1", setting, near, replicas=1, rule=rule))
+        out.append(Ours("ours no commit", setting, near, commit=False, rule=rule))
+    if who in ("all", "splits"):
+        other = SplitRule() if rule is spread else spread
+        out.append(Ours(f"ours {other.mode}", setting, near, rule=other))
     if who == "all":
-        out.append(Ours("ours over gloo", setting, exchange, mode=mode))
-        if setting.own:
-            out.append(Ours("ours at home", setting, near))
+        out.append(Ours("ours over gloo", setting, exchange, rule=rule))
         out.append(Plain("plain all-to-all", setting, exchange))
         out.append(Dense("dense twin", setting, exchange))
     return out
@@ -170,6 +167,7 @@ def summary(setting: Setting, by_rank: list[dict[str, Any]]) -> dict[str, Any]:
                 sections[name] = sections.get(name, 0.0) + 1e3 * seconds / cores
     return {
         "setting": asdict(setting),
+        "routing": setting.routing,
         "name": str(setting),
         "loads": {n: spread(v) for n, v in by_rank[0]["loads"].items() if any(v)},
         "dropped": by_rank[0]["dropped"],
@@ -253,14 +251,23 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def verdict(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The figures that the house set itself, over the grid that was run."""
-    grid = [r for r in rows if not r["setting"]["hot"] and not r["setting"]["bf16"]]
+    """The figures that the house set itself, for each kind of routing that was run."""
     out = {}
-    for name in ("deepspeed 1.25", "deepspeed no-drop", "plain all-to-all", "ours r=1"):
-        found = [r["ratio"][name][0] for r in grid if name in r["ratio"]]
-        if found:
-            out[f"{name}: geometric mean"] = geometric_mean(found)
-            out[f"{name}: worst"] = min(found)
+    parts = {"all shapes": (), "E=8 top-1": (8, 1), "E=8 top-2": (8, 2)}
+    for routing in dict.fromkeys(r["routing"] for r in rows):
+        grid = [r for r in rows if r["routing"] == routing and not r["setting"]["bf16"]]
+        for name in ("deepspeed 1.25", "deepspeed no-drop", "plain all-to-all", "ours r=1"):
+            for part, wanted in parts.items():
+                found = [
+                    r["ratio"][name][0]
+                    for r in grid
+                    if name in r["ratio"]
+                    and wanted in ((), (r["setting"]["experts"], r["setting"]["top_k"]))
+                ]
+                if found:
+                    label = f"{routing}, {name}, {part}"
+                    out[f"{label}: geometric mean"] = geometric_mean(found)
+                    out[f"{label}: worst"] = min(found)
     return out
 
 
@@ -272,7 +279,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--only", help="ranks,experts,top_k of one shape")
     parser.add_argument(
-        "--routing", choices=("mild", "zipf", "own", "hot"), help="only this routing"
+        "--routing", choices=("mild", "zipf", "trace", "own", "hot"), help="only this routing"
     )
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast only")
     parser.add_argument("--every", type=int, help="MoE in every n-th layer only")
@@ -280,18 +287,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--first", type=int, default=99, help="only so many of the shapes chosen")
     parser.add_argument(
-        "--who", choices=("all", "few", "ours"), default="all",
-        help="few: ours and DeepSpeed; ours: ours with one replica and without commit beside it",
+        "--who", choices=("all", "few", "splits", "ours"), default="all",
+        help="few: ours and DeepSpeed; splits: ours by the other rule beside them; "
+        "ours: ours with one replica and without commit beside it",
     )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="sections of our step")
     args = parser.parse_args()
-    settings = GRID + OWN + HOT
+    settings = [s for grid in GRIDS for s in grid if TRACE.exists() or not s.trace] + HOT
+    if not TRACE.exists():
+        print(f"{TRACE.name} is not here: its loads are left out")
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         settings += BF16
     else:
         print("this CPU has no bf16 products: bf16 is left out (fp32 is up to fifty times faster)")
     if args.quick:
-        settings = [GRID[0], HOT[1]]
+        settings = [MILD[0], HOT[1]]
     if args.only:
         shape = tuple(int(n) for n in args.only.split(","))
         settings = [s for s in settings if (s.ranks, s.experts, s.top_k) == shape]

@@ -3,10 +3,12 @@
     python benchmarks/simulator_vs_real.py [--quick] [--rounds N] [--json FILE] [--keep DIR]
 
 Five real runs of different sizes and schedules, in rounds. Each is predicted with a cost model
-calibrated from the other four (``lazarus calibrate``), given only its size and the moments of its
-faults; figures are medians over the rounds. A machine that others use too is faster in one run than
-in the next; the second pair of columns therefore takes the step times from the run itself, and
-everything else from the other four at the pace that those step times show.
+calibrated from the other four runs of its round (``lazarus calibrate``), given only its size and
+the moments of its faults. Figures are medians over the rounds, errors too: a machine that others
+use as well is faster in one round than in the next, so each run is held against the prediction of
+its own round. It is also faster in one run than in the next; the second pair of columns therefore
+takes the step times from the run itself, and everything else from the other four at the pace that
+those step times show.
 """
 
 from __future__ import annotations
@@ -83,12 +85,17 @@ def pace(own: Costs, others: Costs) -> float:
 
 
 def predict(records: Mapping[str, Sequence[Record]], name: str) -> dict[str, Any]:
-    """One case beside its predictions: medians over its rounds."""
+    """One case beside its predictions: medians over its rounds.
+
+    Args:
+        records: What each case's runs left, one a round.
+        name: The case to predict, from the others.
+    """
     mine = records[name]
-    others = calibrated([one for case, rounds in records.items() if case != name for one in rounds])
     guesses: dict[str, list[Row]] = {"others": [], "own_steps": []}
-    for events in mine:
+    for number, events in enumerate(mine):
         own = calibrated([events])
+        others = calibrated([rounds[number] for case, rounds in records.items() if case != name])
         paced = others.at_pace(pace(own, others))
         known = {nodes for nodes, _ in own.step_table_s}
         steps = (*own.step_table_s, *(p for p in paced.step_table_s if p[0] not in known))
@@ -108,10 +115,14 @@ def predict(records: Mapping[str, Sequence[Record]], name: str) -> dict[str, Any
         "recoveries_s": [one.recovery_median_s for one in real],
     }
     for label, said in guesses.items():
-        row[f"goodput_{label}"] = statistics.median(r.goodput_tokens_per_s for r in said)
-        row[f"recovery_s_{label}"] = statistics.median(r.recovery_median_s for r in said)
-        row[f"goodput_error_{label}"] = row[f"goodput_{label}"] / goodput - 1
-        row[f"recovery_error_{label}"] = row[f"recovery_s_{label}"] / recovery_s - 1
+        pairs = list(zip(said, real, strict=True))
+        goodputs = [s.goodput_tokens_per_s / r.goodput_tokens_per_s - 1 for s, r in pairs]
+        recoveries = [s.recovery_median_s / r.recovery_median_s - 1 for s, r in pairs]
+        row[f"goodput_{label}"] = statistics.median(s.goodput_tokens_per_s for s in said)
+        row[f"recovery_s_{label}"] = statistics.median(s.recovery_median_s for s in said)
+        row[f"goodput_error_{label}"] = statistics.median(goodputs)
+        row[f"recovery_error_{label}"] = statistics.median(recoveries)
+        row[f"errors_{label}"] = {"goodput": goodputs, "recovery": recoveries}
     return row
 
 
@@ -120,7 +131,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="only three cases, one round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of all cases (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all cases (default: 5)")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--keep", metavar="DIR", help="where the runs stay; reused if there")
     args = parser.parse_args()

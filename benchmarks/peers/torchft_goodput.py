@@ -47,7 +47,7 @@ def whole_model(shape: Shape, seed: int) -> torch.nn.Module:
             layer.experts.assign(slot, expert)
             layer.experts.initialise(slot)
         exchange = LoopbackWorld(1).exchange(0)
-        layer.attach(LayerContext(layer=index, exchange=exchange, table=table, mode="home"))
+        layer.attach(LayerContext(layer=index, exchange=exchange, table=table))
     return model
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dispatcher.dispatch import Routed
 from dispatcher.exchange import Exchange, SoloExchange
 from dispatcher.routing import BoolArray, RoutingTable
+from dispatcher.split import SplitRule
 
 
 class LayerContext:
@@ -19,8 +20,7 @@ class LayerContext:
     Shapes: E experts, R ranks.
 
     Attributes:
-        mode: How copies are split over replicas: "home", "shares" or "balanced".
-        rows_per_replica: For "balanced", see ``dispatcher.split.SplitRule``.
+        rule: How copies are split over replicas.
         expected_E: Fractions of routed copies of the last committed step, f32 [E], sum 1.
         counts_E: Copies of this step so far over all ranks, int64 [E]; first forwards in training
             mode only, never those that checkpointing repeats.
@@ -43,8 +43,7 @@ class LayerContext:
         layer: int,
         exchange: Exchange,
         table: RoutingTable,
-        mode: str = "home",
-        rows_per_replica: float = 128.0,
+        rule: SplitRule | None = None,
         expected_E: Tensor | None = None,
         counts_E: Tensor | None = None,
         served_ER: BoolArray | None = None,
@@ -52,13 +51,13 @@ class LayerContext:
         ghost: bool = False,
     ) -> None:
         experts = table.num_experts
-        self.layer, self.exchange, self.table, self.mode = layer, exchange, table, mode
+        self.layer, self.exchange, self.table = layer, exchange, table
+        self.rule = rule or SplitRule()
         self.expected_E = torch.full((experts,), 1 / experts) if expected_E is None else expected_E
         self.counts_E = torch.zeros(experts, dtype=torch.int64) if counts_E is None else counts_E
         shape = table.holds_ER.shape
         self.served_ER = np.zeros(shape, dtype=np.bool_) if served_ER is None else served_ER
         self.served_before_ER = self.served_ER.copy()
-        self.rows_per_replica = rows_per_replica
         self.aux_sum, self.ghost = aux_sum, ghost
         self.observer: Callable[[int, Tensor], None] | None = None
         self.forced_TK: Tensor | None = None

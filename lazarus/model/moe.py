@@ -16,7 +16,6 @@ from dispatcher.errors import RoutingTableError
 from dispatcher.gating import Score, choose_experts, gate_scores
 from dispatcher.layout import Activation
 from dispatcher.path import PathOptions, expert_path
-from dispatcher.split import SplitRule
 from lazarus.model.balance import auxiliary_sum, expected_fractions, updated_bias
 from lazarus.model.context import LayerContext
 from lazarus.model.experts import ExpertBank
@@ -128,7 +127,7 @@ class MoELayer(nn.Module):
             expert_TK,
             table=context.table,
             exchange=context.exchange,
-            rule=SplitRule(mode=context.mode, rows_per_replica=context.rows_per_replica),
+            rule=context.rule,
             served_ER=context.served_before_ER if repeated else context.served_ER,
         )
         # Dense work that needs no peer runs while the counts are on their way.

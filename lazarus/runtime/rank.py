@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 import torch
 
+from dispatcher.split import SplitRule
 from lazarus.checkpoint.store import Tag
 from lazarus.config import TrainConfig
 from lazarus.control.messages import (
@@ -49,6 +50,7 @@ from lazarus.runtime.spec import UserCode, WorkerSpec
 from lazarus.runtime.step import Step, World
 from lazarus.runtime.transfer import Feed
 from lazarus.runtime.workshop import Workshop
+from lazarus.sections import DispatchConfig
 from placement import Plan
 
 
@@ -365,8 +367,7 @@ class Rank:
             exchange,
             generation=generation,
             speeds=self._speeds,
-            mode=split_mode(self._config.dispatch.mode, self.device),
-            rows_per_replica=self._config.dispatch.rows_per_replica,
+            rule=split_rule(self._config.dispatch, self.device),
         )
         self._step = Step(
             self.replica,
@@ -490,11 +491,11 @@ class Rank:
             self.saver.close()
 
 
-def split_mode(mode: str, device: torch.device) -> str:
-    """``dispatch.mode`` with auto decided: spreading pays where every rank has its own device."""
-    if mode != "auto":
-        return mode
-    return "home" if device.type == "cpu" else "balanced"
+def split_rule(asked: DispatchConfig, device: torch.device) -> SplitRule:
+    """How copies are split. auto: spreading pays where every rank has its own device."""
+    auto = "home" if device.type == "cpu" else "balanced"
+    mode = auto if asked.mode == "auto" else asked.mode
+    return SplitRule(mode=mode, rows_per_replica=asked.rows_per_replica)
 
 
 def _device(local_rank: int) -> torch.device:

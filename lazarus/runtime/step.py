@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dispatcher.exchange import Exchange
 from dispatcher.gradients import slots_for_exchange, sum_replica_gradients
 from dispatcher.routing import RoutingTable
+from dispatcher.split import SplitRule
 from lazarus.control.measures import with_measures
 from lazarus.control.vector import (
     HASH_BITS,
@@ -64,8 +65,7 @@ class World:
         *,
         generation: int,
         speeds: Sequence[float] = (),
-        mode: str = "home",
-        rows_per_replica: float = 128.0,
+        rule: SplitRule | None = None,
     ) -> None:
         self.generation = generation
         self.plan = plan
@@ -87,8 +87,7 @@ class World:
                     home_E=plan.home[index],
                     generation=generation,
                 ),
-                mode=mode,
-                rows_per_replica=rows_per_replica,
+                rule=rule,
                 expected_E=replica.expected_fractions(index),
                 counts_E=torch.zeros(replica.num_experts, dtype=torch.int64),
             )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dispatcher.exchange import Exchange
+from dispatcher.split import SplitRule
 from lazarus.config import TrainConfig
 from lazarus.model import gpt
 from lazarus.runtime import builtin
@@ -117,7 +118,9 @@ def make_step(
     for layer in range(shape[0]):
         held = [int(e) for e in adopted.expert_of_slot[layer, exchange.rank] if e >= 0]
         replica.place(layer, held, {})
-    world = World(replica, adopted, exchange, generation=1, mode=mode, rows_per_replica=1.0)
+    world = World(
+        replica, adopted, exchange, generation=1, rule=SplitRule(mode=mode, rows_per_replica=1.0)
+    )
     reading = open_reading(
         Tokens(),
         collate=builtin.collate,
