@@ -75,7 +75,9 @@ def _limit_s(config: TrainConfig) -> float:
 def _placement(config: TrainConfig, policy: PlacementPolicy | None) -> PlacementPolicy:
     path = config.placement.policy
     if policy is None and path is not None:
-        policy = imported_policy(path, key="placement.policy", like=PlacementPolicy)
+        policy = imported_policy(
+            path, key="placement.policy", group="placement", like=PlacementPolicy
+        )
     elif policy is not None:
         check_call(policy, what="placement", like=PlacementPolicy)
     return replan if policy is None else CheckedPlacement(policy, limit_s=_limit_s(config))
@@ -84,7 +86,7 @@ def _placement(config: TrainConfig, policy: PlacementPolicy | None) -> Placement
 def _recovery(config: TrainConfig, policy: RecoveryPolicy | None) -> CheckedRecovery | None:
     path = config.recovery.policy
     if policy is None and path is not None:
-        policy = imported_policy(path, key="recovery.policy", like=RecoveryPolicy)
+        policy = imported_policy(path, key="recovery.policy", group="recovery", like=RecoveryPolicy)
     elif policy is not None:
         check_call(policy, what="recovery", like=RecoveryPolicy)
     if policy is None:

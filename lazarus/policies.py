@@ -14,6 +14,7 @@ from lazarus.checkpoint.policy import (
     RecoveryPolicy,
     decided_by_setting,
     decision_of,
+    on_history,
 )
 from lazarus.checkpoint.recovery import Loss, RecoveryDecision
 from placement import PlacementPolicy, PlacementRequest, Plan, replan
@@ -69,8 +70,9 @@ class CheckedRecovery:
         self, losses: Sequence[Loss], view: ClusterView, *, now_s: float
     ) -> RecoveryDecision | Hold:
         """A decision that can be carried out."""
+        asked, seen = on_history(losses, view)
         decision, refused = self._stranger.answer(
-            lambda: decision_of(self._policy(losses, view, now_s=now_s), losses, view)
+            lambda: decision_of(self._policy(asked, seen, now_s=now_s), asked, seen)
         )
         if decision is not None:
             return decision

@@ -1,28 +1,32 @@
-"""Policies of somebody else by dotted path: found, made, and callable as their protocol says."""
+"""Policies of somebody else, by dotted path or entry point: found, made, and callable as asked."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from importlib.metadata import entry_points
 from typing import Any
 
 from lazarus.errors import ConfigError
 
+# What an installed package offers, by the section of the setting that names it.
+GROUPS = {"placement": "lazarus.placement", "recovery": "lazarus.recovery"}
 
-def imported_policy(path: str, *, key: str, like: type) -> Any:
-    """The object behind ``package.module:Name``; a class is made into an instance.
+
+def imported_policy(text: str, *, key: str, group: str, like: type) -> Any:
+    """The object behind ``package.module:Name`` or an entry point; a class is made an instance.
 
     Args:
-        key: What named the path, such as ``placement.policy``.
+        key: What named it, such as ``placement.policy``.
+        group: Of entry points, one of ``GROUPS``.
         like: The protocol that the object follows, such as ``PlacementPolicy``.
 
     Raises:
-        ConfigError: It cannot be imported or made, or cannot be called as the protocol is.
+        ConfigError: It cannot be found, imported or made, or not be called as the protocol is.
     """
-    module, _, name = path.partition(":")
-    asked = f'{key} = "{path}"'
+    asked = f'{key} = "{text}"'
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = _imported(text) if ":" in text else _entry_point(text, GROUPS[group]).load()
     except (ImportError, AttributeError, SyntaxError, ValueError) as problem:
         raise ConfigError(f"{asked} cannot be imported: {problem}") from problem
     if isinstance(found, type):
@@ -33,6 +37,22 @@ def imported_policy(path: str, *, key: str, like: type) -> Any:
             raise ConfigError(f"{asked} cannot be made: {problem}; {wanted}") from problem
     check_call(found, what=asked, like=like)
     return found
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _entry_point(name: str, group: str) -> Any:
+    offered = {point.name: point for point in entry_points(group=group)}
+    if name not in offered:
+        known = ", ".join(sorted(offered)) or "none"
+        raise ImportError(
+            f"no installed package offers {name!r} in the entry points {group} (there: {known}); "
+            f"or give package.module:Name"
+        )
+    return offered[name]
 
 
 def check_call(policy: Any, *, what: str, like: type) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -198,7 +199,9 @@ class PlacementConfig:
         0.85, "of a node's memory that auto slots may fill", gt=0, le=1
     )
     solver: Literal["auto", "greedy", "ilp"] = setting("auto", "ilp: PuLP, at planned moments only")
-    policy: str | None = setting(None, "dotted path of an own policy, `package.module:Name`")
+    policy: str | None = setting(
+        None, "own policy: `package.module:Name`, or an entry point's name"
+    )
     resilience_weight: float = setting(1.0, "survival against balance", ge=0)
     domains: Literal["node", "zone"] = setting(
         "node", "what fails together; zone: Ray label `ray.io/availability-zone`"
@@ -208,7 +211,7 @@ class PlacementConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self, _dotted(self.policy, "placement.policy"))
+        require(self, _named(self.policy, "placement.policy"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +227,10 @@ class DispatchConfig:
     )
     rows_per_replica: float = setting(
         128.0, "balanced: rows that take as long as sending one expert's gradient", ge=0
+    )
+    dense_overlap: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "sum dense gradients in buckets during the backward; auto: where a rank has its own device",
     )
     transport: Literal["auto", "group"] = setting(
         "auto", "auto: shared memory between CPU ranks of one machine; group: gloo or NCCL"
@@ -249,10 +256,12 @@ class RecoveryConfig:
     compare_every: int = setting(
         0, "steps between comparisons of all replicas, bit for bit; 0: none", ge=0
     )
-    policy: str | None = setting(None, "dotted path of an own policy, `package.module:Name`")
+    policy: str | None = setting(
+        None, "own policy: `package.module:Name`, or an entry point's name"
+    )
 
     def __post_init__(self) -> None:
-        require(self, _dotted(self.policy, "recovery.policy"))
+        require(self, _named(self.policy, "recovery.policy"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,10 +354,11 @@ class FaultsConfig:
         return parse_chaos(self.chaos) if self.chaos else None
 
 
-def _dotted(path: str | None, name: str) -> tuple[bool, str, str]:
-    module, _, attribute = (path or "a:b").partition(":")
-    fine = all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
-    return fine, name.split(".")[1], f'{name} = "{path}" must be "package.module:Name"'
+def _named(policy: str | None, name: str) -> tuple[bool, str, str]:
+    words = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+    fine = policy is None or re.fullmatch(rf"{words}:{words}|[\w.-]+", policy) is not None
+    wanted = 'must be "package.module:Name" or the name of an entry point'
+    return fine, name.split(".")[1], f'{name} = "{policy}" {wanted}'
 
 
 def _failures(read: Callable[[str], object], texts: Iterable[str], name: str) -> list[Problem]:

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lazarus.checkpoint.lineage import Lineage, extended
+from lazarus.checkpoint.policy import ClusterView, RecoveryPolicy, decision_of, on_history
+from lazarus.checkpoint.recovery import Copy, Loss, Source, StoredCheckpoint
 from lazarus.data.stream import ShardIterator, StreamSource
 from lazarus.errors import DataError
 
@@ -86,3 +89,89 @@ def _not_plain(value: Any, path: str) -> str | None:
     else:
         return f"{path} is a {type(value).__name__}"
     return next((wrong for where, v in inside if (wrong := _not_plain(v, where))), None)
+
+
+def conformance(*, recovery: RecoveryPolicy, seed: int = 0, rounds: int = 200) -> int:
+    """Ask a recovery policy about losses of many kinds; each answer must be one to carry out.
+
+    ``placement.testing.conformance`` does the same for a placement policy.
+
+    Args:
+        recovery: Called as ``recovery(losses, view, now_s=...)``.
+        seed: Of the losses.
+        rounds: How often it is asked.
+
+    Returns:
+        How many answers were checked.
+
+    Raises:
+        AssertionError: The policy raised, answered what cannot be done, answered the same question
+            in two ways, or changed what it was given; the message names the question.
+    """
+    rng = random.Random(f"conformance {seed}")
+    for number in range(rounds):
+        losses, view = on_history(*_question(rng))
+        name = f"question {number} of seed {seed}: {losses} in {view}"
+        now_s = rng.uniform(0.0, 1e6)
+        kept = copy.deepcopy((losses, view))
+        try:
+            answers = [recovery(losses, view, now_s=now_s) for _ in range(2)]
+            for answer in answers:
+                decision_of(answer, losses, view)
+        except Exception as problem:
+            raise AssertionError(f"{type(problem).__name__}: {problem} ({name})") from problem
+        assert answers[0] == answers[1], f"two answers, {answers[0]} and {answers[1]} ({name})"
+        assert kept == (losses, view), f"the question was changed ({name})"
+    return rounds
+
+
+def _question(rng: random.Random) -> tuple[tuple[Loss, ...], ClusterView]:
+    """Lost experts of a run that has been through some changes, one of them perhaps a rollback."""
+    lineage: Lineage = ()
+    step = start = rng.choice((0, 0, 70))
+    for generation in range(1, 2 + rng.randrange(4)):
+        lineage = extended(lineage, generation=generation, step=step)
+        step += rng.randrange(40)
+        if rng.random() < 0.2:
+            step = rng.randint(start, step)
+    generation = len(lineage)
+    nodes = tuple(sorted(rng.sample(range(12), rng.randint(1, 6))))
+    stored = tuple(
+        StoredCheckpoint(
+            generation=rng.randint(1, generation), step=rng.randint(start, step + 5),
+            is_full=rng.random() < 0.5,
+        )
+        for _ in range(rng.randrange(4))
+    )  # fmt: skip
+    experts = rng.sample([(x, e) for x in range(3) for e in range(8)], rng.randint(1, 5))
+    losses = tuple(_loss(rng, key, generation, (start, step), nodes) for key in sorted(experts))
+    view = ClusterView(
+        step=step, nodes=nodes, lineage=lineage, checkpoints=stored, start_step=start,
+        in_flight=rng.choice((-1, step)), plt=rng.choice((0.0, 0.03, 0.2)), plt_budget=0.05,
+        waited_s=rng.choice((0.0, 4.0)),
+    )  # fmt: skip
+    return losses, view
+
+
+def _loss(
+    rng: random.Random,
+    key: tuple[int, int],
+    generation: int,
+    steps: tuple[int, int],
+    nodes: Sequence[int],
+) -> Loss:
+    """One lost expert; any node makes its initial state anew, if the run began with one."""
+    first, last = steps
+    layer, expert = key
+    copies = [
+        Copy(
+            layer=layer, expert=expert, generation=rng.randint(1, generation),
+            step=rng.randint(first, last), source=source, routed=rng.randrange(1000),
+            node=-1 if source is Source.STORAGE else rng.choice(nodes),
+        )
+        for source in rng.choices((Source.OWN_NODE, Source.OTHER_NODE, Source.STORAGE), k=3)
+    ][: rng.randrange(4)]  # fmt: skip
+    if first == 0:
+        copies.append(Copy(layer=layer, expert=expert, generation=0, step=0, source=Source.INITIAL))
+    targets = tuple(rng.sample(nodes, rng.randint(1, min(3, len(nodes)))))
+    return Loss(layer=layer, expert=expert, targets=targets, routed=1000, copies=tuple(copies))

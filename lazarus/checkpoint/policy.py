@@ -98,10 +98,27 @@ def decided_by_setting(
     )
 
 
+def on_history(losses: Sequence[Loss], view: ClusterView) -> tuple[tuple[Loss, ...], ClusterView]:
+    """The same without copies and checkpoints that lie on no history of the run's present step."""
+
+    def there(one: Copy | StoredCheckpoint) -> bool:
+        return is_valid(
+            generation=one.generation, step=one.step, lineage=view.lineage, resume_step=view.step
+        )
+
+    known = tuple(replace(x, copies=tuple(filter(there, x.copies))) for x in losses)
+    return known, replace(view, checkpoints=tuple(filter(there, view.checkpoints)))
+
+
 def decision_of(
     answer: object, losses: Sequence[Loss], view: ClusterView
 ) -> RecoveryDecision | Hold:
     """The decision that an answer means.
+
+    Args:
+        answer: What the policy returned.
+        losses: What it was asked, ``on_history``.
+        view: Likewise.
 
     Raises:
         ConfigError: It means none, or one that cannot be carried out; the message says why.
@@ -114,9 +131,9 @@ def decision_of(
                 raise ConfigError(f"it holds for {for_s} s; give a positive number of seconds")
             return answer
         case Rollback(step=step):
-            there = sorted({view.start_step, *(_usable_steps(view))})
-            if step not in there:
-                raise ConfigError(f"it rolls back to step {step}; there are {there}")
+            steps = sorted({view.start_step, *(c.step for c in view.checkpoints)})
+            if step not in steps:
+                raise ConfigError(f"it rolls back to step {step}; there are {steps}")
             return answer
         case Mapping():
             return Restore(experts=tuple(_restored(answer, loss, view) for loss in losses))
@@ -124,16 +141,6 @@ def decision_of(
         f"it returned {type(answer).__name__}; wanted a copy for each lost expert, Rollback, Hold "
         f"or Stop"
     )
-
-
-def _usable_steps(view: ClusterView) -> list[int]:
-    return [
-        c.step
-        for c in view.checkpoints
-        if is_valid(
-            generation=c.generation, step=c.step, lineage=view.lineage, resume_step=view.step
-        )
-    ]
 
 
 def _restored(

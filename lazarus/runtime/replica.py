@@ -22,6 +22,7 @@ from lazarus.model.balance import updated_bias
 from lazarus.model.experts import ExpertBank, deferred_experts
 from lazarus.model.moe import MoELayer
 from lazarus.runtime.banks import gradients
+from lazarus.runtime.dense_sync import BUCKET_BYTES, DenseSync
 from lazarus.runtime.images import (
     DenseImage,
     as_bytes,
@@ -50,6 +51,7 @@ class Replica:
         seed: int,
         device: torch.device,
         num_slots: int = 1,
+        overlaps_dense: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         with deferred_experts():
@@ -73,6 +75,12 @@ class Replica:
             bank.allocate(num_slots=num_slots, device=device)
             bank.weight.grad = gradients(bank.weight)
         self._flatten()
+        self.dense_sync = DenseSync(
+            [p for _, p in self.dense],
+            self.flat_grad,
+            overlaps=overlaps_dense,
+            bucket_bytes=BUCKET_BYTES if overlaps_dense else self.flat_grad.nbytes,
+        )
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)
         self.keep_buffers()
@@ -270,6 +278,7 @@ class Replica:
     def zero_gradients(self) -> None:
         """Experts' gradients are overwritten by a step's first backward, see ``LayerContext``."""
         self.flat_grad.zero_()
+        self.dense_sync.start_step()
 
     def dense_square_sum(self) -> float:
         """Square sum of the reduced dense gradient: equal bits on all ranks, so never summed."""

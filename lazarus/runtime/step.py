@@ -147,7 +147,7 @@ class Step:
         total, aux, count = self._rounds(step, shared)
         self._observer.enter("grad_sync")
         # In flight beside the replicas' exchanges, which another stream or thread may serve.
-        dense = world.exchange.start_all_reduce(replica.flat_grad, label="dense_grad")
+        dense = replica.dense_sync.finish(world.exchange)
         for bank, context in zip(replica.banks, world.contexts, strict=True):
             grad = bank.weight.grad
             assert grad is not None
@@ -248,7 +248,10 @@ class Step:
     def _rounds(self, step: int, shared: StepShare) -> tuple[float, float, float]:
         totals = np.zeros(3)
         first = 0
-        for number, size in enumerate(self._sizes(shared)):
+        sizes = self._sizes(shared)
+        for number, size in enumerate(sizes):
+            if number + 1 == len(sizes):
+                self._replica.dense_sync.arm(self._world.exchange)
             totals += self._round(step, shared, first=first, size=size)
             first += size
             if number == 0:

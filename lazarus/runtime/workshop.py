@@ -44,6 +44,7 @@ class Workshop:
             clip_norm=config.optim.clip_norm,
             seed=config.run.seed,
             device=self._device,
+            overlaps_dense=_overlaps(config.dispatch.dense_overlap, self._device),
         )
 
     def reading(self, context: WorkerContext) -> Reading:
@@ -83,6 +84,11 @@ class Workshop:
             observer=self._observer,
             measures=context.measures,
         )
+
+
+def _overlaps(asked: str, device: torch.device) -> bool:
+    """auto: where a rank has its own device, sums travel beside the backward for nothing."""
+    return asked == "on" or (asked == "auto" and device.type != "cpu")
 
 
 def _opened(data: Any, context: WorkerContext) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.control.recovery import slots_for
 from lazarus.errors import ConfigError
 from lazarus.policies import CheckedRecovery
-from lazarus.policy_paths import imported_policy
+from lazarus.policy_paths import GROUPS, imported_policy
 from lazarus.simulate.fleet import VirtualRun
 from lazarus.simulate.peers import PeerPolicy, PeerRun
 from lazarus.simulate.rows import FleetPolicy, Row, Setting
@@ -127,10 +128,10 @@ def _lean(setting: Setting) -> int:
 
 
 def policy_named(text: str, setting: Setting) -> Policy:
-    """A policy by name, or a placement policy by dotted path ``package.module:Name``.
+    """A policy by name, or somebody's placement by dotted path or entry point.
 
-    The object that the path names is the same that ``placement.policy`` takes in a live run; a
-    class is called without arguments first.
+    The object is the same that ``placement.policy`` takes in a live run; a class is called without
+    arguments first.
 
     Raises:
         ConfigError: No such name, or the path leads to nothing callable.
@@ -138,18 +139,20 @@ def policy_named(text: str, setting: Setting) -> Policy:
     known = named_policies(setting)
     if text in known:
         return known[text]
-    if ":" not in text:
-        raise ConfigError(f"unknown policy {text!r}; known: {', '.join(known)}, or module:Name")
+    offered = [point.name for point in entry_points(group=GROUPS["placement"])]
+    if ":" not in text and text not in offered:
+        names = ", ".join((*known, *offered))
+        raise ConfigError(f"unknown policy {text!r}; known: {names}, or module:Name")
     return FleetPolicy(name=text, placement=load_placement(text))
 
 
 def load_placement(path: str) -> PlacementPolicy:
-    """The placement policy at a dotted path.
+    """The placement policy at a dotted path or behind an entry point.
 
     Raises:
         ConfigError: It cannot be imported, or not be called as a ``PlacementPolicy``.
     """
-    policy = imported_policy(path, key="--policies", like=PlacementPolicy)
+    policy = imported_policy(path, key="--policies", group="placement", like=PlacementPolicy)
     return Stranger(path=path, policy=policy)
 
 
@@ -163,7 +166,7 @@ def with_recovery(policy: Policy, path: str | None) -> Policy:
     """
     if path is None or not isinstance(policy, FleetPolicy):
         return policy
-    asked = imported_policy(path, key="--recovery", like=RecoveryPolicy)
+    asked = imported_policy(path, key="--recovery", group="recovery", like=RecoveryPolicy)
     checked = CheckedRecovery(asked, limit_s=None, on_lost_expert="partial")
     return replace(policy, name=f"{policy.name}+{path}", recovery=checked)
 

@@ -14,8 +14,12 @@ WAYS = {
         "dispatch.mode=balanced", "dispatch.rows_per_replica=0", "dispatch.transport=group",
     ),
     "home over sockets": ("dispatch.transport=group",),
+    "dense overlapped": ("dispatch.dense_overlap=on",),
+    "dense overlapped, over sockets": ("dispatch.dense_overlap=on", "dispatch.transport=group"),
 }  # fmt: skip
-QUICK = {("balanced", "grad_sync"), ("home over sockets", "dispatch")}
+QUICK = {
+    ("balanced", "grad_sync"), ("home over sockets", "dispatch"), ("dense overlapped", "grad_sync"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

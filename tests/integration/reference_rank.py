@@ -82,7 +82,7 @@ def quiet_observer(ledger: StepLedger) -> Observer:
     )
 
 
-def make_replica(top_k: int) -> Replica:
+def make_replica(top_k: int, *, overlaps_dense: bool = False) -> Replica:
     with _BUILDING:
         return Replica(
             lambda: make_model(top_k),
@@ -91,6 +91,7 @@ def make_replica(top_k: int) -> Replica:
             clip_norm=CONFIG.optim.clip_norm,
             seed=CONFIG.run.seed,
             device=torch.device("cpu"),
+            overlaps_dense=overlaps_dense,
         )
 
 
@@ -102,9 +103,10 @@ def make_step(
     precision: str = "fp32",
     hooks: Hooks | None = None,
     mode: str = "home",
+    overlaps_dense: bool = False,
 ) -> tuple[Replica, Step]:
     """What a rank stands at after RESUME of generation 1."""
-    replica = make_replica(top_k)
+    replica = make_replica(top_k, overlaps_dense=overlaps_dense)
     shape = (len(replica.layers), replica.num_experts)
     adopted = plan(
         PlacementRequest(
@@ -155,10 +157,17 @@ def make_step(
 
 
 def train(
-    exchange: Exchange, *, top_k: int, ledger: StepLedger, mode: str = "home"
+    exchange: Exchange,
+    *,
+    top_k: int,
+    ledger: StepLedger,
+    mode: str = "home",
+    overlaps_dense: bool = False,
 ) -> dict[str, Any]:
     """Five steps; what the comparison looks at, as numpy arrays by global name."""
-    replica, step = make_step(exchange, top_k=top_k, ledger=ledger, mode=mode)
+    replica, step = make_step(
+        exchange, top_k=top_k, ledger=ledger, mode=mode, overlaps_dense=overlaps_dense
+    )
     # Ranks that are threads share a generator: all have drawn their weights before any trains.
     exchange.all_reduce(torch.zeros(1), label="digest")
     found: dict[str, Any] = {"losses": []}

@@ -125,6 +125,17 @@ def test_five_steps_over_loopback_are_those_of_one_process(
     assert_same_training(run_ranks(body, size=size), alone(top_k))
 
 
+def test_five_steps_with_dense_gradients_in_buckets_are_those_of_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lazarus.runtime.replica.BUCKET_BYTES", 2_000)
+
+    def body(exchange: Exchange) -> Any:
+        return ranks.train(exchange, top_k=2, ledger=StepLedger(), overlaps_dense=True)
+
+    assert_same_training(run_ranks(body, size=3), alone(2))
+
+
 @pytest.mark.parametrize(
     ("size", "mode", "shared"),
     [

@@ -103,16 +103,19 @@ NEW = Copy(layer=0, expert=1, generation=1, step=8, source=Source.OTHER_NODE, no
 OLD = Copy(layer=0, expert=1, generation=1, step=5, source=Source.STORAGE, routed=50)
 VOID = Copy(layer=0, expert=1, generation=1, step=11, source=Source.STORAGE, routed=110)
 LOSS = ExpertLoss(layer=0, expert=1, targets=(0,), routed=90, copies=(NEW, OLD, VOID))
+STORED = StoredCheckpoint(generation=1, step=5, is_full=False)
 VIEW = ClusterView(
     step=9, nodes=(0, 2), lineage=((1, 0),),
-    checkpoints=(StoredCheckpoint(generation=1, step=5, is_full=False),),
+    checkpoints=(STORED, StoredCheckpoint(generation=1, step=11, is_full=True)),
     start_step=0, in_flight=-1, plt=0.0, plt_budget=0.05, waited_s=0.0,
 )  # fmt: skip
 
 
 def decided(answer: object) -> object:
     def policy(losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
-        assert (losses, view, now_s) == ([LOSS], VIEW, 3.0)
+        # What the run has left behind, by a rollback say, is not offered.
+        assert losses == (replace(LOSS, copies=(NEW, OLD)),)
+        assert (view, now_s) == (replace(VIEW, checkpoints=(STORED,)), 3.0)
         if isinstance(answer, Exception):
             raise answer
         return answer  # type: ignore[return-value]
@@ -141,7 +144,8 @@ def test_a_policy_may_roll_back_hold_or_stop() -> None:
     [
         ({}, "it names no copy of L0/E1"),
         ({(0, 1): replace(OLD, step=6)}, "is none of the known ones"),
-        ({(0, 1): VOID}, "of step 11, is not on the run's history"),
+        ({(0, 1): VOID}, "of step 11, is none of the known ones"),
+        (Rollback(step=11), "it rolls back to step 11; there are [0, 5]"),
         (Rollback(step=7), "it rolls back to step 7; there are [0, 5]"),
         (Hold(for_s=0.0), "it holds for 0.0 s"),
         (Hold(for_s=float("nan")), "it holds for nan s"),

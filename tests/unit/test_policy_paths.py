@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from lazarus.cli import main
 from lazarus.config import TrainConfig
 from lazarus.control_config import control_config
 from lazarus.errors import ConfigError
+from lazarus.policies import CheckedPlacement, CheckedRecovery
 from lazarus.policy_paths import imported_policy
 from placement import PlacementPolicy, PlacementRequest, Plan, replan
 
@@ -97,5 +100,57 @@ def test_an_object_is_checked_as_a_path_is() -> None:
 
 def test_what_can_be_called_is_given_back() -> None:
     like: type = PlacementPolicy
-    assert imported_policy("placement:replan", key="k", like=like) is replan
-    assert imported_policy("strange:recovers", key="k", like=RecoveryPolicy) is recovers
+    assert imported_policy("placement:replan", key="k", group="placement", like=like) is replan
+    found = imported_policy("strange:recovers", key="k", group="recovery", like=RecoveryPolicy)
+    assert found is recovers
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package beside ours that offers policies under names."""
+    about = tmp_path / "strange-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[lazarus.placement]\nmine = placement:replan\ngone = strange:Nobody\n"
+        "[lazarus.recovery]\nmy-copy = strange:recovers\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_package_offers_policies_by_name() -> None:
+    config = TrainConfig.load(overrides=["placement.policy=mine", "recovery.policy=my-copy"])
+    found = control_config(config, placement=None, recovery=None, ranks_per_node=1)
+    assert isinstance(found.placement, CheckedPlacement)
+    assert isinstance(found.recovery, CheckedRecovery)
+    like: type = PlacementPolicy
+    assert imported_policy("mine", key="k", group="placement", like=like) is replan
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("yours", "no installed package offers 'yours' in the entry points lazarus.placement"),
+        ("yours", "(there: gone, mine); or give package.module:Name"),
+        ("my-copy", "no installed package offers 'my-copy'"),
+        ("gone", "has no attribute 'Nobody'"),
+    ],
+)
+def test_a_name_that_nobody_offers_is_refused_with_those_there_are(name: str, said: str) -> None:
+    config = TrainConfig.load(overrides=[f"placement.policy={name}"])
+    with pytest.raises(ConfigError) as problem:
+        control_config(config, placement=None, recovery=None, ranks_per_node=1)
+    assert said in str(problem.value)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_simulator_takes_the_same_names(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["simulate", "--nodes", "4", "--hours", "0.1", "--json"]
+    assert main([*small, "--policies", "mine,lazarus", "--recovery", "my-copy"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["policy"] for row in rows] == ["mine+my-copy", "lazarus+my-copy"]
+    assert rows[0]["goodput_tokens_per_s"] == rows[1]["goodput_tokens_per_s"]
+    assert main([*small, "--policies", "yours"]) == 2
+    assert "known: lazarus" in (said := capsys.readouterr().err) and "mine" in said
