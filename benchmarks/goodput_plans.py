@@ -128,5 +128,7 @@ def overrides(
         "c": [*full, "placement.slots_per_node=auto", "placement.spare_losses=0",
               "recovery.on_lost_expert=rollback"],
     }[system.lower()]  # fmt: skip
+    overlap = "on" if plan.timing.device_s else "auto"  # as with a device for each rank
     return [*COMMON, *shape.overrides(), *given, f"cluster.launcher={launcher}",
+            f"dispatch.overlap={overlap}",
             f"cluster.nodes={nodes}", f"run.dir={folder}", f"run.seed={seed}"]  # fmt: skip

@@ -8,6 +8,7 @@ Shapes: T tokens, K choices, N copies sent, M rows received, D width, S slots, P
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ def expert_path(
     options: PathOptions,
     *,
     written: set[int] | None = None,
+    done: Callable[[], None] | None = None,
 ) -> Tensor:
     """Tokens through their experts.
 
@@ -50,6 +52,8 @@ def expert_path(
         written: Slots whose gradient rows hold something of this step already; the backward
             overwrites the others, so that nobody has to zero them, and puts them in. None: all
             rows are added to.
+        done: Called at the end of the backward, when the gradients of ``weight`` are added and
+            this call's exchanges are over.
 
     Returns:
         [T, D] in the dtype of ``x_TD``; zeros for tokens that were routed nowhere.
@@ -58,7 +62,7 @@ def expert_path(
         HandleError: The handle was used before.
     """
     routed.spend()
-    result: Tensor = _ExpertPath.apply(x_TD, gate_TK, weight, routed, options, written)  # type: ignore[no-untyped-call]
+    result: Tensor = _ExpertPath.apply(x_TD, gate_TK, weight, routed, options, written, done)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -72,6 +76,7 @@ class _ExpertPath(torch.autograd.Function):
         routed: Routed,
         options: PathOptions,
         written: set[int] | None,
+        done: Callable[[], None] | None,
     ) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):
             # Rows are handed on without a name, so that at most three copies of them live.
@@ -84,6 +89,7 @@ class _ExpertPath(torch.autograd.Function):
             kept.hidden = hidden
         ctx.kept = kept, y_ND
         ctx.weight, ctx.routed, ctx.options, ctx.written = weight, routed, options, written
+        ctx.done = done
         return out_TD
 
     @staticmethod
@@ -106,7 +112,10 @@ class _ExpertPath(torch.autograd.Function):
         del grad_MD, saved
         grad_ND = routed.to_sources(grad_x_MD, label="dispatch_grad", is_ours=True)
         del grad_x_MD
-        return sum_copies(grad_ND, routed), grad_gate_TK, None, None, None, None
+        grad_x_TD = sum_copies(grad_ND, routed)
+        if ctx.done is not None:
+            ctx.done()
+        return grad_x_TD, grad_gate_TK, None, None, None, None, None
 
 
 def _through_experts(

@@ -228,9 +228,10 @@ class DispatchConfig:
     rows_per_replica: float = setting(
         128.0, "balanced: rows that take as long as sending one expert's gradient", ge=0
     )
-    dense_overlap: Literal["auto", "on", "off"] = setting(
+    overlap: Literal["auto", "on", "off"] = setting(
         "auto",
-        "sum dense gradients in buckets during the backward; auto: where a rank has its own device",
+        "sum gradients during the backward, dense ones in buckets, experts' layer by layer; auto: "
+        "where a rank has its own device",
     )
     transport: Literal["auto", "group"] = setting(
         "auto", "auto: shared memory between CPU ranks of one machine; group: gloo or NCCL"

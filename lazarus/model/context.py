@@ -34,6 +34,8 @@ class LayerContext:
         written: Set it to an empty set to let the first backward of a step overwrite the gradient
             rows it writes, so that nobody needs to zero them; ``start_step`` empties it again.
             Then sum gradients with ``written=`` the same set. None: rows are added to.
+        after_backward: Called when the backward of every first forward so far is over: in the last
+            round of a step no more is added to the gradients of the layer's experts.
         ghost: This rank has no samples in this round: nothing is routed, outputs are zeros.
     """
 
@@ -62,6 +64,8 @@ class LayerContext:
         self.observer: Callable[[int, Tensor], None] | None = None
         self.forced_TK: Tensor | None = None
         self.written: set[int] | None = None
+        self.after_backward: Callable[[], None] | None = None
+        self._open = 0  # first forwards whose backward is still to come
 
     @classmethod
     def solo(cls, num_experts: int) -> LayerContext:
@@ -74,13 +78,21 @@ class LayerContext:
         self.served_ER[:] = False
         self.served_before_ER[:] = False
         self.aux_sum = None
+        self.after_backward, self._open = None, 0
         if self.written is not None:
             self.written = set()
 
     def record(self, routed: Routed, aux: Tensor | None) -> None:
         """Take note of one first forward: its load, its servers, its auxiliary loss."""
+        self._open += 1
         self.counts_E += torch.from_numpy(routed.counts_RE.sum(0)).to(self.counts_E)
         self.served_before_ER = self.served_ER.copy()
         self.served_ER |= routed.split.served_ER
         if aux is not None:
             self.aux_sum = aux if self.aux_sum is None else self.aux_sum + aux
+
+    def backward_done(self) -> None:
+        """The backward of one forward is over."""
+        self._open -= 1
+        if self._open == 0 and self.after_backward is not None:
+            self.after_backward()

@@ -139,8 +139,9 @@ class MoELayer(nn.Module):
             if context.observer is not None:
                 context.observer(context.layer, expert_TK)
         out_TD = expert_path(
-            x_TD, gate_TK, self.experts.weight, routed, self._options, written=context.written
-        )
+            x_TD, gate_TK, self.experts.weight, routed, self._options, written=context.written,
+            done=context.backward_done,
+        )  # fmt: skip
         out_BSD = out_TD.to(x_BSD.dtype).view(x_BSD.shape)
         return out_BSD if shared_BSD is None else out_BSD + shared_BSD
 

@@ -39,7 +39,8 @@ class DenseSync:
         overlaps: bool,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._flat_grad, self._overlaps = flat_grad, overlaps
+        self.overlaps = overlaps
+        self._flat_grad = flat_grad
         self._members = _members(parameters, bucket_bytes)
         self._bounds = _bounds(self._members, flat_grad.numel())
         self._missing = [0] * len(self._members)
@@ -57,7 +58,7 @@ class DenseSync:
 
     def arm(self, exchange: Exchange) -> None:
         """The next backward is the step's last on this rank: its gradients are the final ones."""
-        if self._overlaps:
+        if self.overlaps:
             self._exchange = exchange
             self._missing = [sum(p.requires_grad for p in some) for some in self._members]
 

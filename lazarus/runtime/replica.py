@@ -51,7 +51,7 @@ class Replica:
         seed: int,
         device: torch.device,
         num_slots: int = 1,
-        overlaps_dense: bool = False,
+        overlaps: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         with deferred_experts():
@@ -78,8 +78,8 @@ class Replica:
         self.dense_sync = DenseSync(
             [p for _, p in self.dense],
             self.flat_grad,
-            overlaps=overlaps_dense,
-            bucket_bytes=BUCKET_BYTES if overlaps_dense else self.flat_grad.nbytes,
+            overlaps=overlaps,
+            bucket_bytes=BUCKET_BYTES if overlaps else self.flat_grad.nbytes,
         )
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,7 @@ class Step:
         self._measures = context.measures
         self._hooks = hooks
         self._must_agree = True  # on the names of measures, before the next commit
+        self._summed: set[int] = set()  # layers whose replicas have equal gradients in this step
         self.dense_square = 0.0
         self.shared: StepShare | None = None
 
@@ -148,17 +150,9 @@ class Step:
         self._observer.enter("grad_sync")
         # In flight beside the replicas' exchanges, which another stream or thread may serve.
         dense = replica.dense_sync.finish(world.exchange)
-        for bank, context in zip(replica.banks, world.contexts, strict=True):
-            grad = bank.weight.grad
-            assert grad is not None
-            sum_replica_gradients(
-                grad,
-                context.table,
-                world.exchange,
-                served_ER=context.served_ER,
-                expert_of_slot=bank.expert_of_slot,
-                written=context.written,
-            )
+        for layer in range(len(world.contexts)):
+            if layer not in self._summed:
+                self._sum_replicas(layer)
         dense.wait()
         self._hooks.gradients(self._context, replica)
         rank = world.exchange.rank
@@ -190,6 +184,27 @@ class Step:
             counts = np.stack([context.counts_E.cpu().numpy() for context in world.contexts])
             lanes[world.layout.counts] = counts.reshape(-1)
         return self._commit_barrier(lanes)
+
+    def _overlap(self) -> None:
+        """Sum gradients while the next backward goes on; it is this step's last one here."""
+        sync = self._replica.dense_sync
+        if sync.overlaps:
+            sync.arm(self._world.exchange)
+            for layer, context in enumerate(self._world.contexts):
+                context.after_backward = partial(self._sum_replicas, layer)
+
+    def _sum_replicas(self, layer: int) -> None:
+        bank, context = self._replica.banks[layer], self._world.contexts[layer]
+        assert bank.weight.grad is not None
+        sum_replica_gradients(
+            bank.weight.grad,
+            context.table,
+            self._world.exchange,
+            served_ER=context.served_ER,
+            expert_of_slot=bank.expert_of_slot,
+            written=context.written,
+        )
+        self._summed.add(layer)
 
     def _agree(self) -> None:
         """All ranks sum the measures that any of them has logged."""
@@ -235,6 +250,7 @@ class Step:
 
     def _prepare_scratch(self) -> None:
         self._replica.zero_gradients()
+        self._summed.clear()
         self._measures.start()
         for layer, context in enumerate(self._world.contexts):
             context.start_step()
@@ -251,7 +267,7 @@ class Step:
         sizes = self._sizes(shared)
         for number, size in enumerate(sizes):
             if number + 1 == len(sizes):
-                self._replica.dense_sync.arm(self._world.exchange)
+                self._overlap()
             totals += self._round(step, shared, first=first, size=size)
             first += size
             if number == 0:

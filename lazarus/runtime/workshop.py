@@ -44,7 +44,7 @@ class Workshop:
             clip_norm=config.optim.clip_norm,
             seed=config.run.seed,
             device=self._device,
-            overlaps_dense=_overlaps(config.dispatch.dense_overlap, self._device),
+            overlaps=_overlaps(config.dispatch.overlap, self._device),
         )
 
     def reading(self, context: WorkerContext) -> Reading:

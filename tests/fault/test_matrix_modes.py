@@ -14,11 +14,14 @@ WAYS = {
         "dispatch.mode=balanced", "dispatch.rows_per_replica=0", "dispatch.transport=group",
     ),
     "home over sockets": ("dispatch.transport=group",),
-    "dense overlapped": ("dispatch.dense_overlap=on",),
-    "dense overlapped, over sockets": ("dispatch.dense_overlap=on", "dispatch.transport=group"),
+    "overlapped": ("dispatch.overlap=on",),
+    "overlapped, balanced, over sockets": (
+        "dispatch.overlap=on", "dispatch.transport=group", "dispatch.mode=balanced",
+        "dispatch.rows_per_replica=0",
+    ),
 }  # fmt: skip
 QUICK = {
-    ("balanced", "grad_sync"), ("home over sockets", "dispatch"), ("dense overlapped", "grad_sync"),
+    ("balanced", "grad_sync"), ("home over sockets", "dispatch"), ("overlapped", "grad_sync"),
 }  # fmt: skip
 
 

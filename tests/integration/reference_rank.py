@@ -82,7 +82,7 @@ def quiet_observer(ledger: StepLedger) -> Observer:
     )
 
 
-def make_replica(top_k: int, *, overlaps_dense: bool = False) -> Replica:
+def make_replica(top_k: int, *, overlaps: bool = False) -> Replica:
     with _BUILDING:
         return Replica(
             lambda: make_model(top_k),
@@ -91,7 +91,7 @@ def make_replica(top_k: int, *, overlaps_dense: bool = False) -> Replica:
             clip_norm=CONFIG.optim.clip_norm,
             seed=CONFIG.run.seed,
             device=torch.device("cpu"),
-            overlaps_dense=overlaps_dense,
+            overlaps=overlaps,
         )
 
 
@@ -103,10 +103,10 @@ def make_step(
     precision: str = "fp32",
     hooks: Hooks | None = None,
     mode: str = "home",
-    overlaps_dense: bool = False,
+    overlaps: bool = False,
 ) -> tuple[Replica, Step]:
     """What a rank stands at after RESUME of generation 1."""
-    replica = make_replica(top_k, overlaps_dense=overlaps_dense)
+    replica = make_replica(top_k, overlaps=overlaps)
     shape = (len(replica.layers), replica.num_experts)
     adopted = plan(
         PlacementRequest(
@@ -162,12 +162,10 @@ def train(
     top_k: int,
     ledger: StepLedger,
     mode: str = "home",
-    overlaps_dense: bool = False,
+    overlaps: bool = False,
 ) -> dict[str, Any]:
     """Five steps; what the comparison looks at, as numpy arrays by global name."""
-    replica, step = make_step(
-        exchange, top_k=top_k, ledger=ledger, mode=mode, overlaps_dense=overlaps_dense
-    )
+    replica, step = make_step(exchange, top_k=top_k, ledger=ledger, mode=mode, overlaps=overlaps)
     # Ranks that are threads share a generator: all have drawn their weights before any trains.
     exchange.all_reduce(torch.zeros(1), label="digest")
     found: dict[str, Any] = {"losses": []}

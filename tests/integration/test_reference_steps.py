@@ -125,13 +125,14 @@ def test_five_steps_over_loopback_are_those_of_one_process(
     assert_same_training(run_ranks(body, size=size), alone(top_k))
 
 
-def test_five_steps_with_dense_gradients_in_buckets_are_those_of_one_process(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("mode", ["home", "balanced"])
+def test_five_steps_whose_gradients_are_summed_in_the_backward_are_those_of_one_process(
+    mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lazarus.runtime.replica.BUCKET_BYTES", 2_000)
 
     def body(exchange: Exchange) -> Any:
-        return ranks.train(exchange, top_k=2, ledger=StepLedger(), overlaps_dense=True)
+        return ranks.train(exchange, top_k=2, ledger=StepLedger(), mode=mode, overlaps=True)
 
     assert_same_training(run_ranks(body, size=3), alone(2))
 
