@@ -17,8 +17,6 @@ COMMON = (
     "cluster.min_nodes=1",
 )  # fmt: skip
 
-JITTER = 0.2  # of the period
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -34,16 +32,18 @@ class Plan:
 
 
 def periodic(args: argparse.Namespace, seed: int) -> Plan:
-    """A kill every period, give or take a fifth of it, until half of the nodes are left.
+    """A kill every period until half of the nodes are left; gaps jittered as asked.
 
-    Each gap is drawn anew by the seed, so that no system's saves keep time with the kills.
+    The first comes when the seed says, so that no system's saves keep time with the kills.
     """
-    rng, at_s, kills = random.Random(seed), 0.0, []
-    least, most = (1 - JITTER) * args.period, (1 + JITTER) * args.period
-    for _ in range(_half(args)):
-        at_s += rng.uniform(least, most)
+    rng = random.Random(seed)
+    at_s = args.period * rng.uniform(0.8, 1.2)
+    kills = [at_s]
+    while len(kills) < _half(args):
+        at_s += args.period * rng.uniform(1 - args.jitter, 1 + args.jitter)
         kills.append(at_s)
-    return _plan(f"every {least:g} to {most:g} s", args, tuple(kills))
+    name = f"every {args.period:g} s" + (f" +- {args.jitter:.0%}" if args.jitter else "")
+    return _plan(name, args, tuple(kills))
 
 
 def poisson(args: argparse.Namespace, seed: int) -> Plan:

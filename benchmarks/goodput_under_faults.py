@@ -17,7 +17,7 @@ e  torchft data parallel with all experts in every group (``--ft-python``), tune
 
 Goodput counts tokens of committed steps that were not rolled back, from the first commit on, over
 the same wall time for every system. A node that every system has in use is killed (SIGKILL) every
-``--period`` seconds, give or take a fifth by the seed, until half are left.
+``--period`` seconds (``--jitter`` draws each gap by the seed) until half are left.
 
 Two cores play six nodes. So that a lost node takes its compute with it, every rank, the peers'
 too, has a modelled device: a sample takes at least ``--device-ms``, the experts' part of it where
@@ -313,7 +313,8 @@ def arguments() -> argparse.Namespace:
     add("--systems", default="a,b,B,c,d,e")
     add("--shape", choices=sorted(SHAPES), default="l", help="after the paper's GPT-S or GPT-L")
     add("--nodes", type=int, default=6)
-    add("--period", type=float, default=25.0, help="mean seconds between faults")
+    add("--period", type=float, default=20.0, help="seconds between faults")
+    add("--jitter", type=float, default=0.0, help="part of the period by which gaps differ")
     add("--device-ms", type=float, default=25.0, help="of a modelled device per sample; 0: none")
     add("--write-s", type=float, help="of a full checkpoint; none: the paper's share of the period")
     add("--warm-starts", action="store_true", help="DS forks its ranks from a warm process")
