@@ -100,8 +100,8 @@ def usable(system: str, plan: Plan, live: int) -> int:
 
 def saves_every(system: str, plan: Plan) -> int:
     """Steps between the saves that training waits for; 0: it waits for none."""
-    return {"b": plan.timing.every_b, "B": plan.timing.every_b, "c": plan.timing.every_c,
-            "d": plan.timing.every_b}.get(system, 0)  # fmt: skip
+    b, c = plan.timing.every_b, plan.timing.every_c
+    return {"b": b, "B": b, "d": b, "c": c, "C": c}.get(system, 0)
 
 
 def overrides(

@@ -1,6 +1,6 @@
 """How much is trained while nodes die? The same model, data, seed and faults through each system.
 
-    python benchmarks/goodput_under_faults.py [--quick] [--json FILE] [--systems a,b,B,c,d,e]
+    python benchmarks/goodput_under_faults.py [--quick] [--json FILE] [--systems a,b,B,c,C,d,e]
 
 a  Lazarus: every expert has two replicas; partial checkpoints in the background.
 b  our trainer as DeepSpeed would run it ("DS"): each expert once, every loss ends all processes,
@@ -10,6 +10,7 @@ b  our trainer as DeepSpeed would run it ("DS"): each expert once, every loss en
 B  the same, saving as often as costs least by Young's formula with what b's run measured.
 c  b with reconfiguration but no replicas ("DS(FT)"): the processes stay, the state of all goes
    back to the last full checkpoint.
+C  c, saving as often as costs least by what c's run measured.
 d  the real DeepSpeed-MoE under torchrun (``--ds-python``), started again at once from its last
    checkpoint, on the nodes that divide the experts.
 e  torchft data parallel with all experts in every group (``--ft-python``), tuned time-outs; its
@@ -52,7 +53,7 @@ from goodput_shapes import SHAPES, best_every
 from lazarus.events import read_events
 
 NAMES = {"a": tables.LAZARUS, "b": "DS", "B": "DS, best interval", "c": "DS(FT)",
-         "d": "DeepSpeed", "e": "torchft"}  # fmt: skip
+         "C": "DS(FT), best interval", "d": "DeepSpeed", "e": "torchft"}  # fmt: skip
 
 
 # ---- one life of a run, in a process of its own --------------------------------------------------
@@ -310,7 +311,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed")
     add("--json", metavar="FILE")
-    add("--systems", default="a,b,B,c,d,e")
+    add("--systems", default="a,b,B,c,C,d,e")
     add("--shape", choices=sorted(SHAPES), default="l", help="after the paper's GPT-S or GPT-L")
     add("--nodes", type=int, default=6)
     add("--period", type=float, default=20.0, help="seconds between faults")
@@ -344,7 +345,7 @@ def main() -> int:
             print(_assumptions(plan), flush=True)
             for system in (s for s in wanted if not why_not[s]):
                 folder = Path(scratch) / f"{system}{seed}"
-                own = _at_best(plan, rows) if system == "B" else plan
+                own = _at_best(system, plan, rows) if system in "BC" else plan
                 if system in pythons:
                     row = measure_peer(
                         system, own, seed=seed, folder=folder, python=pythons[system]
@@ -365,16 +366,16 @@ def main() -> int:
     return 0
 
 
-def _at_best(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Plan:
-    """The plan with the interval that costs least, by what DS measured in this very run."""
-    measured = [r for r in rows if r["system"] == NAMES["b"]]
+def _at_best(system: str, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Plan:
+    """The plan with the interval that costs least, by what b or c measured in this very run."""
+    like = system.lower()
+    measured = [r for r in rows if r["system"] == NAMES[like]]
     if not measured:
-        raise SystemExit("error: B needs the figures of b; name b before it in --systems")
+        raise SystemExit(f"error: {system} needs the figures of {like}; name it first")
     last = measured[-1]
-    every = best_every(
-        save_s=max(0.001, last["save_s"]), period_s=plan.period_s, step_s=last["step_s"]
-    )
-    return replace(plan, timing=replace(plan.timing, every_b=every))
+    save_s = max(0.001, last["save_s"] or plan.timing.write_s)
+    every = best_every(save_s=save_s, period_s=plan.period_s, step_s=last["step_s"])
+    return replace(plan, timing=replace(plan.timing, **{f"every_{like}": every}))
 
 
 def _assumptions(plan: Plan) -> str:
