@@ -114,12 +114,25 @@ def _trace() -> np.ndarray:
 
 
 def _drawn(load_E: np.ndarray, top_k: int, tokens: int, random: np.random.Generator) -> Tensor:
-    """Distinct experts for every token, each chosen exactly in proportion to its load.
+    """Distinct experts for every token, each chosen as often as its load says.
 
     Systematic sampling: experts lie side by side, each as long as its probability, and every token
-    takes those under ``top_k`` marks at distance 1 from a random start.
+    takes those under ``top_k`` marks at distance 1 from a random start. An expert with more than
+    one copy a token, which several recorded ones together may have, is chosen by every token.
     """
-    ends_E = (top_k * load_E / load_E.sum()).clip(max=1.0).cumsum()
+    wanted_E = load_E / load_E.sum()
+    probability_E = np.zeros(len(load_E))
+    always_E = np.zeros(len(load_E), dtype=bool)
+    while True:
+        rest_E = np.where(always_E, 0.0, wanted_E)
+        probability_E = np.where(always_E, 1.0, (top_k - always_E.sum()) * rest_E / rest_E.sum())
+        if probability_E.max() <= 1.0:
+            break
+        always_E |= probability_E >= 1.0
+    ends_E = probability_E.cumsum()
     marks_TK = random.uniform(size=(tokens, 1)) + np.arange(top_k)
     chosen_TK = np.searchsorted(ends_E, marks_TK * (ends_E[-1] / top_k), side="right")
-    return torch.from_numpy(chosen_TK.clip(max=len(load_E) - 1))
+    chosen_TK = chosen_TK.clip(max=len(load_E) - 1)
+    if (np.diff(chosen_TK, axis=1) == 0).any():
+        raise AssertionError("a token has the same expert twice")
+    return torch.from_numpy(chosen_TK)
