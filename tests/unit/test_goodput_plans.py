@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def shapes() -> ModuleType:
 
 def options(**more: Any) -> argparse.Namespace:
     given = {"nodes": 6, "period": 25.0, "time_scale": 1.0, "shape": "s", "device_ms": 25.0,
-             "write_s": None}  # fmt: skip
+             "write_s": None, "jitter": 0.2}  # fmt: skip
     return argparse.Namespace(**{**given, **more})
 
 
@@ -55,6 +56,16 @@ def test_half_of_the_nodes_die_within_the_window(plans: ModuleType, schedule: st
         assert len(made.kills_s) <= 3 and made.wall_s == 100
         assert all(0 < at_s < made.wall_s for at_s in made.kills_s)
         assert made == getattr(plans, schedule)(options(), seed)
+
+
+def test_gaps_between_kills_are_the_period_or_as_jittered(plans: ModuleType) -> None:
+    for seed in range(5):
+        for jitter in (0.0, 0.2):
+            kills = plans.periodic(options(jitter=jitter), seed).kills_s
+            assert 20 <= kills[0] <= 30
+            for before, after in pairwise(kills):
+                assert abs(after - before - 25) <= 25 * jitter + 1e-9
+    assert len({plans.periodic(options(jitter=0.0), seed).kills_s for seed in range(5)}) == 5
 
 
 def test_a_spot_trace_gives_the_moments(plans: ModuleType, tmp_path: Path) -> None:
@@ -70,7 +81,7 @@ def test_every_system_has_a_valid_configuration(
     plans: ModuleType, tmp_path: Path, shape: str
 ) -> None:
     made = plans.periodic(options(shape=shape), 0)
-    for system in "abBc":
+    for system in "abBcC":
         for live in (6, 5, 4, 3):
             nodes = plans.usable(system, made, live)
             texts = plans.overrides(system, made, tmp_path, nodes=nodes, seed=1)
