@@ -2,8 +2,9 @@
 
 An expert that one replica served: that replica copies its gradient to the others. An expert that
 several served: each of them owns a slice of its row, sums what the others have of it in ascending
-rank order, own part included, and then every replica gathers all slices. A replica that served
-nothing sends nothing. Two all-to-alls a layer at most; the first only if an expert was spread.
+rank order, own part included, and then every replica gathers all slices; where both of two replicas
+served, the home owns the whole row. A replica that served nothing sends nothing. Two all-to-alls a
+layer at most; the first only if an expert was spread.
 
 Shapes: E experts, R ranks, S slots, P parameters in a row, M elements.
 """
@@ -116,8 +117,12 @@ def _pieces(table: RoutingTable, served_ER: BoolArray, *, row_numel: int) -> lis
     for expert, row in enumerate(served_ER.tolist()):
         servers = tuple(rank for rank, serves in enumerate(row) if serves)
         holders = table.ranks_of(expert)
-        for i, owner in enumerate(servers):
-            begin, end = (row_numel * k // len(servers) for k in (i, i + 1))
+        owners = servers
+        if len(servers) == len(holders) == 2:
+            # As many bytes as by halves; and all rows then go out as if their homes had served.
+            owners = (int(table.home_E[expert]),)
+        for i, owner in enumerate(owners):
+            begin, end = (row_numel * k // len(owners) for k in (i, i + 1))
             pieces.append(_Piece(expert, owner, begin, end, servers, holders))
     return pieces
 
