@@ -1,6 +1,7 @@
 """Settings shared by all tests."""
 
 import os
+import signal
 import time
 from multiprocessing import forkserver
 
@@ -17,6 +18,11 @@ settings.register_profile(
     derandomize="CI" in os.environ,
 )
 settings.load_profile("lazarus")
+
+# A shell's background job ignores interrupts, and so would every program that these tests start
+# and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _BUDGET_S = float(os.environ.get("LAZARUS_TEST_BUDGET_S", "inf"))
 _STARTED_S = time.monotonic()

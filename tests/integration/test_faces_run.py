@@ -48,11 +48,6 @@ def assert_nothing_left(folder: Path) -> None:
     assert left == []
 
 
-def heed_interrupts() -> None:
-    """A terminal's programs do; those of a shell's background job, as these tests may be, not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "lazarus", *arguments],
@@ -61,7 +56,6 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
     )
 
 
