@@ -7,7 +7,7 @@ from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.config import TrainConfig
 from lazarus.control.state import ControlConfig
 from lazarus.policies import CheckedPlacement, CheckedRecovery
-from lazarus.policy_paths import check_call, imported_policy
+from lazarus.policy_paths import PLACEMENTS, RECOVERIES, check_call, imported_policy
 from lazarus.timeouts import derive_timeouts
 from lazarus.version import __version__
 from placement import PlacementPolicy, replan
@@ -76,7 +76,7 @@ def _placement(config: TrainConfig, policy: PlacementPolicy | None) -> Placement
     path = config.placement.policy
     if policy is None and path is not None:
         policy = imported_policy(
-            path, key="placement.policy", group="placement", like=PlacementPolicy
+            path, key="placement.policy", group=PLACEMENTS, like=PlacementPolicy
         )
     elif policy is not None:
         check_call(policy, what="placement", like=PlacementPolicy)
@@ -86,7 +86,7 @@ def _placement(config: TrainConfig, policy: PlacementPolicy | None) -> Placement
 def _recovery(config: TrainConfig, policy: RecoveryPolicy | None) -> CheckedRecovery | None:
     path = config.recovery.policy
     if policy is None and path is not None:
-        policy = imported_policy(path, key="recovery.policy", group="recovery", like=RecoveryPolicy)
+        policy = imported_policy(path, key="recovery.policy", group=RECOVERIES, like=RecoveryPolicy)
     elif policy is not None:
         check_call(policy, what="recovery", like=RecoveryPolicy)
     if policy is None:

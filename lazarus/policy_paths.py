@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lazarus.errors import ConfigError
 
-# What an installed package offers, by the section of the setting that names it.
-GROUPS = {"placement": "lazarus.placement", "recovery": "lazarus.recovery"}
+# Entry points under which an installed package offers policies.
+PLACEMENTS, RECOVERIES = "lazarus.placement", "lazarus.recovery"
 
 
 def imported_policy(text: str, *, key: str, group: str, like: type) -> Any:
@@ -18,7 +18,7 @@ def imported_policy(text: str, *, key: str, group: str, like: type) -> Any:
 
     Args:
         key: What named it, such as ``placement.policy``.
-        group: Of entry points, one of ``GROUPS``.
+        group: Of entry points, ``PLACEMENTS`` or ``RECOVERIES``.
         like: The protocol that the object follows, such as ``PlacementPolicy``.
 
     Raises:
@@ -26,7 +26,7 @@ def imported_policy(text: str, *, key: str, group: str, like: type) -> Any:
     """
     asked = f'{key} = "{text}"'
     try:
-        found = _imported(text) if ":" in text else _entry_point(text, GROUPS[group]).load()
+        found = _imported(text) if ":" in text else _entry_point(text, group).load()
     except (ImportError, AttributeError, SyntaxError, ValueError) as problem:
         raise ConfigError(f"{asked} cannot be imported: {problem}") from problem
     if isinstance(found, type):
@@ -39,20 +39,25 @@ def imported_policy(text: str, *, key: str, group: str, like: type) -> Any:
     return found
 
 
+def offered(group: str) -> dict[str, EntryPoint]:
+    """What installed packages offer there, by name."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
 def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def _entry_point(name: str, group: str) -> Any:
-    offered = {point.name: point for point in entry_points(group=group)}
-    if name not in offered:
-        known = ", ".join(sorted(offered)) or "none"
+def _entry_point(name: str, group: str) -> EntryPoint:
+    found = offered(group)
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none"
         raise ImportError(
             f"no installed package offers {name!r} in the entry points {group} (there: {known}); "
             f"or give package.module:Name"
         )
-    return offered[name]
+    return found[name]
 
 
 def check_call(policy: Any, *, what: str, like: type) -> None:

@@ -28,7 +28,8 @@ class DenseSync:
         flat_grad: Their gradients, side by side.
         overlaps: Start a bucket as soon as its last gradient is there. Every rank's graph must
             then have the same parameters in it, as the collectives of MoE layers want anyway.
-        bucket_bytes: A bucket has at least so many, but for the last one.
+        bucket_bytes: A bucket has at least so many, but for the last one. None: ``BUCKET_BYTES``,
+            or one bucket for all where nothing overlaps.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class DenseSync:
         flat_grad: Tensor,
         *,
         overlaps: bool,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         self.overlaps = overlaps
         self._flat_grad = flat_grad
+        if bucket_bytes is None:
+            bucket_bytes = BUCKET_BYTES if overlaps else flat_grad.nbytes
         self._members = _members(parameters, bucket_bytes)
         self._bounds = _bounds(self._members, flat_grad.numel())
         self._missing = [0] * len(self._members)

@@ -22,7 +22,7 @@ from lazarus.model.balance import updated_bias
 from lazarus.model.experts import ExpertBank, deferred_experts
 from lazarus.model.moe import MoELayer
 from lazarus.runtime.banks import gradients
-from lazarus.runtime.dense_sync import BUCKET_BYTES, DenseSync
+from lazarus.runtime.dense_sync import DenseSync
 from lazarus.runtime.images import (
     DenseImage,
     as_bytes,
@@ -75,12 +75,8 @@ class Replica:
             bank.allocate(num_slots=num_slots, device=device)
             bank.weight.grad = gradients(bank.weight)
         self._flatten()
-        self.dense_sync = DenseSync(
-            [p for _, p in self.dense],
-            self.flat_grad,
-            overlaps=overlaps,
-            bucket_bytes=BUCKET_BYTES if overlaps else self.flat_grad.nbytes,
-        )
+        dense = [p for _, p in self.dense]
+        self.dense_sync = DenseSync(dense, self.flat_grad, overlaps=overlaps)
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)
         self.keep_buffers()

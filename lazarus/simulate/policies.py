@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.control.recovery import slots_for
 from lazarus.errors import ConfigError
 from lazarus.policies import CheckedRecovery
-from lazarus.policy_paths import GROUPS, imported_policy
+from lazarus.policy_paths import PLACEMENTS, RECOVERIES, imported_policy, offered
 from lazarus.simulate.fleet import VirtualRun
 from lazarus.simulate.peers import PeerPolicy, PeerRun
 from lazarus.simulate.rows import FleetPolicy, Row, Setting
@@ -139,9 +138,9 @@ def policy_named(text: str, setting: Setting) -> Policy:
     known = named_policies(setting)
     if text in known:
         return known[text]
-    offered = [point.name for point in entry_points(group=GROUPS["placement"])]
-    if ":" not in text and text not in offered:
-        names = ", ".join((*known, *offered))
+    others = offered(PLACEMENTS)
+    if ":" not in text and text not in others:
+        names = ", ".join((*known, *others))
         raise ConfigError(f"unknown policy {text!r}; known: {names}, or module:Name")
     return FleetPolicy(name=text, placement=load_placement(text))
 
@@ -152,7 +151,7 @@ def load_placement(path: str) -> PlacementPolicy:
     Raises:
         ConfigError: It cannot be imported, or not be called as a ``PlacementPolicy``.
     """
-    policy = imported_policy(path, key="--policies", group="placement", like=PlacementPolicy)
+    policy = imported_policy(path, key="--policies", group=PLACEMENTS, like=PlacementPolicy)
     return Stranger(path=path, policy=policy)
 
 
@@ -166,7 +165,7 @@ def with_recovery(policy: Policy, path: str | None) -> Policy:
     """
     if path is None or not isinstance(policy, FleetPolicy):
         return policy
-    asked = imported_policy(path, key="--recovery", group="recovery", like=RecoveryPolicy)
+    asked = imported_policy(path, key="--recovery", group=RECOVERIES, like=RecoveryPolicy)
     checked = CheckedRecovery(asked, limit_s=None, on_lost_expert="partial")
     return replace(policy, name=f"{policy.name}+{path}", recovery=checked)
 

@@ -129,7 +129,7 @@ def test_five_steps_over_loopback_are_those_of_one_process(
 def test_five_steps_whose_gradients_are_summed_in_the_backward_are_those_of_one_process(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazarus.runtime.replica.BUCKET_BYTES", 2_000)
+    monkeypatch.setattr("lazarus.runtime.dense_sync.BUCKET_BYTES", 2_000)
 
     def body(exchange: Exchange) -> Any:
         return ranks.train(exchange, top_k=2, ledger=StepLedger(), mode=mode, overlaps=True)

@@ -17,7 +17,7 @@ from lazarus.config import TrainConfig
 from lazarus.control_config import control_config
 from lazarus.errors import ConfigError
 from lazarus.policies import CheckedPlacement, CheckedRecovery
-from lazarus.policy_paths import imported_policy
+from lazarus.policy_paths import PLACEMENTS, RECOVERIES, imported_policy
 from placement import PlacementPolicy, PlacementRequest, Plan, replan
 
 
@@ -100,8 +100,8 @@ def test_an_object_is_checked_as_a_path_is() -> None:
 
 def test_what_can_be_called_is_given_back() -> None:
     like: type = PlacementPolicy
-    assert imported_policy("placement:replan", key="k", group="placement", like=like) is replan
-    found = imported_policy("strange:recovers", key="k", group="recovery", like=RecoveryPolicy)
+    assert imported_policy("placement:replan", key="k", group=PLACEMENTS, like=like) is replan
+    found = imported_policy("strange:recovers", key="k", group=RECOVERIES, like=RecoveryPolicy)
     assert found is recovers
 
 
@@ -125,7 +125,7 @@ def test_an_installed_package_offers_policies_by_name() -> None:
     assert isinstance(found.placement, CheckedPlacement)
     assert isinstance(found.recovery, CheckedRecovery)
     like: type = PlacementPolicy
-    assert imported_policy("mine", key="k", group="placement", like=like) is replan
+    assert imported_policy("mine", key="k", group=PLACEMENTS, like=like) is replan
 
 
 @pytest.mark.usefixtures("installed")
