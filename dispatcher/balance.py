@@ -15,6 +15,7 @@ Shapes: E experts, R ranks.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,21 +42,29 @@ def balanced_quotas(
     """
     if rows_per_replica <= 0:
         return levelled_quotas(total_E, table, open_ER=table.holds_ER)
-    before_ER = np.zeros_like(table.holds_ER) if served_ER is None else served_ER & table.holds_ER
-    home_ER = before_ER.copy()
-    home_ER[np.arange(table.num_experts), table.home_E] = True
-    hottest = np.argsort(-total_E, kind="stable")
-    best: IntArray | None = None
+    held = [table.ranks_of(expert) for expert in range(table.num_experts)]
+    before: list[tuple[int, ...]] = [()] * table.num_experts
+    if served_ER is not None:
+        rows = served_ER.tolist()
+        before = [tuple([r for r in held[e] if rows[e][r]]) for e in range(table.num_experts)]
+    home = table.home_E.tolist()
+    kept = [(*before[e], *[h for h in (home[e],) if h not in before[e]]) for e in range(len(home))]
+    hottest = np.argsort(-total_E, kind="stable").tolist()
+    totals = total_E.tolist()
+    best: _Loads | None = None
     best_cost = np.inf
-    for count in _prefixes(int((total_E > 0).sum())):
-        open_ER = home_ER.copy()
-        open_ER[hottest[:count]] = table.holds_ER[hottest[:count]]
-        quota_ER = levelled_quotas(total_E, table, open_ER=open_ER)
-        cost = split_cost(quota_ER, table, rows_per_replica=rows_per_replica, served_ER=before_ER)
+    for count in _prefixes(sum(n > 0 for n in totals)):
+        spread = set(hottest[:count])
+        loads = _Loads(
+            totals, [held[e] if e in spread else kept[e] for e in range(len(kept))],
+            num_ranks=table.num_ranks,
+        )  # fmt: skip
+        loads.level()
+        cost = loads.cost(rows_per_replica, held=held, before=before)
         if cost < best_cost:
-            best, best_cost = quota_ER, cost
+            best, best_cost = loads, cost
     assert best is not None
-    return best
+    return best.quotas()
 
 
 def split_cost(
@@ -65,7 +74,10 @@ def split_cost(
     rows_per_replica: float,
     served_ER: BoolArray | None = None,
 ) -> float:
-    """What these quotas cost in rows: the busiest rank's, and the busiest sender's gradients."""
+    """What these quotas cost in rows: the busiest rank's, and the busiest sender's gradients.
+
+    The slow twin of what ``balanced_quotas`` counts.
+    """
     serving_ER = quota_ER > 0
     if served_ER is not None:
         serving_ER = serving_ER | served_ER
@@ -83,7 +95,8 @@ def gradients_sent(served_ER: BoolArray, table: RoutingTable) -> FloatArray:
 
 def levelled_quotas(total_E: IntArray, table: RoutingTable, *, open_ER: BoolArray) -> IntArray:
     """Rows per replica that make the busiest rank's least, with only the open replicas serving."""
-    loads = _Loads([int(n) for n in total_E], open_ER)
+    opened = [[r for r, is_open in enumerate(row) if is_open] for row in open_ER.tolist()]
+    loads = _Loads(total_E.tolist(), opened, num_ranks=table.num_ranks)
     loads.level()
     return loads.quotas()
 
@@ -100,30 +113,49 @@ def _prefixes(limit: int) -> list[int]:
 class _Loads:
     """Rows of each expert on each rank, levelled by moving rows along chains of replicas."""
 
-    def __init__(self, totals: list[int], open_ER: BoolArray) -> None:
-        num_experts, num_ranks = open_ER.shape
-        self._shape = (num_experts, num_ranks)
-        self._open: list[list[int]] = [[] for _ in range(num_experts)]
+    def __init__(
+        self, totals: list[int], opened: Sequence[Sequence[int]], *, num_ranks: int
+    ) -> None:
+        self._open = opened
         self._spread_at: list[list[int]] = [[] for _ in range(num_ranks)]
-        for expert, rank in zip(*open_ER.nonzero(), strict=True):
-            self._open[int(expert)].append(int(rank))
-        for expert, ranks in enumerate(self._open):
-            if len(ranks) > 1:
-                for rank in ranks:
-                    self._spread_at[rank].append(expert)
-        self._rows = [dict.fromkeys(ranks, 0) for ranks in self._open]
+        self._rows: list[dict[int, int]] = []
         self._load = [0] * num_ranks
         self._floor = -(-sum(totals) // num_ranks)  # no assignment beats the mean
+        spread = []
+        for expert, ranks in enumerate(opened):
+            if len(ranks) > 1:
+                spread.append(expert)
+                self._rows.append(dict.fromkeys(ranks, 0))
+                for rank in ranks:
+                    self._spread_at[rank].append(expert)
+            else:
+                self._rows.append({ranks[0]: totals[expert]})
+                self._load[ranks[0]] += totals[expert]
         # Experts with the fewest choices go first, each to its least loaded replicas.
-        order = sorted(range(num_experts), key=lambda e: (len(self._open[e]), -totals[e], e))
-        for expert in order:
+        spread.sort(key=lambda e: (len(opened[e]), -totals[e], e))
+        for expert in spread:
             self._pour(expert, totals[expert])
 
     def quotas(self) -> IntArray:
-        quota_ER = np.zeros(self._shape, dtype=np.int64)
+        """Rows that each replica serves, [E, R]."""
+        quota_ER = np.zeros((len(self._rows), len(self._load)), dtype=np.int64)
         for expert, rows in enumerate(self._rows):
             quota_ER[expert, list(rows)] = list(rows.values())
         return quota_ER
+
+    def cost(
+        self, rows_per_replica: float, *, held: Sequence[Sequence[int]],
+        before: Sequence[Sequence[int]],
+    ) -> float:  # fmt: skip
+        """``split_cost`` of these rows, given who holds and who served before."""
+        sent = [0.0] * len(self._load)
+        for expert, rows in enumerate(self._rows):
+            servers = [r for r, n in rows.items() if n > 0 or r in before[expert]]
+            if servers:
+                each = (len(servers) - 1 + len(held[expert]) - 1) / len(servers)
+                for rank in servers:
+                    sent[rank] += each
+        return max(self._load) + rows_per_replica * max(sent)
 
     def level(self) -> None:
         """Move rows off the busiest rank until none can be moved to a rank with less.
@@ -140,12 +172,8 @@ class _Loads:
 
     def _pour(self, expert: int, left: int) -> None:
         """Fill the expert's replicas to a common level, as far as its rows go."""
-        ranks = sorted(self._open[expert], key=lambda r: (self._load[r], r))
         rows, load = self._rows[expert], self._load
-        if len(ranks) == 1:
-            rows[ranks[0]] += left
-            load[ranks[0]] += left
-            return
+        ranks = sorted(self._open[expert], key=lambda r: (load[r], r))
         total, count = left, 0  # the first ``count`` ranks and the rows share one level
         for rank in ranks:
             if count and load[rank] * count >= total:

@@ -147,10 +147,12 @@ def _reduce_slices(
     for piece in owned:
         here = piece.of(grad_SP, slot_of)
         parts[piece.expert, me] = here
-        total = parts[piece.expert, piece.servers[0]].clone()
-        for server in piece.servers[1:]:
-            total += parts[piece.expert, server]
-        here.copy_(total)
+        first, second, *others = (parts[piece.expert, server] for server in piece.servers)
+        total = torch.add(first, second, out=None if me in piece.servers[2:] else here)
+        for part in others:
+            total += part
+        if total is not here:
+            here.copy_(total)
 
 
 def _copy_to_holders(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from dispatcher.balance import balanced_quotas, split_cost
+from dispatcher.balance import balanced_quotas, levelled_quotas, split_cost
 from dispatcher.routing import RoutingTable
 from dispatcher.split import MODES, SplitRule, flows, rounded_shares, split_counts
 
@@ -163,6 +163,40 @@ def test_by_its_own_cost_balanced_is_no_worse_than_home_or_free_spreading(
         free = balanced_quotas(total, table)
         assert cost <= split_cost(free, table, rows_per_replica=price)
         assert quota.sum(0).max() >= free.sum(0).max() * 0.98 - 1
+
+
+def chosen_slowly(
+    total: np.ndarray, table: RoutingTable, price: float, served: np.ndarray
+) -> np.ndarray:
+    """Balanced quotas by their definition: every number of hottest experts, counted densely."""
+    home = served.copy()
+    home[np.arange(total.size), table.home_E] = True
+    hottest = np.argsort(-total, kind="stable")
+    busy = int((total > 0).sum())
+    tried = []
+    for count in sorted({0, *[n for n in (1, 2, 4, 8, 16) if n < busy], busy}):
+        opened = home.copy()
+        opened[hottest[:count]] = table.holds_ER[hottest[:count]]
+        quota = levelled_quotas(total, table, open_ER=opened)
+        cost = split_cost(quota, table, rows_per_replica=price, served_ER=served)
+        tried.append((cost, len(tried), quota))
+    return min(tried, key=lambda t: t[:2])[2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(ranks=st.integers(2, 7), experts=st.integers(1, 16), seed=st.integers(0, 2**32 - 1))
+def test_balanced_quotas_are_those_of_their_definition(ranks: int, experts: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    table = random_table(random, ranks=ranks, experts=experts)
+    total = random_counts(random, ranks=ranks, experts=experts).sum(0)
+    served = table.holds_ER & (random.random(table.holds_ER.shape) < 0.3)
+    for price in (5.0, 41.0, 1e6):
+        quick = balanced_quotas(total, table, rows_per_replica=price, served_ER=served)
+        slow = chosen_slowly(total, table, price, served)
+        assert split_cost(quick, table, rows_per_replica=price, served_ER=served) == pytest.approx(
+            split_cost(slow, table, rows_per_replica=price, served_ER=served), rel=1e-12
+        )
+        assert (quick.sum(1) == total).all()
 
 
 def test_a_replica_that_served_before_costs_nothing_more() -> None:
