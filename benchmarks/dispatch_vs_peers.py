@@ -55,18 +55,19 @@ def contenders(setting: Setting, exchange: Exchange, who: str) -> list[Contender
     Args:
         setting: The shape.
         exchange: The ranks, over gloo.
-        who: "all"; "few": ours and DeepSpeed; "splits": these and ours by the other rule; "ours":
-            ours and what its parts cost.
+        who: "all"; "few": ours and DeepSpeed; "splits": ours by the other rules; "ours": ours and
+            what its parts cost.
 
     Where forced loads are level (mild, zipf) ours keeps an expert's tokens at its home replica; for
     loads of a trace or of routers in their first steps it spreads what pays, by the default costs
-    (``dispatch.mode = "balanced"``).
+    and with ranks that share this machine's cores (``dispatch.mode = "balanced"``).
     """
     near = within_machine(exchange)
-    spread = SplitRule(mode="balanced", rows_per_replica=ROWS_PER_REPLICA)
+    cores = max(1.0, setting.ranks / (os.cpu_count() or 1))
+    spread = SplitRule(mode="balanced", rows_per_replica=ROWS_PER_REPLICA, ranks_per_device=cores)
     rule = spread if setting.own or setting.trace else SplitRule()
     out: list[Contender] = [Ours("ours", setting, near, rule=rule)]
-    if HAS_DEEPSPEED and who != "ours":
+    if HAS_DEEPSPEED and who in ("all", "few"):
         join_default_group(exchange)
         out.append(DeepSpeed("deepspeed 1.25", setting, exchange, drop=True))
         out.append(DeepSpeed("deepspeed no-drop", setting, exchange, drop=False))
@@ -76,6 +77,9 @@ def contenders(setting: Setting, exchange: Exchange, who: str) -> list[Contender
     if who in ("all", "splits"):
         other = SplitRule() if rule is spread else spread
         out.append(Ours(f"ours {other.mode}", setting, near, rule=other))
+    if who == "splits":
+        alone = replace(spread, ranks_per_device=1.0)
+        out.append(Ours("ours balanced, as if a core each", setting, near, rule=alone))
     if who == "all":
         out.append(Ours("ours over gloo", setting, exchange, rule=rule))
         out.append(Plain("plain all-to-all", setting, exchange))
@@ -288,7 +292,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=99, help="only so many of the shapes chosen")
     parser.add_argument(
         "--who", choices=("all", "few", "splits", "ours"), default="all",
-        help="few: ours and DeepSpeed; splits: ours by the other rule beside them; "
+        help="few: ours and DeepSpeed; splits: ours by each rule; "
         "ours: ours with one replica and without commit beside it",
     )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="sections of our step")

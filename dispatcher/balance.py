@@ -5,7 +5,9 @@ With one device per rank the busiest rank sets the pace; but replicas that serve
 gradients summed. Both are counted in rows, for the rank that has most of each:
 ``busiest rank's rows + rows_per_replica * busiest sender's gradients``, where a sender's gradients
 are counted in experts: of an expert with h replicas, v of them serving, each server sends
-``(v - 1 + h - 1) / v`` (its slices to their owners, its own slice to all holders).
+``(v - 1 + h - 1) / v`` (its slices to their owners, its own slice to all holders). Where ranks
+share devices, or the cores of one machine, the busiest rank goes on alone once the others are done:
+``pace`` then takes its place in both terms, so that replicas on idle ranks are not free either.
 
 Everything is arithmetic in a fixed order on equal input, so every rank finds the same quotas.
 
@@ -29,6 +31,7 @@ def balanced_quotas(
     table: RoutingTable,
     *,
     rows_per_replica: float = 0.0,
+    ranks_per_device: float = 1.0,
     served_ER: BoolArray | None = None,
 ) -> IntArray:
     """Rows that each replica serves, [E, R].
@@ -38,6 +41,7 @@ def balanced_quotas(
         table: Replicas and homes.
         rows_per_replica: Rows that take as long as sending one expert's gradient. 0: the busiest
             rank's optimum over all replicas, at no regard for traffic.
+        ranks_per_device: How many ranks share one device's time, on average.
         served_ER: Replicas that have served in this step already: their gradients travel anyway.
     """
     if rows_per_replica <= 0:
@@ -48,7 +52,7 @@ def balanced_quotas(
         rows = served_ER.tolist()
         before = [tuple([r for r in held[e] if rows[e][r]]) for e in range(table.num_experts)]
     home = table.home_E.tolist()
-    kept = [(*before[e], *[h for h in (home[e],) if h not in before[e]]) for e in range(len(home))]
+    kept = [sorted({*before[e], home[e]}) for e in range(len(home))]
     hottest = np.argsort(-total_E, kind="stable").tolist()
     totals = total_E.tolist()
     best: _Loads | None = None
@@ -60,7 +64,8 @@ def balanced_quotas(
             num_ranks=table.num_ranks,
         )  # fmt: skip
         loads.level()
-        cost = loads.cost(rows_per_replica, held=held, before=before)
+        sent = loads.gradients_sent(held=held, before=before)
+        cost = loads.pace(ranks_per_device) + rows_per_replica * pace(sent, ranks_per_device)
         if cost < best_cost:
             best, best_cost = loads, cost
     assert best is not None
@@ -72,6 +77,7 @@ def split_cost(
     table: RoutingTable,
     *,
     rows_per_replica: float,
+    ranks_per_device: float = 1.0,
     served_ER: BoolArray | None = None,
 ) -> float:
     """What these quotas cost in rows: the busiest rank's, and the busiest sender's gradients.
@@ -81,8 +87,25 @@ def split_cost(
     serving_ER = quota_ER > 0
     if served_ER is not None:
         serving_ER = serving_ER | served_ER
-    gradients = float(gradients_sent(serving_ER, table).max(initial=0.0))
-    return float(quota_ER.sum(0).max(initial=0)) + rows_per_replica * gradients
+    rows = pace(quota_ER.sum(0).tolist(), ranks_per_device)
+    sent = gradients_sent(serving_ER, table).tolist()
+    return rows + rows_per_replica * pace(sent, ranks_per_device)
+
+
+def pace(work_R: Sequence[float], ranks_per_device: float = 1.0) -> float:
+    """When the last rank is done if all begin together, in units of the work.
+
+    With a device for each rank: the most work of any. Where they share, the ranks that still have
+    work split all devices' time evenly, and none is faster than one device.
+    """
+    if ranks_per_device <= 1:
+        return max(work_R, default=0.0)
+    devices = len(work_R) / ranks_per_device
+    done, last = 0.0, 0.0
+    for finished, work in enumerate(sorted(work_R)):
+        done += (work - last) * max(1.0, (len(work_R) - finished) / devices)
+        last = work
+    return done
 
 
 def gradients_sent(served_ER: BoolArray, table: RoutingTable) -> FloatArray:
@@ -143,11 +166,14 @@ class _Loads:
             quota_ER[expert, list(rows)] = list(rows.values())
         return quota_ER
 
-    def cost(
-        self, rows_per_replica: float, *, held: Sequence[Sequence[int]],
-        before: Sequence[Sequence[int]],
-    ) -> float:  # fmt: skip
-        """``split_cost`` of these rows, given who holds and who served before."""
+    def pace(self, ranks_per_device: float) -> float:
+        """When the last rank has served its rows, in rows."""
+        return pace(self._load, ranks_per_device)
+
+    def gradients_sent(
+        self, *, held: Sequence[Sequence[int]], before: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """Gradients that each rank sends, given who holds and who served before, [R]."""
         sent = [0.0] * len(self._load)
         for expert, rows in enumerate(self._rows):
             servers = [r for r, n in rows.items() if n > 0 or r in before[expert]]
@@ -155,7 +181,7 @@ class _Loads:
                 each = (len(servers) - 1 + len(held[expert]) - 1) / len(servers)
                 for rank in servers:
                     sent[rank] += each
-        return max(self._load) + rows_per_replica * max(sent)
+        return sent
 
     def level(self) -> None:
         """Move rows off the busiest rank until none can be moved to a rank with less.

@@ -29,19 +29,23 @@ class SplitRule:
             share, the paper's Algorithm 1. "balanced": spread where that pays, see ``balance``.
         rows_per_replica: "balanced" only: how many rows take as long as sending one expert's
             gradient; 0 spreads at no regard for traffic.
+        ranks_per_device: "balanced" only: how many ranks share one device, or one core, on average.
 
     Raises:
-        ValueError: No such mode, or a negative cost.
+        ValueError: No such mode, a negative cost, or less than one rank per device.
     """
 
     mode: str = "home"
     rows_per_replica: float = 0.0
+    ranks_per_device: float = 1.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"unknown split mode {self.mode!r}; known: {', '.join(MODES)}")
         if self.rows_per_replica < 0:
             raise ValueError(f"rows_per_replica={self.rows_per_replica} must be >= 0")
+        if not self.ranks_per_device >= 1:
+            raise ValueError(f"ranks_per_device={self.ranks_per_device} must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,8 +84,9 @@ def split_counts(
         quota_EJ = rounded_shares(total_E, table.shares_ER)
     else:
         quota_EJ = balanced_quotas(
-            total_E, table, rows_per_replica=rule.rows_per_replica, served_ER=served_ER
-        )
+            total_E, table, rows_per_replica=rule.rows_per_replica,
+            ranks_per_device=rule.ranks_per_device, served_ER=served_ER,
+        )  # fmt: skip
         return lined_up(counts_IE, quota_EJ, rank=table.rank)
     flow_IEJ = flows(counts_IE, quota_EJ)
     return Split(

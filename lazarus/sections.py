@@ -228,6 +228,9 @@ class DispatchConfig:
     rows_per_replica: float = setting(
         128.0, "balanced: rows that take as long as sending one expert's gradient", ge=0
     )
+    ranks_per_device: float = setting(
+        1.0, "balanced: ranks that share one device, or one core where they have none", ge=1
+    )
     overlap: Literal["auto", "on", "off"] = setting(
         "auto",
         "sum gradients during the backward, dense ones in buckets, experts' layer by layer; auto: "

@@ -495,7 +495,9 @@ def split_rule(asked: DispatchConfig, device: torch.device) -> SplitRule:
     """How copies are split. auto: spreading pays where every rank has its own device."""
     auto = "home" if device.type == "cpu" else "balanced"
     mode = auto if asked.mode == "auto" else asked.mode
-    return SplitRule(mode=mode, rows_per_replica=asked.rows_per_replica)
+    return SplitRule(
+        mode=mode, rows_per_replica=asked.rows_per_replica, ranks_per_device=asked.ranks_per_device
+    )
 
 
 def _device(local_rank: int) -> torch.device:

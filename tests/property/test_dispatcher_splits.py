@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from dispatcher.balance import balanced_quotas, levelled_quotas, split_cost
+from dispatcher.balance import balanced_quotas, levelled_quotas, pace, split_cost
 from dispatcher.routing import RoutingTable
 from dispatcher.split import MODES, SplitRule, flows, rounded_shares, split_counts
 
@@ -166,7 +166,7 @@ def test_by_its_own_cost_balanced_is_no_worse_than_home_or_free_spreading(
 
 
 def chosen_slowly(
-    total: np.ndarray, table: RoutingTable, price: float, served: np.ndarray
+    total: np.ndarray, table: RoutingTable, served: np.ndarray, **prices: float
 ) -> np.ndarray:
     """Balanced quotas by their definition: every number of hottest experts, counted densely."""
     home = served.copy()
@@ -178,25 +178,58 @@ def chosen_slowly(
         opened = home.copy()
         opened[hottest[:count]] = table.holds_ER[hottest[:count]]
         quota = levelled_quotas(total, table, open_ER=opened)
-        cost = split_cost(quota, table, rows_per_replica=price, served_ER=served)
-        tried.append((cost, len(tried), quota))
+        tried.append((split_cost(quota, table, served_ER=served, **prices), len(tried), quota))
     return min(tried, key=lambda t: t[:2])[2]
 
 
 @settings(max_examples=100, deadline=None)
-@given(ranks=st.integers(2, 7), experts=st.integers(1, 16), seed=st.integers(0, 2**32 - 1))
-def test_balanced_quotas_are_those_of_their_definition(ranks: int, experts: int, seed: int) -> None:
+@given(
+    ranks=st.integers(2, 7), experts=st.integers(1, 16), sharing=st.sampled_from([1.0, 1.5, 4.0]),
+    seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_balanced_quotas_are_those_of_their_definition(
+    ranks: int, experts: int, sharing: float, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     table = random_table(random, ranks=ranks, experts=experts)
     total = random_counts(random, ranks=ranks, experts=experts).sum(0)
     served = table.holds_ER & (random.random(table.holds_ER.shape) < 0.3)
     for price in (5.0, 41.0, 1e6):
-        quick = balanced_quotas(total, table, rows_per_replica=price, served_ER=served)
-        slow = chosen_slowly(total, table, price, served)
-        assert split_cost(quick, table, rows_per_replica=price, served_ER=served) == pytest.approx(
-            split_cost(slow, table, rows_per_replica=price, served_ER=served), rel=1e-12
+        prices = {"rows_per_replica": price, "ranks_per_device": sharing}
+        quick = balanced_quotas(total, table, served_ER=served, **prices)
+        slow = chosen_slowly(total, table, served, **prices)
+        assert split_cost(quick, table, served_ER=served, **prices) == pytest.approx(
+            split_cost(slow, table, served_ER=served, **prices), rel=1e-12
         )
         assert (quick.sum(1) == total).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    work=st.lists(st.integers(0, 1000), min_size=1, max_size=12),
+    sharing=st.sampled_from([1.0, 1.5, 2.0, 3.0, 12.0]),
+)
+def test_the_pace_of_shared_devices_is_that_of_a_clock_run_step_by_step(
+    work: list[int], sharing: float
+) -> None:
+    devices = len(work) / max(1.0, min(sharing, len(work)))
+    left, clock = [float(w) for w in work], 0.0
+    while active := [w for w in left if w > 1e-9]:
+        speed = min(1.0, devices / len(active))
+        until_next = min(active) / speed
+        clock += until_next
+        left = [max(0.0, w - until_next * speed) if w > 1e-9 else 0.0 for w in left]
+    assert pace(work, min(sharing, len(work))) == pytest.approx(clock)
+
+
+def test_where_ranks_share_cores_idle_replicas_are_not_free() -> None:
+    # On one core, half of the rows on each rank take as long as all of them on one.
+    table = RoutingTable.from_plan_arrays([[0], [0]], rank=0)
+    total = np.array([100])
+    alone = balanced_quotas(total, table, rows_per_replica=10)
+    shared = balanced_quotas(total, table, rows_per_replica=10, ranks_per_device=2)
+    assert alone.tolist() == [[50, 50]]
+    assert shared.tolist() == [[100, 0]]
 
 
 def test_a_replica_that_served_before_costs_nothing_more() -> None:
@@ -215,3 +248,5 @@ def test_a_replica_that_served_before_costs_nothing_more() -> None:
 def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(ValueError, match="unknown split mode 'fast'; known: home, shares"):
         SplitRule(mode="fast")
+    with pytest.raises(ValueError, match="ranks_per_device=0.5 must be >= 1"):
+        SplitRule(ranks_per_device=0.5)
