@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from placement.balance import replicas_on_nodes
 from placement.request import Bools, Floats, Ints
 
 _SMALL = 4096
@@ -30,19 +31,17 @@ def fill(load_LE: Floats, replicas_LE: Ints, member: Bools, *, slots_per_node: i
         member: The core, bool [L, E, N]; not changed.
         slots_per_node: Slots per node and layer.
     """
-    num_layers, num_experts, _ = member.shape
     member = member.copy()
-    rows_L = np.arange(num_layers)
+    rows_L = np.arange(len(member))
     weight_LE = load_LE / np.maximum(replicas_LE, 1)
     node_load = np.einsum("le,len->ln", weight_LE, member)
-    room = slots_per_node - member.sum(1)
+    room = slots_per_node - replicas_on_nodes(member)
     missing = replicas_LE - member.sum(2)
     order = np.argsort(-load_LE, axis=1, kind="stable")
-    for step in range(num_experts):
+    wanting = (np.take_along_axis(missing, order, 1) > 0).any(0)
+    for step in np.flatnonzero(wanting).tolist():
         expert_L = order[:, step]
         need_L = missing[rows_L, expert_L]
-        if not (need_L > 0).any():
-            continue
         chosen = _least_loaded(
             np.where(member[rows_L, expert_L] | (room <= 0), np.inf, node_load), need_L
         )

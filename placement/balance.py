@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placement.errors import InvalidRequestError
-from placement.request import Bools, Floats
+from placement.request import Bools, Floats, Ints
 
 ROUNDS = 30
 _SETTLED = 1e-7
@@ -104,6 +104,12 @@ def node_factors(
         scale = 1.0 / np.where(relative > 1e-6, relative, 1.0)
         factor = np.minimum(np.maximum(factor * scale, 1e-9), 1e9)
     return best
+
+
+def replicas_on_nodes(member: Bools) -> Ints:
+    """Replicas that each node holds in each layer, int32 [L, N]."""
+    counts: Ints = member.view(np.uint8).sum(1, dtype=np.uint16).astype(np.int32)  # narrow is quick
+    return counts
 
 
 def _check_covered(member: Bools) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 
 from placement.request import Bools, Floats, Ints
 
+_FLEET = 1000  # ranks from which an expert's own ranks are looked up rather than all gone through
+
 
 def choose_homes(load_LE: Floats, expert_of_slot: Ints) -> Ints:
     """One serving rank per expert, so that ranks that serve whole experts are level; [L, E].
@@ -27,12 +29,27 @@ def choose_homes(load_LE: Floats, expert_of_slot: Ints) -> Ints:
     step_L = 1e-9 * np.maximum(load_LE.sum(1), 1e-300) / num_ranks
     load = np.zeros((num_layers, num_ranks))
     order = np.argsort(-load_LE, axis=1, kind="stable")
+    if num_ranks >= _FLEET:
+        for at in range(num_layers):
+            _homes_of_layer(order[at], load_LE[at], holds[at], home[at], load[at], step_L[at])
+        return _improved(load_LE, holds, home, load)
     for step in range(num_experts):
         expert_L = order[:, step]
         rank_L = np.where(holds[rows_L, expert_L], load, np.inf).argmin(1)
         home[rows_L, expert_L] = rank_L
         load[rows_L, rank_L] += load_LE[rows_L, expert_L] + step_L
     return _improved(load_LE, holds, home, load)
+
+
+def _homes_of_layer(
+    order_E: Ints, load_E: Floats, holds_ER: Bools, home_E: Ints, load_R: Floats, step: float
+) -> None:
+    """The same for one layer, looking at an expert's own ranks only; written in place."""
+    for expert in order_E.tolist():
+        ranks = np.flatnonzero(holds_ER[expert])
+        rank = ranks[load_R[ranks].argmin()]
+        home_E[expert] = rank
+        load_R[rank] += load_E[expert] + step
 
 
 def _improved(load_LE: Floats, holds: Bools, home: Ints, load: Floats) -> Ints:

@@ -106,8 +106,10 @@ class Plan:
     def node_member(self) -> Bools:
         """bool [L, E, N]: whether a node holds a replica of an expert."""
         member = np.zeros((self.num_layers, self.num_experts, self.num_nodes), dtype=np.bool_)
-        layer, rank, slot = np.nonzero(self.expert_of_slot >= 0)
-        member[layer, self.expert_of_slot[layer, rank, slot], rank // self.ranks_per_node] = True
+        used = np.flatnonzero(self.expert_of_slot >= 0)
+        row, expert = used // self.expert_of_slot.shape[2], self.expert_of_slot.reshape(-1)[used]
+        layer, rank = np.divmod(row, self.num_ranks)
+        member[layer, expert, rank // self.ranks_per_node] = True
         member.setflags(write=False)
         return member
 

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from placement.allocate import allocate_replicas
 from placement.assign import fill
+from placement.balance import replicas_on_nodes
 from placement.build import add_to_ranks, draft_of, plan_of, slots_of
 from placement.cores import (
     Risk,
@@ -32,8 +33,9 @@ _JOIN_ROUNDS = 3
 
 def surviving(previous: Plan, request: PlacementRequest) -> tuple[Bools, Ints]:
     """Replicas that live on, bool [L, E, N], and each new node's old position (-1 for a joiner)."""
-    where = {node: position for position, node in enumerate(previous.node_ids)}
-    origin = np.array([where.get(node, -1) for node in request.node_ids], dtype=np.int32)
+    before, now = np.array(previous.node_ids), np.array(request.node_ids)  # both ascending
+    at = np.minimum(np.searchsorted(before, now), len(before) - 1)
+    origin = np.where(before[at] == now, at, -1).astype(np.int32)
     position = np.full(previous.num_nodes, -1, dtype=np.intp)  # of old nodes among the new ones
     position[origin[origin >= 0]] = np.flatnonzero(origin >= 0)
     row_M, node_M = np.divmod(np.flatnonzero(previous.node_member), previous.num_nodes)
@@ -186,8 +188,10 @@ def evicted(member: Bools, core: Bools, *, load_LE: Floats, slots_per_node: int)
     num_layers = member.shape[0]
     rows_L = np.arange(num_layers)
     both = member | core
+    over = replicas_on_nodes(both) - slots_per_node
+    if not (over > 0).any():
+        return both
     count = both.sum(2)
-    over = both.sum(1) - slots_per_node
     for node in np.flatnonzero((over > 0).any(0)):
         while (over[:, node] > 0).any():
             loose = both[:, :, node] & ~core[:, :, node]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from operator import ge
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,10 @@ class PlacementRequest:
                 f"slots_per_node={self.slots_per_node} is no multiple of ranks_per_node="
                 f"{self.ranks_per_node}; every rank of a node has the same number of slots"
             )
-        ids = tuple(int(i) for i in self.node_ids) or tuple(range(self.num_nodes))
+        ids = tuple(map(int, self.node_ids)) or tuple(range(self.num_nodes))
         if len(ids) != self.num_nodes:
             raise InvalidRequestError(f"{len(ids)} node_ids for num_nodes={self.num_nodes}")
-        if any(a >= b for a, b in pairwise(ids)):
+        if any(map(ge, ids, ids[1:])):
             raise InvalidRequestError(f"node_ids must be distinct and ascending, not {ids}")
         object.__setattr__(self, "node_ids", ids)
         object.__setattr__(self, "domains", self._per_node("domains"))

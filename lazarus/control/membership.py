@@ -8,7 +8,7 @@ from lazarus.control import commits
 from lazarus.control import transition as change
 from lazarus.control.messages import Fenced, Hello, KillNode, LeaveRequest, NodeNotice, Welcome
 from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
-from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker
+from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker, without
 
 Result = tuple[Control, tuple[Command, ...]]
 
@@ -110,8 +110,8 @@ def lose(state: Control, serials: tuple[int, ...], *, cause: str, at_s: float) -
     matters = taking_part & set(serials)
     state = replace(
         state,
-        nodes={n: node for n, node in state.nodes.items() if n not in serials},
-        workers={w: known for w, known in state.workers.items() if w not in gone},
+        nodes=without(state.nodes, serials),
+        workers=without(state.workers, gone),
         members=tuple(n for n in state.members if n not in serials),
         paused={w: step for w, step in state.paused.items() if w not in gone},
         errors=(),

@@ -123,8 +123,8 @@ def _plan_fields(state: Control, plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
     }
     if plan.expert_of_slot.size <= _MOST_LISTED:
-        fields["experts_of_rank"] = [
-            [[e for e in slots if e >= 0] for slots in ranks]
-            for ranks in plan.expert_of_slot.tolist()
-        ]
+        listed = plan.expert_of_slot.tolist()
+        if (plan.expert_of_slot < 0).any():
+            listed = [[[e for e in slots if e >= 0] for slots in ranks] for ranks in listed]
+        fields["experts_of_rank"] = listed
     return fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,11 +37,14 @@ def verdict(
         BrokenInvariantError: The members cannot stand at one step.
     """
     vectors = dict(known)
-    for report in reports.values():
+    said = {id(report): report for report in reports.values()}.values()  # each object once
+    for report in said:
         for vector in report.vectors:
             vectors[vector.step] = vector
-    decided = max([published, *vectors, *[report.committed for report in reports.values()]])
-    behind = [worker for worker, report in reports.items() if report.committed < decided]
+    decided = max([published, *vectors, *[report.committed for report in said]])
+    behind: list[str] = []
+    if any(report.committed < decided for report in said):
+        behind = [worker for worker, report in reports.items() if report.committed < decided]
     for worker in behind:
         report = reports[worker]
         if report.committed != decided - 1 or report.prepared != decided:
@@ -68,17 +72,18 @@ def aligned_alike(aligned: Mapping[str, Aligned]) -> str:
 
 def holders(aligned: Mapping[str, Aligned], feeders: Sequence[Seat]) -> dict[Expert, list[int]]:
     """Feeder indices that hold a live copy of each expert, ascending."""
-    alike: dict[int, list[int]] = {}  # feeders whose answer is one object
     bodies = [aligned.get(seat.worker) for seat in feeders]
-    for index, body in enumerate(bodies):
-        alike.setdefault(id(body), []).append(index)
+    said = np.fromiter(map(id, bodies), dtype=np.int64, count=len(bodies))
+    order = np.argsort(said, kind="stable")  # those whose answer is one object, ascending
+    ends = np.flatnonzero(np.diff(said[order], append=-1)) + 1
+    by_answer = order.tolist()
     owners: dict[Expert, list[int]] = {}
-    for indices in alike.values():
-        body = bodies[indices[0]]
+    for start, end in pairwise([0, *ends.tolist()]):
+        body = bodies[by_answer[start]]
         for held in body.held if body else ():
             for expert in held.experts:
-                owners.setdefault((held.layer, expert), []).extend(indices)
-    return {expert: sorted(ranks) for expert, ranks in owners.items()}
+                owners.setdefault((held.layer, expert), []).extend(by_answer[start:end])
+    return {expert: sorted(owners[expert]) for expert in sorted(owners)}
 
 
 def needs(plan: Plan, *, num_seats: int) -> dict[Expert, list[int]]:

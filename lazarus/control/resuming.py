@@ -15,7 +15,7 @@ from lazarus.control.losses import bill_restores, over_budget, plt_of, restored_
 from lazarus.control.messages import Depart, Ready, Resume
 from lazarus.control.planning import adoption
 from lazarus.control.ports import Command, Journal, Publish, TellAll
-from lazarus.control.state import Control, Phase, Transition
+from lazarus.control.state import Control, Phase, Transition, without
 from lazarus.control.timeline import mark_resume
 from lazarus.control.transition import hold, lineage_text, workers_of
 from placement import Plan
@@ -86,8 +86,8 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         newest=None if transition.rollback else state.newest,
         transition=None,
         hold_reason="",
-        nodes={n: node for n, node in state.nodes.items() if n not in transition.leavers},
-        workers={w: known for w, known in state.workers.items() if w not in departed},
+        nodes=without(state.nodes, transition.leavers),
+        workers=without(state.workers, departed),
     )
     order = Resume(
         generation=transition.generation,

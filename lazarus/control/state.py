@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,12 @@ from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.control.messages import Aligned, Move, NodeNotice, Ready, Report, Restore, Seat, Vector
 from lazarus.control.ports import Stored
+from lazarus.control.remembered import remembered
 from placement import PlacementPolicy, Plan, replan
 from placement.rebalance import Regret
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 class Phase(Enum):
@@ -115,6 +119,16 @@ class ControlConfig:
         return min(0.1, self.tolerated_stall_s / 20)
 
 
+def without(table: Mapping[_Key, _Value], keys: Collection[_Key]) -> Mapping[_Key, _Value]:
+    """The table less some keys; itself where nothing goes."""
+    if not keys:
+        return table
+    left = dict(table)
+    for key in keys:
+        left.pop(key, None)
+    return left
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
     """One rank's process, as its stream shows it."""
@@ -186,8 +200,18 @@ class Transition:
 
     @property
     def next_nodes(self) -> tuple[int, ...]:
-        stay = set(self.voters) - set(self.leavers) if self.leavers else self.voters
-        return tuple(sorted((*stay, *self.joiners)))  # nobody is both voter and joiner
+        stay = _less(self.voters, self.leavers) if self.leavers else self.voters
+        return _together(stay, self.joiners) if self.joiners else stay
+
+
+@remembered
+def _less(voters: tuple[int, ...], leavers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(voters) - set(leavers)))
+
+
+@remembered
+def _together(stay: tuple[int, ...], joiners: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted((*stay, *joiners)))  # nobody is both voter and joiner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from lazarus.control.recovery import (
     schedule_moves,
     verdict,
 )
+from lazarus.control.remembered import remembered
 from lazarus.control.state import Control, Node, Phase, Transition
 from lazarus.control.timeline import mark, with_timeline
 from lazarus.errors import BrokenInvariantError
@@ -39,7 +40,11 @@ Result = tuple[Control, tuple[Command, ...]]
 
 def workers_of(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
     """Workers of nodes in rank order."""
-    known = state.nodes
+    return _workers_of(state.nodes, nodes)
+
+
+@remembered
+def _workers_of(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(chain.from_iterable([known[node].workers for node in nodes]))
 
 
@@ -52,7 +57,11 @@ def _all_in(state: Control, nodes: tuple[int, ...], answers: Mapping[str, Any]) 
 
 def leaving(state: Control, nodes: tuple[int, ...]) -> tuple[int, ...]:
     """Those of the nodes that will go, in the same order."""
-    known = state.nodes
+    return _leaving(state.nodes, nodes)
+
+
+@remembered
+def _leaving(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple([node for node in nodes if known[node].leaving])
 
 
@@ -253,8 +262,9 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         record_bytes=state.record_bytes[1],
         before_bytes=state.config.heal_before_bytes,
     )
-    voting = set(workers_of(state, transition.voters))
-    joining = tuple([i for i, seat in enumerate(seats) if seat.worker not in voting])
+    place = {seat.worker: i for i, seat in enumerate(seats)} if transition.joiners else {}
+    joining = tuple(sorted(place[w] for w in workers_of(state, transition.joiners)))
+    standing = tuple(sorted(set(range(len(feeders))).difference(joining)))
     now = 0 if behind else len(moves)
     moved = now * state.record_bytes[1] + len(joining) * state.record_bytes[0]
     transition = replace(
@@ -281,7 +291,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         plan=state.config.plan_text(plan),
         moves=transition.moves,
         moves_behind=transition.moves_behind,
-        dense_sources=tuple([i for i, seat in enumerate(feeders) if seat.worker in voting]),
+        dense_sources=standing,
         dense_targets=joining if back is None else (),
         scalars=any_aligned.scalars,
         history=any_aligned.history,

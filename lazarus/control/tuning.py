@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from statistics import median
 
 from lazarus.control.planning import request_for
@@ -41,21 +42,21 @@ def learned(state: Control, sums: Sequence[StepSums], *, at_s: float) -> Result:
 
 def _measured(state: Control, sums: StepSums) -> Control:
     """Seconds of own compute per sample and node, smoothed."""
-    ranks = state.config.ranks_per_node
     nodes = state.seat_nodes
-    weights = [state.speeds.get(node, 1.0) for node in nodes]
+    weights = [state.speeds.get(node, 1.0) for node in nodes] if state.speeds else [1.0]
     sizes = share(state.config.global_batch, len(nodes), weights if min(weights) < 1.0 else None)
-    pace = dict(state.pace)
-    seconds: dict[int, list[float]] = {}
+    slowest: dict[int, float] = {}
     for node, size, own_s in zip(nodes, sizes, sums.times, strict=True):
-        if size > 0:
-            seconds.setdefault(node, []).append(own_s / size)
-    members = set(state.members)
-    for node, measured in seconds.items():
-        if node in members and len(measured) == ranks:
-            last = pace.get(node, max(measured))
-            pace[node] = 0.7 * last + 0.3 * max(measured)
-    return replace(state, pace={n: s for n, s in pace.items() if n in members})
+        # A rank without samples says nothing of its node.
+        measured = own_s / size if size else inf
+        if measured > slowest.get(node, -1.0):
+            slowest[node] = measured
+    members, last = set(state.members), state.pace
+    pace = {node: s for node, s in last.items() if node in members}
+    for node, now_s in slowest.items():
+        if now_s < inf and node in members:
+            pace[node] = 0.7 * last.get(node, now_s) + 0.3 * now_s
+    return replace(state, pace=pace)
 
 
 def wanted_weight(own_s: float, usual_s: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,35 +63,20 @@ def all_aligned(
 
     One object then stands for many ranks.
     """
-    text = history.astype("<f8").tobytes()
-    said: dict[tuple[int, int], Body] = {}
-    answers: dict[str, Body] = {}
-    for worker in workers:
-        mine, copies = held.get(worker, ()), snapshots.get(worker, ())
-        key = (id(mine), id(copies))
-        body = said.get(key)
-        if body is None:
-            body = said[key] = aligned(
-                generation=generation, step=step, held=mine, history=text, shape=history.shape,
-                snapshots=copies, dense_bytes=dense_bytes, expert_bytes=expert_bytes,
-            )  # fmt: skip
-        answers[worker] = body
+    alike: dict[str, Any] = {
+        "generation": generation,
+        "step": step,
+        "history": history.astype("<f8").tobytes(),
+        "dense_bytes": int(dense_bytes),
+        "expert_bytes": int(expert_bytes),
+        "num_layers": history.shape[1],
+        "num_experts": history.shape[2],
+    }
+    nothing: tuple[Held, ...] = ()
+    mine = [held.get(worker, nothing) for worker in workers]
+    said = {key: Aligned(held=each, **alike) for key, each in {id(m): m for m in mine}.items()}
+    answers: dict[str, Body] = dict(zip(workers, map(said.__getitem__, map(id, mine)), strict=True))
+    for worker in snapshots.keys() & answers.keys():
+        rows = held.get(worker, nothing)
+        answers[worker] = Aligned(held=rows, snapshots=snapshots[worker], **alike)
     return answers
-
-
-def aligned(
-    *, generation: int, step: int, held: tuple[Held, ...], history: bytes, shape: tuple[int, ...],
-    snapshots: tuple[Snapped, ...], dense_bytes: float, expert_bytes: float,
-) -> Body:  # fmt: skip
-    """A rank stands at ``step`` and says what it holds."""
-    return Aligned(
-        generation=generation,
-        step=step,
-        history=history,
-        held=held,
-        snapshots=snapshots,
-        dense_bytes=int(dense_bytes),
-        expert_bytes=int(expert_bytes),
-        num_layers=shape[1],
-        num_experts=shape[2],
-    )

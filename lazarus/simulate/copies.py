@@ -43,6 +43,9 @@ class CopyBook:
             rate_LE: Copies routed by each of these steps.
         """
         every, persists = self.config.snapshot_every, 0
+        if -(-first // every) * every > last:
+            return 0
+        ids = np.array(plan.node_ids)
         for step in range(-(-first // every) * every, last + 1, every):
             if step < 1:
                 continue
@@ -57,7 +60,6 @@ class CopyBook:
                 behind_E = (last - step) * rate_LE[layer]
                 self._snapped_count[layer, saved] = (routed_LE[layer] - behind_E)[saved]
                 home = plan.home[layer, saved] // plan.ranks_per_node
-                ids = np.array(plan.node_ids)
                 self._nodes[0, layer, saved] = ids[home]
                 self._nodes[1, layer, saved] = ids[(home + 1) % plan.num_nodes]
                 written = list(selection.persist[layer])

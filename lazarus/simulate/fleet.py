@@ -259,8 +259,9 @@ class VirtualRun:
 
     def _alive(self, workers: tuple[str, ...]) -> list[str]:
         """Those that can still answer; None missing means that the phase will end."""
-        dead = self._dead
-        return [w for w in workers if w not in dead]
+        if self._dead.isdisjoint(workers):
+            return list(workers)
+        return [w for w in workers if w not in self._dead]
 
     def _on_report(self, generation: int) -> None:
         if not self._due(generation, Phase.FENCING):

@@ -89,6 +89,16 @@ def test_homes_hold_their_experts_and_no_single_move_helps(request: PlacementReq
                 assert all(other >= use[rank] * (1 - 1e-6) for other in others)
 
 
+@given(request=requests())
+@FEW
+def test_a_fleet_s_homes_are_found_as_those_of_few_ranks(request: PlacementRequest) -> None:
+    slots = plan(request).expert_of_slot
+    with pytest.MonkeyPatch.context() as patch:
+        dense = choose_homes(request.load, slots)
+        patch.setattr("placement.homes._FLEET", 1)
+        assert (choose_homes(request.load, slots) == dense).all()
+
+
 @given(data=st.data(), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
 @FEW
 def test_an_ordered_template_renames_nodes_and_never_adds_risk_by_a_swap(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from placement import PlacementRequest, plan
+from placement.balance import replicas_on_nodes
 from placement.build import slots_of
 from placement.cores import held_by_block
 from placement.repair import surviving
@@ -27,6 +28,11 @@ def test_replicas_of_a_block_are_counted_on_every_node(member: Bools, seed: int)
     for block in range(3):
         for node in range(nodes):
             assert held[block, node] == member[:, :, node][block_LE == block].sum()
+
+
+@given(member=MEMBERS)
+def test_a_node_s_replicas_are_counted(member: Bools) -> None:
+    assert (replicas_on_nodes(member) == member.sum(1)).all()
 
 
 @given(member=MEMBERS)

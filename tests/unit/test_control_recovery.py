@@ -140,6 +140,13 @@ def test_holders_and_needs_read_the_plan() -> None:
         held = (Held(layer=0, experts=experts),)
         aligned[seat.worker] = Aligned(generation=1, step=0, held=held)
     assert holders(aligned, seats) == wanted
+    one = Aligned(generation=1, step=0, held=(Held(layer=0, experts=(3, 1)),))
+    seats += (Seat(worker="w3", node=3), Seat(worker="silent", node=4), Seat(worker="w5", node=5))
+    aligned |= {"w3": one, "w5": one}  # two answers in one object
+    more = {
+        expert: [*at, *([3, 5] if expert[1] in (1, 3) else [])] for expert, at in wanted.items()
+    }
+    assert holders(aligned, seats) == more
     assert holders({}, seats) == {}
 
 
