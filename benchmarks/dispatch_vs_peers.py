@@ -44,7 +44,7 @@ BF16 = [Setting(4, 8, 1, bf16=True), Setting(4, 16, 2, zipf=True, bf16=True)]
 ARITHMETIC = (
     "dense forward and backward, rest", "experts forward", "experts backward", "optimizer",
 )  # fmt: skip
-ROWS_PER_REPLICA = 128.0  # the default of dispatch.rows_per_replica
+ROWS_PER_REPLICA = 128.0  # the default of dispatch.rows_per_replica on CPUs
 FOREIGN = 0.08  # part of the machine that other programs may have in a round that counts
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -318,9 +318,9 @@ def main() -> None:
     settings = settings[: args.first]
     blocks = args.blocks or (3 if args.quick else 7)
     print(
-        f"GPT 4 layers, d=256, FFN 1024, seq {SEQ}, batch 4 a rank, fp32, 1 thread a rank, gloo, "
-        f"AdamW fused for all, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-        f"{blocks} blocks of {args.steps} steps, torch {torch.__version__}"
+        f"GPT 4 layers, d=256, FFN 1024, seq {SEQ}, batch 4 a rank, fp32 unless said, 1 thread a "
+        f"rank, ours over shared memory, others over gloo, AdamW fused for all, {os.cpu_count()} "
+        f"cores, load {os.getloadavg()[0]:.1f}, {blocks} blocks of {args.steps} steps, torch {torch.__version__}"
     )
     if not HAS_DEEPSPEED:
         print("deepspeed is not installed here (extra bench): left out")

@@ -225,8 +225,11 @@ class DispatchConfig:
         "home: an expert's tokens go to one replica; balanced: to several where that pays; shares: "
         "as the plan says; auto: home where ranks share CPUs, balanced with a device for each",
     )
-    rows_per_replica: float = setting(
-        128.0, "balanced: rows that take as long as sending one expert's gradient", ge=0
+    rows_per_replica: float | None = setting(
+        None,
+        "balanced: rows that take as long as sending one expert's gradient; none: 128 on CPUs, "
+        "2048 with a device for each rank",
+        ge=0,
     )
     ranks_per_device: float = setting(
         1.0, "balanced: ranks that share one device, or one core where they have none", ge=1

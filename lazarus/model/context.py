@@ -91,8 +91,9 @@ class LayerContext:
         if aux is not None:
             self.aux_sum = aux if self.aux_sum is None else self.aux_sum + aux
 
-    def backward_done(self) -> None:
-        """The backward of one forward is over."""
+    def backward_done(self, routed: Routed) -> None:
+        """The backward of one forward is over; what it ran on has written gradients."""
+        self.served_ER |= routed.split.served_ER  # a repeated forward may have split otherwise
         self._open -= 1
         if self._open == 0 and self.after_backward is not None:
             self.after_backward()

@@ -5,6 +5,7 @@ Shapes: B samples, S positions, T = B * S tokens, D model width, E experts, K ch
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -134,13 +135,13 @@ class MoELayer(nn.Module):
         shared_BSD = None if self.shared is None else self.shared(x_BSD)
         aux = self._auxiliary(score_TE, mask_T)
         routed = finish_routing(counting, expert_of_slot=tuple(self.experts.expert_of_slot))
-        if self.training and not repeated:
+        if (self.training or torch.is_grad_enabled()) and not repeated:
             context.record(routed, aux)
             if context.observer is not None:
                 context.observer(context.layer, expert_TK)
         out_TD = expert_path(
             x_TD, gate_TK, self.experts.weight, routed, self._options, written=context.written,
-            done=context.backward_done,
+            done=partial(context.backward_done, routed),
         )  # fmt: skip
         out_BSD = out_TD.to(x_BSD.dtype).view(x_BSD.shape)
         return out_BSD if shared_BSD is None else out_BSD + shared_BSD

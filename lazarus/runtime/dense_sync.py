@@ -1,21 +1,29 @@
 """Dense gradients summed over all ranks: in buckets while the backward goes on, or after it.
 
 A bucket is a stretch of the flat buffer; the last parameters, whose gradients come first, are in
-the first one. Buckets start in one order on all ranks, whichever gradients come when, and their
-bounds depend on the model alone: whether they overlap the backward changes no bit.
+the first one. Bounds depend on the model alone, and buckets start in one order: whether they
+overlap the backward changes no bit.
+
+Collectives must come in one order on all ranks, but a rank's gradients may not: it may have no use
+for a parameter in a step. So buckets start only where all ranks pass, at the end of an MoE layer's
+backward, and at which of these ends is learnt in a generation's first step and agreed on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from dispatcher.exchange import Exchange, Pending
+from lazarus.errors import ConfigError
 
 BUCKET_BYTES = 25 << 20
 
+_AT_THE_END = 1 << 30
 _Arrival = Callable[[Tensor], None]
 _Listen = Callable[[_Arrival], object]  # torch leaves its own unannotated
 
@@ -26,10 +34,8 @@ class DenseSync:
     Args:
         parameters: All dense ones, in the order of the buffer.
         flat_grad: Their gradients, side by side.
-        overlaps: Start a bucket as soon as its last gradient is there. Every rank's graph must
-            then have the same parameters in it, as the collectives of MoE layers want anyway.
-        bucket_bytes: A bucket has at least so many, but for the last one. None: ``BUCKET_BYTES``,
-            or one bucket for all where nothing overlaps.
+        overlaps: Start buckets within the backward.
+        bucket_bytes: A bucket has at least so many, but for the last one; None: ``BUCKET_BYTES``.
     """
 
     def __init__(
@@ -42,34 +48,61 @@ class DenseSync:
     ) -> None:
         self.overlaps = overlaps
         self._flat_grad = flat_grad
-        if bucket_bytes is None:
-            bucket_bytes = BUCKET_BYTES if overlaps else flat_grad.nbytes
-        self._members = _members(parameters, bucket_bytes)
+        self._members = _members(parameters, BUCKET_BYTES if bucket_bytes is None else bucket_bytes)
         self._bounds = _bounds(self._members, flat_grad.numel())
         self._missing = [0] * len(self._members)
-        self._exchange: Exchange | None = None  # set while a backward may start buckets
+        self._armed = False  # while the step's last backward goes on
+        self._passed = 0  # MoE layers whose backward is over
+        self._complete: list[int] = []  # by bucket: how many were when its last gradient came
+        self._start_at: list[int] = []  # by bucket: how many must be; agreed
+        self._late: int | None = None  # bucket that was on its way when a gradient came
         self._pending: list[Pending] = []
+        self.begin_generation()
         if overlaps:
             for bucket, members in enumerate(self._members):
-                for parameter in members:
+                for parameter in (p for p in members if p.requires_grad):
                     listen = cast("_Listen", parameter.register_post_accumulate_grad_hook)
-                    listen(self._arrival(bucket))
+                    listen(partial(self._arrived, bucket))
+
+    def begin_generation(self) -> None:
+        """Other ranks: what was agreed on with the last ones is void."""
+        self._start_at = [_AT_THE_END] * len(self._bounds)
+        self.start_step()
 
     def start_step(self) -> None:
         """Forget what an abandoned attempt has started."""
-        self._exchange, self._pending = None, []
+        self._armed, self._pending, self._late = False, [], None
+        self._complete = [_AT_THE_END] * len(self._bounds)
 
-    def arm(self, exchange: Exchange) -> None:
+    def arm(self) -> None:
         """The next backward is the step's last on this rank: its gradients are the final ones."""
         if self.overlaps:
-            self._exchange = exchange
+            self._armed, self._passed = True, 0
             self._missing = [sum(p.requires_grad for p in some) for some in self._members]
 
+    def pass_layer(self, exchange: Exchange) -> None:
+        """An MoE layer's backward is over, on this rank as on all: start what is due."""
+        if self._armed:
+            self._passed += 1
+            while self._started < len(self._bounds) and self._due(self._started):
+                self._start_next(exchange)
+
     def finish(self, exchange: Exchange) -> Pending:
-        """Start what has not been started; wait on the result before touching a gradient."""
-        self._exchange = None
-        while len(self._pending) < len(self._bounds):
+        """Start what has not been started; wait on the result before touching a gradient.
+
+        Raises:
+            ConfigError: A gradient came after its bucket had been sent.
+        """
+        self._armed = False
+        while self._started < len(self._bounds):
             self._start_next(exchange)
+        if self._late is not None:
+            begin, end = self._bounds[self._late]
+            raise ConfigError(
+                f"a dense gradient (elements {begin} to {end} of {self._flat_grad.numel()}) came "
+                "later in the backward than in the first step, after it had been summed: the model "
+                'uses its parameters in changing order; set dispatch.overlap = "off"'
+            )
         return self
 
     def wait(self) -> None:
@@ -77,19 +110,37 @@ class DenseSync:
         for pending in self._pending:
             pending.wait()
 
-    def _arrival(self, bucket: int) -> _Arrival:
-        def arrived(parameter: Tensor) -> None:
-            del parameter
-            if self._exchange is None:
-                return
-            self._missing[bucket] -= 1
-            while len(self._pending) < len(self._bounds) and not self._missing[len(self._pending)]:
-                self._start_next(self._exchange)
+    def agree(self, exchange: Exchange) -> None:
+        """From the next step on, start each bucket where it has been complete on all ranks."""
+        if not self.overlaps:
+            return
+        own = torch.tensor(self._complete, dtype=torch.float32, device=self._flat_grad.device)
+        of_all = own.new_empty(exchange.size * own.numel())
+        exchange.all_gather(of_all, own, label="digest")
+        latest = of_all.view(exchange.size, -1).amax(0).cummax(0).values
+        known = zip(self._start_at, latest.tolist(), strict=True)
+        first_time = min(self._start_at, default=0) == _AT_THE_END
+        self._start_at = [int(now) if first_time else max(was, int(now)) for was, now in known]
 
-        return arrived
+    @property
+    def _started(self) -> int:
+        return len(self._pending)
+
+    def _due(self, bucket: int) -> bool:
+        return self._start_at[bucket] < self._passed
+
+    def _arrived(self, bucket: int, parameter: Tensor) -> None:
+        del parameter
+        if not self._armed:
+            return
+        self._missing[bucket] -= 1
+        if bucket < self._started:
+            self._late = bucket
+        if not self._missing[bucket]:
+            self._complete[bucket] = self._passed
 
     def _start_next(self, exchange: Exchange) -> None:
-        begin, end = self._bounds[len(self._pending)]
+        begin, end = self._bounds[self._started]
         part = self._flat_grad[begin:end]
         self._pending.append(exchange.start_all_reduce(part, label="dense_grad"))
 

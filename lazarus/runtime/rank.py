@@ -493,11 +493,13 @@ class Rank:
 
 def split_rule(asked: DispatchConfig, device: torch.device) -> SplitRule:
     """How copies are split. auto: spreading pays where every rank has its own device."""
-    auto = "home" if device.type == "cpu" else "balanced"
+    on_cpu = device.type == "cpu"
+    auto = "home" if on_cpu else "balanced"
     mode = auto if asked.mode == "auto" else asked.mode
-    return SplitRule(
-        mode=mode, rows_per_replica=asked.rows_per_replica, ranks_per_device=asked.ranks_per_device
-    )
+    price = asked.rows_per_replica
+    if price is None:  # measured on CPUs; of devices a model, see benchmarks/balance_rows.py
+        price = 128.0 if on_cpu else 2048.0
+    return SplitRule(mode=mode, rows_per_replica=price, ranks_per_device=asked.ranks_per_device)
 
 
 def _device(local_rank: int) -> torch.device:

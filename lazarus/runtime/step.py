@@ -98,6 +98,7 @@ class World:
             arrange(layer.experts, replica.optimizer, slots_for_exchange(context.table))
             context.written = set()
             layer.attach(context)
+        replica.dense_sync.begin_generation()
 
 
 class Step:
@@ -159,6 +160,7 @@ class Step:
         self.dense_square = replica.dense_square_sum()
         squares = replica.expert_square_sums(world.plan.home, rank)
         if self._must_agree:
+            replica.dense_sync.agree(world.exchange)
             self._agree()
         prepared()
         own_s = time.monotonic() - began - self._observer.waited_s
@@ -189,9 +191,14 @@ class Step:
         """Sum gradients while the next backward goes on; it is this step's last one here."""
         sync = self._replica.dense_sync
         if sync.overlaps:
-            sync.arm(self._world.exchange)
+            sync.arm()
             for layer, context in enumerate(self._world.contexts):
-                context.after_backward = partial(self._sum_replicas, layer)
+                context.after_backward = partial(self._layer_done, layer)
+
+    def _layer_done(self, layer: int) -> None:
+        """Sum what no later part of the backward adds to."""
+        self._sum_replicas(layer)
+        self._replica.dense_sync.pass_layer(self._world.exchange)
 
     def _sum_replicas(self, layer: int) -> None:
         bank, context = self._replica.banks[layer], self._world.contexts[layer]

@@ -163,9 +163,15 @@ def train(
     ledger: StepLedger,
     mode: str = "home",
     overlaps: bool = False,
+    evaluating: bool = False,
 ) -> dict[str, Any]:
-    """Five steps; what the comparison looks at, as numpy arrays by global name."""
+    """Five steps; what the comparison looks at, as numpy arrays by global name.
+
+    Args:
+        evaluating: The model's modules are in evaluation mode all the while.
+    """
     replica, step = make_step(exchange, top_k=top_k, ledger=ledger, mode=mode, overlaps=overlaps)
+    replica.model.train(not evaluating)
     # Ranks that are threads share a generator: all have drawn their weights before any trains.
     exchange.all_reduce(torch.zeros(1), label="digest")
     found: dict[str, Any] = {"losses": []}

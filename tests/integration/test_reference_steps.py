@@ -134,7 +134,22 @@ def test_five_steps_whose_gradients_are_summed_in_the_backward_are_those_of_one_
     def body(exchange: Exchange) -> Any:
         return ranks.train(exchange, top_k=2, ledger=StepLedger(), mode=mode, overlaps=True)
 
-    assert_same_training(run_ranks(body, size=3), alone(2))
+    overlapped = run_ranks(body, size=3)
+    assert_same_training(overlapped, alone(2))
+    after = run_ranks(lambda e: ranks.train(e, top_k=2, ledger=StepLedger(), mode=mode), size=3)
+    for one, other in zip(overlapped, after, strict=True):
+        for kind in ("gradients", "state"):
+            for name, tensor in one[kind].items():
+                np.testing.assert_array_equal(tensor, other[kind][name], err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["home", "balanced"])
+def test_layers_in_evaluation_mode_train_as_in_one_process(mode: str) -> None:
+    def body(exchange: Exchange) -> Any:
+        return ranks.train(exchange, top_k=2, ledger=StepLedger(), mode=mode, evaluating=True)
+
+    (one,) = run_ranks(body, size=1)
+    assert_same_training(run_ranks(body, size=3), one)
 
 
 @pytest.mark.parametrize(

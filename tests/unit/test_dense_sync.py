@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from itertools import pairwise
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dispatcher import Exchange, run_ranks
 from dispatcher.exchange import Pending
 from dispatcher.processes import run_processes
+from lazarus.errors import ConfigError
 from lazarus.runtime.dense_sync import DenseSync
 
 WIDTHS = (6, 8, 4, 10, 3)
@@ -47,45 +48,66 @@ def model_of() -> tuple[nn.Sequential, Tensor]:
 
 
 def step(
-    exchange: Exchange, *, overlaps: bool, bucket_bytes: int, rounds: int = 2, unused: bool = False
-) -> tuple[Tensor, list[object]]:
-    """Gradients of one step, and what happened in which order."""
+    exchange: Exchange, *, overlaps: bool, bucket_bytes: int, steps: int = 2,
+    unused: Collection[int] = (), frozen: bool = False, turned: bool = False,
+) -> tuple[Tensor, list[object]]:  # fmt: skip
+    """Gradients of the last of some steps, and what happened in which order, step by step.
+
+    Every layer but the first is followed by one that all ranks wait in, as MoE layers are.
+
+    Args:
+        unused: Ranks whose graph lacks the last layer.
+        frozen: The second layer's weights take no gradient.
+        turned: From the second step on the last layer serves before the first one as well.
+    """
     if not isinstance(exchange, Noting):
         exchange = Noting(exchange, [])  # type: ignore[assignment]
     notes: list[object] = exchange._notes  # type: ignore[attr-defined]
     model, flat = model_of()
-    used: Sequence[nn.Module] = list(model)[:-1] if unused else list(model)
     parameters = list(model.parameters())
+    parameters[2].requires_grad_(not frozen)
     parameters[0].register_post_accumulate_grad_hook(lambda _: notes.append("first layer"))
     sync = DenseSync(parameters, flat, overlaps=overlaps, bucket_bytes=bucket_bytes)
-    sync.start_step()
     random = torch.Generator().manual_seed(exchange.rank)
-    for number in range(rounds):
-        if number + 1 == rounds:
-            sync.arm(exchange)
-        x = torch.randn(5, WIDTHS[0], generator=random)
-        for layer in used:
-            x = layer(x).tanh()
-        x.square().sum().backward()
-    sync.finish(exchange).wait()
+    for number in range(steps):
+        flat.zero_()
+        sync.start_step()
+        notes.append(f"step {number}")
+        for last_round in (False, True):
+            if last_round:
+                sync.arm()
+            x = torch.randn(5, WIDTHS[0], generator=random)
+            if turned and number:
+                x = x + model[-1](torch.ones(1, WIDTHS[-2])).mean()
+            for index, layer in enumerate(list(model)[:-1] if exchange.rank in unused else model):
+                x = layer(x).tanh()
+                if index:
+                    x.register_hook(lambda _: sync.pass_layer(exchange))
+            x.square().sum().backward()
+        sync.finish(exchange).wait()
+        sync.agree(exchange)
     return flat, notes
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 10_000])
-@pytest.mark.parametrize("unused", [False, True])
-def test_overlapped_equals_not_overlapped(bucket_bytes: int, unused: bool) -> None:
+@pytest.mark.parametrize("unused", [(), (0, 1, 2), (1,)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_overlapped_equals_not_overlapped(
+    bucket_bytes: int, unused: tuple[int, ...], frozen: bool
+) -> None:
     def both(exchange: Exchange) -> tuple[Tensor, Tensor]:
-        early, _ = step(exchange, overlaps=True, bucket_bytes=bucket_bytes, unused=unused)
-        late, _ = step(exchange, overlaps=False, bucket_bytes=bucket_bytes, unused=unused)
-        return early, late
+        return tuple(  # type: ignore[return-value]
+            step(exchange, overlaps=on, bucket_bytes=bucket_bytes, unused=unused, frozen=frozen)[0]
+            for on in (True, False)
+        )
 
-    alone = [step_alone(rank, unused=unused) for rank in range(3)]
+    alone = [step_alone(rank, unused=unused, frozen=frozen) for rank in range(3)]
     for early, late in run_ranks(both, size=3):
         assert torch.equal(early, late)
         torch.testing.assert_close(early, alone[0] + alone[1] + alone[2])
 
 
-def step_alone(rank: int, *, unused: bool) -> Tensor:
+def step_alone(rank: int, *, unused: Collection[int], frozen: bool) -> Tensor:
     class Solo:
         size = 1
 
@@ -97,40 +119,70 @@ def step_alone(rank: int, *, unused: bool) -> Tensor:
 
         def wait(self) -> None: ...
 
-    return step(Solo(), overlaps=False, bucket_bytes=1, unused=unused)[0]  # type: ignore[arg-type]
+    solo: Exchange = Solo()  # type: ignore[assignment]
+    return step(solo, overlaps=False, bucket_bytes=1, unused=unused, frozen=frozen)[0]
 
 
-def both_over_gloo(exchange: Exchange) -> bool:
-    early, notes = step(exchange, overlaps=True, bucket_bytes=100)
-    late, _ = step(exchange, overlaps=False, bucket_bytes=100)
-    return torch.equal(early, late) and len(notes) > 3
+def both_over_gloo(exchange: Exchange) -> list[bool]:
+    same = []
+    for unused in ((), (1,)):
+        early, notes = step(exchange, overlaps=True, bucket_bytes=100, unused=unused)
+        late, _ = step(exchange, overlaps=False, bucket_bytes=100, unused=unused)
+        same.append(torch.equal(early, late) and len(notes) > 3)
+    return same
 
 
 def test_over_gloo_processes_too() -> None:
-    assert run_processes(both_over_gloo, size=3) == [True] * 3
+    assert run_processes(both_over_gloo, size=3) == [[True, True]] * 3
 
 
-def test_buckets_start_within_the_last_backward_and_in_one_order() -> None:
-    (_, notes), (_, same) = run_ranks(
-        lambda exchange: step(exchange, overlaps=True, bucket_bytes=100), size=2
-    )
+def parts(notes: list[object]) -> list[list[object]]:
+    """What happened, by step."""
+    starts = [i for i, what in enumerate(notes) if str(what).startswith("step")]
+    return [notes[a + 1 : b] for a, b in pairwise([*starts, len(notes)])]
+
+
+def test_buckets_start_within_the_last_backward_from_the_second_step_on() -> None:
+    results = run_ranks(lambda e: step(e, overlaps=True, bucket_bytes=100, steps=3), size=2)
+    (_, notes), (_, same) = results
     assert notes == same
-    first_round, second = (i for i, what in enumerate(notes) if what == "first layer")
-    assert first_round == 0  # nothing travels in a round that is not the last
-    assert 1 < second < len(notes) - 1  # some before the backward is over, the last after it
-    sizes = [n for n in notes if isinstance(n, int)]
+    first, second, third = parts(notes)
+    assert first[:2] == ["first layer"] * 2  # of both rounds: where to start is not known yet
+    assert second == third
+    before, during = (i for i, what in enumerate(second) if what == "first layer")
+    assert before == 0  # nothing travels in a round that is not the last
+    assert 1 < during < len(second) - 1  # some before the backward is over, the last after it
+    sizes = [n for n in second if isinstance(n, int)]
     assert sum(sizes) == model_of()[1].numel() and len(sizes) > 3
 
 
 def test_without_overlap_all_start_at_the_end() -> None:
     ((_, notes),) = run_ranks(lambda e: step(e, overlaps=False, bucket_bytes=100), size=1)
-    assert notes[:2] == ["first layer"] * 2 and len(notes) > 5
+    assert all(part[:2] == ["first layer"] * 2 and len(part) > 5 for part in parts(notes))
 
 
-def test_what_never_gets_a_gradient_holds_up_its_buckets_to_the_end() -> None:
-    ((_, notes),) = run_ranks(lambda e: step(e, overlaps=True, bucket_bytes=1, unused=True), size=1)
-    # The last layer is in the first bucket: none may start before it, so that all ranks agree.
-    assert notes[:2] == ["first layer"] * 2
+@pytest.mark.parametrize("unused", [(0, 1), (1,)])
+def test_what_has_no_gradient_on_some_rank_holds_up_its_buckets_to_the_end(
+    unused: tuple[int, ...],
+) -> None:
+    results = run_ranks(
+        lambda e: step(e, overlaps=True, bucket_bytes=1, unused=unused, steps=3), size=2
+    )
+    for _, notes in results:  # the last layer is in the first bucket: none may start before it
+        assert all(part[:2] == ["first layer"] * 2 for part in parts(notes))
+
+
+def test_a_gradient_that_comes_after_its_bucket_is_named_and_nothing_is_summed_twice() -> None:
+    def body(exchange: Exchange) -> str:
+        try:
+            step(exchange, overlaps=True, bucket_bytes=1, turned=True)
+        except ConfigError as error:
+            return str(error)
+        return "went through"
+
+    for said in run_ranks(body, size=2):
+        assert "came later in the backward than in the first step" in said
+        assert 'dispatch.overlap = "off"' in said
 
 
 def test_an_attempt_that_was_given_up_leaves_nothing_behind() -> None:
@@ -149,14 +201,24 @@ def test_an_attempt_that_was_given_up_leaves_nothing_behind() -> None:
                 started.append(tensor)
                 return exchange.start_all_reduce(tensor, label=label)
 
+        def backward(over: Exchange) -> None:
+            sync.arm()
+            out = x
+            for layer in model:
+                out = layer(out)
+                out.register_hook(lambda _: sync.pass_layer(over))
+            out.square().sum().backward()
+
         sync.start_step()
-        sync.arm(Fails(exchange, []))  # type: ignore[arg-type]
+        backward(exchange)
+        sync.finish(exchange).wait()
+        sync.agree(exchange)
+        sync.start_step()
         with pytest.raises(Fenced, match="given up"):
-            model(x).square().sum().backward()
+            backward(Fails(exchange, []))  # type: ignore[arg-type]
         flat.zero_()
-        sync.start_step()
-        sync.arm(exchange)
-        model(x).square().sum().backward()
+        sync.begin_generation()
+        backward(exchange)
         sync.finish(exchange).wait()
         again, fresh = flat.clone(), list(model.parameters())
         for p in fresh:
