@@ -320,7 +320,8 @@ def main() -> None:
     print(
         f"GPT 4 layers, d=256, FFN 1024, seq {SEQ}, batch 4 a rank, fp32 unless said, 1 thread a "
         f"rank, ours over shared memory, others over gloo, AdamW fused for all, {os.cpu_count()} "
-        f"cores, load {os.getloadavg()[0]:.1f}, {blocks} blocks of {args.steps} steps, torch {torch.__version__}"
+        f"cores, load {os.getloadavg()[0]:.1f}, {blocks} blocks of {args.steps} steps, "
+        f"torch {torch.__version__}"
     )
     if not HAS_DEEPSPEED:
         print("deepspeed is not installed here (extra bench): left out")
