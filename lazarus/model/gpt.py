@@ -69,6 +69,7 @@ class GPTOptions:
 
     balance: Literal["aux", "bias", "none"] = "aux"
     aux_coef: float = 0.01
+    bias_rate: float = 1e-3
     recompute: bool = False
     init_std: float = 0.02
 
@@ -130,7 +131,8 @@ class Block(nn.Module):
             self.ffn = MoELayer(
                 dim=shape.dim, hidden=hidden, num_experts=shape.experts, top_k=shape.top_k,
                 activation="gelu", bias=True, balance=options.balance, aux_coef=options.aux_coef,
-                init_std=options.init_std, recompute=options.recompute,
+                bias_rate=options.bias_rate, init_std=options.init_std,
+                recompute=options.recompute,
             )  # fmt: skip
         self.is_moe = is_moe
 

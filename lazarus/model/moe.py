@@ -40,6 +40,7 @@ class MoELayer(nn.Module):
         balance: "aux" (a loss over global fractions), "bias" (no loss: a bias on the choice,
             renewed from committed counts), or "none".
         aux_coef: Coefficient of the auxiliary loss.
+        bias_rate: By how much the bias of the choice moves after a step.
         bias: Whether gelu experts have biases.
         init_std: Standard deviation of initial weights; None takes 1 / sqrt(fan in).
         recompute: Keep no hidden activations of experts for the backward.
@@ -62,6 +63,7 @@ class MoELayer(nn.Module):
         num_shared: int = 0,
         balance: Literal["aux", "bias", "none"] = "aux",
         aux_coef: float = 0.01,
+        bias_rate: float = 1e-3,
         bias: bool = False,
         init_std: float | None = None,
         recompute: bool = False,
@@ -73,7 +75,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"unknown balance {balance!r} or score {score!r}")
         self.num_experts, self.top_k, self.score = num_experts, top_k, score
         self.renormalize, self.score_scale = renormalize, score_scale
-        self.balance, self.aux_coef = balance, aux_coef
+        self.balance, self.aux_coef, self.bias_rate = balance, aux_coef, bias_rate
         self.router = nn.Linear(dim, num_experts, bias=False)
         nn.init.normal_(self.router.weight, std=dim**-0.5 if init_std is None else init_std)
         self.router_bias: Tensor | None
@@ -190,7 +192,7 @@ def take_auxiliary(model: nn.Module) -> Tensor | None:
     return total
 
 
-def commit_load(model: nn.Module, *, bias_rate: float = 1e-3) -> None:
+def commit_load(model: nn.Module, *, bias_rate: float | None = None) -> None:
     """Fold the step's counts into the next step's fractions and biases, then forget them.
 
     For training without a run around the model; in a run the runtime does this at its apply.
@@ -198,7 +200,8 @@ def commit_load(model: nn.Module, *, bias_rate: float = 1e-3) -> None:
     for layer in moe_layers(model).values():
         counts_E = layer.context.counts_E
         if layer.router_bias is not None:
-            layer.router_bias.copy_(updated_bias(layer.router_bias, counts_E, rate=bias_rate))
+            rate = layer.bias_rate if bias_rate is None else bias_rate
+            layer.router_bias.copy_(updated_bias(layer.router_bias, counts_E, rate=rate))
         layer.context.expected_E = expected_fractions(counts_E)
         layer.context.start_step()
 

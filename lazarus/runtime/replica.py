@@ -307,8 +307,10 @@ class Replica:
         self.history = advance_history(self.history, sums.counts)
         for layer, counts in zip(self.layers, sums.counts, strict=True):
             if layer.router_bias is not None:
-                fresh = updated_bias(layer.router_bias, torch.from_numpy(counts.copy()))
-                layer.router_bias.copy_(fresh)
+                fresh_E = updated_bias(
+                    layer.router_bias, torch.from_numpy(counts.copy()), rate=layer.bias_rate
+                )
+                layer.router_bias.copy_(fresh_E)
         self.keep_buffers()
         return norm
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from lazarus.runtime.replica import Replica
 from lazarus.runtime.sources import Seating
 from lazarus.runtime.step import Batching, Step, World
 from placement import PlacementRequest, plan
+
+Balance = Literal["aux", "bias", "none"]
 
 STEPS = 5
 CONFIG = TrainConfig.load(
@@ -65,11 +67,11 @@ class Tokens:
         return {"tokens": torch.from_numpy(drawn)}
 
 
-def make_model(top_k: int) -> gpt.GPT:
+def make_model(top_k: int, balance: Balance = "aux") -> gpt.GPT:
     shape = TrainConfig.from_dict(
         CONFIG.to_dict() | {"model": CONFIG.to_dict()["model"] | {"top_k": top_k}}
     ).model
-    return gpt.build(shape)
+    return gpt.build(shape, options=gpt.GPTOptions(balance=balance, bias_rate=0.05))
 
 
 def quiet_observer(ledger: StepLedger) -> Observer:
@@ -82,10 +84,10 @@ def quiet_observer(ledger: StepLedger) -> Observer:
     )
 
 
-def make_replica(top_k: int, *, overlaps: bool = False) -> Replica:
+def make_replica(top_k: int, *, overlaps: bool = False, balance: Balance = "aux") -> Replica:
     with _BUILDING:
         return Replica(
-            lambda: make_model(top_k),
+            lambda: make_model(top_k, balance),
             optimizer=builtin.optimizer(CONFIG),
             schedule=builtin.schedule(CONFIG),
             clip_norm=CONFIG.optim.clip_norm,
@@ -104,9 +106,10 @@ def make_step(
     hooks: Hooks | None = None,
     mode: str = "home",
     overlaps: bool = False,
+    balance: Balance = "aux",
 ) -> tuple[Replica, Step]:
     """What a rank stands at after RESUME of generation 1."""
-    replica = make_replica(top_k, overlaps=overlaps)
+    replica = make_replica(top_k, overlaps=overlaps, balance=balance)
     shape = (len(replica.layers), replica.num_experts)
     adopted = plan(
         PlacementRequest(
@@ -164,13 +167,16 @@ def train(
     mode: str = "home",
     overlaps: bool = False,
     evaluating: bool = False,
+    balance: Balance = "aux",
 ) -> dict[str, Any]:
     """Five steps; what the comparison looks at, as numpy arrays by global name.
 
     Args:
         evaluating: The model's modules are in evaluation mode all the while.
     """
-    replica, step = make_step(exchange, top_k=top_k, ledger=ledger, mode=mode, overlaps=overlaps)
+    replica, step = make_step(
+        exchange, top_k=top_k, ledger=ledger, mode=mode, overlaps=overlaps, balance=balance
+    )
     replica.model.train(not evaluating)
     # Ranks that are threads share a generator: all have drawn their weights before any trains.
     exchange.all_reduce(torch.zeros(1), label="digest")

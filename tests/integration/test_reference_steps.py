@@ -143,6 +143,16 @@ def test_five_steps_whose_gradients_are_summed_in_the_backward_are_those_of_one_
                 np.testing.assert_array_equal(tensor, other[kind][name], err_msg=name)
 
 
+def test_biases_that_balance_experts_are_those_of_one_process() -> None:
+    def body(exchange: Exchange) -> Any:
+        return ranks.train(exchange, top_k=2, ledger=StepLedger(), balance="bias")
+
+    (one,) = run_ranks(body, size=1)
+    biases = [tensor for name, tensor in one["state"].items() if name.endswith("router_bias")]
+    assert len(biases) == 2 and all(np.abs(bias).max() >= 0.05 for bias in biases)
+    assert_same_training(run_ranks(body, size=3), one)
+
+
 @pytest.mark.parametrize("mode", ["home", "balanced"])
 def test_layers_in_evaluation_mode_train_as_in_one_process(mode: str) -> None:
     def body(exchange: Exchange) -> Any:
