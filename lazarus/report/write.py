@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from lazarus.errors import LazarusError
 from lazarus.events import Event, of_kind, read_events
 from lazarus.format import bytes_text, count_text, loss_text, seconds_text
 from lazarus.metrics import Summary
 from lazarus.report import charts
 from lazarus.report.page import Section, page
 from lazarus.report.series import RunView, view_of
-from lazarus.simulate.loads import LoadTrace, counts_of_journal, load_loads
+from lazarus.simulate.loads import LoadTrace, counts_of_run, load_loads
 from placement import Certificate, certificate
 from placement.foreign import certified
 
@@ -92,13 +93,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _loads(folder: Path) -> LoadTrace | None:
-    """The run's own file, else the counts in its journal; None where neither is readable."""
-    try:
-        if (folder / LOADS_NAME).is_file():
-            return load_loads(folder / LOADS_NAME)
-        return counts_of_journal(folder / "journal")
-    except (ValueError, OSError, KeyError):
-        return None  # a report without this chart is better than none
+    """The run's own file, else the counts in its journals; None where neither is readable."""
+    for read, place in ((load_loads, folder / LOADS_NAME), (counts_of_run, folder)):
+        try:
+            if place.exists() and (found := read(place)) is not None:
+                return found
+        except (LazarusError, ValueError, OSError, KeyError):
+            continue  # a report without this chart is better than none
+    return None
 
 
 def _subtitle(view: RunView) -> str:

@@ -120,6 +120,15 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_a_damaged_load_file_costs_only_its_chart(run_dir: Path) -> None:
+    loads = run_dir / "expert_load.npz"
+    whole = loads.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:60] + bytes(64) + whole[124:], b""):
+        loads.write_bytes(damaged)
+        text = write_report(run_dir).read_text()
+        assert "Throughput" in text and "Expert load" not in text
+
+
 def test_live_nodes_fall_when_one_is_lost() -> None:
     view = view_of(sorted(record(faults=2), key=lambda e: e["t"]), name="a")
     assert [n for _, n in view.nodes][:3] == [5, 4, 3]
