@@ -162,6 +162,19 @@ def test_a_npy_is_a_load_over_time_or_for_all_time(tmp_path: Path) -> None:
                  "--shape", "gpt-s", "--json"]) == 0  # fmt: skip
 
 
+def test_rows_are_printed_before_a_plot_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["simulate", "--nodes", "8", "--hours", "0.1", "--shape", "gpt-s"]
+    plot = str(tmp_path / "none" / "x.html")
+    assert main([*few, "--json", "--plot", plot]) == 2
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["rows"]) == 3
+    assert said.err.startswith("error: ") and "none/x" in said.err and said.err.count("\n") == 1
+    assert main([*few, "--plot", plot]) == 2
+    assert "lazarus" in capsys.readouterr().out
+
+
 def test_loads_that_cannot_be_written_leave_what_was_there(tmp_path: Path) -> None:
     path = save_loads(tmp_path / "x.npz", np.ones((2, 1, 2)))
     more = np.random.default_rng(0).integers(0, 1 << 40, (200, 4, 8))
