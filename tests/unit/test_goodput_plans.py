@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -73,7 +75,34 @@ def test_a_spot_trace_gives_the_moments(plans: ModuleType, tmp_path: Path) -> No
     lines = [f"0,add,n{i}" for i in range(6)] + ["60000,remove,n1", "80000,remove,n2"]
     trace.write_text("\n".join(lines))
     made = plans.traced(options(trace=str(trace)), 0)
-    assert made.kills_s == (5.0, 25.0)
+    assert made.kills_s == (5.0, 25.0) and made.left_out == ""
+
+
+def test_what_a_spot_trace_holds_beyond_the_kills_is_counted(
+    plans: ModuleType, tmp_path: Path
+) -> None:
+    trace = tmp_path / "t.csv"
+    lines = [f"0,add,n{i}" for i in range(6)] + [f"{60 + i}000,remove,n{i}" for i in range(5)]
+    trace.write_text("\n".join([*lines, "70000,add,x", "70000,add,y"]))
+    made = plans.traced(options(trace=str(trace)), 0)
+    assert made.kills_s == (5.0, 6.0, 7.0)
+    said = "2 nodes that the trace adds, 2 that it removes later"
+    assert made.left_out == said and f"left out: {said}" in plans.assumptions(made)
+    assert "left out" not in plans.assumptions(plans.periodic(options(), 0))
+
+
+@pytest.mark.parametrize(
+    "given", [["--schedule", "trace"], ["--trace", "t.csv"],
+              ["--schedule", "trace", "--trace", "missing.csv"]]
+)  # fmt: skip
+def test_a_schedule_and_its_trace_need_each_other(given: list[str], tmp_path: Path) -> None:
+    script = str(BENCHMARKS / "goodput_under_faults.py")
+    done = subprocess.run(
+        [sys.executable, script, *given], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--trace" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("shape", ["s", "l"])
