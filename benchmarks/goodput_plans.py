@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from goodput_shapes import SHAPES, Shape, Timing, timing
@@ -29,6 +29,16 @@ class Plan:
     period_s: float
     wall_s: float
     kills_s: tuple[float, ...]
+    left_out: str = ""  # what the schedule holds and no system goes through
+
+
+def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The options, if they go together; else the parser ends the program."""
+    if (args.schedule == "trace") != bool(args.trace):
+        parser.error("--schedule trace and --trace FILE need each other")
+    if args.trace and not Path(args.trace).is_file():
+        parser.error(f"--trace {args.trace}: no such file")
+    return args
 
 
 def periodic(args: argparse.Namespace, seed: int) -> Plan:
@@ -58,14 +68,18 @@ def poisson(args: argparse.Namespace, seed: int) -> Plan:
 
 
 def traced(args: argparse.Namespace, seed: int) -> Plan:
-    """The removals of a spot trace; its adds are left out."""
+    """The first removals of a spot trace; ``left_out`` counts its adds and later removals."""
     del seed
     trace = read_trace(args.trace, time_scale=args.time_scale)
     first = next((e.at_s for e in trace.events if e.kind == "remove"), 0.0)
     length_s = _wall_s(args) - 5
     part = segment(trace, start_s=first - 5, length_s=length_s, most_nodes=args.nodes)
     kills = [e.at_s for e in part.events if e.kind == "remove" for _ in e.nodes]
-    return _plan(Path(args.trace).name, args, tuple(kills[: args.nodes // 2]))
+    most = args.nodes // 2
+    adds = sum(len(e.nodes) for e in part.events if e.kind == "add" and e.at_s > 0)
+    left_out = f"{adds} nodes that the trace adds, {len(kills[most:])} that it removes later"
+    plan = _plan(Path(args.trace).name, args, tuple(kills[:most]))
+    return replace(plan, left_out=left_out if adds or kills[most:] else "")
 
 
 def _half(args: argparse.Namespace) -> int:
@@ -91,6 +105,23 @@ def _plan(name: str, args: argparse.Namespace, kills: tuple[float, ...]) -> Plan
         wall_s=_wall_s(args),
         kills_s=kills,
     )  # fmt: skip
+
+
+def assumptions(plan: Plan) -> str:
+    """What is modelled in this run, for its reader."""
+    timing, shape = plan.timing, plan.shape
+    device = "not modelled"
+    if timing.device_s:
+        part = f"{timing.expert_part:.0%} of it where its experts are"
+        device = f"{1000 * timing.device_s:g} ms a sample, {part}"
+    left_out = f" (left out: {plan.left_out})" if plan.left_out else ""
+    storage = f"{timing.write_s:.2f} s a full checkpoint" if timing.write_s else "not modelled"
+    return (
+        f"shape {shape.name}: {shape.experts} experts in {shape.layers} layers, dim {shape.dim}, "
+        f"top-{shape.top_k}, {shape.batch} samples of {shape.seq_len} tokens; {plan.nodes} nodes, "
+        f"kills {plan.name}{left_out}\ndevices: {device}; storage: {storage}; DS saves every "
+        f"{timing.every_b} steps, DS(FT) every {timing.every_c}"
+    )
 
 
 def usable(system: str, plan: Plan, live: int) -> int:

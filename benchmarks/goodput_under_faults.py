@@ -18,7 +18,8 @@ e  torchft data parallel with all experts in every group (``--ft-python``), tune
 
 Goodput counts tokens of committed steps that were not rolled back, from the first commit on, over
 the same wall time for every system. A node that every system has in use is killed (SIGKILL) every
-``--period`` seconds (``--jitter`` draws each gap by the seed) until half are left.
+``--period`` seconds (``--jitter`` draws each gap by the seed) until half are left. No node joins,
+also where a ``--trace`` adds some.
 
 Two cores play six nodes. So that a lost node takes its compute with it, every rank, the peers'
 too, has a modelled device: a sample takes at least ``--device-ms``, the experts' part of it where
@@ -320,13 +321,18 @@ def arguments() -> argparse.Namespace:
     add("--write-s", type=float, help="of a full checkpoint; none: the paper's share of the period")
     add("--warm-starts", action="store_true", help="DS forks its ranks from a warm process")
     add("--schedule", choices=("periodic", "poisson", "trace"), default="periodic")
-    add("--trace", metavar="FILE")
-    add("--time-scale", type=float, default=0.02)
+    add(
+        "--trace",
+        metavar="FILE",
+        help="of --schedule trace: its first removals become kills, up "
+        "to half of the\nnodes; nodes that it adds, and later removals, are left out and counted",
+    )
+    add("--time-scale", type=float, default=0.02, help="multiplies the times of the trace")
     add("--seeds", type=int, default=3)
     add("--ds-python", default=sys.executable, help="that has DeepSpeed")
     add("--ft-python", default=sys.executable, help="that has torchft")
     add("--life", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return plans.checked(parser, parser.parse_args())
 
 
 def main() -> int:
@@ -342,7 +348,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="goodput-") as scratch:
         for seed in range(1 if args.quick else args.seeds):
             plan = make[args.schedule](args, seed)
-            print(_assumptions(plan), flush=True)
+            print(plans.assumptions(plan), flush=True)
             for system in (s for s in wanted if not why_not[s]):
                 folder = Path(scratch) / f"{system}{seed}"
                 own = _at_best(system, plan, rows) if system in "BC" else plan
@@ -361,7 +367,8 @@ def main() -> int:
     for name, why in skipped.items():
         print(f"{name:10} not measured: {why}")
     if args.json:
-        result = {"schema": 2, "rows": rows, "summary": summary, "skipped": skipped}
+        result = {"schema": 2, "rows": rows, "summary": summary, "skipped": skipped,
+                  "left_out": plan.left_out}  # fmt: skip
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
@@ -376,22 +383,6 @@ def _at_best(system: str, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Plan
     save_s = max(0.001, last["save_s"] or plan.timing.write_s)
     every = best_every(save_s=save_s, period_s=plan.period_s, step_s=last["step_s"])
     return replace(plan, timing=replace(plan.timing, **{f"every_{like}": every}))
-
-
-def _assumptions(plan: Plan) -> str:
-    """What is modelled in this run, for its reader."""
-    timing, shape = plan.timing, plan.shape
-    device = "not modelled"
-    if timing.device_s:
-        part = f"{timing.expert_part:.0%} of it where its experts are"
-        device = f"{1000 * timing.device_s:g} ms a sample, {part}"
-    storage = f"{timing.write_s:.2f} s a full checkpoint" if timing.write_s else "not modelled"
-    return (
-        f"shape {shape.name}: {shape.experts} experts in {shape.layers} layers, dim {shape.dim}, "
-        f"top-{shape.top_k}, {shape.batch} samples of {shape.seq_len} tokens; {plan.nodes} nodes, "
-        f"kills {plan.name}\ndevices: {device}; storage: {storage}; DS saves every "
-        f"{timing.every_b} steps, DS(FT) every {timing.every_c}"
-    )
 
 
 if __name__ == "__main__":

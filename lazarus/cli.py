@@ -26,6 +26,7 @@ from lazarus.version import __version__
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+_STARTS_RUNS = ("train", "demo")  # there an OSError may be the run's own: it keeps its traceback
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        place = error.filename2 or error.filename
+        if place is None or _asked(arguments) in _STARTS_RUNS:
+            raise
+        _say(f"error: {os.fsdecode(place)}: {error.strerror}")
+        return EXIT_BAD_INPUT
 
 
 def command_names() -> list[str]:
@@ -90,7 +97,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
         title="commands", metavar="COMMAND", required=True, parser_class=Parser
     )
     known = command_names()
-    asked = next((a for a in arguments if not a.startswith("-")), None)
+    asked = _asked(arguments)
     if asked is not None and asked not in known:
         close = get_close_matches(asked, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
@@ -101,6 +108,11 @@ def _parser(arguments: Sequence[str]) -> Parser:
         if (added := subparsers.choices.get(name)) is not None:
             _default_run(added, module.run)
     return parser
+
+
+def _asked(arguments: Sequence[str]) -> str | None:
+    """The command that is named, if any."""
+    return next((a for a in arguments if not a.startswith("-")), None)
 
 
 def _nearest_option(parser: Parser, arguments: Sequence[str], unknown: str) -> str:

@@ -86,9 +86,9 @@ def committed_steps(events: Iterable[Event]) -> dict[int, Event]:
     counted: dict[int, Event] = {}
     for event in of_kind(events, "step_committed"):
         step = int(event["step"])
-        for later in [s for s in counted if s > step]:  # a rollback voids what came after
-            del counted[later]
-        counted[step] = event
+        while counted and next(reversed(counted)) > step:  # a rollback voids what came after
+            counted.popitem()
+        counted[step] = event  # so the steps ascend, and the last one is the highest
     return counted
 
 

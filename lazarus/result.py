@@ -87,17 +87,25 @@ def _step_record(event: Mapping[str, Any]) -> StepRecord:
 def leave_artifacts(run_dir: Path) -> None:
     """What readers of a finished run expect beside its record: expert loads and the report.
 
-    Neither can fail a run: a problem becomes one line.
+    Neither can fail a run, nor the other: a problem becomes one line.
     """
-    try:
-        from lazarus.report import write_report
-        from lazarus.simulate.loads import counts_of_journal, save_loads
+    for what, leave in (("expert loads", _leave_loads), ("report", _leave_report)):
+        try:
+            leave(run_dir)
+        except Exception as problem:  # noqa: BLE001 - the run itself is over and well
+            print(f"warning: no {what} of this run: {problem}", file=sys.stderr)
 
-        journals = sorted(run_dir.glob("journal*"))
-        trace = counts_of_journal(journals[-1]) if journals else None
-        if trace is not None:
-            save_loads(run_dir / "expert_load.npz", trace.counts, steps=trace.steps)
-        if (run_dir / "events.jsonl").exists():
-            write_report(run_dir)
-    except Exception as problem:  # noqa: BLE001 - the run itself is over and well
-        print(f"warning: no report of this run: {problem}", file=sys.stderr)
+
+def _leave_loads(run_dir: Path) -> None:
+    from lazarus.simulate.loads import counts_of_run, save_loads
+
+    trace = counts_of_run(run_dir)
+    if trace is not None:
+        save_loads(run_dir / "expert_load.npz", trace.counts, steps=trace.steps)
+
+
+def _leave_report(run_dir: Path) -> None:
+    from lazarus.report import write_report
+
+    if (run_dir / "events.jsonl").exists():
+        write_report(run_dir)

@@ -108,8 +108,14 @@ def node_factors(
 
 def replicas_on_nodes(member: Bools) -> Ints:
     """Replicas that each node holds in each layer, int32 [L, N]."""
-    counts: Ints = member.view(np.uint8).sum(1, dtype=np.uint16).astype(np.int32)  # narrow is quick
+    width = count_width(member.shape[1])
+    counts: Ints = member.view(np.uint8).sum(1, dtype=width).astype(np.int32)
     return counts
+
+
+def count_width(most: int) -> type[np.uint16] | type[np.int32]:
+    """What counts up to ``most`` without wrapping; the narrow one is quicker."""
+    return np.uint16 if most < 1 << 16 else np.int32
 
 
 def _check_covered(member: Bools) -> None:

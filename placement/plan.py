@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,8 @@ class Plan:
         """The plan that ``to_dict`` described.
 
         Raises:
-            InvalidRequestError: Unknown format, a missing field, or a digest that does not match.
+            InvalidRequestError: Unknown format, a missing field, node ids that do not ascend, or a
+                digest that does not match.
         """
         if data.get("format") != FORMAT:
             raise InvalidRequestError(f"plan format {data.get('format')!r}; this reads {FORMAT}")
@@ -197,6 +199,8 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidRequestError(f"not a plan: {error!r}") from error
+        if any(after <= before for before, after in pairwise(plan.node_ids)):
+            raise InvalidRequestError(f"node_ids {list(plan.node_ids)[:16]} must ascend, each once")
         if plan.digest != data.get("digest", plan.digest):
             raise InvalidRequestError(
                 f"plan digest {plan.digest[:12]} differs from the recorded "

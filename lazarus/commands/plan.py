@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lazarus.errors import ConfigError
+from lazarus.simulate.loads import UNREADABLE
 from placement import (
     Certificate,
     PlacementRequest,
@@ -212,7 +213,7 @@ def _from_file(path: Path) -> Any:
         try:
             data = np.load(path, allow_pickle=False)
             array = data if isinstance(data, np.ndarray) else _array_of(data, path)
-        except (ValueError, OSError, EOFError, KeyError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} is no {path.suffix} of numbers: {error}") from error
         return _recent(array, path)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lazarus import runs
 from lazarus.errors import ConfigError
@@ -30,11 +29,7 @@ def run(args: argparse.Namespace) -> int:
         folders = [runs.find_run(name) for name in args.compare]
         made = compare_reports(folders, out=args.out or "comparison.html")
     else:
-        made = write_report(runs.find_run(args.run_name))
-        if args.out:
-            target = Path(args.out)
-            target.write_bytes(made.read_bytes())
-            made = target
+        made = write_report(runs.find_run(args.run_name), out=args.out)
     if args.json:
         runs.print_json({"schema": 1, "report": str(made), "bytes": made.stat().st_size})
     else:

@@ -80,10 +80,6 @@ def run(args: argparse.Namespace) -> int:
         seeds = range(args.seeds or 1)
     rows = _run_all(settings, policies, seeds, recovery=args.recovery, once=scenario is None)
     claims = check_claims(scenario, rows) if scenario else []
-    if args.plot:
-        from lazarus.report.simulated import write_plot
-
-        runs.say(f"charts in {write_plot(rows, out=args.plot)}")
     if args.json:
         runs.print_json(
             {
@@ -97,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         _print(settings, rows, claims, price=args.price)
+    if args.plot:
+        from lazarus.report.simulated import write_plot
+
+        runs.say(f"charts in {write_plot(rows, out=args.plot)}")
     return 0
 
 

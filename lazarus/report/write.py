@@ -9,24 +9,31 @@ from typing import Any
 
 import numpy as np
 
+from lazarus.errors import LazarusError
 from lazarus.events import Event, of_kind, read_events
 from lazarus.format import bytes_text, count_text, loss_text, seconds_text
 from lazarus.metrics import Summary
 from lazarus.report import charts
 from lazarus.report.page import Section, page
 from lazarus.report.series import RunView, view_of
-from lazarus.simulate.loads import LoadTrace, counts_of_journal, load_loads
+from lazarus.simulate.loads import LoadTrace, counts_of_run, load_loads
 from placement import Certificate, certificate
 from placement.foreign import certified
 
 FILE_NAME = "report.html"
 LOADS_NAME = "expert_load.npz"
 _MOST_COLUMNS = 150  # moments of the load heat maps
+# A record lists the experts of no larger plan (lazarus.control.planning).
+_UNLISTED = "not in the record slot by slot (over 20,000 slots)"
 _MOST_NODES = 64  # up to here a certificate is made in well under a second
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write ``RUN_DIR/report.html`` from what the run left, and return its path.
+def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
+    """Write a page from what the run left, and return its path.
+
+    Args:
+        run_dir: The run's folder; only read where ``out`` is given.
+        out: The page; without it ``RUN_DIR/report.html``.
 
     Raises:
         RecordError: There is no record, or it is damaged.
@@ -41,7 +48,7 @@ def write_report(run_dir: str | Path) -> Path:
         tiles=_tiles(view.summary),
         sections=_sections(view, events, _loads(folder)),
     )
-    return _written(folder / FILE_NAME, text)
+    return _written(folder / FILE_NAME if out is None else Path(out), text)
 
 
 def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
@@ -78,9 +85,12 @@ def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
 
 def _written(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -92,13 +102,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _loads(folder: Path) -> LoadTrace | None:
-    """The run's own file, else the counts in its journal; None where neither is readable."""
-    try:
-        if (folder / LOADS_NAME).is_file():
-            return load_loads(folder / LOADS_NAME)
-        return counts_of_journal(folder / "journal")
-    except (ValueError, OSError, KeyError):
-        return None  # a report without this chart is better than none
+    """The run's own file, else the counts in its journals; None where neither is readable."""
+    for read, place in ((load_loads, folder / LOADS_NAME), (counts_of_run, folder)):
+        try:
+            if place.exists() and (found := read(place)) is not None:
+                return found
+        except (LazarusError, ValueError, OSError, KeyError):
+            continue  # a report without this chart is better than none
+    return None
 
 
 def _subtitle(view: RunView) -> str:
@@ -140,18 +151,24 @@ def _sections(view: RunView, events: Sequence[Event], loads: LoadTrace | None) -
     if (figure := charts.recovery_chart(view)) is not None:
         about = "From the fault to the next committed step, by phase; attempts add up."
         found.append(Section(title="Recoveries", about=about, figure=figure, wide=True))
-    found += _placement(view)
+    adopted = of_kind(events, "plan_adopted")
+    found += _placement(view, unlisted=sum(not e.get("experts_of_rank") for e in adopted))
     found += _load_sections(loads)
     if (figure := charts.checkpoint_chart(view)) is not None:
         about = "Steps that would have to be done again if every node died."
         found.append(Section(title="Checkpoint age", about=about, figure=figure))
-    found += _certificate(events)
+    found += _certificate(adopted)
     return found
 
 
-def _placement(view: RunView) -> list[Section]:
+def _placement(view: RunView, *, unlisted: int) -> list[Section]:
+    """The first and the last plan that the record lists, and how many it does not."""
+    missing = []
+    if unlisted:
+        about = f"Plans that are not drawn: {unlisted}, {_UNLISTED}."
+        missing = [Section(title="Placement", about=about)]
     if not view.plans:
-        return []
+        return missing
     chosen = [("Placement at the start", view.plans[0])]
     if len(view.plans) > 1:
         chosen.append(("Placement at the end", view.plans[-1]))
@@ -163,7 +180,7 @@ def _placement(view: RunView) -> list[Section]:
             figure=charts.placement_chart(plan),
         )
         for title, plan in chosen
-    ]
+    ] + missing
 
 
 def _load_sections(loads: LoadTrace | None) -> list[Section]:
@@ -186,12 +203,19 @@ def _load_section(loads: LoadTrace, layer: int) -> Section:
     )
 
 
-def _certificate(events: Sequence[Event]) -> list[Section]:
-    """What the last plan survives, from the record alone."""
-    adopted = [e for e in of_kind(events, "plan_adopted") if e.get("experts_of_rank")]
-    if not adopted or len(adopted[-1]["nodes"]) > _MOST_NODES:
+def _certificate(adopted: Sequence[Event]) -> list[Section]:
+    """What the last plan survives, from the record alone; else why it does not say."""
+    if not adopted:
         return []
-    found, nodes = _certified(adopted[-1])
+    last, why = adopted[-1], ""
+    if not last.get("experts_of_rank"):
+        why = f"the last plan is {_UNLISTED}"
+    elif len(last["nodes"]) > _MOST_NODES:
+        why = f"{len(last['nodes'])} nodes; above {_MOST_NODES} it takes too long for a page"
+    if why:
+        about = f"Not made: {why}. lazarus plan certifies larger ones."
+        return [Section(title="Certificate", about=about)]
+    found, nodes = _certified(last)
     pairs = [(k, p) for k, p in found.survival.items() if k]
     experts = ", ".join(f"{layer}/{e}" for layer, e in found.fatal_experts[:6])
     fatal = ", ".join(str(nodes[n]) for n in found.fatal_nodes)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import base64
+import os
+import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,13 @@ from lazarus.journals import read_journal
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+# What numpy raises for a file that is not what its name says, or is cut short.
+UNREADABLE = (
+    OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error,
+    NotImplementedError, RuntimeError, MemoryError,
+)  # fmt: skip
 _KEYS = ("expert_load", "load", "counts")
+_FINE = 1e9  # the largest count of a load that came in fractions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,34 +66,52 @@ def save_loads(path: str | Path, counts_TLE: Any, *, steps: Any = None) -> Path:
             f"loads of shape {counts.shape} with {len(numbers)} steps; wanted [T, L, E]"
         )
     place = Path(path)
-    with place.open("wb") as out:
-        np.savez_compressed(out, steps=numbers, expert_load=counts)
+    partial = place.with_name(f".{place.name}.tmp")
+    try:
+        with partial.open("wb") as out:
+            np.savez_compressed(out, steps=numbers, expert_load=counts)
+        os.replace(partial, place)
+    finally:
+        partial.unlink(missing_ok=True)
     return place
 
 
 def load_loads(path: str | Path) -> LoadTrace:
-    """Read ``expert_load.npz``, or any .npz with ``load`` or ``counts`` [T, L, E].
+    """Read ``expert_load.npz``, any .npz with ``load`` or ``counts``, or a .npy: [T, L, E].
+
+    A .npy may also be [L, E], one load for all time. Fractions are scaled to whole counts.
 
     Raises:
         ConfigError: No such file, or not that.
     """
     place = Path(path)
     try:
-        with np.load(place, allow_pickle=False) as data:
-            name = next((key for key in _KEYS if key in data), None)
-            if name is None:
-                raise ConfigError(f"{place} holds {sorted(data)}; wanted one of {list(_KEYS)}")
-            counts = data[name]
-            keys = [key for key in ("steps", "iters") if key in data]
-            steps = data[keys[0]] if keys else np.arange(1, len(counts) + 1)
-    except (OSError, ValueError, EOFError, KeyError) as problem:
-        if isinstance(problem, ConfigError):
-            raise
-        raise ConfigError(f"{place} is not a readable .npz of numbers: {problem}") from problem
-    wrong = counts.ndim != 3 or counts.dtype.kind not in "iuf" or len(steps) != len(counts)
-    if wrong or not len(counts) or not np.isfinite(counts).all() or (counts < 0).any():
+        name, counts, steps = _arrays_of(place)
+    except ConfigError:
+        raise
+    except UNREADABLE as problem:
+        raise ConfigError(f"{place} is not a readable .npz or .npy of numbers: {problem}") from None
+    wrong = counts.ndim != 3 or counts.dtype.kind not in "iuf" or steps.shape != counts.shape[:1]
+    if wrong or not counts.size or not np.isfinite(counts).all() or (counts < 0).any():
         raise ConfigError(f"{place}: {name} has shape {counts.shape}; wanted counts >= 0 [T, L, E]")
+    if counts.dtype.kind == "f" and (counts != np.rint(counts)).any():
+        counts = np.rint(counts * (_FINE / counts.max()))
     return LoadTrace(steps=steps.astype(np.int64), counts=counts.astype(np.int64))
+
+
+def _arrays_of(place: Path) -> tuple[str, NDArray[Any], NDArray[Any]]:
+    """What the load is called in a file, the load, and the numbers of its steps."""
+    data = np.load(place, allow_pickle=False)
+    if isinstance(data, np.ndarray):
+        counts = data[None] if data.ndim == 2 else data
+        return "its array", counts, np.arange(1, len(counts) + 1)
+    with data:
+        name = next((key for key in _KEYS if key in data), None)
+        if name is None:
+            raise ConfigError(f"{place} holds {sorted(data)}; wanted one of {list(_KEYS)}")
+        keys = [key for key in ("steps", "iters") if key in data]
+        counts = data[name]
+        return name, counts, data[keys[0]] if keys else np.arange(1, len(counts) + 1)
 
 
 def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
@@ -106,9 +134,10 @@ def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
                 if lanes.size == layout.num_lanes:
                     shape = (layout.num_layers, layout.num_experts)
                     step = int(commit["step"])
-                    found = {s: c for s, c in found.items() if s < step} if step in found else found
+                    while found and next(reversed(found)) >= step:  # done again, or rolled back
+                        found.popitem()
                     found[step] = lanes[layout.counts].reshape(shape)
-    steps = sorted(found)
+    steps = list(found)  # ascending
     shape = (0, *next(iter(found.values())).shape) if found else (0, 0, 0)
     counts = np.stack([found[s] for s in steps]) if steps else np.zeros(shape)
     return LoadTrace(steps=np.array(steps, dtype=np.int64), counts=np.rint(counts).astype(np.int64))
@@ -123,6 +152,30 @@ def counts_of_journal(folder: str | Path) -> LoadTrace | None:
     """
     entries = read_journal(Path(folder))
     return counts_of_commits(entries) if entries else None
+
+
+def counts_of_run(run_dir: str | Path) -> LoadTrace | None:
+    """``counts_of_commits`` over the journals of all lives of a run; None where there is none.
+
+    What a later life did again counts as it did it.
+
+    Raises:
+        ValueError, LazarusError: See ``counts_of_journal``.
+    """
+    journals = journals_of(run_dir)
+    if not journals:
+        return None
+    return counts_of_commits(entry for folder in journals for entry in read_journal(folder))
+
+
+def journals_of(run_dir: str | Path) -> list[Path]:
+    """The journals of a run, life by life: ``journal``, ``journal-2``, ..., ``journal-10``."""
+    lives = {
+        int(named[1] or 1): folder
+        for folder in Path(run_dir).glob("journal*")
+        if folder.is_dir() and (named := re.fullmatch(r"journal(?:-(\d+))?", folder.name))
+    }
+    return [lives[life] for life in sorted(lives)]
 
 
 def uniform_load(num_layers: int, num_experts: int) -> LoadTrace:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from placement import PlacementRequest, plan
-from placement.balance import replicas_on_nodes
+from placement.balance import count_width, replicas_on_nodes
 from placement.build import slots_of
 from placement.cores import held_by_block
 from placement.repair import surviving
@@ -33,6 +33,14 @@ def test_replicas_of_a_block_are_counted_on_every_node(member: Bools, seed: int)
 @given(member=MEMBERS)
 def test_a_node_s_replicas_are_counted(member: Bools) -> None:
     assert (replicas_on_nodes(member) == member.sum(1)).all()
+
+
+def test_counts_do_not_wrap_however_many_experts_a_node_holds() -> None:
+    assert count_width(65_535) is np.uint16 and count_width(65_536) is np.int32
+    for experts in (65_535, 65_536, 70_000):
+        assert replicas_on_nodes(np.ones((1, experts, 2), dtype=np.bool_)).tolist() == [
+            [experts, experts]
+        ]
 
 
 @given(member=MEMBERS)

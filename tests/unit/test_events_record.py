@@ -1,6 +1,7 @@
 """The record: what is written reads back, damage is named, figures follow from it alone."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,33 @@ def test_a_rollback_voids_the_steps_after_it() -> None:
     assert metrics.steps_lost(events) == 3
     assert sorted(metrics.committed_steps(events)) == [1, 2, 3]
     assert metrics.committed_tokens(events) == 300
+
+
+def as_defined(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """``committed_steps``, a commit at a time over all that counted so far."""
+    counted: dict[int, dict[str, Any]] = {}
+    for event in events:
+        counted = {s: e for s, e in counted.items() if s < event["step"]}
+        counted[event["step"]] = event
+    return counted
+
+
+def test_committed_steps_are_those_of_the_definition_whatever_is_rolled_back() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        step, events = 0, []
+        for number in range(rng.randrange(40)):
+            step = max(1, step + 1 - (rng.randrange(6) if rng.random() < 0.3 else 0))
+            events.append(commit(step, float(number)))
+        assert metrics.committed_steps(events) == as_defined(events)
+        assert metrics.missing_steps(events) == []
+
+
+def test_the_summary_of_a_long_run_counts_each_step_once() -> None:
+    steps = [*range(1, 15_001), *range(14_001, 19_001)]
+    events = [commit(step, 0.5 * number) for number, step in enumerate(steps)]
+    found = metrics.summarise(events)
+    assert (found.steps, found.steps_lost, found.tokens) == (19_000, 1_000, 1_900_000)
 
 
 def test_time_between_two_lives_is_not_wall_time() -> None:

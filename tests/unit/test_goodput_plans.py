@@ -73,7 +73,33 @@ def test_a_spot_trace_gives_the_moments(plans: ModuleType, tmp_path: Path) -> No
     lines = [f"0,add,n{i}" for i in range(6)] + ["60000,remove,n1", "80000,remove,n2"]
     trace.write_text("\n".join(lines))
     made = plans.traced(options(trace=str(trace)), 0)
-    assert made.kills_s == (5.0, 25.0)
+    assert made.kills_s == (5.0, 25.0) and made.left_out == ""
+
+
+def test_what_a_spot_trace_holds_beyond_the_kills_is_counted(
+    plans: ModuleType, tmp_path: Path
+) -> None:
+    trace = tmp_path / "t.csv"
+    lines = [f"0,add,n{i}" for i in range(6)] + [f"{60 + i}000,remove,n{i}" for i in range(5)]
+    trace.write_text("\n".join([*lines, "70000,add,x", "70000,add,y"]))
+    made = plans.traced(options(trace=str(trace)), 0)
+    assert made.kills_s == (5.0, 6.0, 7.0)
+    said = "2 nodes that the trace adds, 2 that it removes later"
+    assert made.left_out == said and f"left out: {said}" in plans.assumptions(made)
+    assert "left out" not in plans.assumptions(plans.periodic(options(), 0))
+
+
+@pytest.mark.parametrize(
+    "given", [["--schedule", "trace"], ["--trace", "t.csv"],
+              ["--schedule", "trace", "--trace", "missing.csv"]]
+)  # fmt: skip
+def test_a_schedule_and_its_trace_need_each_other(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["goodput_under_faults.py", *given])
+    with pytest.raises(SystemExit) as ended:
+        module("goodput_under_faults").arguments()
+    assert ended.value.code == 2 and "--trace" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("shape", ["s", "l"])

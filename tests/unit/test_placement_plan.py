@@ -134,6 +134,14 @@ def test_a_plan_is_immutable_and_altered_plans_are_found_out() -> None:
         Plan.from_dict({"format": 1})
 
 
+@pytest.mark.parametrize("ids", [(3, 1, 2), (1, 1, 2)])
+def test_a_plan_whose_node_ids_do_not_ascend_is_refused(ids: tuple[int, ...]) -> None:
+    data = plan(request(3, 8)).to_dict() | {"node_ids": list(ids)}
+    del data["digest"]  # as in a plan made by others
+    with pytest.raises(InvalidRequestError, match=r"must ascend"):
+        Plan.from_dict(data)
+
+
 def test_ranks_of_a_node_share_its_experts_evenly() -> None:
     made = plan(request(4, 8, ranks_per_node=4, load=zipf(2, 12, 1.0)))
     assert made.expert_of_slot.shape == (2, 16, 2)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lazarus.cli import main
+from lazarus.control import planning
 from lazarus.errors import RecordError
 from lazarus.report import compare_reports, write_report
 from lazarus.report.series import thinned, view_of
@@ -120,6 +121,15 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_a_damaged_load_file_costs_only_its_chart(run_dir: Path) -> None:
+    loads = run_dir / "expert_load.npz"
+    whole = loads.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:60] + bytes(64) + whole[124:], b""):
+        loads.write_bytes(damaged)
+        text = write_report(run_dir).read_text()
+        assert "Throughput" in text and "Expert load" not in text
+
+
 def test_live_nodes_fall_when_one_is_lost() -> None:
     view = view_of(sorted(record(faults=2), key=lambda e: e["t"]), name="a")
     assert [n for _, n in view.nodes][:3] == [5, 4, 3]
@@ -137,6 +147,78 @@ def test_runs_are_laid_side_by_side(run_dir: Path, tmp_path: Path) -> None:
     page = compare_reports([run_dir, other], out=tmp_path / "both.html")
     assert len(figures(page)["chart-1"]["data"]) == 2
     assert "run-b" in page.read_text()
+
+
+def adopted(tmp_path: Path, *plans: dict[str, Any]) -> Path:
+    """A record that adopts these plans, with a step in between."""
+    events = sorted([*record(faults=0, steps=2)[:1], *plans], key=lambda e: e["t"])
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    return tmp_path
+
+
+def unlisted(t: float) -> dict[str, Any]:
+    large = plan(2, list(range(30)), t)
+    del large["experts_of_rank"]
+    return large
+
+
+def test_plans_too_large_for_the_record_are_named_on_the_page(tmp_path: Path) -> None:
+    text = write_report(adopted(tmp_path, unlisted(0.0))).read_text()
+    assert "Plans that are not drawn: 1, not in the record slot by slot (over 20,000 slots)" in text
+    assert "Not made: the last plan is not in the record" in text
+    assert "Placement at the start" not in text
+    text = write_report(adopted(tmp_path, plan(1, [0, 1], 0.0), unlisted(1.0))).read_text()
+    assert "Plans that are not drawn: 1," in text and "Placement at the start" in text
+    assert "Not made: the last plan is not in the record" in text
+    assert planning._MOST_LISTED == 20_000
+
+
+def test_a_page_says_that_many_nodes_are_not_certified(tmp_path: Path) -> None:
+    text = write_report(adopted(tmp_path, plan(1, list(range(65)), 0.0))).read_text()
+    assert "Placement at the start" in text and "Not made: 65 nodes; above 64" in text
+    text = write_report(adopted(tmp_path, plan(1, list(range(64)), 0.0))).read_text()
+    assert "Not made" not in text
+
+
+def test_two_runs_are_compared_by_the_command(
+    run_dir: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "run-b"
+    shutil.copytree(run_dir, other)
+    with (other / "events.jsonl").open("a") as out:
+        out.write(json.dumps({**record()[2], "t": 99.0, "step": 61, "loss": 0.5}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "--compare", str(run_dir), str(other)]) == 0
+    assert capsys.readouterr().out == "comparison.html\n"
+    text = Path("comparison.html").read_text()
+    assert "2 Lazarus runs" in text and "<td>run-a</td><td>60</td>" in text
+    assert "<td>run-b</td><td>61</td>" in text
+    assert main(["report", "--compare", str(run_dir), str(other), "--json", "--out", "c.html"]) == 0
+    assert json.loads(capsys.readouterr().out)["report"] == "c.html"
+
+
+def test_a_page_elsewhere_leaves_the_runs_folder_alone(run_dir: Path, tmp_path: Path) -> None:
+    before = sorted(run_dir.iterdir())
+    page = tmp_path / "pages" / "a.html"
+    assert main(["report", str(run_dir), "--out", str(page)]) == 0
+    assert "Throughput" in page.read_text() and sorted(run_dir.iterdir()) == before
+
+
+def test_a_page_that_cannot_be_written_is_one_line(
+    run_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "x.html")
+    (run_dir / "report.html").mkdir()  # in the way
+    for arguments in (
+        ["report", str(run_dir), "--out", out],
+        ["report", "--compare", str(run_dir), "--out", out],
+        ["report", str(run_dir)],
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: /") and said.count("\n") == 1
+    assert not list(run_dir.glob(".*.tmp"))
 
 
 def test_the_command_writes_and_says_where(run_dir: Path, capsys: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from hypothesis import strategies as st
 
 from lazarus.cli import main
 from lazarus.errors import ConfigError
+from lazarus.result import leave_artifacts
 from lazarus.simulate.costs import PROFILES, grouped_step, read_profile, replicated_step
 from lazarus.simulate.loads import (
     counts_of_commits,
+    counts_of_run,
     fitted,
+    journals_of,
     load_loads,
     save_loads,
     uniform_load,
@@ -106,31 +111,120 @@ def test_loads_are_written_and_read_back(tmp_path: Path) -> None:
         save_loads(tmp_path / "x.npz", counts[0])
 
 
-def test_a_damaged_load_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.npz").write_bytes(b"nonsense")
+def damaged_loads(folder: Path) -> list[Path]:
+    """Files that hold no load: cut short, altered, or something else."""
+    whole = save_loads(folder / "whole.npz", np.arange(4000).reshape(500, 2, 4)).read_bytes()
+    np.save(folder / "whole.npy", np.ones((3, 2, 4)))
+    at = len(whole) // 2
+    content = {
+        "nonsense.npz": b"nonsense",
+        "empty.npz": b"",
+        "short.npz": whole[:at],
+        "altered.npz": whole[:at] + bytes(64) + whole[at + 64 :],
+        "short.npy": (folder / "whole.npy").read_bytes()[:-9],
+    }
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in content]
+
+
+def test_a_damaged_load_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "b.npz", other=np.zeros(3))
     np.savez(tmp_path / "c.npz", load=-np.ones((2, 2, 2)))
-    for name in ("a", "b", "c", "missing"):
-        with pytest.raises(ConfigError):
-            load_loads(tmp_path / f"{name}.npz")
+    np.savez(tmp_path / "d.npz", load=np.float64(3))
+    np.savez(tmp_path / "e.npz", load=np.ones((2, 2, 2)), steps=np.int64(2))
+    others = [tmp_path / f"{name}.npz" for name in ("b", "c", "d", "e", "missing")]
+    for path in [*damaged_loads(tmp_path), *others]:
+        with pytest.raises(ConfigError, match=path.name):
+            load_loads(path)
+        assert main(["simulate", "--load", str(path), "--nodes", "4", "--hours", "0.1"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and path.name in said
+
+
+def test_plan_names_a_damaged_load_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in damaged_loads(tmp_path):
+        assert main(["plan", "--load", str(path), "--nodes", "4", "--slots", "4"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and path.name in said
+
+
+def test_a_npy_is_a_load_over_time_or_for_all_time(tmp_path: Path) -> None:
+    share_LE = np.array([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]])
+    np.save(tmp_path / "x.npy", share_LE)
+    np.save(tmp_path / "y.npy", np.stack([share_LE * 80, share_LE[::-1] * 80]))
+    assert np.allclose(load_loads(tmp_path / "x.npy").at(7), share_LE)
+    assert np.allclose(load_loads(tmp_path / "y.npy").at(2), share_LE[::-1])
+    np.save(tmp_path / "z.npy", np.ones(3))
+    with pytest.raises(ConfigError, match="wanted"):
+        load_loads(tmp_path / "z.npy")
+    assert main(["simulate", "--load", str(tmp_path / "x.npy"), "--nodes", "8", "--hours", "0.1",
+                 "--shape", "gpt-s", "--json"]) == 0  # fmt: skip
+
+
+def test_rows_are_printed_before_a_plot_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["simulate", "--nodes", "8", "--hours", "0.1", "--shape", "gpt-s"]
+    plot = str(tmp_path / "none" / "x.html")
+    assert main([*few, "--json", "--plot", plot]) == 2
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["rows"]) == 3
+    assert said.err.startswith("error: ") and "none/x" in said.err and said.err.count("\n") == 1
+    assert main([*few, "--plot", plot]) == 2
+    assert "lazarus" in capsys.readouterr().out
+
+
+def test_loads_that_cannot_be_written_leave_what_was_there(tmp_path: Path) -> None:
+    path = save_loads(tmp_path / "x.npz", np.ones((2, 1, 2)))
+    more = np.random.default_rng(0).integers(0, 1 << 40, (200, 4, 8))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as with a full disk
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_loads(path, more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_loads(path).counts.sum() == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+def commit(step: int, value: float) -> dict[str, Any]:
+    lanes = np.zeros(10 + 1 + 2 * 2)
+    lanes[11:13] = value
+    return {"step": step, "lanes": base64.b64encode(lanes.astype("<f8").tobytes()).decode()}
+
+
+def life(*commits: tuple[int, float]) -> list[dict[str, Any]]:
+    """The journal of one life of a run with one node, one layer and two experts."""
+    made = [{"kind": "commits", "commits": [commit(step, value)]} for step, value in commits]
+    return [{"kind": "resume", "shape": [1, 2], "seats": ["a"]}, *made]
 
 
 def test_only_committed_steps_count_and_a_rollback_voids_what_came_after() -> None:
-    import base64
-
-    def commit(step: int, value: float) -> dict[str, Any]:
-        lanes = np.zeros(10 + 1 + 2 * 2)
-        lanes[11:13] = value
-        return {"step": step, "lanes": base64.b64encode(lanes.astype("<f8").tobytes()).decode()}
-
-    entries = [
-        {"kind": "resume", "shape": [1, 2], "seats": ["a"]},
-        {"kind": "commits", "commits": [commit(1, 1), commit(2, 2), commit(3, 3)]},
-        {"kind": "commits", "commits": [commit(2, 9)]},
-    ]
-    trace = counts_of_commits(entries)
+    trace = counts_of_commits(life((1, 1), (2, 2), (3, 3), (2, 9)))
     assert trace.steps.tolist() == [1, 2]
     assert trace.counts[:, 0, 0].tolist() == [1, 9]
+
+
+def test_all_lives_of_a_run_count_in_their_order(tmp_path: Path) -> None:
+    for number in range(1, 12):  # each does its predecessor's last step again
+        folder = tmp_path / ("journal" if number == 1 else f"journal-{number}")
+        folder.mkdir()
+        for entry, made in enumerate(life((number, number), (number + 1, number)), start=1):
+            (folder / f"{entry:09d}.json").write_text(json.dumps(made))
+    (tmp_path / "journal.txt").write_text("not a journal")
+    assert journals_of(tmp_path)[-2:] == [tmp_path / "journal-10", tmp_path / "journal-11"]
+    trace = counts_of_run(tmp_path)
+    assert trace is not None
+    assert trace.steps.tolist() == list(range(1, 13))
+    assert trace.counts[:, 0, 0].tolist() == [*range(1, 12), 11]
+    leave_artifacts(tmp_path)
+    assert np.array_equal(load_loads(tmp_path / "expert_load.npz").counts, trace.counts)
+
+
+def test_a_run_without_a_journal_has_no_loads(tmp_path: Path) -> None:
+    assert counts_of_run(tmp_path) is None
 
 
 def test_a_trace_of_another_shape_is_brought_to_this_one() -> None:

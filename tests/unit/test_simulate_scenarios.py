@@ -93,6 +93,7 @@ def test_the_command_writes_a_profile_that_simulate_reads(tmp_path: Path, capsys
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in record()))
     profile = tmp_path / "mine.json"
     assert main(["calibrate", str(folder), "--out", str(profile)]) == 0
+    assert main(["calibrate", str(folder), "--out", str(tmp_path / "none" / "x.json")]) == 2
     argv = ["simulate", "--profile", str(profile), "--nodes", "4", "--hours", "0.02", "--layers",
             "1", "--mtbf", "1h", "--policies", "lazarus", "--json"]  # fmt: skip
     assert main(argv) == 0
