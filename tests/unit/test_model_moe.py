@@ -238,6 +238,22 @@ def test_a_trace_written_by_a_layer_is_replayed_through_the_dispatcher(tmp_path:
             '{"step":0,"layer":0,"rank":0,"num_tokens":2,"topk":1,"top_indices":[[0]]}',
             "top_indices are not 2 x 1",
         ),
+        (
+            '{"step":0,"layer":0,"rank":0,"num_tokens":null,"topk":1,"top_indices":[[0]]}',
+            "trace.jsonl:1: num_tokens is None, not an integer",
+        ),
+        (
+            '{"step":0,"layer":"x","rank":0,"num_tokens":1,"topk":1,"top_indices":[[0]]}',
+            "trace.jsonl:1: layer is 'x', not an integer",
+        ),
+        (
+            '{"step":0,"layer":0,"rank":0,"num_tokens":-1,"topk":1,"top_indices":[[0]]}',
+            "trace.jsonl:1: -1 tokens of 1 choices",
+        ),
+        (
+            '{"step":0,"layer":0,"rank":0,"num_tokens":1,"topk":-1,"top_indices":[[0]]}',
+            "trace.jsonl:1: 1 tokens of -1 choices",
+        ),
     ],
 )
 def test_a_broken_trace_names_its_line(tmp_path: Path, line: str, message: str) -> None:
