@@ -144,10 +144,9 @@ def gather_copies(x_TD: Tensor, routed: Routed) -> Tensor:
 
 def combine_copies(y_ND: Tensor, gate_TK: Tensor, routed: Routed) -> Tensor:
     """Weighted sum over each token's choices, in ascending order, [T, D]."""
-    y_ND = _with_zero_row(y_ND, routed)
     out_TD = y_ND.new_empty(routed.num_tokens, y_ND.shape[1], dtype=gate_TK.dtype)
     for k in range(routed.top_k):
-        rows_TD = y_ND.index_select(0, routed.position_TK[:, k])
+        rows_TD = _rows_of_choice(y_ND, routed, k)
         if k == 0:
             torch.mul(rows_TD, gate_TK[:, :1], out=out_TD)
         else:
@@ -180,15 +179,18 @@ def output_gradients(
 
 def sum_copies(grad_ND: Tensor, routed: Routed) -> Tensor:
     """Sum over each token's copies, in ascending order of choice, [T, D]."""
-    grad_ND = _with_zero_row(grad_ND, routed)
-    out_TD = grad_ND.index_select(0, routed.position_TK[:, 0])
+    out_TD = _rows_of_choice(grad_ND, routed, 0)
     for k in range(1, routed.top_k):
-        out_TD += grad_ND.index_select(0, routed.position_TK[:, k])
+        out_TD += _rows_of_choice(grad_ND, routed, k)
     return out_TD
 
 
-def _with_zero_row(rows_ND: Tensor, routed: Routed) -> Tensor:
-    """Copies that were not sent read a row of zeros past the last."""
-    if routed.num_sent == routed.num_tokens * routed.top_k:
-        return rows_ND
-    return torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
+def _rows_of_choice(rows_ND: Tensor, routed: Routed, k: int) -> Tensor:
+    """The row of each token's k-th copy, [T, D]; zeros for a copy that was not sent."""
+    position_T, num_sent = routed.position_TK[:, k], routed.num_sent
+    if num_sent == routed.num_tokens * routed.top_k:
+        return rows_ND.index_select(0, position_T)
+    if num_sent == 0:
+        return rows_ND.new_zeros(routed.num_tokens, rows_ND.shape[1])
+    rows_TD = rows_ND.index_select(0, position_T.clamp_max(num_sent - 1))
+    return rows_TD.masked_fill_((position_T == num_sent)[:, None], 0)
