@@ -86,7 +86,7 @@ def layer_step(exchange: Exchange, work: Work) -> Callable[[], int]:
     def once() -> int:
         x.grad = gate.grad = None
         written: set[int] = set()
-        routed = route(x, choice, table=table, exchange=exchange)
+        routed = route(x, choice, table=table, exchange=exchange, expert_of_slot=order)
         y = expert_path(x, gate, weight, routed, PathOptions(layout=work.layout), written=written)
         y.backward(upstream)
         assert weight.grad is not None

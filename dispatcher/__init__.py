@@ -12,6 +12,7 @@ from dispatcher.errors import (
     HandleError,
     LinkError,
     PeerInputError,
+    RankMismatchError,
     RoutingTableError,
 )
 from dispatcher.exchange import Exchange, Pending, SoloExchange, TorchExchange
@@ -37,6 +38,7 @@ __all__ = [
     "PathOptions",
     "PeerInputError",
     "Pending",
+    "RankMismatchError",
     "Routed",
     "RoutingTable",
     "RoutingTableError",

@@ -130,8 +130,8 @@ class WeightGradient:
         grad_SP: The buffer.
         layout: Of a row.
         groups: All groups of this backward.
-        written: Slots whose rows hold something of this step; the others are overwritten. None:
-            all rows do.
+        written: Slots whose rows hold something of this step; the others are overwritten, their
+            padding with zeros. None: all rows do.
     """
 
     def __init__(
@@ -146,6 +146,9 @@ class WeightGradient:
         if written is not None:
             self._fresh = {group.slot for group in groups} - written
             written |= self._fresh
+            if layout.row_numel > layout.num_parameters:
+                for slot in self._fresh:
+                    grad_SP[slot, layout.num_parameters :].zero_()
 
     def add(
         self, group: Group, field: str, a_MK: Tensor, g_MN: Tensor, *, bias: str | None = None

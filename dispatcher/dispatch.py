@@ -5,15 +5,21 @@ Shapes: T tokens, K choices, N routed copies sent, M rows received, E experts, R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dispatcher.compute import Group, groups_of
-from dispatcher.errors import DispatchInputError, HandleError, PeerInputError
+from dispatcher.errors import (
+    DispatchInputError,
+    HandleError,
+    PeerInputError,
+    RankMismatchError,
+)
 from dispatcher.exchange import Exchange, Pending
 from dispatcher.permute import expert_order, inverse_order, send_order, take_rows, transposed_index
 from dispatcher.routing import BoolArray, IntArray, RoutingTable, expert_slots
@@ -25,8 +31,12 @@ _REASONS = {
     3: "top-k exceeds the number of experts",
     4: "tokens or expert ids are not contiguous",
     5: "an expert id is out of range",
+    6: "there is no choice per token (top-k is 0)",
+    7: "tokens and expert ids are on different devices",
+    8: "the slots hold an expert twice, or not all that the table says",
 }
 _TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MUST_AGREE = ("width", "element type", "generation")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,6 +49,8 @@ class Routed:
     counts_RE: IntArray  # copies that each rank routes to each expert, equal on all ranks
     num_tokens: int
     top_k: int
+    dim: int
+    dtype: torch.dtype
     sent_N: Tensor  # copy (token * K + choice) in each sent row
     position_TK: Tensor  # sent row of each copy; N for a copy that was not sent
     groups: tuple[Group, ...]  # received rows by expert
@@ -68,6 +80,35 @@ class Routed:
         if self.spent:
             raise HandleError("this dispatch was already combined", generation=self.generation)
         self.spent = True
+
+    def check_weights(self, weight_TK: Tensor) -> None:
+        """Let only floats pass, one for each choice, where the tokens are.
+
+        Raises:
+            DispatchInputError: They are something else; nothing was sent.
+        """
+        shape, device = (self.num_tokens, self.top_k), self.sent_N.device
+        if (
+            tuple(weight_TK.shape) != shape
+            or not weight_TK.is_floating_point()
+            or weight_TK.device != device
+        ):
+            raise DispatchInputError(
+                f"weights must be floats {shape} on {device} as the expert ids were, got "
+                f"{_what(weight_TK)}"
+            )
+
+    def check_tokens(self, x_TD: Tensor) -> None:
+        """Let only tokens like the routed ones pass.
+
+        Raises:
+            DispatchInputError: Another shape, dtype or device; nothing was sent.
+        """
+        shape, device = (self.num_tokens, self.dim), self.sent_N.device
+        if (tuple(x_TD.shape), x_TD.dtype, x_TD.device) != (shape, self.dtype, device):
+            raise DispatchInputError(
+                f"tokens {shape} {self.dtype} on {device} were routed, got {_what(x_TD)}"
+            )
 
     def to_experts(self, send_ND: Tensor, *, label: str, is_ours: bool = False) -> Tensor:
         """Sent rows of all ranks to this rank's experts, [M, D] grouped by expert.
@@ -120,11 +161,13 @@ class Counting:
     table: RoutingTable
     rule: SplitRule
     served_ER: BoolArray | None
+    x_TD: Tensor
     expert_TK: Tensor
-    counts_RE: Tensor  # [R, E + 1]; the last column says why a rank refuses its input
+    # [R, E + 4]: after the counts why a rank refuses its input, and what all must agree on
+    counts_RE: Tensor
     order_N: Tensor
     pending: Pending
-    problem: int
+    expert_of_slot: tuple[int, ...]
 
 
 def start_routing(
@@ -135,11 +178,13 @@ def start_routing(
     exchange: Exchange,
     rule: SplitRule | None = None,
     served_ER: BoolArray | None = None,
+    expert_of_slot: Sequence[int] | None = None,
 ) -> Counting:
     """Count the copies and start the exchange of counts.
 
     A rank with bad input takes part all the same and says so in the counts, so that every rank
-    raises in ``finish_routing`` and none waits for rows that never come.
+    raises in ``finish_routing`` and none waits for rows that never come. The counts also say how
+    wide the tokens are, of which dtype, and of which generation the table is.
 
     Args:
         x_TD: Tokens, contiguous.
@@ -148,10 +193,16 @@ def start_routing(
         exchange: The ranks of ``table``.
         rule: How copies are split over replicas; None: all to the home replica.
         served_ER: Replicas that served earlier in this step, see ``split_counts``.
+        expert_of_slot: Experts in the slots of this rank's bank; None takes the table's.
     """
+    named = table.slots_of(table.rank)
+    slots = named if expert_of_slot is None else tuple(expert_of_slot)
     problem = _input_problem(x_TD, expert_TK, num_experts=table.num_experts)
+    if not problem and slots is not named and not _holds_all(slots, named):
+        problem = 8
     device, num_experts = x_TD.device, table.num_experts
-    counts_RE = torch.zeros(table.num_ranks, num_experts + 1, dtype=torch.int32, device=device)
+    width = num_experts + 1 + len(_MUST_AGREE)
+    counts_RE = torch.zeros(table.num_ranks, width, dtype=torch.int32, device=device)
     if problem:
         expert_N = torch.full((0,), -1, dtype=torch.int64, device=device)
         counts_RE[table.rank, num_experts] = problem
@@ -162,10 +213,13 @@ def start_routing(
         row_E = counts_RE[table.rank]
         row_E.scatter_add_(0, lane_N, torch.ones_like(lane_N, dtype=torch.int32))
         row_E[num_experts] = outside_N.any() * 5
+        row_E[num_experts + 1 :] = _stamp(
+            x_TD.shape[1], _TOKEN_DTYPES.index(x_TD.dtype), table.generation, device
+        )
     pending = exchange.start_all_reduce(counts_RE, label="counts")
     return Counting(
         exchange=exchange, table=table, rule=rule or SplitRule(), served_ER=served_ER,
-        expert_TK=expert_TK, counts_RE=counts_RE, pending=pending, problem=problem,
+        x_TD=x_TD, expert_TK=expert_TK, counts_RE=counts_RE, pending=pending, expert_of_slot=slots,
         order_N=expert_order(expert_N, num_experts=num_experts),
     )  # fmt: skip
 
@@ -175,19 +229,24 @@ def finish_routing(counting: Counting, *, expert_of_slot: tuple[int, ...] | None
 
     Args:
         counting: From ``start_routing``.
-        expert_of_slot: Experts in the slots of this rank's bank; None takes the table's.
+        expert_of_slot: Experts in the slots of this rank's bank, if they have changed since; None
+            takes those of ``start_routing``.
 
     Raises:
         DispatchInputError: This rank's input was refused.
         PeerInputError: Another rank's was.
+        RankMismatchError: The ranks' tokens differ in width or dtype, or their tables in
+            generation.
     """
     counting.pending.wait()
     table = counting.table
-    counts_RE = counting.counts_RE.cpu().numpy().astype(np.int64)
-    _raise_refusals(counts_RE[:, -1], rank=table.rank, counting=counting)
-    counts_RE = counts_RE[:, :-1]
+    all_RE = counting.counts_RE.cpu().numpy().astype(np.int64)
+    num_experts = table.num_experts
+    _raise_refusals(all_RE[:, num_experts], rank=table.rank, counting=counting)
+    _raise_mismatch(all_RE[:, num_experts + 1 :])
+    counts_RE = all_RE[:, :num_experts]
     split = split_counts(counts_RE, table, counting.rule, served_ER=counting.served_ER)
-    slot_of = expert_slots(expert_of_slot or table.slots_of(table.rank))
+    slot_of = expert_slots(counting.expert_of_slot if expert_of_slot is None else expert_of_slot)
     rows_E = split.recv_IE.sum(0)
     served = np.flatnonzero(rows_E)
     device = counting.order_N.device
@@ -196,7 +255,8 @@ def finish_routing(counting: Counting, *, expert_of_slot: tuple[int, ...] | None
     recv_IS = split.recv_IE[:, served]
     return Routed(
         exchange=counting.exchange, generation=table.generation, split=split, counts_RE=counts_RE,
-        num_tokens=num_tokens, top_k=top_k, sent_N=sent_N,
+        num_tokens=num_tokens, top_k=top_k, dim=counting.x_TD.shape[1], dtype=counting.x_TD.dtype,
+        sent_N=sent_N,
         position_TK=inverse_order(sent_N, num_copies=num_tokens * top_k).view(num_tokens, top_k),
         groups=groups_of([slot_of[int(e)] for e in served], [int(n) for n in rows_E[served]]),
         by_expert_M=transposed_index(recv_IS, device=device),
@@ -212,13 +272,15 @@ def route(
     exchange: Exchange,
     rule: SplitRule | None = None,
     served_ER: BoolArray | None = None,
+    expert_of_slot: Sequence[int] | None = None,
 ) -> Routed:
     """``start_routing`` and ``finish_routing`` in one."""
     return finish_routing(
         start_routing(
-            x_TD, expert_TK, table=table, exchange=exchange, rule=rule, served_ER=served_ER
+            x_TD, expert_TK, table=table, exchange=exchange, rule=rule, served_ER=served_ER,
+            expert_of_slot=expert_of_slot,
         )
-    )
+    )  # fmt: skip
 
 
 def _input_problem(x_TD: Tensor, expert_TK: Tensor, *, num_experts: int) -> int:
@@ -227,11 +289,37 @@ def _input_problem(x_TD: Tensor, expert_TK: Tensor, *, num_experts: int) -> int:
         return 1
     if x_TD.dim() != 2 or expert_TK.dim() != 2 or x_TD.shape[0] != expert_TK.shape[0]:
         return 2
+    if expert_TK.shape[1] == 0:
+        return 6
     if expert_TK.shape[1] > num_experts:
         return 3
+    if x_TD.device != expert_TK.device:
+        return 7
     if not (x_TD.is_contiguous() and expert_TK.is_contiguous()):
         return 4
     return 0
+
+
+def _holds_all(slots: Sequence[int], named: Sequence[int]) -> bool:
+    """Whether the slots hold every expert that the table names, each once."""
+    held = [expert for expert in slots if expert >= 0]
+    return len(held) == len(set(held)) and {e for e in named if e >= 0} <= set(held)
+
+
+@lru_cache(maxsize=64)
+def _stamp(dim: int, dtype: int, generation: int, device: torch.device) -> Tensor:
+    """What ranks must agree on, in the order of ``_MUST_AGREE``; kept, as it rarely changes."""
+    return torch.tensor([dim, dtype, generation % 2**31], dtype=torch.int32, device=device)
+
+
+def _raise_mismatch(stamp_RA: IntArray) -> None:
+    for what, values_R in zip(_MUST_AGREE, stamp_RA.T.tolist(), strict=True):
+        if len(set(values_R)) > 1:
+            is_dtype = what == "element type"
+            raise RankMismatchError(
+                what=what,
+                values=[str(_TOKEN_DTYPES[v]) if is_dtype else str(v) for v in values_R],
+            )
 
 
 def _raise_refusals(flags_R: IntArray, *, rank: int, counting: Counting) -> None:
@@ -239,13 +327,18 @@ def _raise_refusals(flags_R: IntArray, *, rank: int, counting: Counting) -> None
         reason = _REASONS[int(flags_R[rank])]
         expert_TK = counting.expert_TK
         raise DispatchInputError(
-            f"{reason}: expert ids {tuple(expert_TK.shape)} {expert_TK.dtype}, "
+            f"{reason}: tokens {_what(counting.x_TD)}, expert ids {_what(expert_TK)}, "
             f"{counting.table.num_experts} experts"
             + (f", ids {_id_range(expert_TK)}" if flags_R[rank] == 5 else "")
+            + (f", slots {counting.expert_of_slot}" if flags_R[rank] == 8 else "")
         )
     refused = np.flatnonzero(flags_R)
     if refused.size:
         raise PeerInputError(rank=int(refused[0]), reason=_REASONS[int(flags_R[refused[0]])])
+
+
+def _what(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
 def _id_range(expert_TK: Tensor) -> str:

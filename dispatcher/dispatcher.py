@@ -7,7 +7,7 @@ Shapes: T tokens, K choices, N copies sent, M rows received, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,26 +73,43 @@ class Dispatcher:
         table: Replicas of the layer, for this rank.
         exchange: The ranks of the table.
         rule: How copies are split over replicas; None: all to the home replica.
+        expert_of_slot: Experts in this rank's slots, if not in the table's order (see
+            ``slots_for_exchange``); ``sum_replica_gradients`` must be given the same.
 
     Raises:
         ValueError: Table and exchange are of different worlds.
     """
 
     def __init__(
-        self, table: RoutingTable, *, exchange: Exchange, rule: SplitRule | None = None
+        self,
+        table: RoutingTable,
+        *,
+        exchange: Exchange,
+        rule: SplitRule | None = None,
+        expert_of_slot: Sequence[int] | None = None,
     ) -> None:
         self._exchange = exchange
         self._rule = rule or SplitRule()
-        self._table = self._fitting(table)
+        self.update(table, expert_of_slot=expert_of_slot)
 
     @property
     def table(self) -> RoutingTable:
         """The routing table in force."""
         return self._table
 
-    def update(self, table: RoutingTable) -> None:
-        """Dispatch by another table from now on; handles of another generation are refused."""
+    @property
+    def expert_of_slot(self) -> tuple[int, ...]:
+        """Experts in this rank's slots, -1 for an empty one."""
+        return self._expert_of_slot
+
+    def update(self, table: RoutingTable, *, expert_of_slot: Sequence[int] | None = None) -> None:
+        """Dispatch by another table from now on; handles of another generation are refused.
+
+        Without ``expert_of_slot`` the slots are in the table's order.
+        """
         self._table = self._fitting(table)
+        slots = table.slots_of(table.rank) if expert_of_slot is None else expert_of_slot
+        self._expert_of_slot = tuple(slots)
 
     def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> Dispatched:
         """Tokens to their experts.
@@ -102,10 +119,15 @@ class Dispatcher:
             expert_TK: Chosen experts, int64, contiguous; -1 = this copy goes nowhere.
 
         Raises:
-            DispatchInputError: Wrong dtype, shape, layout or ids on this rank.
+            DispatchInputError: Wrong dtype, shape, layout, device, ids or slots on this rank.
             PeerInputError: On another rank; nothing was dispatched.
+            RankMismatchError: The ranks' tokens differ in width or dtype, or their tables in
+                generation; nothing was dispatched.
         """
-        routed = route(x_TD, expert_TK, table=self._table, exchange=self._exchange, rule=self._rule)
+        routed = route(
+            x_TD, expert_TK, table=self._table, exchange=self._exchange, rule=self._rule,
+            expert_of_slot=self._expert_of_slot,
+        )  # fmt: skip
         rows_MD: Tensor = _ToExperts.apply(x_TD, routed)  # type: ignore[no-untyped-call]
         return Dispatched(rows_MD=rows_MD, routed=routed)
 
@@ -113,6 +135,7 @@ class Dispatcher:
         """Weighted sum of each token's expert outputs, [T, D], in the outputs' dtype.
 
         Raises:
+            DispatchInputError: The weights are no floats of the choices' shape and device.
             HandleError: The handle was combined before, or is of another generation.
         """
         if dispatched.generation != self._table.generation:
@@ -120,6 +143,7 @@ class Dispatcher:
                 f"the dispatcher is at generation {self._table.generation}",
                 generation=dispatched.generation,
             )
+        dispatched.routed.check_weights(weight_TK)
         dispatched.routed.spend()
         result: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]
             dispatched.rows_MD, weight_TK, dispatched.routed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class DispatchError(Exception):
     """Base of the dispatcher's errors. Pickling keeps message and fields."""
@@ -24,6 +26,23 @@ class PeerInputError(DispatchError):
     def __init__(self, *, rank: int, reason: str) -> None:
         super().__init__(f"rank {rank} refused its input ({reason}); nothing was dispatched")
         self.rank, self.reason = rank, reason
+
+
+class RankMismatchError(DispatchError, ValueError):
+    """The ranks' tokens or tables do not fit each other. Every rank raises it."""
+
+    def __init__(self, *, what: str, values: Sequence[str]) -> None:
+        ranks: dict[str, list[str]] = {}
+        for rank, value in enumerate(values):
+            ranks.setdefault(value, []).append(str(rank))
+        parts = [f"{value} on {_ranks(where)}" for value, where in ranks.items()]
+        super().__init__(f"ranks differ in {what}: {'; '.join(parts)}; nothing was dispatched")
+        self.what, self.values = what, tuple(values)
+
+
+def _ranks(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
+    return f"rank{'s' * (len(names) > 1)} {', '.join(names[:8])}{more}"
 
 
 class HandleError(DispatchError):

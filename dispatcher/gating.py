@@ -62,17 +62,21 @@ def choose_experts(
         bias_E: Balancing bias; it steers the choice and carries no gradient.
         renormalize: Let the weights of one token sum to 1.
         scale: Factor on the weights, after renormalisation.
-        forced_TK: Choices to weigh instead of choosing, int64 [T, K].
+        forced_TK: Choices to weigh instead of choosing, int64 [T, K]; a copy that goes nowhere
+            (-1) weighs 0.
 
     Returns:
         Experts int64 [T, K], best first, and their weights fp32 [T, K].
     """
     with torch.no_grad():
         ranked_TE = score_TE if bias_E is None else score_TE + bias_E
-        expert_TK = top_experts(ranked_TE, top_k=top_k)
-        if forced_TK is not None:
-            expert_TK = forced_TK
-    weight_TK = score_TE.gather(1, expert_TK)
+        expert_TK = top_experts(ranked_TE, top_k=top_k) if forced_TK is None else forced_TK
+    if forced_TK is None:
+        weight_TK = score_TE.gather(1, expert_TK)
+    else:
+        # Ids out of range get this far as well: the dispatch refuses them on all ranks.
+        inside_TK = expert_TK.clamp(0, score_TE.shape[1] - 1)
+        weight_TK = torch.where(inside_TK == expert_TK, score_TE.gather(1, inside_TK), 0.0)
     if renormalize:
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
     return expert_TK, weight_TK if scale == 1.0 else weight_TK * scale

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dispatcher.compute import Saved, experts_backward, experts_forward
 from dispatcher.dispatch import Routed
+from dispatcher.errors import DispatchInputError
 from dispatcher.layout import ExpertLayout
 
 
@@ -59,8 +60,13 @@ def expert_path(
         [T, D] in the dtype of ``x_TD``; zeros for tokens that were routed nowhere.
 
     Raises:
+        DispatchInputError: Tokens are not those that were routed, weights do not fit the choices,
+            or the bank does not fit the layout; nothing was sent.
         HandleError: The handle was used before.
     """
+    routed.check_tokens(x_TD)
+    routed.check_weights(gate_TK)
+    _check_bank(weight, routed, options.layout)
     routed.spend()
     result: Tensor = _ExpertPath.apply(x_TD, gate_TK, weight, routed, options, written, done)  # type: ignore[no-untyped-call]
     return result
@@ -118,6 +124,16 @@ class _ExpertPath(torch.autograd.Function):
         return grad_x_TD, grad_gate_TK, None, None, None, None, None
 
 
+def _check_bank(weight: Tensor, routed: Routed, layout: ExpertLayout) -> None:
+    num_slots = 1 + max((group.slot for group in routed.groups), default=-1)
+    fits = weight.dim() == 2 and weight.shape[1] == layout.row_numel
+    if routed.dim != layout.dim or not fits or weight.shape[0] < num_slots:
+        raise DispatchInputError(
+            f"tokens of width {routed.dim} and a bank {tuple(weight.shape)} for a layout of width "
+            f"{layout.dim}, rows of {layout.row_numel} and at least {num_slots} slots"
+        )
+
+
 def _through_experts(
     kept: Saved, weight: Tensor, routed: Routed, options: PathOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -144,10 +160,9 @@ def gather_copies(x_TD: Tensor, routed: Routed) -> Tensor:
 
 def combine_copies(y_ND: Tensor, gate_TK: Tensor, routed: Routed) -> Tensor:
     """Weighted sum over each token's choices, in ascending order, [T, D]."""
-    y_ND = _with_zero_row(y_ND, routed)
     out_TD = y_ND.new_empty(routed.num_tokens, y_ND.shape[1], dtype=gate_TK.dtype)
     for k in range(routed.top_k):
-        rows_TD = y_ND.index_select(0, routed.position_TK[:, k])
+        rows_TD = _rows_of_choice(y_ND, routed, k)
         if k == 0:
             torch.mul(rows_TD, gate_TK[:, :1], out=out_TD)
         else:
@@ -172,7 +187,7 @@ def output_gradients(
     """
     back_ND = gather_copies(grad_TD, routed)
     grad_gate_N = torch.sum(y_ND.mul_(back_ND), dim=-1, dtype=gate_TK.dtype)
-    grad_gate_TK = torch.zeros_like(gate_TK)
+    grad_gate_TK = gate_TK.new_zeros(gate_TK.shape)
     grad_gate_TK.view(-1)[routed.sent_N] = grad_gate_N
     gate_N = gate_TK.reshape(-1).index_select(0, routed.sent_N).to(back_ND.dtype)
     return back_ND.mul_(gate_N[:, None]), grad_gate_TK
@@ -180,15 +195,18 @@ def output_gradients(
 
 def sum_copies(grad_ND: Tensor, routed: Routed) -> Tensor:
     """Sum over each token's copies, in ascending order of choice, [T, D]."""
-    grad_ND = _with_zero_row(grad_ND, routed)
-    out_TD = grad_ND.index_select(0, routed.position_TK[:, 0])
+    out_TD = _rows_of_choice(grad_ND, routed, 0)
     for k in range(1, routed.top_k):
-        out_TD += grad_ND.index_select(0, routed.position_TK[:, k])
+        out_TD += _rows_of_choice(grad_ND, routed, k)
     return out_TD
 
 
-def _with_zero_row(rows_ND: Tensor, routed: Routed) -> Tensor:
-    """Copies that were not sent read a row of zeros past the last."""
-    if routed.num_sent == routed.num_tokens * routed.top_k:
-        return rows_ND
-    return torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
+def _rows_of_choice(rows_ND: Tensor, routed: Routed, k: int) -> Tensor:
+    """The row of each token's k-th copy, [T, D]; zeros for a copy that was not sent."""
+    position_T, num_sent = routed.position_TK[:, k], routed.num_sent
+    if num_sent == routed.num_tokens * routed.top_k:
+        return rows_ND.index_select(0, position_T)
+    if num_sent == 0:
+        return rows_ND.new_zeros(routed.num_tokens, rows_ND.shape[1])
+    rows_TD = rows_ND.index_select(0, position_T.clamp_max(num_sent - 1))
+    return rows_TD.masked_fill_((position_T == num_sent)[:, None], 0)

@@ -141,7 +141,9 @@ def _checked_shares(holds_ER: BoolArray, shares_ER: Any) -> FloatArray:
     if np.abs(totals - 1).max(initial=0.0) > 1e-6:
         expert = int(np.abs(totals - 1).argmax())
         raise RoutingTableError(f"shares of expert {expert} sum to {totals[expert]:.6f}, not 1")
-    return shares
+    # Of many copies even a share that is missing in the seventh digit is more than rounding.
+    exact: FloatArray = shares / totals[:, None]
+    return exact
 
 
 def _even_homes(holds_ER: BoolArray) -> IntArray:

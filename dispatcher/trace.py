@@ -111,11 +111,18 @@ def _record(line: str, *, where: str) -> RoutingRecord:
     missing = [key for key in _KEYS if not isinstance(raw, dict) or key not in raw]
     if missing:
         raise TraceError(f"{where}: no {missing[0]!r}; a record has {', '.join(_KEYS)}")
-    shape = (int(raw["num_tokens"]), int(raw["topk"]))
+    step, layer, rank, *shape = (_integer(raw[key], key, where=where) for key in _KEYS[:5])
+    if shape[0] < 0 or shape[1] < 1:
+        raise TraceError(f"{where}: {shape[0]} tokens of {shape[1]} choices; at least 0 and 1")
     try:
         expert_TK = torch.tensor(raw["top_indices"], dtype=torch.int64).reshape(shape)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise TraceError(f"{where}: top_indices are not {shape[0]} x {shape[1]} ids") from error
-    return RoutingRecord(
-        step=int(raw["step"]), layer=int(raw["layer"]), rank=int(raw["rank"]), expert_TK=expert_TK
-    )
+    return RoutingRecord(step=step, layer=layer, rank=rank, expert_TK=expert_TK)
+
+
+def _integer(value: Any, key: str, *, where: str) -> int:
+    try:
+        return int(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise TraceError(f"{where}: {key} is {value!r}, not an integer") from error

@@ -245,6 +245,17 @@ def test_a_replica_that_served_before_costs_nothing_more() -> None:
     assert balanced_quotas(total, table, rows_per_replica=70).tolist() == [[50, 50]]
 
 
+def test_shares_a_little_short_of_one_send_no_copy_where_the_expert_is_not() -> None:
+    short = [[1 - 9e-7, 0, 0], [0.25, 0.75 - 9e-7, 0], [0, 0, 1 + 9e-7]]
+    table = RoutingTable.from_plan_arrays([[0, 1], [1, -1], [2, -1]], short, rank=0)
+    counts = np.array([[2_000_000] * 3, [0] * 3, [0] * 3])
+    split = split_counts(counts, table, SplitRule(mode="shares"))
+    assert not split.rows_ER[~table.holds_ER].any()
+    assert (split.rows_ER.sum(1) == 2_000_000).all()
+    assert (split.rows_ER >= 0).all()
+    assert split.rows_ER[0, 0] == 2_000_000
+
+
 def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(ValueError, match="unknown split mode 'fast'; known: home, shares"):
         SplitRule(mode="fast")

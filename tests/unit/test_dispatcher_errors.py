@@ -14,13 +14,19 @@ from dispatcher import (
     Dispatcher,
     DispatchInputError,
     Exchange,
+    ExpertLayout,
     HandleError,
+    PathOptions,
     PeerInputError,
+    RankMismatchError,
     RoutingTable,
     RoutingTableError,
+    expert_path,
+    route,
     run_ranks,
     within_machine,
 )
+from dispatcher.exchange import Done
 from dispatcher.processes import run_processes
 
 SLOTS = [[0, 1], [1, 2], [2, 0]]
@@ -31,6 +37,12 @@ BAD: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
     "shape": (lambda: (torch.ones(4, 8), torch.zeros(3, 1).long()), "do not fit"),
     "top-k": (lambda: (torch.ones(4, 8), torch.zeros(4, 9).long()), "top-k exceeds"),
     "layout": (lambda: (torch.ones(8, 4).t(), torch.zeros(4, 1).long()), "not contiguous"),
+    "no choice": (lambda: (torch.ones(4, 8), torch.zeros(4, 0).long()), "top-k is 0"),
+    "device": (
+        lambda: (torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64, device="meta")),
+        "different devices",
+    ),
+    "id layout": (lambda: (torch.ones(4, 8), torch.zeros(2, 4).long().t()), "not contiguous"),
     "too high": (lambda: (torch.ones(4, 8), torch.full((4, 1), 3)), r"out of range.*ids 3\.\.3"),
     "too low": (lambda: (torch.ones(4, 8), torch.full((4, 1), -2)), r"out of range.*ids -2"),
 }
@@ -58,6 +70,117 @@ def test_one_ranks_bad_input_is_an_error_on_all(name: str) -> None:
     assert second.startswith("DispatchInputError")
     assert first == third
     assert first.startswith("PeerInputError: rank 1 refused its input")
+
+
+ODD: dict[str, tuple[Callable[[], Tensor], int, str]] = {
+    "width": (lambda: torch.ones(4, 16), 0, "width: 8 on ranks 0, 2; 16 on rank 1"),
+    "dtype": (
+        lambda: torch.ones(4, 8, dtype=torch.bfloat16),
+        0,
+        "element type: torch.float32 on ranks 0, 2; torch.bfloat16 on rank 1",
+    ),
+    "nothing but a width": (lambda: torch.ones(0, 7), 0, "width: 8 on ranks 0, 2; 7 on rank 1"),
+    "generation": (lambda: torch.ones(4, 8), 6, "generation: 5 on ranks 0, 2; 6 on rank 1"),
+}
+
+
+def one_odd_rank(exchange: Exchange, name: str) -> str:
+    """Rank 1 has good input, but of another kind than the others; each says what it met."""
+    x, generation = torch.ones(4, 8), 5
+    if exchange.rank == 1:
+        make, generation, _ = ODD[name]
+        x, generation = make(), generation or 5
+    table = RoutingTable.from_plan_arrays(SLOTS, rank=exchange.rank, generation=generation)
+    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64)
+    try:
+        Dispatcher(table, exchange=exchange).dispatch(x, ids)
+    except RankMismatchError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_ranks_that_do_not_fit_each_other_all_raise(name: str) -> None:
+    said = run_ranks(lambda e: one_odd_rank(e, name), size=3, timeout_s=10)
+    assert said == [f"ranks differ in {ODD[name][2]}; nothing was dispatched"] * 3
+
+
+def test_ranks_that_do_not_fit_each_other_all_raise_on_real_processes() -> None:
+    said = run_processes(one_odd_rank, size=3, args=("dtype",), timeout_s=20)
+    assert said == [f"ranks differ in {ODD['dtype'][2]}; nothing was dispatched"] * 3
+
+
+def test_a_rank_whose_slots_miss_an_expert_is_an_error_on_all() -> None:
+    def body(exchange: Exchange) -> str:
+        table = RoutingTable.from_plan_arrays(SLOTS, rank=exchange.rank)
+        slots = [[0, 1], [2, -1], [0, 2]][exchange.rank]
+        x, ids = torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64)
+        try:
+            route(x, ids, table=table, exchange=exchange, expert_of_slot=slots)
+        except (DispatchInputError, PeerInputError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    first, second, third = run_ranks(body, size=3, timeout_s=10)
+    assert second.startswith("DispatchInputError: the slots hold an expert twice, or not all")
+    assert second.endswith("slots (2, -1)")
+    assert first == third
+    assert first.startswith("PeerInputError: rank 1 refused its input")
+
+
+class NoRows:
+    """An exchange that fails the test at the first row it should carry."""
+
+    rank, size = 0, 1
+
+    def start_all_reduce(self, tensor: Tensor, *, label: str) -> Done:
+        return Done()
+
+    def all_to_all(self, *args: object, **kwargs: object) -> None:
+        raise AssertionError("rows were exchanged")
+
+
+WRONG_WEIGHTS = {
+    "transposed": torch.ones(2, 4),
+    "one per token": torch.ones(4),
+    "too many tokens": torch.ones(5, 2),
+    "integers": torch.ones(4, 2).long(),
+    "device": torch.ones(4, 2, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused_before_any_row_travels(name: str) -> None:
+    weight, layout = WRONG_WEIGHTS[name], ExpertLayout(activation="gelu", dim=8, hidden=4)
+    x, ids = torch.ones(4, 8), torch.zeros(4, 2, dtype=torch.int64)
+    routed = route(x, ids, table=RoutingTable.solo(3), exchange=NoRows())  # type: ignore[arg-type]
+    bank = torch.ones(3, layout.row_numel)
+    with pytest.raises(DispatchInputError, match=r"weights must be floats \(4, 2\) on cpu"):
+        expert_path(x, weight, bank, routed, PathOptions(layout=layout))
+    dispatcher = solo()
+    handle = dispatcher.dispatch(x, ids)
+    with pytest.raises(DispatchInputError, match=r"weights must be floats \(4, 2\) on cpu"):
+        dispatcher.combine(handle, weight)
+    assert dispatcher.combine(handle, torch.ones(4, 2)).shape == (4, 8)  # it was not spent
+
+
+@pytest.mark.parametrize(
+    ("x", "bank", "message"),
+    [
+        (torch.ones(4, 9), torch.ones(3, 64), r"tokens \(4, 8\).* were routed, got \(4, 9\)"),
+        (torch.ones(4, 8).double(), torch.ones(3, 64), "got .* torch.float64"),
+        (torch.ones(4, 8), torch.ones(3, 80), r"bank \(3, 80\) for a layout"),
+        (torch.ones(4, 8), torch.ones(0, 64), "at least 1 slots"),
+    ],
+)
+def test_tokens_and_banks_that_do_not_fit_are_refused_before_any_row_travels(
+    x: Tensor, bank: Tensor, message: str
+) -> None:
+    layout = ExpertLayout(activation="gelu", dim=8, hidden=4)
+    ids = torch.zeros(4, 1, dtype=torch.int64)
+    routed = route(torch.ones(4, 8), ids, table=RoutingTable.solo(3), exchange=NoRows())  # type: ignore[arg-type]
+    with pytest.raises(DispatchInputError, match=message):
+        expert_path(x, torch.ones(4, 1), bank, routed, PathOptions(layout=layout))
 
 
 def one_bad_rank_of_a_machine(exchange: Exchange, name: str) -> str:
@@ -134,3 +257,7 @@ def test_errors_survive_pickling() -> None:
     error = pickle.loads(sent)  # noqa: S301 - what Ray does with it
     assert (error.rank, error.reason) == (3, "why")
     assert "rank 3 refused its input (why)" in str(error)
+    sent = pickle.dumps(RankMismatchError(what="width", values=["8", "9"]))
+    mismatch = pickle.loads(sent)  # noqa: S301 - the same
+    assert (mismatch.what, mismatch.values) == ("width", ("8", "9"))
+    assert "width: 8 on rank 0; 9 on rank 1" in str(mismatch)

@@ -30,7 +30,9 @@ INDEX_BYTES = 64
 SLOTS = [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 0, 1]]
 
 
-def peak_in_rows(exchange: Exchange, mode: str, top_k: int, transport: str) -> tuple[float, int]:
+def peak_in_rows(
+    exchange: Exchange, mode: str, top_k: int, masked: int, transport: str
+) -> tuple[float, int]:
     """Peak of a forward and backward in copies of this rank's rows, and bytes of shared blocks."""
     if transport == "shared memory":
         exchange = within_machine(exchange)
@@ -40,6 +42,7 @@ def peak_in_rows(exchange: Exchange, mode: str, top_k: int, transport: str) -> t
     x = torch.randn(TOKENS, DIM, generator=random, requires_grad=True)
     popularity = torch.linspace(3.0, 1.0, EXPERTS).expand(TOKENS, EXPERTS)
     choice = torch.multinomial(popularity, top_k, generator=random)
+    choice[:masked, 0] = -1
     gate = torch.rand(TOKENS, top_k, generator=random).requires_grad_()
     weight = torch.randn(4, layout.row_numel, generator=random).requires_grad_()
     table = RoutingTable.from_plan_arrays(SLOTS, rank=exchange.rank)
@@ -76,16 +79,19 @@ def peak_of(step: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("transport", ["gloo", "shared memory"])
 @pytest.mark.parametrize(
-    ("mode", "top_k"),
+    ("mode", "top_k", "masked"),
     [
-        ("home", 2),
-        pytest.param("balanced", 2, marks=pytest.mark.slow),
-        pytest.param("balanced", 1, marks=pytest.mark.slow),
+        ("home", 2, 0),
+        ("shares", 2, 1),
+        pytest.param("shares", 2, 0, marks=pytest.mark.slow),
+        pytest.param("balanced", 2, 0, marks=pytest.mark.slow),
+        pytest.param("balanced", 1, 0, marks=pytest.mark.slow),
     ],
 )
 def test_no_more_than_three_copies_of_the_rows_live_at_once(
-    mode: str, top_k: int, transport: str
+    mode: str, top_k: int, masked: int, transport: str
 ) -> None:
-    for peak, staged in run_processes(peak_in_rows, size=3, args=(mode, top_k, transport)):
+    args = (mode, top_k, masked, transport)
+    for peak, staged in run_processes(peak_in_rows, size=3, args=args):
         assert 1.5 < peak <= 3.0
         assert staged <= 3 * STAGE_BYTES

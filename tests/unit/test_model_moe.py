@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dispatcher import Dispatcher, Exchange, RoutingTable, run_ranks
+from dispatcher import Dispatcher, DispatchInputError, Exchange, RoutingTable, run_ranks
 from dispatcher.reference import dense_moe
 from dispatcher.trace import RoutingRecord, TraceError, counts_of, read_trace, replay, write_trace
 from lazarus.model.balance import auxiliary_sum, expected_fractions, updated_bias
@@ -229,6 +229,34 @@ def test_a_trace_written_by_a_layer_is_replayed_through_the_dispatcher(tmp_path:
     assert torch.equal(forced(tokens()), layer_of()(tokens()))
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_replayed_copy_that_went_nowhere_adds_nothing(renormalize: bool) -> None:
+    layer = layer_of(renormalize=renormalize, balance="none")
+    chosen = torch.tensor([[0, 3], [-1, 2], [4, -1], [-1, -1], [5, 1], [2, 0]])
+    layer.context.forced_TK = chosen
+    x = tokens(1, 6).requires_grad_()
+    y = layer(x)
+    assert not y[0, 3].any()
+    score = torch.softmax(layer.router(x[0]), dim=-1)
+    gate = score.gather(1, chosen.clamp_min(0)) * (chosen >= 0)
+    if renormalize:
+        gate = gate / gate.sum(-1, keepdim=True).clamp_min(1e-20)
+    torch.testing.assert_close(y, dense_twin(layer, x, chosen, gate), rtol=1e-5, atol=1e-6)
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert layer.router.weight.grad is not None
+    assert layer.router.weight.grad.isfinite().all()
+    assert x.grad[0, [0, 1, 2, 4, 5]].any(dim=-1).all()
+    assert not x.grad[0, 3].any()
+
+
+def test_a_replayed_id_out_of_range_is_refused_with_its_range() -> None:
+    layer = layer_of()
+    layer.context.forced_TK = torch.tensor([[0, 6], [1, 2]])
+    with pytest.raises(DispatchInputError, match=r"out of range.*ids 0\.\.6"):
+        layer(tokens(1, 2))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -237,6 +265,22 @@ def test_a_trace_written_by_a_layer_is_replayed_through_the_dispatcher(tmp_path:
         (
             '{"step":0,"layer":0,"rank":0,"num_tokens":2,"topk":1,"top_indices":[[0]]}',
             "top_indices are not 2 x 1",
+        ),
+        (
+            '{"step":0,"layer":0,"rank":0,"num_tokens":null,"topk":1,"top_indices":[[0]]}',
+            "trace.jsonl:1: num_tokens is None, not an integer",
+        ),
+        (
+            '{"step":0,"layer":"x","rank":0,"num_tokens":1,"topk":1,"top_indices":[[0]]}',
+            "trace.jsonl:1: layer is 'x', not an integer",
+        ),
+        (
+            '{"step":0,"layer":0,"rank":0,"num_tokens":-1,"topk":1,"top_indices":[[0]]}',
+            "trace.jsonl:1: -1 tokens of 1 choices",
+        ),
+        (
+            '{"step":0,"layer":0,"rank":0,"num_tokens":1,"topk":-1,"top_indices":[[0]]}',
+            "trace.jsonl:1: 1 tokens of -1 choices",
         ),
     ],
 )
