@@ -49,6 +49,9 @@ def test_both_forms_of_a_trace_say_the_same() -> None:
         ("[" * 100_000, "nested too deeply"),
         ('[1,"add",{"nodes":"a"}]', "is not"),
         ('[1,"add",{"nodes":[3]}]', "nodes must be names"),
+        ("[" + "9" * 400 + ',"add",{"nodes":["a"]}]', "not a time"),
+        ("[" + "9" * 5000 + ',"add",{"nodes":["a"]}]', "4300 digits"),
+        ("9" * 5000 + ",add,a", "not a time"),
         ("500,add,c", "time goes backwards: 500 ms after 1000 ms"),
     ],
 )
@@ -62,6 +65,30 @@ def test_unknown_removals_and_repeated_adds_are_counted_and_mean_nothing() -> No
     trace = parse_trace(["0,add,a", "1,remove,zz", "2,add,a", "3,remove,a"], name="x")
     assert (trace.unknown_removals, trace.repeated_adds) == (1, 1)
     assert [e.kind for e in trace.events] == ["add", "remove"]
+
+
+def test_time_starts_when_the_first_node_is_added() -> None:
+    wanted = parse_trace(["0,add,a", "0,add,b", "5000,remove,a"], name="x")
+    epoch = 1_700_000_000_000
+    lines = [f"{epoch},add,a", f"{epoch},add,b", f"{epoch + 5000},remove,a"]
+    assert parse_trace(lines, name="x") == wanted
+    rows = ['[0,"no-op",{"nodes":[]}]', '[900,"remove",{"nodes":["z"]}]',
+            '[1000,"add",{"nodes":["a","b"]}]', '[6000,"remove",{"nodes":["a"]}]']  # fmt: skip
+    late = parse_trace(rows, name="x")
+    assert (late.events, late.unknown_removals) == (wanted.events, 1)
+    with pytest.raises(ConfigError, match="x: adds no node"):
+        parse_trace(["0,remove,a"], name="x")
+
+
+def test_a_trace_by_the_clock_of_the_day_is_simulated(tmp_path: Path, capsys: Any) -> None:
+    trace = tmp_path / "epoch.csv"
+    lines = [f"1700000000000,add,n{name}" for name in ("1", "\u00b2", "9" * 5000)]
+    trace.write_text("\n".join([*lines, "1700000600000,remove,n1"]))
+    argv = ["simulate", "--trace", str(trace), "--slots", "16", "--hours", "0.5", "--layers", "1",
+            "--policies", "lazarus", "--json"]  # fmt: skip
+    assert main(argv) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["num_nodes"], row["losses"]) == (3, 1) and row["steps"] > 0
 
 
 def test_an_empty_trace_and_a_missing_file_are_errors(tmp_path: Path) -> None:
@@ -95,6 +122,10 @@ def test_the_public_traces_are_read() -> None:
     bamboo = read_trace(SPOT / "bamboo-p3-trace.csv")
     assert sum(len(e.nodes) for e in bamboo.events if e.kind == "remove") == 167
     assert read_trace(SPOT / "parcae-hl_15_25.txt", time_scale=0.5).length_s <= 1800
+    for name in ("bamboo-p3-trace.csv", "parcae-hl_15_25.txt"):
+        trace = read_trace(SPOT / name)
+        first = (SPOT / name).read_text().splitlines()[0].lstrip("[").split(",")[0]
+        assert float(first) == trace.events[0].at_s == 0.0
 
 
 def test_loads_are_written_and_read_back(tmp_path: Path) -> None:
