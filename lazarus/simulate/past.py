@@ -35,7 +35,3 @@ class Past:
             if kept > whole.first:
                 self.stretches.append(replace(whole, last=kept))
         return undone
-
-    def settle(self) -> None:
-        """Nothing before now is ever undone."""
-        self.stretches.clear()
