@@ -18,13 +18,13 @@ from lazarus.simulate.costs import PROFILES, Costs, read_profile
 from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
 from lazarus.simulate.peers import PeerPolicy
 from lazarus.simulate.policies import policy_named, run_one, with_recovery
+from lazarus.simulate.progress import Progress
 from lazarus.simulate.rows import Row, Setting
 from lazarus.simulate.scenarios import SCENARIOS, Files, check_claims, scenario_named
 from lazarus.simulate.shapes import Shape, shape_named
 from lazarus.simulate.tables import TABLES
 from lazarus.simulate.traces import read_trace, segment
 
-_PROGRESS_S = 2.0
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _POLICIES = "lazarus,ds,ds-ft"
 
@@ -122,7 +122,7 @@ def _run_all(
     recovery: str | None,
     once: bool,
 ) -> list[Row]:
-    """Every part, policy and seed; says how far it is when it takes longer than two seconds.
+    """Every part, policy and seed; says how far it is every two seconds.
 
     Args:
         recovery: Dotted path of a recovery policy.
@@ -137,14 +137,15 @@ def _run_all(
                     continue
                 known.add((policy, same))
             jobs += [(setting, with_recovery(policy, recovery), seed) for seed in seeds]
-    rows, said_s = [], time.monotonic()
+    rows: list[Row] = []
     # Large fleets make millions of small frozen objects and no cycles: look for those less often.
     gc.set_threshold(200_000, 50, 50)
-    for number, (setting, policy, seed) in enumerate(jobs, start=1):
-        rows.append(run_one(setting, policy, seed=seed))
-        if time.monotonic() - said_s > _PROGRESS_S:
-            said_s = time.monotonic()
-            runs.say(f"{number}/{len(jobs)} runs, last {setting.name} {policy.name} seed {seed}")
+    progress = Progress(len(jobs), say=runs.say)
+    for setting, policy, seed in jobs:
+        name = f"{setting.name} {policy.name} seed {seed}"
+        progress.begins(name, horizon_s=setting.horizon_s)
+        rows.append(run_one(setting, policy, seed=seed, on_clock=progress.at))
+        progress.ended()
     return rows
 
 
@@ -316,8 +317,9 @@ def _print(
         print("\n".join(findings.findings(rows, price=price)))
     for claim in claims:
         mark = "reached" if claim["reached"] else f"SHORT: {claim['why_short']}"
+        ours = "without bound" if claim["ours"] is None else claim["ours"]
         print(f"published {claim['part']}: {claim['what']} {claim['published']} | ours "
-              f"{claim['ours']}  {mark}")  # fmt: skip
+              f"{ours}  {mark}")  # fmt: skip
     for profile in _assumptions(settings):
         print(f"\ncost model {profile['profile']} ({profile['source']}):", file=sys.stdout)
         for item in profile["figures"]:

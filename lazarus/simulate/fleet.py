@@ -37,7 +37,7 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
-from lazarus.control.state import Control, ControlConfig, Phase
+from lazarus.control.state import Control, ControlConfig, Phase, Transition
 from lazarus.control.transition import workers_of
 from lazarus.simulate import bodies
 from lazarus.simulate.answers import control_config, with_early, with_nodes, with_time
@@ -54,10 +54,12 @@ class VirtualRun:
     def __init__(
         self, setting: Setting, *, policy: FleetPolicy, seed: int, exact: bool = False,
         on_event: Callable[[dict[str, Any]], None] | None = None,
+        on_clock: Callable[[float], None] | None = None,
     ) -> None:  # fmt: skip
         costs = setting.costs.changed(policy.overrides or {})
         self._setting, self._policy, self._seed = replace(setting, costs=costs), policy, seed
         self._exact, self._on_event, self._costs = exact, on_event, costs
+        self._on_clock = on_clock
         self._heap: list[tuple[float, int, str, Any]] = []
         self._serial = 0
         self._now = 0.0
@@ -97,6 +99,8 @@ class VirtualRun:
             if (done_s := self.training.done_at()) is not None and done_s <= self._heap[0][0]:
                 break
             self._next()
+            if self._on_clock is not None:
+                self._on_clock(self._now - self._start_s)
         done_s = self.training.done_at()
         self._now = min(end_s, done_s) if done_s is not None else end_s
         self.training.progress(self._now)
@@ -244,10 +248,10 @@ class VirtualRun:
         self.state = with_early(self.state, name, early)
         self._say(*last)
 
-    def _due(self, generation: int, phase: Phase) -> bool:
+    def _due(self, generation: int, phase: Phase) -> Transition | None:
         transition = self.state.transition
         current = transition is not None and transition.generation == generation
-        return current and self.state.phase is phase
+        return transition if current and self.state.phase is phase else None
 
     def _alive(self, workers: tuple[str, ...]) -> list[str]:
         """Those that can still answer; None missing means that the phase will end."""
@@ -256,10 +260,8 @@ class VirtualRun:
         return [w for w in workers if w not in self._dead]
 
     def _on_report(self, generation: int) -> None:
-        if not self._due(generation, Phase.FENCING):
+        if (transition := self._due(generation, Phase.FENCING)) is None:
             return
-        transition = self.state.transition
-        assert transition is not None
         step = self.training.step
         answer = Report(generation=generation, committed=step, prepared=step)
         asked = self._alive(workers_of(self.state, transition.voters + transition.joiners))
@@ -267,10 +269,8 @@ class VirtualRun:
             self._absorb("reports", dict.fromkeys(asked, answer))
 
     def _on_align(self, generation: int) -> None:
-        if not self._due(generation, Phase.ALIGNING):
+        if (transition := self._due(generation, Phase.ALIGNING)) is None:
             return
-        transition = self.state.transition
-        assert transition is not None
         snapped = self.training.copies.snapped(alive=set(transition.voters))
         stored, known = self.training.copies.on_storage()
         self.state = replace(self.state, stored=stored, checkpoints=known)
@@ -293,10 +293,9 @@ class VirtualRun:
 
     def _on_ready(self, payload: Any) -> None:
         generation, work = payload
-        if not self._due(generation, Phase.PREPARING):
+        transition = self._due(generation, Phase.PREPARING)
+        if transition is None or transition.plan is None:
             return
-        transition = self.state.transition
-        assert transition is not None and transition.plan is not None
         reloaded = self.training.history_at(transition.step) if transition.rollback else None
         answer = Ready(
             generation=generation, plan_digest=transition.plan.digest,

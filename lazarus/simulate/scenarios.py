@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
@@ -55,7 +56,10 @@ class Scenario:
 
 
 def check_claims(scenario: Scenario, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each claim beside the median ratio over seeds, and whether ours reaches it."""
+    """Each claim beside the median ratio over seeds, and whether ours reaches it.
+
+    ``ours`` is None where the other made no progress.
+    """
     found = []
     for claim in scenario.claims:
         ours = ratio_of(rows, claim)
@@ -68,7 +72,7 @@ def check_claims(scenario: Scenario, rows: Sequence[Row]) -> list[dict[str, Any]
                 "part": claim.part,
                 "what": f"goodput {claim.better} / {claim.worse}",
                 "published": claim.published,
-                "ours": round(ours, 2),
+                "ours": round(ours, 2) if isfinite(ours) else None,
                 "reached": reached,
                 "why_short": short,
             }
