@@ -16,6 +16,7 @@ from lazarus.errors import ConfigError
 from lazarus.simulate import findings, loads
 from lazarus.simulate.costs import PROFILES, Costs, read_profile
 from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
+from lazarus.simulate.options import DEFAULTS, refuse_ignored
 from lazarus.simulate.peers import PeerPolicy
 from lazarus.simulate.policies import policy_named, run_one, with_recovery
 from lazarus.simulate.progress import Progress
@@ -34,24 +35,24 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("simulate", help="what a fleet would gain", description=__doc__)
     add = parser.add_argument
     add("scenario", nargs="?", help=f"{', '.join([*SCENARIOS, *TABLES])}; or options")
-    add("--shape", default="gpt-l", help="model shape (default: gpt-l)")
-    add("--profile", default="h200-8x400g", help="costs: a name, or a file of lazarus calibrate")
-    add("--nodes", type=int, nargs="+", default=[16],
+    add("--shape", help="model shape (default: gpt-l)")
+    add("--profile", help="costs: a name, or a file of lazarus calibrate (default: h200-8x400g)")
+    add("--nodes", type=int, nargs="+",
         help="nodes at the start (default: 16); several are compared")  # fmt: skip
     add("--slots", type=int, nargs="+", help="slots per node and layer; several are compared")
-    add("--min-replicas", type=int, nargs="+", default=[2], help="floors; several are compared")
+    add("--min-replicas", type=int, nargs="+", help="floors (default: 2); several are compared")
     add("--memory", type=float, help="GB of a node for training state: slots that fit are compared")
     add("--price", type=float, help="of a node and hour: adds what a billion tokens cost")
-    add("--load", default="zipf:0.5", help="uniform, zipf:S, or an .npz file [T, L, E]")
+    add("--load", help="uniform, zipf:S, or an .npz file [T, L, E] (default: zipf:0.5)")
     add("--mtbf", help="mean time between failures of one node, such as 12h")
     add("--period", help="one failure every so often, such as 5min, until half are left")
     add("--trace", metavar="FILE", help="spot trace, Bamboo's or Parcae's form")
-    add("--time-scale", type=float, default=1.0, help="multiplies the times of the trace")
-    add("--replace-after", default="10min", help="another node comes for a lost one; or never")
-    add("--zones", type=int, default=0, help="zones that can fail as one")
+    add("--time-scale", type=float, help="multiplies the times of the trace (default: 1)")
+    add("--replace-after", help="another node comes for a lost one; or never (default: 10min)")
+    add("--zones", type=int, help="zones that can fail as one")
     add("--zone-mtbf", help="mean time between failures of one zone")
-    add("--hours", type=float, default=24.0, help="virtual hours (default: 24)")
-    add("--tokens-per-node", type=float, default=65536, help="of the global batch, at the start")
+    add("--hours", type=float, help="virtual hours (default: 24)")
+    add("--tokens-per-node", type=float, help="of the global batch, at the start (default: 65536)")
     add("--group", type=int, help="nodes that hold one set of experts, for the peers")
     add("--layers", type=int, help="layers that plans hold; the others are alike")
     add("--policies", help=f"names or module:Name, comma-separated (default: {_POLICIES})")
@@ -64,6 +65,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Simulate a named scenario, or a fleet described by options."""
     started = time.monotonic()
+    refuse_ignored(vars(args))
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.seeds is not None and args.seeds < 1:
         raise ConfigError(f"--seeds {args.seeds} must be a whole number >= 1")
     if args.scenario in TABLES:
@@ -207,8 +212,14 @@ def _slots(args: argparse.Namespace, shape: Shape, nodes: int) -> list[int]:
                 f"{shape.name} on {nodes} nodes: {need:,.0f} GB a node hold each expert once"
             )
         wanted = [-(-shape.experts * min(f, left) // left) for f in args.min_replicas]
+        most = min(fit, shape.experts)
+        if args.slots and min(args.slots) > most:
+            raise ConfigError(
+                f"--slots {' '.join(map(str, args.slots))}: at most {most} make sense with "
+                f"--memory {args.memory:g} GB and {shape.experts} experts of {shape.name}"
+            )
         slots = args.slots or sorted({*wanted, fit, (fewest + fit + 1) // 2})
-        slots = [s for s in slots if s <= min(fit, shape.experts)] or [min(fit, shape.experts)]
+        slots = [s for s in slots if s <= most] or [most]
     for given in slots:
         if given * nodes < shape.experts:
             raise ConfigError(
@@ -226,7 +237,7 @@ def _check(args: argparse.Namespace) -> None:
     """
     for name in ("nodes", "slots", "min_replicas", "layers", "group"):
         given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
+        for value in given if isinstance(given, list | tuple) else [given]:
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be a whole number >= 1")
     for name in ("hours", "tokens_per_node"):

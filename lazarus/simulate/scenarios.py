@@ -44,7 +44,11 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """Parts that are simulated, and what was published about them."""
+    """Parts that are simulated, and what was published about them.
+
+    Attributes:
+        reads: Options whose files it replays.
+    """
 
     name: str
     about: str
@@ -53,6 +57,7 @@ class Scenario:
     policies: tuple[str, ...]
     claims: tuple[Claim, ...]
     seeds: int = 3
+    reads: tuple[str, ...] = ("load",)
 
 
 def check_claims(scenario: Scenario, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -227,6 +232,7 @@ SCENARIOS: Mapping[str, Scenario] = MappingProxyType(
                 about="80 minutes of Bamboo's spot trace, capped at ten nodes (the busiest window)",
                 source="Lazarus, Figure 9",
                 build=_spot,
+                reads=("load", "trace"),
                 policies=("lazarus", "lazarus-auto", "ds", "ds-ft"),
                 seeds=1,
                 claims=(
@@ -246,6 +252,7 @@ SCENARIOS: Mapping[str, Scenario] = MappingProxyType(
                 "comes 10 minutes later",
                 source="Lazarus, Figure 13",
                 build=_deepseek,
+                reads=(),
                 policies=("lazarus", "lazarus-slow", "ds", "ds-ft"),
                 seeds=3,
                 claims=tuple(

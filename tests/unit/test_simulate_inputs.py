@@ -254,7 +254,11 @@ def test_uniform_loads_are_uniform() -> None:
         ("--hours nan", "--hours nan must be"),
         ("--hours inf", "--hours inf must be"),
         ("--tokens-per-node nan", "--tokens-per-node nan must be"),
-        ("--zones -1", "--zones -1 must be"),
+        ("--zones -1 --zone-mtbf 1d", "--zones -1 must be"),
+        ("--zone-mtbf 1d", "--zone-mtbf 1d does nothing without --zones"),
+        ("--zones 4", "--zones 4 does nothing without --zone-mtbf"),
+        ("--zones 4 --zone-mtbf 1d --period 5min", "--zones 4 does nothing with --period"),
+        ("--slots 7 8 --memory 5", "--slots 7 8: at most 5 make sense with --memory 5 GB"),
     ],
 )
 def test_what_no_fleet_can_have_is_refused_with_its_value(
@@ -262,3 +266,37 @@ def test_what_no_fleet_can_have_is_refused_with_its_value(
 ) -> None:
     assert main(["simulate", "--shape", "gpt-s", *options.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("failure-5min --profile h200-8x400g", "--profile"),
+        ("failure-5min --nodes 16", "--nodes"),
+        ("failure-40min --min-replicas 2", "--min-replicas"),
+        ("deepseek-v3 --mtbf 12h", "--mtbf"),
+        ("deepseek-v3 --trace examples/spot.csv", "--trace"),
+        ("failure-5min --load zipf:0.5", "--load zipf:0.5"),
+        ("spot-80min --hours 24", "--hours"),
+        ("skew --seeds 2", "--seeds"),
+        ("pec --policies lazarus", "--policies"),
+        ("multi-node --plot x.html", "--plot"),
+        ("skew --load x.npz", "--load"),
+    ],
+)
+def test_options_that_a_scenario_does_not_honour_are_refused(
+    options: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *options.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {named} means nothing to {options.split()[0]}")
+
+
+def test_a_scenario_honours_policies_seeds_recovery_price_and_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = save_loads(tmp_path / "load.npz", np.ones((2, 2, 16)))
+    options = ["--load", str(load), "--policies", "ds", "--seeds", "1", "--price", "3", "--json"]
+    assert main(["simulate", "failure-5min", *options]) == 0
+    assert {row["policy"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"ds"}
+    assert main(["simulate", "multi-node", "--load", str(load), "--json"]) == 0
