@@ -14,7 +14,8 @@ from typing import Any
 from lazarus import runs
 from lazarus.errors import ConfigError
 from lazarus.simulate import findings, loads
-from lazarus.simulate.costs import PROFILES, Costs, read_profile
+from lazarus.simulate.assumed import assumptions, setting_line
+from lazarus.simulate.costs import PROFILES, read_profile
 from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
 from lazarus.simulate.options import DEFAULTS, refuse_ignored
 from lazarus.simulate.peers import PeerPolicy
@@ -96,12 +97,12 @@ def run(args: argparse.Namespace) -> int:
                 "rows": [row.to_dict() for row in rows],
                 "findings": findings.findings(rows, price=args.price),
                 "published": claims,
-                "assumptions": _assumptions(settings),
+                "assumptions": assumptions(settings, policies=policies),
                 "wall_s": round(time.monotonic() - started, 3),
             }
         )
     else:
-        _print(settings, rows, claims, price=args.price)
+        _print(assumptions(settings, policies=policies), rows, claims, price=args.price)
     return 0
 
 
@@ -307,17 +308,8 @@ def _seconds(text: str) -> float:
     raise ConfigError(f"{text!r} is not a time such as 30s, 5min, 12h or 30d")
 
 
-def _assumptions(settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """The cost models that were used, each once."""
-    profiles: dict[str, Costs] = {s.costs.name: s.costs for s in settings}
-    return [
-        {"profile": name, "source": costs.source, "figures": costs.assumptions()}
-        for name, costs in profiles.items()
-    ]
-
-
 def _print(
-    settings: Sequence[Setting],
+    assumed: list[dict[str, Any]],
     rows: Sequence[Row],
     claims: list[dict[str, Any]],
     *,
@@ -331,7 +323,12 @@ def _print(
         ours = "without bound" if claim["ours"] is None else claim["ours"]
         print(f"published {claim['part']}: {claim['what']} {claim['published']} | ours "
               f"{ours}  {mark}")  # fmt: skip
-    for profile in _assumptions(settings):
+    for profile in assumed:
         print(f"\ncost model {profile['profile']} ({profile['source']}):", file=sys.stdout)
         for item in profile["figures"]:
             print(f"  {item['name']:24} {item['value']!s:>14} {item['unit']:10} {item['why']}")
+        for setting in profile["settings"]:
+            print(f"  {setting_line(setting)}")
+        named = [item for setting in profile["settings"] for item in setting["policies"].items()]
+        for name, figures in {name: p["costs"] for name, p in named if p.get("costs")}.items():
+            print(f"  {name}: " + ", ".join(f"{k} {v:g}" for k, v in figures.items()))

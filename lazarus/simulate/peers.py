@@ -26,8 +26,8 @@ from lazarus.simulate.rows import Row, Setting, Tally
 from lazarus.simulate.traces import FleetEvent
 
 KINDS = ("ds", "ds-ft", "peer-memory")
-_REDONE_STEPS = 2  # peer memory: the step under way and the one being copied
-_MEMORY_OVERHEAD = 0.02  # of a step, for copying it to a peer
+REDONE_STEPS = 2  # peer memory: the step under way and the one being copied
+MEMORY_OVERHEAD = 0.02  # of a step, for copying it to a peer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class PeerRun:
             tokens=self._tokens,
         ).total
         if self._full:
-            self._step_s *= 1 + _MEMORY_OVERHEAD
+            self._step_s *= 1 + MEMORY_OVERHEAD
 
     def _train_until(self, end_s: float) -> None:
         """Steps, and a checkpoint after every ``_every`` of them, until a moment."""
@@ -215,7 +215,7 @@ class PeerRun:
             self._pause("reconfigure", self._costs.peer_reconfigure_s)
             self._form()
         elif self._full and (whole or self._spare()):
-            self._roll_back(max(self._saved, self._resumed, self._step - _REDONE_STEPS))
+            self._roll_back(max(self._saved, self._resumed, self._step - REDONE_STEPS))
             moved = self._shape.total_bytes / max(1, self._group) / self._costs.net_bytes_per_s
             self._pause("restart", self._costs.peer_detect_s + self._costs.peer_restart_s + moved)
             self._form()

@@ -117,6 +117,7 @@ class Row:
     node_hours: float  # of all nodes, while they were there
     version: str = __version__
     decided_by: str = "lazarus.control"
+    profile: str = ""  # cost model; its figures are beside the rows
     recovery_s: tuple[float, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,5 +199,6 @@ class Tally:
                 setting.faults, num_nodes=setting.num_nodes, length_s=wall_s, seed=seed
             ),
             decided_by=decided_by,
+            profile=setting.costs.name,
             recovery_s=tuple(waits),
         )

@@ -52,7 +52,7 @@ class Training:
         self.step_s = 0.0
         self.first_step_s = 0.0
         self.held: dict[str, tuple[Held, ...]] = {}
-        self.copies = CopyBook(_schedule(setting, self._layers))
+        self.copies = CopyBook(schedule_of(setting, self._layers))
         self.generation = 0
         self._past = Past()
         self._first_history = np.zeros((3, self._layers, setting.shape.experts))
@@ -247,7 +247,8 @@ def _advanced(history: Floats, rate_LE: Floats, count: int) -> Floats:
     return np.stack([recent, history[1] + count * rate_LE, rate_LE])
 
 
-def _schedule(setting: Setting, layers: int) -> ScheduleConfig:
+def schedule_of(setting: Setting, layers: int) -> ScheduleConfig:
+    """What a run of this setting saves when."""
     experts = setting.shape.experts
     k_persist = setting.k_persist or max(1, experts // 8)
     every = max(1, setting.checkpoint_every // 10)

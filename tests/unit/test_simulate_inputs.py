@@ -22,6 +22,7 @@ from lazarus.simulate.loads import (
     uniform_load,
     zipf_load,
 )
+from lazarus.simulate.policies import PAPER_COSTS
 from lazarus.simulate.shapes import SHAPES
 from lazarus.simulate.traces import parse_trace, read_trace, segment
 from placement import PlacementRequest, plan
@@ -235,6 +236,25 @@ def test_the_command_prints_rows_and_assumptions(capsys: Any) -> None:
 def test_bad_input_is_one_line_and_exit_code_2(wrong: list[str], capsys: Any) -> None:
     assert main(["simulate", *wrong]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_every_assumption_stands_beside_the_rows(capsys: Any) -> None:
+    base = ["simulate", "--nodes", "6", "--hours", "0.2", "--mtbf", "1h", "--layers", "1",
+            "--group", "3", "--policies", "lazarus-slow,peer-memory"]  # fmt: skip
+    assert main([*base, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {row["profile"] for row in answer["rows"]} == {"h200-8x400g"}
+    (model,) = answer["assumptions"]
+    (used,) = model["settings"]
+    assert (used["group"], used["load"]["name"], used["join_debounce_s"]) == (3, "zipf:0.5", 2.0)
+    assert used["checkpoint_every"] == used["ft_checkpoint_every"] == 250
+    assert used["full_checkpoint_every"] == 50 and used["faults"]["node_mtbf_s"] == 3600
+    assert used["policies"]["lazarus-slow"]["costs"] == PAPER_COSTS
+    assert used["policies"]["peer-memory"]["spares"] == 1
+    assert main(base) == 0
+    said = capsys.readouterr().out
+    assert "load zipf:0.5, group of 3, checkpoints every 250 steps" in said
+    assert "lazarus-slow: detect_s 15, " in said
 
 
 def test_uniform_loads_are_uniform() -> None:
