@@ -58,11 +58,9 @@ class VirtualRun:
     ) -> None:  # fmt: skip
         costs = setting.costs.changed(policy.overrides or {})
         self._setting, self._policy, self._seed = replace(setting, costs=costs), policy, seed
-        self._exact, self._on_event, self._costs = exact, on_event, costs
-        self._on_clock = on_clock
+        self._exact, self._costs, self._on_event, self._on_clock = exact, costs, on_event, on_clock
         self._heap: list[tuple[float, int, str, Any]] = []
-        self._serial = 0
-        self._now = 0.0
+        self._serial, self._now = 0, 0.0
         self._start_s = 0.0  # when the first generation resumed
         self._live: set[str] = set()  # nodes
         self._dead: set[str] = set()  # workers of nodes that are gone
@@ -262,8 +260,8 @@ class VirtualRun:
     def _on_report(self, generation: int) -> None:
         if (transition := self._due(generation, Phase.FENCING)) is None:
             return
-        step = self.training.step
-        answer = Report(generation=generation, committed=step, prepared=step)
+        step, entered = self.training.step, self.training.generation
+        answer = Report(generation=generation, committed=step, prepared=step, entered=entered)
         asked = self._alive(workers_of(self.state, transition.voters + transition.joiners))
         if asked:
             self._absorb("reports", dict.fromkeys(asked, answer))

@@ -67,6 +67,18 @@ def test_a_rollback_undoes_what_the_steps_were(name: str, load: LoadTrace) -> No
         assert VirtualRun(chosen, policy=policy, seed=0, exact=True).run() == row
 
 
+@pytest.mark.parametrize("name", ["FromTheStart", "ToTheNewest"])
+def test_a_loss_after_a_rollback_is_one_like_any_other(name: str) -> None:
+    first, second = ("n0", "n1", "n2", "n3"), ("n4",)
+    faults = lose(
+        (700.0, "remove", first), (800.0, "add", ("x0", "x1", "x2")), (1100.0, "remove", second)
+    )
+    chosen = bare(checkpoint_every=100, faults=faults)
+    row = run_one(chosen, with_recovery(BARE, f"user_policies:{name}"), seed=0)
+    assert (row.losses, row.joins, row.nodes_at_end) == (5, 3, 8)
+    assert row.recoveries == 2 and "waiting for nodes" not in row.stall_s
+
+
 def test_reading_a_whole_checkpoint_takes_time() -> None:
     waits = []
     for name in ("FromTheStart", "ToTheNewest"):
