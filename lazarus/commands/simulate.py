@@ -14,17 +14,19 @@ from typing import Any
 from lazarus import runs
 from lazarus.errors import ConfigError
 from lazarus.simulate import findings, loads
-from lazarus.simulate.costs import PROFILES, Costs, read_profile
+from lazarus.simulate.assumed import assumptions, setting_line
+from lazarus.simulate.costs import PROFILES, read_profile
 from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
+from lazarus.simulate.options import DEFAULTS, refuse_ignored
 from lazarus.simulate.peers import PeerPolicy
 from lazarus.simulate.policies import policy_named, run_one, with_recovery
+from lazarus.simulate.progress import Progress
 from lazarus.simulate.rows import Row, Setting
 from lazarus.simulate.scenarios import SCENARIOS, Files, check_claims, scenario_named
 from lazarus.simulate.shapes import Shape, shape_named
 from lazarus.simulate.tables import TABLES
 from lazarus.simulate.traces import read_trace, segment
 
-_PROGRESS_S = 2.0
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _POLICIES = "lazarus,ds,ds-ft"
 
@@ -34,24 +36,24 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("simulate", help="what a fleet would gain", description=__doc__)
     add = parser.add_argument
     add("scenario", nargs="?", help=f"{', '.join([*SCENARIOS, *TABLES])}; or options")
-    add("--shape", default="gpt-l", help="model shape (default: gpt-l)")
-    add("--profile", default="h200-8x400g", help="costs: a name, or a file of lazarus calibrate")
-    add("--nodes", type=int, nargs="+", default=[16],
+    add("--shape", help="model shape (default: gpt-l)")
+    add("--profile", help="costs: a name, or a file of lazarus calibrate (default: h200-8x400g)")
+    add("--nodes", type=int, nargs="+",
         help="nodes at the start (default: 16); several are compared")  # fmt: skip
     add("--slots", type=int, nargs="+", help="slots per node and layer; several are compared")
-    add("--min-replicas", type=int, nargs="+", default=[2], help="floors; several are compared")
+    add("--min-replicas", type=int, nargs="+", help="floors (default: 2); several are compared")
     add("--memory", type=float, help="GB of a node for training state: slots that fit are compared")
     add("--price", type=float, help="of a node and hour: adds what a billion tokens cost")
-    add("--load", default="zipf:0.5", help="uniform, zipf:S, or an .npz file [T, L, E]")
+    add("--load", help="uniform, zipf:S, or a file, .npz or .npy, [T, L, E] (default: zipf:0.5)")
     add("--mtbf", help="mean time between failures of one node, such as 12h")
     add("--period", help="one failure every so often, such as 5min, until half are left")
     add("--trace", metavar="FILE", help="spot trace, Bamboo's or Parcae's form")
-    add("--time-scale", type=float, default=1.0, help="multiplies the times of the trace")
-    add("--replace-after", default="10min", help="another node comes for a lost one; or never")
-    add("--zones", type=int, default=0, help="zones that can fail as one")
+    add("--time-scale", type=float, help="multiplies the times of the trace (default: 1)")
+    add("--replace-after", help="another node comes for a lost one; or never (default: 10min)")
+    add("--zones", type=int, help="zones that can fail as one")
     add("--zone-mtbf", help="mean time between failures of one zone")
-    add("--hours", type=float, default=24.0, help="virtual hours (default: 24)")
-    add("--tokens-per-node", type=float, default=65536, help="of the global batch, at the start")
+    add("--hours", type=float, help="virtual hours (default: 24)")
+    add("--tokens-per-node", type=float, help="of the global batch, at the start (default: 65536)")
     add("--group", type=int, help="nodes that hold one set of experts, for the peers")
     add("--layers", type=int, help="layers that plans hold; the others are alike")
     add("--policies", help=f"names or module:Name, comma-separated (default: {_POLICIES})")
@@ -64,6 +66,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Simulate a named scenario, or a fleet described by options."""
     started = time.monotonic()
+    refuse_ignored(vars(args))
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.seeds is not None and args.seeds < 1:
         raise ConfigError(f"--seeds {args.seeds} must be a whole number >= 1")
     if args.scenario in TABLES:
@@ -87,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
                 "rows": [row.to_dict() for row in rows],
                 "findings": findings.findings(rows, price=args.price),
                 "published": claims,
-                "assumptions": _assumptions(settings),
+                "assumptions": assumptions(settings, policies=policies),
                 "wall_s": round(time.monotonic() - started, 3),
             }
         )
     else:
-        _print(settings, rows, claims, price=args.price)
+        _print(assumptions(settings, policies=policies), rows, claims, price=args.price)
     if args.plot:
         from lazarus.report.simulated import write_plot
 
@@ -122,7 +128,7 @@ def _run_all(
     recovery: str | None,
     once: bool,
 ) -> list[Row]:
-    """Every part, policy and seed; says how far it is when it takes longer than two seconds.
+    """Every part, policy and seed; says how far it is every two seconds.
 
     Args:
         recovery: Dotted path of a recovery policy.
@@ -137,19 +143,20 @@ def _run_all(
                     continue
                 known.add((policy, same))
             jobs += [(setting, with_recovery(policy, recovery), seed) for seed in seeds]
-    rows, said_s = [], time.monotonic()
+    rows: list[Row] = []
     # Large fleets make millions of small frozen objects and no cycles: look for those less often.
     gc.set_threshold(200_000, 50, 50)
-    for number, (setting, policy, seed) in enumerate(jobs, start=1):
-        rows.append(run_one(setting, policy, seed=seed))
-        if time.monotonic() - said_s > _PROGRESS_S:
-            said_s = time.monotonic()
-            runs.say(f"{number}/{len(jobs)} runs, last {setting.name} {policy.name} seed {seed}")
+    progress = Progress(len(jobs), say=runs.say)
+    for setting, policy, seed in jobs:
+        name = f"{setting.name} {policy.name} seed {seed}"
+        progress.begins(name, horizon_s=setting.horizon_s)
+        rows.append(run_one(setting, policy, seed=seed, on_clock=progress.at))
+        progress.ended()
     return rows
 
 
 def _files(args: argparse.Namespace) -> Files:
-    load = Path(args.load) if args.load.endswith(".npz") else None
+    load = Path(args.load) if args.load.endswith((".npz", ".npy")) else None
     if load is not None and not load.is_file():
         raise ConfigError(f"--load {load}: no such file")
     return Files(expert_load=load, spot_trace=Path(args.trace) if args.trace else None)
@@ -206,8 +213,14 @@ def _slots(args: argparse.Namespace, shape: Shape, nodes: int) -> list[int]:
                 f"{shape.name} on {nodes} nodes: {need:,.0f} GB a node hold each expert once"
             )
         wanted = [-(-shape.experts * min(f, left) // left) for f in args.min_replicas]
+        most = min(fit, shape.experts)
+        if args.slots and min(args.slots) > most:
+            raise ConfigError(
+                f"--slots {' '.join(map(str, args.slots))}: at most {most} make sense with "
+                f"--memory {args.memory:g} GB and {shape.experts} experts of {shape.name}"
+            )
         slots = args.slots or sorted({*wanted, fit, (fewest + fit + 1) // 2})
-        slots = [s for s in slots if s <= min(fit, shape.experts)] or [min(fit, shape.experts)]
+        slots = [s for s in slots if s <= most] or [most]
     for given in slots:
         if given * nodes < shape.experts:
             raise ConfigError(
@@ -225,7 +238,7 @@ def _check(args: argparse.Namespace) -> None:
     """
     for name in ("nodes", "slots", "min_replicas", "layers", "group"):
         given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
+        for value in given if isinstance(given, list | tuple) else [given]:
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be a whole number >= 1")
     for name in ("hours", "tokens_per_node"):
@@ -295,17 +308,8 @@ def _seconds(text: str) -> float:
     raise ConfigError(f"{text!r} is not a time such as 30s, 5min, 12h or 30d")
 
 
-def _assumptions(settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """The cost models that were used, each once."""
-    profiles: dict[str, Costs] = {s.costs.name: s.costs for s in settings}
-    return [
-        {"profile": name, "source": costs.source, "figures": costs.assumptions()}
-        for name, costs in profiles.items()
-    ]
-
-
 def _print(
-    settings: Sequence[Setting],
+    assumed: list[dict[str, Any]],
     rows: Sequence[Row],
     claims: list[dict[str, Any]],
     *,
@@ -316,9 +320,15 @@ def _print(
         print("\n".join(findings.findings(rows, price=price)))
     for claim in claims:
         mark = "reached" if claim["reached"] else f"SHORT: {claim['why_short']}"
+        ours = "without bound" if claim["ours"] is None else claim["ours"]
         print(f"published {claim['part']}: {claim['what']} {claim['published']} | ours "
-              f"{claim['ours']}  {mark}")  # fmt: skip
-    for profile in _assumptions(settings):
+              f"{ours}  {mark}")  # fmt: skip
+    for profile in assumed:
         print(f"\ncost model {profile['profile']} ({profile['source']}):", file=sys.stdout)
         for item in profile["figures"]:
             print(f"  {item['name']:24} {item['value']!s:>14} {item['unit']:10} {item['why']}")
+        for setting in profile["settings"]:
+            print(f"  {setting_line(setting)}")
+        named = [item for setting in profile["settings"] for item in setting["policies"].items()]
+        for name, figures in {name: p["costs"] for name, p in named if p.get("costs")}.items():
+            print(f"  {name}: " + ", ".join(f"{k} {v:g}" for k, v in figures.items()))

@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.control.messages import Body, Hello, Paused
 from lazarus.control.state import Control, ControlConfig
 from lazarus.simulate import bodies
-from lazarus.simulate.rows import Setting
-from placement import PlacementPolicy
+from lazarus.simulate.rows import FleetPolicy, Setting
 
 FOREVER_S = 1e15
 
@@ -59,23 +57,23 @@ def with_time(state: Control, *, now_s: float) -> Control:
 
 
 def control_config(
-    setting: Setting, *, nodes: int, start_step: int, placement: PlacementPolicy, slots: int,
-    floor: int, recovery: RecoveryDecider | None = None,
-) -> ControlConfig:  # fmt: skip
+    setting: Setting, policy: FleetPolicy, *, nodes: int, start_step: int
+) -> ControlConfig:
     """What the controller of a simulated run is configured with."""
+    slots = policy.slots_per_node or setting.slots_per_node
     return ControlConfig(
         steps=1 << 60,
         nodes=nodes,
         min_nodes=max(1, -(-setting.shape.experts // slots)),
-        min_replicas=floor,
+        min_replicas=policy.min_replicas or setting.min_replicas,
         slots_per_node=slots,
         tolerated_stall_s=10.0,
         join_debounce_s=setting.join_debounce_s,
         quorum_timeout_s=FOREVER_S,
         final_checkpoint=False,
         version=bodies.VERSION,
-        placement=placement,
-        recovery=recovery,
+        placement=policy.placement,
+        recovery=policy.recovery,
         plan_text=lambda plan: (
             plan.digest
         ),  # nobody here reads it; the text of a large plan is long

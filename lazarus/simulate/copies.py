@@ -6,6 +6,7 @@ Shapes: L placed layers, E experts.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.checkpoint.schedule import ScheduleConfig, ScheduleState, select_experts
@@ -31,6 +32,7 @@ class CopyBook:
         self._stored_count = np.zeros(shape)
         self._unsaved = [[0] * config.num_experts for _ in range(config.num_layers)]
         self.full_step = 0  # newest checkpoint on storage from which everything can resume
+        self._start = self._storage()  # what the run as it is now started from
 
     def committed(
         self, first: int, last: int, plan: Plan, *, generation: int, routed_LE: Floats,
@@ -107,6 +109,32 @@ class CopyBook:
         point = StoredCheckpoint(generation=newest, step=self.full_step, is_full=False)
         return stored, (point,)
 
-    def forget_memory(self) -> None:
-        """Every node is gone, and with them what their memory held."""
+    def go_back(self, step: int, *, routed_LE: Floats) -> None:
+        """All state is that of a checkpoint, the newest or the start; newer copies are void.
+
+        Args:
+            routed_LE: Copies routed up to ``step``.
+        """
+        if step < self.full_step:
+            self.full_step, self._stored, self._stored_in, self._stored_count = self._start
+            self._start = self._storage()
+        if not self.full_step:
+            self._state = ScheduleState.initial(self.config)  # the next checkpoint is a full one
+        self._nodes[:, self._snapped > step] = -1
+        # No copy is ahead of the state that it was taken from, whatever rounding says.
+        self._stored_count = np.minimum(self._stored_count, routed_LE)
+        self._snapped_count = np.minimum(self._snapped_count, routed_LE)
+
+    def counts_on_storage(self) -> list[list[int]]:
+        """Routed copies in the newest version of each expert on storage, [L][E]."""
+        counts: list[list[int]] = self._stored_count.astype(np.int64).tolist()
+        return counts
+
+    def start_from_storage(self) -> None:
+        """Every node is gone, and with them what their memory held; a run starts from the rest."""
         self._nodes[:] = -1
+        self._start = self._storage()
+
+    def _storage(self) -> tuple[int, NDArray[np.int64], NDArray[np.int64], Floats]:
+        copied = (self._stored.copy(), self._stored_in.copy(), self._stored_count.copy())
+        return (self.full_step, *copied)

@@ -146,5 +146,5 @@ def live_after(fleet: Sequence[str], events: Sequence[FleetEvent], at_s: float) 
 
 def by_number(name: str) -> tuple[int, str]:
     """Sorts names in join order."""
-    digits = "".join(c for c in name if c.isdigit())
+    digits = "".join(c for c in name if c in "0123456789")[:18]
     return (int(digits) if digits else 0, name)

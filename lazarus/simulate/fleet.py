@@ -37,7 +37,7 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
-from lazarus.control.state import Control, ControlConfig, Phase
+from lazarus.control.state import Control, ControlConfig, Phase, Transition
 from lazarus.control.transition import workers_of
 from lazarus.simulate import bodies
 from lazarus.simulate.answers import control_config, with_early, with_nodes, with_time
@@ -54,21 +54,19 @@ class VirtualRun:
     def __init__(
         self, setting: Setting, *, policy: FleetPolicy, seed: int, exact: bool = False,
         on_event: Callable[[dict[str, Any]], None] | None = None,
+        on_clock: Callable[[float], None] | None = None,
     ) -> None:  # fmt: skip
         costs = setting.costs.changed(policy.overrides or {})
         self._setting, self._policy, self._seed = replace(setting, costs=costs), policy, seed
-        self._exact, self._on_event = exact, on_event
-        self._costs = costs
+        self._exact, self._costs, self._on_event, self._on_clock = exact, costs, on_event, on_clock
         self._heap: list[tuple[float, int, str, Any]] = []
-        self._serial = 0
-        self._now = 0.0
+        self._serial, self._now = 0, 0.0
         self._start_s = 0.0  # when the first generation resumed
         self._live: set[str] = set()  # nodes
         self._dead: set[str] = set()  # workers of nodes that are gone
         self._told: set[tuple[type[Body], int]] = set()
         self._down_s: float | None = None
-        self._why = ""
-        self._over = False
+        self._why, self._over = "", False
         self.tally = Tally()
         self.training = Training(self._setting, self.tally)
         self.state = Control(config=self._config(setting.num_nodes, start_step=0))
@@ -99,6 +97,8 @@ class VirtualRun:
             if (done_s := self.training.done_at()) is not None and done_s <= self._heap[0][0]:
                 break
             self._next()
+            if self._on_clock is not None:
+                self._on_clock(self._now - self._start_s)
         done_s = self.training.done_at()
         self._now = min(end_s, done_s) if done_s is not None else end_s
         self.training.progress(self._now)
@@ -114,16 +114,7 @@ class VirtualRun:
         heapq.heappush(self._heap, (at_s, self._serial, kind, payload))
 
     def _config(self, nodes: int, *, start_step: int) -> ControlConfig:
-        setting, policy = self._setting, self._policy
-        return control_config(
-            setting,
-            nodes=nodes,
-            start_step=start_step,
-            placement=policy.placement,
-            slots=policy.slots_per_node or setting.slots_per_node,
-            floor=policy.min_replicas or setting.min_replicas,
-            recovery=policy.recovery,
-        )
+        return control_config(self._setting, self._policy, nodes=nodes, start_step=start_step)
 
     # ---- the controller's shell ------------------------------------------------------------------
 
@@ -236,6 +227,9 @@ class VirtualRun:
             self._why = "waiting for nodes"
 
     def _mark_down(self, why: str) -> None:
+        if self._down_s is not None and (self._why, why) == ("planned change", "recovery"):
+            self.tally.stall(self._why, self._now - self._down_s)  # a loss cuts it short
+            self._down_s = None
         if self._down_s is None:
             self._down_s, self._why = self._now, why
 
@@ -248,14 +242,14 @@ class VirtualRun:
                 self._say(worker, answers[worker])
             return
         early = dict(answers)
-        last, body = early.popitem()
+        last = early.popitem()
         self.state = with_early(self.state, name, early)
-        self._say(last, body)
+        self._say(*last)
 
-    def _due(self, generation: int, phase: Phase) -> bool:
+    def _due(self, generation: int, phase: Phase) -> Transition | None:
         transition = self.state.transition
         current = transition is not None and transition.generation == generation
-        return current and self.state.phase is phase
+        return transition if current and self.state.phase is phase else None
 
     def _alive(self, workers: tuple[str, ...]) -> list[str]:
         """Those that can still answer; None missing means that the phase will end."""
@@ -264,21 +258,17 @@ class VirtualRun:
         return [w for w in workers if w not in self._dead]
 
     def _on_report(self, generation: int) -> None:
-        if not self._due(generation, Phase.FENCING):
+        if (transition := self._due(generation, Phase.FENCING)) is None:
             return
-        transition = self.state.transition
-        assert transition is not None
-        step = self.training.step
-        answer = Report(generation=generation, committed=step, prepared=step)
+        step, entered = self.training.step, self.training.generation
+        answer = Report(generation=generation, committed=step, prepared=step, entered=entered)
         asked = self._alive(workers_of(self.state, transition.voters + transition.joiners))
         if asked:
             self._absorb("reports", dict.fromkeys(asked, answer))
 
     def _on_align(self, generation: int) -> None:
-        if not self._due(generation, Phase.ALIGNING):
+        if (transition := self._due(generation, Phase.ALIGNING)) is None:
             return
-        transition = self.state.transition
-        assert transition is not None
         snapped = self.training.copies.snapped(alive=set(transition.voters))
         stored, known = self.training.copies.on_storage()
         self.state = replace(self.state, stored=stored, checkpoints=known)
@@ -301,16 +291,15 @@ class VirtualRun:
 
     def _on_ready(self, payload: Any) -> None:
         generation, work = payload
-        if not self._due(generation, Phase.PREPARING):
+        transition = self._due(generation, Phase.PREPARING)
+        if transition is None or transition.plan is None:
             return
-        transition = self.state.transition
-        assert transition is not None and transition.plan is not None
+        reloaded = self.training.history_at(transition.step) if transition.rollback else None
         answer = Ready(
-            generation=generation,
-            plan_digest=transition.plan.digest,
-            groups_s=work.groups_s,
-            transfer_s=work.transfer_s,
-        )
+            generation=generation, plan_digest=transition.plan.digest,
+            groups_s=work.groups_s, transfer_s=work.transfer_s,
+            history=b"" if reloaded is None else reloaded.astype("<f8").tobytes(),
+        )  # fmt: skip
         self.training.prepared(work)
         asked = self._alive(tuple(seat.worker for seat in transition.feeders))
         if asked:
@@ -318,6 +307,9 @@ class VirtualRun:
 
     def _resumed(self, generation: int) -> None:
         whole = len(self._alive(self.state.seats)) == len(self.state.seats)
+        if self.state.rolled == (generation, self.state.step):
+            ledger = self.training.go_back(self.state.step, self.state.plt)
+            self.state = replace(self.state, plt=ledger)
         assert self.state.plan is not None
         self.training.resume(
             self._now, plan=self.state.plan, seats=self.state.seats, step=self.state.step,
@@ -357,9 +349,8 @@ class VirtualRun:
         """The controller hears of the commits up to ``step``; quiet ones are entered at once."""
         first = self.state.step + 1
         if not self._exact and step > first:
-            history = self.training.history
             self.state = replace(
-                self.state, step=step - 1, base_plan=self.state.plan, history=history
+                self.state, step=step - 1, base_plan=self.state.plan, history=self.training.history
             )
             first = step
         for number in range(first, step + 1):
@@ -398,10 +389,9 @@ class VirtualRun:
             self._over = True
             return
         self.tally.restarts += 1
-        step = self.training.roll_back()
+        ledger = self.training.start_again(self.state.plt)
         self._told.clear()
-        self.state = Control(
-            config=self._config(len(self._live), start_step=step), started_s=self._now
-        )
+        config = self._config(len(self._live), start_step=self.training.step)
+        self.state = Control(config=config, started_s=self._now, plt=ledger)
         for key in sorted(self._live, key=by_number):
             self._say(f"{key}.0", bodies.hello(key))

@@ -37,6 +37,7 @@ class LoadTrace:
 
     steps: Counts
     counts: Counts
+    name: str = ""  # where it comes from
 
     def at(self, step: int) -> Floats:
         """Part of its layer's copies that each expert gets at a step, float64 [L, E].
@@ -96,7 +97,7 @@ def load_loads(path: str | Path) -> LoadTrace:
         raise ConfigError(f"{place}: {name} has shape {counts.shape}; wanted counts >= 0 [T, L, E]")
     if counts.dtype.kind == "f" and (counts != np.rint(counts)).any():
         counts = np.rint(counts * (_FINE / counts.max()))
-    return LoadTrace(steps=steps.astype(np.int64), counts=counts.astype(np.int64))
+    return LoadTrace(steps=steps.astype(np.int64), counts=counts.astype(np.int64), name=str(path))
 
 
 def _arrays_of(place: Path) -> tuple[str, NDArray[Any], NDArray[Any]]:
@@ -180,18 +181,19 @@ def journals_of(run_dir: str | Path) -> list[Path]:
 
 def uniform_load(num_layers: int, num_experts: int) -> LoadTrace:
     """Every expert alike."""
-    return _constant(np.ones((num_layers, num_experts)))
+    return _constant(np.ones((num_layers, num_experts)), name="uniform")
 
 
 def zipf_load(num_layers: int, num_experts: int, exponent: float) -> LoadTrace:
     """Expert ranks weigh rank**-exponent; which expert is hot turns by one from layer to layer."""
     row = np.arange(1, num_experts + 1, dtype=np.float64) ** -exponent
-    return _constant(np.stack([np.roll(row, layer) for layer in range(num_layers)]))
+    turned = np.stack([np.roll(row, layer) for layer in range(num_layers)])
+    return _constant(turned, name=f"zipf:{exponent:g}")
 
 
-def _constant(share_LE: Floats) -> LoadTrace:
+def _constant(share_LE: Floats, *, name: str) -> LoadTrace:
     counts = np.rint(share_LE / share_LE.sum(1, keepdims=True) * 1e6).astype(np.int64)
-    return LoadTrace(steps=np.array([0], dtype=np.int64), counts=counts[None])
+    return LoadTrace(steps=np.array([0], dtype=np.int64), counts=counts[None], name=name)
 
 
 def fitted(trace: LoadTrace, *, num_layers: int, num_experts: int) -> LoadTrace:
@@ -208,4 +210,4 @@ def fitted(trace: LoadTrace, *, num_layers: int, num_experts: int) -> LoadTrace:
     elif num_experts > experts:
         parts = -(-num_experts // experts)
         counts = np.repeat(counts, parts, axis=2)[:, :, :num_experts] // parts
-    return LoadTrace(steps=trace.steps, counts=counts)
+    return LoadTrace(steps=trace.steps, counts=counts, name=trace.name)

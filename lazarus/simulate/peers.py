@@ -9,6 +9,9 @@ They hold each expert once per group of ``group`` nodes and use as many whole gr
 * ``peer-memory``: every step is copied to a peer's host memory; after a loss a spare node takes
   over and at most two steps are done again; without a spare it shrinks by a group.
 
+A loss within a restart or a reconfiguration starts it afresh at once. One within a checkpoint is
+noticed after it: nothing is exchanged that could time out.
+
 Source: the Lazarus paper's baselines; Gemini and MoEvement for ``peer-memory``.
 """
 
@@ -18,12 +21,13 @@ from dataclasses import dataclass, replace
 
 from lazarus.simulate.costs import grouped_step
 from lazarus.simulate.faults import fleet_of
+from lazarus.simulate.past import Past, Stretch
 from lazarus.simulate.rows import Row, Setting, Tally
 from lazarus.simulate.traces import FleetEvent
 
 KINDS = ("ds", "ds-ft", "peer-memory")
-_REDONE_STEPS = 2  # peer memory: the step under way and the one being copied
-_MEMORY_OVERHEAD = 0.02  # of a step, for copying it to a peer
+REDONE_STEPS = 2  # peer memory: the step under way and the one being copied
+MEMORY_OVERHEAD = 0.02  # of a step, for copying it to a peer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,16 @@ class PeerPolicy:
     name: str
     kind: str
     spares: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pause:
+    """Time without training; ``saved`` of a checkpoint: the one that stood before it."""
+
+    why: str
+    start_s: float
+    end_s: float
+    saved: int | None = None
 
 
 class PeerRun:
@@ -50,6 +64,10 @@ class PeerRun:
         self._step_s = 0.0
         self._tokens = 0.0
         self._part_s = 0.0  # of the step under way
+        self._past = Past()
+        self._pauses: list[_Pause] = []  # since the last step
+        self._recovery = (0.0, 0.0)  # the last one: from, until
+        self._resumed = 0  # the step that the last recovery went on from
         self._full = policy.kind == "peer-memory"
         every = {"ds": setting.full_checkpoint_every, "ds-ft": setting.ft_checkpoint_every}
         self._every = every.get(policy.kind, setting.ft_checkpoint_every)
@@ -106,7 +124,7 @@ class PeerRun:
 
     # ---- training --------------------------------------------------------------------------------
 
-    def _form(self) -> None:
+    def _chosen(self) -> tuple[str, ...]:
         """Whole groups of the nodes that are there, spares aside."""
         usable = len(self._live)
         if self._policy.kind == "peer-memory":
@@ -114,7 +132,10 @@ class PeerRun:
         count = usable // self._group * self._group
         kept = [n for n in self._active if n in self._live]
         fresh = [n for n in self._live if n not in kept]
-        self._active = tuple((kept + fresh)[:count])
+        return tuple((kept + fresh)[:count])
+
+    def _form(self) -> None:
+        self._active = self._chosen()
         self._renew_step()
 
     def _renew_step(self) -> None:
@@ -133,7 +154,7 @@ class PeerRun:
             tokens=self._tokens,
         ).total
         if self._full:
-            self._step_s *= 1 + _MEMORY_OVERHEAD
+            self._step_s *= 1 + MEMORY_OVERHEAD
 
     def _train_until(self, end_s: float) -> None:
         """Steps, and a checkpoint after every ``_every`` of them, until a moment."""
@@ -153,6 +174,11 @@ class PeerRun:
             if count == 0:
                 self._part_s, self._now = budget, end_s
                 return
+            self._pauses.clear()
+            stretch = Stretch(
+                first=self._step, last=self._step + count, step_s=self._step_s, tokens=self._tokens
+            )
+            self._past.went_on(stretch)
             self._step += count
             self.tally.steps += count
             self.tally.tokens += count * self._tokens
@@ -165,9 +191,8 @@ class PeerRun:
                 self._renew_step()
 
     def _save(self, save_s: float) -> None:
+        self._pause("checkpoint", save_s, saved=self._saved)
         self._saved = self._step
-        self.tally.stall("checkpoint", save_s)
-        self._now += save_s
 
     # ---- changes ---------------------------------------------------------------------------------
 
@@ -177,23 +202,42 @@ class PeerRun:
         hit = [n for n in gone if n in positions]
         self._live = [n for n in self._live if n not in gone]
         self.tally.losses += len(gone)
-        self._part_s = 0.0
         if not hit:
             return  # a spare; nobody notices
         held = {positions[n] for n in self._active if n in self._live}
         whole = held == set(range(self._group))
-        before = max(self._now, event.at_s)
+        since_s, until_s = self._recovery
+        again = event.at_s < until_s
+        self._cut(event.at_s)
+        self._part_s = 0.0
+        before = since_s if again else max(self._now, event.at_s)
         if self._policy.kind == "ds-ft" and whole:
             self._pause("reconfigure", self._costs.peer_reconfigure_s)
             self._form()
         elif self._full and (whole or self._spare()):
-            self._roll_back(max(self._saved, self._step - _REDONE_STEPS))
+            self._roll_back(max(self._saved, self._resumed, self._step - REDONE_STEPS))
             moved = self._shape.total_bytes / max(1, self._group) / self._costs.net_bytes_per_s
             self._pause("restart", self._costs.peer_detect_s + self._costs.peer_restart_s + moved)
             self._form()
         else:
             self._restart()
+        if again:
+            self.tally.recovery_s.pop()
         self.tally.recovery_s.append(self._now - before)
+        self._recovery, self._resumed = (before, self._now), self._step
+
+    def _cut(self, at_s: float) -> None:
+        """A loss ends what was to follow it; a checkpoint that has begun is written first."""
+        while self._pauses and self._pauses[-1].end_s > at_s:
+            pause = self._pauses[-1]
+            if pause.saved is not None and pause.start_s < at_s:
+                self._now = pause.end_s
+                return
+            if pause.saved is not None:
+                self._saved = pause.saved
+            self.tally.stall(pause.why, max(pause.start_s, at_s) - pause.end_s)
+            self._now = max(pause.start_s, at_s)
+            self._pauses.pop()
 
     def _spare(self) -> bool:
         return len(self._live) >= len(self._active)
@@ -216,25 +260,21 @@ class PeerRun:
         return groups * experts + len(self._active) * self._shape.dense_bytes
 
     def _roll_back(self, step: int) -> None:
-        lost = self._step - step
-        self.tally.steps -= lost
-        self.tally.tokens -= lost * self._tokens
-        self.tally.steps_lost += lost
-        self.tally.productive_s -= lost * self._step_s
-        self.tally.stall("lost steps", lost * self._step_s)
+        self.tally.undo(self._past.back_to(step))
         self._step = step
 
-    def _pause(self, why: str, seconds: float) -> None:
+    def _pause(self, why: str, seconds: float, *, saved: int | None = None) -> None:
         self.tally.stall(why, seconds)
-        self._now += seconds
+        end_s = self._now + seconds
+        self._pauses.append(_Pause(why=why, start_s=self._now, end_s=end_s, saved=saved))
+        self._now = end_s
 
     def _joined(self, nodes: list[str]) -> None:
-        """Newcomers are taken in if they make another group."""
+        """Newcomers are taken in if they make another group; else they are spares."""
         self._live += [n for n in nodes if n not in self._live]
         self.tally.joins += len(nodes)
         before = len(self._active)
-        usable = len(self._live) // self._group * self._group
-        if usable <= before:
+        if len(self._chosen()) <= before:
             return
         self._part_s = 0.0
         if self._policy.kind == "ds-ft" and before:

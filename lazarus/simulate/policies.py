@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -170,11 +170,14 @@ def with_recovery(policy: Policy, path: str | None) -> Policy:
     return replace(policy, name=f"{policy.name}+{path}", recovery=checked)
 
 
-def run_one(setting: Setting, policy: Policy, *, seed: int) -> Row:
-    """One policy under one seed."""
+def run_one(
+    setting: Setting, policy: Policy, *, seed: int,
+    on_clock: Callable[[float], None] | None = None,
+) -> Row:  # fmt: skip
+    """One policy under one seed; ``on_clock`` hears the virtual seconds of a long run."""
     if isinstance(policy, PeerPolicy):
         return PeerRun(setting, policy=policy, seed=seed).run()
-    return VirtualRun(setting, policy=policy, seed=seed).run()
+    return VirtualRun(setting, policy=policy, seed=seed, on_clock=on_clock).run()
 
 
 def simulate(

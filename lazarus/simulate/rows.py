@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from lazarus.control.state import ControlConfig
 from lazarus.simulate.costs import Costs
 from lazarus.simulate.faults import FaultSource, node_hours
 from lazarus.simulate.loads import LoadTrace
+from lazarus.simulate.past import Stretch
 from lazarus.simulate.shapes import Shape
 from lazarus.version import __version__
 from placement import PlacementPolicy, replan
@@ -116,6 +117,7 @@ class Row:
     node_hours: float  # of all nodes, while they were there
     version: str = __version__
     decided_by: str = "lazarus.control"
+    profile: str = ""  # cost model; its figures are beside the rows
     recovery_s: tuple[float, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,6 +145,16 @@ class Tally:
 
     def stall(self, name: str, seconds: float) -> None:
         self.stall_s[name] = self.stall_s.get(name, 0.0) + seconds
+
+    def undo(self, stretches: Sequence[Stretch]) -> None:
+        """Committed steps are void and will be done again."""
+        for stretch in stretches:
+            lost = stretch.last - stretch.first
+            self.steps -= lost
+            self.steps_lost += lost
+            self.tokens -= lost * stretch.tokens
+            self.productive_s -= lost * stretch.step_s
+            self.stall("lost steps", lost * stretch.step_s)
 
     def row(
         self, setting: Setting, *, policy: str, seed: int, wall_s: float, nodes: int,
@@ -187,5 +199,6 @@ class Tally:
                 setting.faults, num_nodes=setting.num_nodes, length_s=wall_s, seed=seed
             ),
             decided_by=decided_by,
+            profile=setting.costs.name,
             recovery_s=tuple(waits),
         )

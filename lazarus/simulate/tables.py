@@ -172,3 +172,6 @@ def pec(files: Files) -> Table:
 TABLES: Mapping[str, Callable[[Files], Table]] = MappingProxyType(
     {"multi-node": multi_node, "skew": skew, "pec": pec}
 )
+TABLE_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"multi-node": ("load",), "skew": (), "pec": ()}
+)

@@ -2,7 +2,7 @@
 
 Meaning of what is odd but harmless: adding a node that is there and removing one that is not are
 counted and left out (real traces hold both). What cannot be read, and time that goes backwards,
-is an error with file and line.
+is an error with file and line. Time starts when the first node is added, whatever the clock said.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_PROBLEMS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetEvent:
-    """Nodes that come or go at one moment; ``at_s`` counts from the start of the trace."""
+    """Nodes that come or go at one moment; ``at_s`` counts from the first node's coming."""
 
     at_s: float
     kind: str  # "add" or "remove"
@@ -73,7 +73,7 @@ def read_trace(path: str | Path, *, time_scale: float = 1.0) -> FleetTrace:
 def parse_trace(lines: Iterable[str], *, name: str, time_scale: float = 1.0) -> FleetTrace:
     """See ``read_trace``."""
     problems: list[Problem] = []
-    found: list[tuple[int, FleetEvent]] = []
+    found: list[tuple[float, str, tuple[str, ...]]] = []
     last_ms = 0.0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -89,12 +89,20 @@ def parse_trace(lines: Iterable[str], *, name: str, time_scale: float = 1.0) -> 
             continue
         last_ms = ms
         if nodes:
-            found.append((number, FleetEvent(at_s=ms / 1e3 * time_scale, kind=kind, nodes=nodes)))
+            found.append((ms, kind, nodes))
     if problems:
         raise ConfigError(problems)
     if not found:
         raise ConfigError(f"{name}: holds no event; wanted lines such as 60000,remove,node3")
-    return _cleaned(name, [event for _, event in found])
+    first_ms = next((ms for ms, kind, _ in found if kind == "add"), None)
+    if first_ms is None:
+        raise ConfigError(f"{name}: adds no node; wanted lines such as 0,add,node3 first")
+    events = [
+        FleetEvent(at_s=(ms - first_ms) / 1e3 * time_scale, kind=kind, nodes=nodes)
+        for ms, kind, nodes in found
+        if ms >= first_ms
+    ]
+    return _cleaned(name, events, unknown=sum(len(n) for ms, _, n in found if ms < first_ms))
 
 
 def _csv_line(line: str) -> tuple[float, str, tuple[str, ...]]:
@@ -126,17 +134,17 @@ def _json_line(line: str) -> tuple[float, str, tuple[str, ...]]:
 def _milliseconds(value: object) -> float:
     try:
         ms = float(value) if isinstance(value, str | int | float) else float("nan")
-    except ValueError:
+    except (ValueError, OverflowError):
         ms = float("nan")
     if isinstance(value, bool) or not 0 <= ms < 1e15:
-        raise ValueError(f"{value!r} is not a time in milliseconds")
+        raise ValueError(f"{repr(value)[:60]} is not a time in milliseconds")
     return ms
 
 
-def _cleaned(name: str, events: list[FleetEvent]) -> FleetTrace:
+def _cleaned(name: str, events: list[FleetEvent], *, unknown: int) -> FleetTrace:
     """Events of one moment and kind together; what changes nothing is counted and left out."""
     live: set[str] = set()
-    unknown = repeated = 0
+    repeated = 0
     merged: list[FleetEvent] = []
     for event in events:
         adding = event.kind == "add"

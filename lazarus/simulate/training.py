@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.recovery import Source
 from lazarus.checkpoint.schedule import ScheduleConfig
 from lazarus.control.messages import Held, Prepare
@@ -15,6 +16,7 @@ from lazarus.simulate.bodies import holdings
 from lazarus.simulate.copies import CopyBook
 from lazarus.simulate.costs import replicated_step
 from lazarus.simulate.loads import Floats
+from lazarus.simulate.past import Past, Stretch
 from lazarus.simulate.rows import Setting, Tally
 from placement import Plan
 
@@ -50,10 +52,12 @@ class Training:
         self.step_s = 0.0
         self.first_step_s = 0.0
         self.held: dict[str, tuple[Held, ...]] = {}
-        self.copies = CopyBook(_schedule(setting, self._layers))
+        self.copies = CopyBook(schedule_of(setting, self._layers))
         self.generation = 0
-        self.history = np.zeros((3, self._layers, setting.shape.experts))
-        self.history[0] = self.load()
+        self._past = Past()
+        self._first_history = np.zeros((3, self._layers, setting.shape.experts))
+        self._first_history[0] = self.load()
+        self.history = self._first_history
 
     @property
     def running(self) -> bool:
@@ -62,8 +66,24 @@ class Training:
 
     def load(self) -> Floats:
         """Part of each layer's copies that every expert gets now, [placed layers, E]."""
-        shares: Floats = self._setting.load.at(self._setting.loads_step + self.step)
+        return self._load_at(self.step)
+
+    def _load_at(self, step: int) -> Floats:
+        shares: Floats = self._setting.load.at(self._setting.loads_step + step)
         return shares[: self._layers]
+
+    def _rate_at(self, step: int) -> Floats:
+        """Copies that a step routes to each expert."""
+        return self._load_at(step) * self._setting.tokens_per_step * self._shape.top_k
+
+    def history_at(self, step: int) -> Floats:
+        """The load history as it was at an earlier step of the present past, [3, L, E]."""
+        history = self._first_history
+        for stretch in self._past.stretches:
+            if stretch.first < step:
+                count = min(stretch.last, step) - stretch.first
+                history = _advanced(history, self._rate_at(stretch.first), count)
+        return history
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -77,11 +97,13 @@ class Training:
         if count <= 0:
             return
         assert self._plan is not None
-        rate = self.load() * self._setting.tokens_per_step * self._shape.top_k
-        fade = HISTORY_DECAY**count
-        self.history = np.stack(
-            [self.history[0] * fade + rate * (1 - fade), self.history[1] + count * rate, rate]
-        )
+        rate = self._rate_at(self.step)
+        self.history = _advanced(self.history, rate, count)
+        stretch = Stretch(
+            first=self.step, last=self.step + count, step_s=self.step_s,
+            tokens=self._setting.tokens_per_step,
+        )  # fmt: skip
+        self._past.went_on(stretch)
         self.copies.committed(
             self.step + 1,
             self.step + count,
@@ -169,7 +191,9 @@ class Training:
         remembered = sum(name.endswith("_snapshot") for name in restores) * record
         restore_s = self._costs.checkpoint_s(stored)
         restore_s += remembered / self._costs.net_bytes_per_s
-        fixed = self._costs.transfer_fixed_s if moved or restores else 0.0
+        if order.reload and order.reload != "init":  # a rollback: all of the checkpoint
+            restore_s += self._costs.checkpoint_s(self._shape.total_bytes)
+        fixed = self._costs.transfer_fixed_s if moved or restores or order.reload else 0.0
         return Work(
             groups_s=self._costs.grouping_s(len(order.seats)),
             transfer_s=fixed + busiest / self._costs.net_bytes_per_s + restore_s,
@@ -188,22 +212,43 @@ class Training:
         """The controller says what a restored expert lacks; all alike layers count."""
         self._tally.lost_copies += lost_copies * self._scale
 
-    def roll_back(self) -> int:
+    def go_back(self, step: int, ledger: PltLedger) -> PltLedger:
+        """All state is that of a checkpoint again, with experts that were last saved before it.
+
+        Args:
+            ledger: What restores have cost so far; the answer adds what the checkpoint lacks.
+        """
+        self.history = self.history_at(step)
+        self._tally.undo(self._past.back_to(step))
+        self.step, self._since, self.held = step, None, {}
+        self.copies.go_back(step, routed_LE=self.history[1])
+        routed = self.history[1].astype(np.int64).tolist()
+        ledger = ledger.rolled_back(routed)
+        for layer, saved in enumerate(self.copies.counts_on_storage()):
+            for expert, count in enumerate(saved):
+                if count < (now := routed[layer][expert]):
+                    ledger, _ = ledger.restored(
+                        layer=layer, expert=expert, version_routed=count, routed=now
+                    )
+        self._tally.lost_copies = sum(ledger.lost_by_expert().values()) * self._scale
+        return ledger
+
+    def start_again(self, ledger: PltLedger) -> PltLedger:
         """Everything is gone: back to the newest checkpoint on storage."""
-        lost = self.step - self.copies.full_step
-        self._tally.steps -= lost
-        self._tally.tokens -= lost * self._setting.tokens_per_step
-        self._tally.steps_lost += lost
-        self._tally.productive_s -= lost * self.step_s
-        self._tally.stall("lost steps", lost * self.step_s)
-        self.step, self._since, self.held = self.copies.full_step, None, {}
-        rate = self.load() * self._setting.tokens_per_step * self._shape.top_k
-        self.history[1] = np.maximum(0.0, self.history[1] - lost * rate)
-        self.copies.forget_memory()
-        return self.step
+        ledger = self.go_back(self.copies.full_step, ledger)
+        self.copies.start_from_storage()
+        return ledger
 
 
-def _schedule(setting: Setting, layers: int) -> ScheduleConfig:
+def _advanced(history: Floats, rate_LE: Floats, count: int) -> Floats:
+    """The load history after so many more steps at one rate."""
+    fade = HISTORY_DECAY**count
+    recent = history[0] * fade + rate_LE * (1 - fade)
+    return np.stack([recent, history[1] + count * rate_LE, rate_LE])
+
+
+def schedule_of(setting: Setting, layers: int) -> ScheduleConfig:
+    """What a run of this setting saves when."""
     experts = setting.shape.experts
     k_persist = setting.k_persist or max(1, experts // 8)
     every = max(1, setting.checkpoint_every // 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lazarus.recovery import Answer, ClusterView, ExpertLoss, Hold, Stop
+from lazarus.recovery import Answer, ClusterView, ExpertLoss, Hold, Rollback, Stop
 from placement import PlacementRequest, Plan, replan
 
 
@@ -37,3 +37,17 @@ class Patient(Oldest):
         return (
             Hold(for_s=60.0) if view.waited_s < 60 else super().__call__(losses, view, now_s=now_s)
         )
+
+
+class FromTheStart:
+    """All state back to the start of the run."""
+
+    def __call__(self, losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
+        return Rollback(step=view.start_step)
+
+
+class ToTheNewest:
+    """All state back to the newest checkpoint there is."""
+
+    def __call__(self, losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
+        return Rollback(step=max([view.start_step, *(c.step for c in view.checkpoints)]))

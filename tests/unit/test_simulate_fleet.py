@@ -116,6 +116,17 @@ def test_newcomers_join_at_a_step_boundary() -> None:
     assert "planned change" in row.stall_s
 
 
+def test_a_loss_during_a_planned_change_is_a_recovery() -> None:
+    join = (200.0, "add", ("x1", "x2"))
+    calm, _ = fleet(setting(faults=lose(join)))
+    assert calm.recoveries == 0 and calm.nodes_at_end == 12
+    for exact in (False, True):
+        row, _ = fleet(setting(faults=lose(join, (235.0, "remove", ("n3",)))), exact=exact)
+        assert row.recoveries == 1 and row.recovery_worst_s > 0
+        assert row.stall_s["recovery"] == pytest.approx(row.recovery_worst_s, abs=1e-5)
+        assert row.stall_s["planned change"] > calm.stall_s["planned change"]  # begun twice
+
+
 def test_a_newcomer_that_is_gone_before_it_is_up_never_joins() -> None:
     faults = lose((200.0, "add", ("x1",)), (210.0, "remove", ("x1",)))
     row, events = fleet(setting(faults=faults))

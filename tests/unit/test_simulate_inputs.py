@@ -27,6 +27,7 @@ from lazarus.simulate.loads import (
     uniform_load,
     zipf_load,
 )
+from lazarus.simulate.policies import PAPER_COSTS
 from lazarus.simulate.shapes import SHAPES
 from lazarus.simulate.traces import parse_trace, read_trace, segment
 from placement import PlacementRequest, plan
@@ -54,6 +55,9 @@ def test_both_forms_of_a_trace_say_the_same() -> None:
         ("[" * 100_000, "nested too deeply"),
         ('[1,"add",{"nodes":"a"}]', "is not"),
         ('[1,"add",{"nodes":[3]}]', "nodes must be names"),
+        ("[" + "9" * 400 + ',"add",{"nodes":["a"]}]', "not a time"),
+        ("[" + "9" * 5000 + ',"add",{"nodes":["a"]}]', "4300 digits"),
+        ("9" * 5000 + ",add,a", "not a time"),
         ("500,add,c", "time goes backwards: 500 ms after 1000 ms"),
     ],
 )
@@ -67,6 +71,30 @@ def test_unknown_removals_and_repeated_adds_are_counted_and_mean_nothing() -> No
     trace = parse_trace(["0,add,a", "1,remove,zz", "2,add,a", "3,remove,a"], name="x")
     assert (trace.unknown_removals, trace.repeated_adds) == (1, 1)
     assert [e.kind for e in trace.events] == ["add", "remove"]
+
+
+def test_time_starts_when_the_first_node_is_added() -> None:
+    wanted = parse_trace(["0,add,a", "0,add,b", "5000,remove,a"], name="x")
+    epoch = 1_700_000_000_000
+    lines = [f"{epoch},add,a", f"{epoch},add,b", f"{epoch + 5000},remove,a"]
+    assert parse_trace(lines, name="x") == wanted
+    rows = ['[0,"no-op",{"nodes":[]}]', '[900,"remove",{"nodes":["z"]}]',
+            '[1000,"add",{"nodes":["a","b"]}]', '[6000,"remove",{"nodes":["a"]}]']  # fmt: skip
+    late = parse_trace(rows, name="x")
+    assert (late.events, late.unknown_removals) == (wanted.events, 1)
+    with pytest.raises(ConfigError, match="x: adds no node"):
+        parse_trace(["0,remove,a"], name="x")
+
+
+def test_a_trace_by_the_clock_of_the_day_is_simulated(tmp_path: Path, capsys: Any) -> None:
+    trace = tmp_path / "epoch.csv"
+    lines = [f"1700000000000,add,n{name}" for name in ("1", "\u00b2", "9" * 5000)]
+    trace.write_text("\n".join([*lines, "1700000600000,remove,n1"]))
+    argv = ["simulate", "--trace", str(trace), "--slots", "16", "--hours", "0.5", "--layers", "1",
+            "--policies", "lazarus", "--json"]  # fmt: skip
+    assert main(argv) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["num_nodes"], row["losses"]) == (3, 1) and row["steps"] > 0
 
 
 def test_an_empty_trace_and_a_missing_file_are_errors(tmp_path: Path) -> None:
@@ -100,6 +128,10 @@ def test_the_public_traces_are_read() -> None:
     bamboo = read_trace(SPOT / "bamboo-p3-trace.csv")
     assert sum(len(e.nodes) for e in bamboo.events if e.kind == "remove") == 167
     assert read_trace(SPOT / "parcae-hl_15_25.txt", time_scale=0.5).length_s <= 1800
+    for name in ("bamboo-p3-trace.csv", "parcae-hl_15_25.txt"):
+        trace = read_trace(SPOT / name)
+        first = (SPOT / name).read_text().splitlines()[0].lstrip("[").split(",")[0]
+        assert float(first) == trace.events[0].at_s == 0.0
 
 
 def test_loads_are_written_and_read_back(tmp_path: Path) -> None:
@@ -300,6 +332,25 @@ def test_bad_input_is_one_line_and_exit_code_2(wrong: list[str], capsys: Any) ->
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_every_assumption_stands_beside_the_rows(capsys: Any) -> None:
+    base = ["simulate", "--nodes", "6", "--hours", "0.2", "--mtbf", "1h", "--layers", "1",
+            "--group", "3", "--policies", "lazarus-slow,peer-memory"]  # fmt: skip
+    assert main([*base, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {row["profile"] for row in answer["rows"]} == {"h200-8x400g"}
+    (model,) = answer["assumptions"]
+    (used,) = model["settings"]
+    assert (used["group"], used["load"]["name"], used["join_debounce_s"]) == (3, "zipf:0.5", 2.0)
+    assert used["checkpoint_every"] == used["ft_checkpoint_every"] == 250
+    assert used["full_checkpoint_every"] == 50 and used["faults"]["node_mtbf_s"] == 3600
+    assert used["policies"]["lazarus-slow"]["costs"] == PAPER_COSTS
+    assert used["policies"]["peer-memory"]["spares"] == 1
+    assert main(base) == 0
+    said = capsys.readouterr().out
+    assert "load zipf:0.5, group of 3, checkpoints every 250 steps" in said
+    assert "lazarus-slow: detect_s 15, " in said
+
+
 def test_uniform_loads_are_uniform() -> None:
     assert np.allclose(uniform_load(2, 4).at(0), 0.25)
 
@@ -317,7 +368,11 @@ def test_uniform_loads_are_uniform() -> None:
         ("--hours nan", "--hours nan must be"),
         ("--hours inf", "--hours inf must be"),
         ("--tokens-per-node nan", "--tokens-per-node nan must be"),
-        ("--zones -1", "--zones -1 must be"),
+        ("--zones -1 --zone-mtbf 1d", "--zones -1 must be"),
+        ("--zone-mtbf 1d", "--zone-mtbf 1d does nothing without --zones"),
+        ("--zones 4", "--zones 4 does nothing without --zone-mtbf"),
+        ("--zones 4 --zone-mtbf 1d --period 5min", "--zones 4 does nothing with --period"),
+        ("--slots 7 8 --memory 5", "--slots 7 8: at most 5 make sense with --memory 5 GB"),
     ],
 )
 def test_what_no_fleet_can_have_is_refused_with_its_value(
@@ -325,3 +380,37 @@ def test_what_no_fleet_can_have_is_refused_with_its_value(
 ) -> None:
     assert main(["simulate", "--shape", "gpt-s", *options.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("failure-5min --profile h200-8x400g", "--profile"),
+        ("failure-5min --nodes 16", "--nodes"),
+        ("failure-40min --min-replicas 2", "--min-replicas"),
+        ("deepseek-v3 --mtbf 12h", "--mtbf"),
+        ("deepseek-v3 --trace examples/spot.csv", "--trace"),
+        ("failure-5min --load zipf:0.5", "--load zipf:0.5"),
+        ("spot-80min --hours 24", "--hours"),
+        ("skew --seeds 2", "--seeds"),
+        ("pec --policies lazarus", "--policies"),
+        ("multi-node --plot x.html", "--plot"),
+        ("skew --load x.npz", "--load"),
+    ],
+)
+def test_options_that_a_scenario_does_not_honour_are_refused(
+    options: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *options.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {named} means nothing to {options.split()[0]}")
+
+
+def test_a_scenario_honours_policies_seeds_recovery_price_and_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = save_loads(tmp_path / "load.npz", np.ones((2, 2, 16)))
+    options = ["--load", str(load), "--policies", "ds", "--seeds", "1", "--price", "3", "--json"]
+    assert main(["simulate", "failure-5min", *options]) == 0
+    assert {row["policy"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"ds"}
+    assert main(["simulate", "multi-node", "--load", str(load), "--json"]) == 0

@@ -14,6 +14,7 @@ from lazarus.errors import ConfigError
 from lazarus.simulate.calibrate import as_setting, calibrated, measured
 from lazarus.simulate.faults import FromTrace, Periodic, Poisson, Scripted
 from lazarus.simulate.policies import run_one, simulate
+from lazarus.simulate.progress import Progress
 from lazarus.simulate.rows import FleetPolicy
 from lazarus.simulate.scenarios import (
     SCENARIOS,
@@ -117,6 +118,33 @@ def test_claims_are_medians_over_seeds_and_say_why_they_fall_short() -> None:
     easy, missed = check_claims(hard, rows)
     assert easy["reached"] and easy["why_short"] == ""
     assert not missed["reached"] and missed["why_short"] == "too much"
+
+
+def test_a_claim_over_no_progress_at_all_is_null_in_json() -> None:
+    scenario = SCENARIOS["failure-5min"]
+    (setting,) = [s for s in scenario.build(Files()) if s.name == "gpt-s"]
+    rows = simulate(replace(setting, placed_layers=2, horizon_s=60.0), policies=["lazarus", "ds"])
+    stuck = [replace(r, goodput_tokens_per_s=0.0) if r.policy == "ds" else r for r in rows]
+    (claim,) = check_claims(scenario, stuck)
+    assert claim["ours"] is None and claim["reached"]
+    json.dumps(claim, allow_nan=False)
+
+
+def test_a_long_run_says_how_far_its_clock_is() -> None:
+    said: list[str] = []
+    progress = Progress(2, say=said.append, every_s=0.0)
+    (setting,) = [s for s in SCENARIOS["failure-5min"].build(Files()) if s.name == "gpt-s"]
+    setting = replace(setting, placed_layers=1, horizon_s=900.0)
+    progress.begins("first", horizon_s=900.0)
+    run_one(setting, FleetPolicy(name="lazarus"), seed=0, on_clock=progress.at)
+    assert said[0].startswith("run 1/2, first: hour 0.") and said[-1].endswith(" of 0.2")
+    progress.ended()
+    assert said[-1] == "1/2 runs, last first"
+    quiet = Progress(1, say=said.append)
+    count = len(said)
+    for moment in range(1000):
+        quiet.at(float(moment))
+    assert len(said) == count  # two seconds have not passed
 
 
 def test_scenarios_are_found_by_name_and_the_trace_is_asked_for() -> None:
