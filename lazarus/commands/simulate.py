@@ -321,8 +321,9 @@ def _print(
     for claim in claims:
         mark = "reached" if claim["reached"] else f"SHORT: {claim['why_short']}"
         ours = "without bound" if claim["ours"] is None else claim["ours"]
+        low, high = ("no bound" if x is None else x for x in claim["range"])
         print(f"published {claim['part']}: {claim['what']} {claim['published']} | ours "
-              f"{ours}  {mark}")  # fmt: skip
+              f"{ours} [{low} to {high}]  {mark}")  # fmt: skip
     for profile in assumed:
         print(f"\ncost model {profile['profile']} ({profile['source']}):", file=sys.stdout)
         for item in profile["figures"]:

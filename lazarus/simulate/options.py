@@ -48,8 +48,10 @@ def refuse_ignored(given: Mapping[str, Any]) -> None:
                 f"and experiment; leave the option or the scenario out"
             )
     load = given["load"]
-    if load is not None and not load.endswith(".npz"):
-        raise ConfigError(f"--load {load} means nothing to {scenario}: it takes an .npz file only")
+    if load is not None and not load.endswith((".npz", ".npy")):
+        raise ConfigError(
+            f"--load {load} means nothing to {scenario}: it takes an .npz or .npy file only"
+        )
 
 
 def _refuse_lone_zones(given: Mapping[str, Any]) -> None:

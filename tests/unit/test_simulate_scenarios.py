@@ -205,3 +205,18 @@ def test_the_published_ratios_are_reached_on_the_papers_own_traces() -> None:
         rows = [r for s in settings for r in simulate(s, policies=["lazarus", "ds", "ds-ft"])]
         claims = [c for c in check_claims(scenario, rows) if c["part"] == "gpt-l"]
         assert len(claims) == 2 and all(claim["reached"] for claim in claims), claims
+
+
+@pytest.mark.slow
+def test_the_published_ratios_at_512_and_1024_gpus_are_reached() -> None:
+    scenario = SCENARIOS["deepseek-v3"]
+    rows = [
+        row
+        for setting in scenario.build(Files())
+        for row in simulate(
+            setting, policies=["lazarus", "ds", "ds-ft"], seeds=range(scenario.seeds)
+        )
+    ]
+    claims = check_claims(scenario, rows)
+    assert len(claims) == 6 and all(claim["reached"] for claim in claims), claims
+    assert all(low <= claim["ours"] <= high for claim in claims for low, high in [claim["range"]])
