@@ -2,8 +2,9 @@
 
 import os
 import signal
+import threading
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,8 +38,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A selection that matches no test is no failure: the slow ones may not be there yet.
 
-    The fork server of the process launcher is waited for, so that nothing outlives the tests.
+    The fork server of the process launcher and multiprocessing's resource tracker are waited for,
+    so that nothing outlives the tests; the tracker not for long, since a process that a test left
+    behind would keep it alive.
     """
     forkserver._forkserver._stop()
+    ending = threading.Thread(target=resource_tracker._resource_tracker._stop, daemon=True)
+    ending.start()
+    ending.join(5.0)
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.option.markexpr:
         session.exitstatus = pytest.ExitCode.OK
