@@ -156,7 +156,7 @@ def _run_all(
 
 
 def _files(args: argparse.Namespace) -> Files:
-    load = Path(args.load) if args.load.endswith((".npz", ".npy")) else None
+    load = Path(args.load) if loads.is_load_file(args.load) else None
     if load is not None and not load.is_file():
         raise ConfigError(f"--load {load}: no such file")
     return Files(expert_load=load, spot_trace=Path(args.trace) if args.trace else None)

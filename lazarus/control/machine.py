@@ -55,6 +55,7 @@ from lazarus.control.ports import (
     WorkerSaid,
     each,
 )
+from lazarus.control.roster import candidates, leaving, node_of, staying
 from lazarus.control.state import Control, Phase
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -202,7 +203,7 @@ def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> 
 
 def _on_injected(state: Control, body: Injected, *, at_s: float) -> Result:
     """A random fault by the driver: note when, so that its detection can be timed."""
-    found = change.node_of(state, body.node_key)
+    found = node_of(state, body.node_key)
     serial = None if found is None else found[0]
     fields = {
         "generation": state.generation,
@@ -306,7 +307,7 @@ def _settle(state: Control, *, at_s: float) -> Result:
 
 
 def _settle_gathering(state: Control, *, at_s: float) -> Result:
-    ready = len(change.candidates(state))
+    ready = len(candidates(state))
     waited = at_s - state.started_s > state.config.start_timeout_s
     if ready >= state.config.nodes or (waited and ready >= state.config.min_nodes):
         return change.begin(state, reason="start", at_s=at_s)
@@ -318,7 +319,7 @@ def _settle_gathering(state: Control, *, at_s: float) -> Result:
 def _settle_holding(state: Control, *, at_s: float) -> Result:
     if not state.members:
         return _all_lost(state, at_s=at_s)
-    there = change.staying(state)
+    there = staying(state)
     if not state.broken and len(there) >= state.config.min_nodes and there != state.tried:
         return change.begin(state, reason="quorum", at_s=at_s, planned=True)
     if at_s - state.phase_s > state.config.quorum_timeout_s:
@@ -342,9 +343,9 @@ def _settle_running(state: Control, *, at_s: float) -> Result:
 def _pause_reason(state: Control, *, at_s: float) -> str:
     if state.stopping:
         return "stop"
-    if change.leaving(state, state.members):
+    if leaving(state, state.members):
         return "leave"
-    waiting = change.candidates(state)
+    waiting = candidates(state)
     limit = state.config.max_nodes
     room = limit is None or len(state.members) < limit
     if waiting and room:
@@ -370,9 +371,9 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
         )
         state = replace(state, phase=Phase.FINALIZING, phase_s=at_s, finalized={}, digest="")
         return state, (*commands, TellAll(workers=state.seats, body=order))
-    if change.leaving(state, state.members):
+    if leaving(state, state.members):
         reason = "leave"
-    elif change.candidates(state):
+    elif candidates(state):
         reason = "join"
     else:
         reason = state.wants or "pause"

@@ -8,6 +8,7 @@ from lazarus.control import commits
 from lazarus.control import transition as change
 from lazarus.control.messages import Fenced, Hello, KillNode, LeaveRequest, NodeNotice, Welcome
 from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
+from lazarus.control.roster import node_of
 from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker, without
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -21,7 +22,7 @@ def on_hello(state: Control, body: Hello, *, at_s: float) -> Result:
             Disconnect(worker=body.worker),
         )
     commands: tuple[Command, ...] = ()
-    found = change.node_of(state, body.node_key)
+    found = node_of(state, body.node_key)
     if found is None:
         serial = state.next_serial
         node = Node(key=body.node_key, workers=("",) * body.ranks_per_node)
@@ -66,7 +67,7 @@ def _refusal(state: Control, body: Hello) -> str:
         )
     if state.phase is Phase.ENDED or (state.stopping and not body.generation):
         return "the run is ending"
-    there = change.node_of(state, body.node_key) is not None
+    there = node_of(state, body.node_key) is not None
     expected = state.phase is Phase.RECONNECTING and body.worker in state.seats and there
     if body.generation and body.worker not in state.workers and not expected:
         return f"worker {body.worker} is not a member of generation {state.generation}"
@@ -158,7 +159,7 @@ def on_leave(state: Control, worker: str, body: LeaveRequest, *, at_s: float) ->
 
 def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Result:
     """The cluster says so instead."""
-    found = change.node_of(state, body.node_key)
+    found = node_of(state, body.node_key)
     if found is None:  # it may be on its way
         return replace(state, notices={**state.notices, body.node_key: body}), ()
     cause = body.cause or "drain"

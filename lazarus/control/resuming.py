@@ -15,9 +15,10 @@ from lazarus.control.losses import bill_restores, over_budget, plt_of, restored_
 from lazarus.control.messages import Depart, Ready, Resume
 from lazarus.control.planning import adoption
 from lazarus.control.ports import Command, Journal, Publish, TellAll
+from lazarus.control.roster import workers_of
 from lazarus.control.state import Control, Phase, Transition, without
 from lazarus.control.timeline import mark_resume
-from lazarus.control.transition import hold, lineage_text, workers_of
+from lazarus.control.transition import hold, lineage_text
 from placement import Plan
 
 Result = tuple[Control, tuple[Command, ...]]

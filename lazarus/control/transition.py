@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
-from typing import Any
 
 from lazarus.checkpoint.policy import Hold
 from lazarus.checkpoint.recovery import Fail
@@ -29,55 +26,13 @@ from lazarus.control.recovery import (
     schedule_moves,
     verdict,
 )
-from lazarus.control.remembered import remembered
-from lazarus.control.state import Control, Node, Phase, Transition
+from lazarus.control.roster import all_in, candidates, leaving, workers_of
+from lazarus.control.state import Control, Phase, Transition
 from lazarus.control.timeline import mark, with_timeline
 from lazarus.errors import BrokenInvariantError
 from placement import InfeasiblePlacementError, Plan
 
 Result = tuple[Control, tuple[Command, ...]]
-
-
-def workers_of(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
-    """Workers of nodes in rank order."""
-    return _workers_of(state.nodes, nodes)
-
-
-@remembered
-def _workers_of(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[str, ...]:
-    return tuple(chain.from_iterable([known[node].workers for node in nodes]))
-
-
-def _all_in(state: Control, nodes: tuple[int, ...], answers: Mapping[str, Any]) -> bool:
-    """Whether every worker of the nodes has answered."""
-    if len(answers) < len(nodes) * state.config.ranks_per_node:
-        return False
-    return all(map(answers.__contains__, workers_of(state, nodes)))
-
-
-def leaving(state: Control, nodes: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of the nodes that will go, in the same order."""
-    return _leaving(state.nodes, nodes)
-
-
-@remembered
-def _leaving(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple([node for node in nodes if known[node].leaving])
-
-
-def candidates(state: Control) -> tuple[int, ...]:
-    """Complete nodes that are no members and stay, by serial."""
-    if len(state.nodes) == len(state.members):  # members are nodes
-        return ()
-    fresh = sorted(state.nodes.keys() - set(state.members))
-    nodes = ((serial, state.nodes[serial]) for serial in fresh)
-    return tuple(serial for serial, node in nodes if node.complete and not node.leaving)
-
-
-def staying(state: Control) -> tuple[int, ...]:
-    """Complete nodes that could take part in a next generation, by serial."""
-    there = (n for n, node in state.nodes.items() if node.complete and not node.leaving)
-    return tuple(sorted(there))
 
 
 def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) -> Result:
@@ -155,7 +110,7 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Resu
         fresh = {v.step: replace(v, at_s=at_s) for v in body.vectors if v.step > state.step}
         state = replace(state, known={**fresh, **state.known})
     asked = transition.voters + transition.joiners
-    if not _all_in(state, asked, transition.reports):
+    if not all_in(state, asked, transition.reports):
         return state, ()
     return _judge(state, transition, at_s=at_s)
 
@@ -207,7 +162,7 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
         return replace(state, stale=state.stale + 1), ()
     transition = replace(transition, aligned={**transition.aligned, worker: body})
     state = replace(state, transition=transition)
-    if not _all_in(state, transition.voters, transition.aligned):
+    if not all_in(state, transition.voters, transition.aligned):
         return state, ()
     if odd := aligned_alike(transition.aligned):
         return hold(state, reason=odd, at_s=at_s, broken=True)
@@ -407,11 +362,3 @@ def overdue(state: Control, *, at_s: float) -> tuple[int, ...]:
         if at_s - max(transition.phase_s, state.workers[w].progress_s) > stall
     )
     return tuple(sorted(set(late)))
-
-
-def node_of(state: Control, key: str) -> tuple[int, Node] | None:
-    """The living node of that name."""
-    for serial, node in state.nodes.items():
-        if node.key == key:
-            return serial, node
-    return None

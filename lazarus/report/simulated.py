@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lazarus.files import replaced
 from lazarus.report import charts
 from lazarus.report.page import Section, page
 from lazarus.simulate.rows import Row
@@ -24,9 +24,8 @@ def write_plot(rows: Sequence[Row], *, out: str | Path) -> Path:
     ]  # fmt: skip
     text = page(title="Simulated fleets", subtitle="", tiles=(), sections=sections)
     path = Path(out)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

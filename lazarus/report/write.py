@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from lazarus.errors import LazarusError
 from lazarus.events import Event, of_kind, read_events
+from lazarus.files import replaced
 from lazarus.format import bytes_text, count_text, loss_text, seconds_text
 from lazarus.metrics import Summary
 from lazarus.report import charts
@@ -85,12 +85,8 @@ def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
 
 def _written(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
+    with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -37,8 +37,8 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
+from lazarus.control.roster import workers_of
 from lazarus.control.state import Control, ControlConfig, Phase, Transition
-from lazarus.control.transition import workers_of
 from lazarus.simulate import bodies
 from lazarus.simulate.answers import control_config, with_early, with_nodes, with_time
 from lazarus.simulate.faults import by_number, fleet_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 import zipfile
 import zlib
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from lazarus.control.vector import VectorLayout
 from lazarus.errors import ConfigError
+from lazarus.files import replaced
 from lazarus.journals import read_journal
 
 Counts = NDArray[np.int64]
@@ -67,14 +67,14 @@ def save_loads(path: str | Path, counts_TLE: Any, *, steps: Any = None) -> Path:
             f"loads of shape {counts.shape} with {len(numbers)} steps; wanted [T, L, E]"
         )
     place = Path(path)
-    partial = place.with_name(f".{place.name}.tmp")
-    try:
-        with partial.open("wb") as out:
-            np.savez_compressed(out, steps=numbers, expert_load=counts)
-        os.replace(partial, place)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(place) as partial, partial.open("wb") as out:
+        np.savez_compressed(out, steps=numbers, expert_load=counts)
     return place
+
+
+def is_load_file(text: str) -> bool:
+    """Whether the name of a load is that of a file."""
+    return text.endswith((".npz", ".npy"))
 
 
 def load_loads(path: str | Path) -> LoadTrace:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lazarus.errors import ConfigError
+from lazarus.simulate.loads import is_load_file
 from lazarus.simulate.scenarios import scenario_named
 from lazarus.simulate.tables import TABLE_FILES, TABLES
 
@@ -48,7 +49,7 @@ def refuse_ignored(given: Mapping[str, Any]) -> None:
                 f"and experiment; leave the option or the scenario out"
             )
     load = given["load"]
-    if load is not None and not load.endswith((".npz", ".npy")):
+    if load is not None and not is_load_file(load):
         raise ConfigError(
             f"--load {load} means nothing to {scenario}: it takes an .npz or .npy file only"
         )

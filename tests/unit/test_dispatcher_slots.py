@@ -43,17 +43,24 @@ def table_of(exchange: Exchange) -> RoutingTable:
     )
 
 
+def seated(exchange: Exchange) -> tuple[RoutingTable, tuple[int, ...], Tensor]:
+    """The table, the order of this rank's slots, and their rows."""
+    table = table_of(exchange)
+    order = slots_for_exchange(table)
+    return table, order, ROWS[[max(e, 0) for e in order]].clone().requires_grad_()
+
+
 def tokens_of(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(10 + rank)
     x = torch.randn(TOKENS, DIM, generator=random)
     gate, choice = torch.rand(TOKENS, EXPERTS, generator=random).topk(2)
-    return x, choice, gate
+    return x.requires_grad_(), choice, gate
 
 
 def reference(size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, gradients of tokens and gradients of experts, by one process."""
     x, choice, gate = (torch.cat(c) for c in zip(*map(tokens_of, range(size)), strict=True))
-    x, leaf = x.double().requires_grad_(), ROWS.double().requires_grad_()
+    x, leaf = x.detach().double().requires_grad_(), ROWS.double().requires_grad_()
     fields = [LAYOUT.views(row) for row in leaf]
     y = dense_moe(x, choice, gate.double(), fields, activation=LAYOUT.activation)
     y.square().sum().backward()
@@ -85,11 +92,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_closed_path_follows_the_order_of_the_slots(size: int, mode: str) -> None:
     def body(exchange: Exchange) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
-        table = table_of(exchange)
-        order = slots_for_exchange(table)
+        table, order, bank = seated(exchange)
         x, choice, gate = tokens_of(exchange.rank)
-        x.requires_grad_()
-        bank = ROWS[[max(e, 0) for e in order]].clone().requires_grad_()
         bank.grad = torch.full_like(bank, torch.nan)  # left behind by another step
         written: set[int] = set()
         routed = route(
@@ -111,11 +115,8 @@ def test_the_closed_path_follows_the_order_of_the_slots(size: int, mode: str) ->
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_open_face_follows_the_order_of_the_slots(size: int) -> None:
     def body(exchange: Exchange) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
-        table = table_of(exchange)
-        order = slots_for_exchange(table)
+        table, order, bank = seated(exchange)
         x, choice, gate = tokens_of(exchange.rank)
-        x.requires_grad_()
-        bank = ROWS[[max(e, 0) for e in order]].clone().requires_grad_()
         dispatcher = Dispatcher(table, exchange=exchange, expert_of_slot=order)
         assert dispatcher.expert_of_slot == order
 
