@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -25,6 +24,7 @@ from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.config import TrainConfig
 from lazarus.control_config import control_config
 from lazarus.errors import ConfigError, LazarusError, Problem, StoppedError
+from lazarus.failure import Failure
 from lazarus.faults import FaultSpec, fault_problems, parse_fault
 from lazarus.result import Result, leave_artifacts, result_of
 from lazarus.resume_point import resume_point
@@ -284,7 +284,7 @@ class _Run:
             if self._leaves_report:
                 leave_artifacts(self.run_dir)
         if over.error:
-            raise _error_of(json.loads(over.error))
+            raise _error_of(Failure.from_json(over.error))
         return result_of(over, run_id=self.run_id, run_dir=self.run_dir, url=self._url)
 
 
@@ -362,19 +362,23 @@ def _ray_is_up() -> bool:
     return module is not None and bool(module.is_initialized())
 
 
-def _error_of(error: Mapping[str, Any]) -> Exception:
-    """The error that the controller reported, as its own type."""
-    kind, message = str(error["type"]), str(error.get("message", ""))
+def _error_of(failure: Failure) -> Exception:
+    """The error that belongs to a failure, as its own type."""
+    kind, message, details = failure.error, failure.message, failure.details
     if kind == "UserCodeError":
         return errors.UserCodeError(
-            where=str(error["where"]), summary=message, traceback_text=str(error["traceback"])
+            where=f"node {failure.node} in step {failure.step}",
+            summary=message,
+            traceback_text=failure.traceback,
         )
     if kind == "QuorumTimeoutError":
         return errors.QuorumTimeoutError(
-            live=int(error["live"]), needed=int(error["needed"]), waited_s=float(error["waited_s"])
+            live=int(details["live"]),
+            needed=int(details["needed"]),
+            waited_s=float(details["waited_s"]),
         )
     if kind == "LostExpertError":
-        experts = [(int(layer), int(expert)) for layer, expert in error["experts"]]
+        experts = [(int(layer), int(expert)) for layer, expert in details["experts"]]
         return errors.LostExpertError(experts=experts, reason=message)
     if kind == "CheckpointError":
         return errors.CheckpointError(message)

@@ -29,6 +29,7 @@ from lazarus.control.ports import Command, Exit, Journal, Publish, Tell, TellDri
 from lazarus.control.state import Control, Phase, Timeline
 from lazarus.control.tuning import learned
 from lazarus.control.vector import StepSums, VectorLayout, advance_history, decode
+from lazarus.failure import Cause, Failure, Status
 
 Result = tuple[Control, tuple[Command, ...]]
 
@@ -225,26 +226,39 @@ def on_digest_part(state: Control, worker: str, body: DigestPart, *, at_s: float
     return state, (Publish(t=at_s, event="state_digest", fields=fields),)
 
 
-def end(state: Control, *, status: str, error: Mapping[str, object], at_s: float) -> Result:
-    """Close the record, let everybody go, tell the driver."""
+def end(state: Control, *, status: Status, failure: Failure | None, at_s: float) -> Result:
+    """Close the record, let everybody go, tell the driver.
+
+    Args:
+        failure: Why the run did not finish; None: it did, or was stopped as asked.
+    """
     state, commands = flush(state, at_s=at_s)
     fields = {
         "generation": state.resumed,
         "status": status,
+        "cause": _cause(status, failure),
         "steps": state.step,
         "wall_s": at_s - state.started_s,
         "state_digest": state.digest,
         "plt": portion_lost(state.plt.lost_by_expert(), routed=state.routed.tolist()),
-        "error": error.get("message", "") if error else "",
+        "error": "" if failure is None else failure.message,
     }
     result = {"steps": state.step, "state_digest": state.digest}
     over = RunOver(
-        status=status, error=json.dumps(error) if error else "", result=json.dumps(result)
+        status=status,
+        error="" if failure is None else failure.to_json(),
+        result=json.dumps(result),
     )
     entry = {"kind": "end", "term": state.term, "at_s": at_s, "fields": fields, **asdict(over)}
     state = replace(state, phase=Phase.ENDED, phase_s=at_s)
     left = tuple(Tell(worker=w, body=Depart(reason=status)) for w in state.workers)
     return state, (*commands, Journal(entry=entry), *last_words(entry), *left, Exit())
+
+
+def _cause(status: Status, failure: Failure | None) -> str:
+    if failure is not None:
+        return str(failure.cause)
+    return str(Cause.REQUEST) if status == "stopped" else ""
 
 
 def last_words(entry: Mapping[str, Any]) -> tuple[Publish, TellDriver]:

@@ -57,6 +57,7 @@ from lazarus.control.ports import (
 )
 from lazarus.control.roster import candidates, leaving, node_of, staying
 from lazarus.control.state import Control, Phase
+from lazarus.failure import Cause, Failure, Status
 
 Result = tuple[Control, tuple[Command, ...]]
 
@@ -92,7 +93,7 @@ def _react(state: Control, event: Event) -> Result:
             return commits.end(
                 state,
                 status="short",
-                error={"type": "StoppedError", "message": "driver gone"},
+                failure=_stopped("the driver is gone"),
                 at_s=at_s,
             )
         case Tick(at_s=at_s, slept_s=slept_s):
@@ -162,8 +163,9 @@ def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
             return membership.on_notice(state, body, at_s=at_s)
         case StopRun(now=now, reason=reason):
             if now or state.phase in (Phase.GATHERING, Phase.HOLDING):
-                error = {"type": "StoppedError", "message": reason}
-                return commits.end(state, status="short", error=error, at_s=at_s)
+                return commits.end(
+                    state, status="short", failure=_stopped(reason or "stopped"), at_s=at_s
+                )
             return replace(state, stopping=state.stopping or reason or "stopped"), ()
         case Injected():
             return _on_injected(state, body, at_s=at_s)
@@ -252,13 +254,15 @@ def _on_user_error(state: Control, worker: str, body: UserError, *, at_s: float)
         state = replace(state, raised=(*state.raised, (serial, body.step)))
         state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
         return state, (event, *commands)
-    error = {
-        "type": "UserCodeError",
-        "message": body.error,
-        "traceback": body.traceback,
-        "where": f"node {state.workers[worker].node} in step {body.step}",
-    }
-    state, commands = commits.end(state, status="failed", error=error, at_s=at_s)
+    failure = Failure(
+        cause=Cause.USER_CODE,
+        error="UserCodeError",
+        message=body.error,
+        node=serial,
+        step=body.step,
+        traceback=body.traceback,
+    )
+    state, commands = commits.end(state, status="failed", failure=failure, at_s=at_s)
     return state, (event, *commands)
 
 
@@ -382,22 +386,33 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
 
 
 def _finish(state: Control, *, at_s: float) -> Result:
-    status = "stopped" if state.step < state.config.steps else "finished"
-    return commits.end(state, status=status, error={}, at_s=at_s)
+    status: Status = "stopped" if state.step < state.config.steps else "finished"
+    return commits.end(state, status=status, failure=None, at_s=at_s)
 
 
 def _all_lost(state: Control, *, at_s: float) -> Result:
-    message = f"every node is lost at step {state.step}; resume from the newest checkpoint"
-    error = {"type": "StoppedError", "message": message}
-    return commits.end(state, status="short", error=error, at_s=at_s)
+    failure = Failure(
+        cause=Cause.NODE,
+        error="StoppedError",
+        message=f"every node is lost at step {state.step}; resume from the newest checkpoint",
+    )
+    return commits.end(state, status="short", failure=failure, at_s=at_s)
 
 
 def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
-    error = {
-        "type": "QuorumTimeoutError",
-        "message": state.hold_reason,
+    details = {
         "live": live,
         "needed": state.config.min_nodes,
         "waited_s": state.config.quorum_timeout_s,
     }
-    return commits.end(state, status="short", error=error, at_s=at_s)
+    failure = Failure(
+        cause=Cause.NODE,
+        error="QuorumTimeoutError",
+        message=state.hold_reason,
+        details=details,
+    )
+    return commits.end(state, status="short", failure=failure, at_s=at_s)
+
+
+def _stopped(reason: str) -> Failure:
+    return Failure(cause=Cause.REQUEST, error="StoppedError", message=reason)

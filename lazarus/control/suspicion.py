@@ -10,6 +10,7 @@ from lazarus.control import transition as change
 from lazarus.control.messages import Suspicion
 from lazarus.control.ports import Command
 from lazarus.control.state import Control, Phase
+from lazarus.failure import Cause, Failure
 
 MAX_ERRORS = 3  # generations in a row that end in an error without a death and without a commit
 
@@ -37,8 +38,10 @@ def on_suspicion(state: Control, worker: str, body: Suspicion, *, at_s: float) -
 def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Result:
     """A copy that was chosen for a restore cannot be read: choose again without it."""
     if not state.resumed:
-        error = {"type": "CheckpointError", "message": f"cannot start: {body.error}"}
-        return commits.end(state, status="failed", error=error, at_s=at_s)
+        failure = Failure(
+            cause=Cause.STORAGE, error="CheckpointError", message=f"cannot start: {body.error}"
+        )
+        return commits.end(state, status="failed", failure=failure, at_s=at_s)
     state = replace(state, bad_sources=state.bad_sources | {body.bad_source})
     if state.phase is not Phase.PREPARING or body.generation != state.generation:
         return state, ()

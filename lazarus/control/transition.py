@@ -30,6 +30,7 @@ from lazarus.control.roster import all_in, candidates, leaving, workers_of
 from lazarus.control.state import Control, Phase, Transition
 from lazarus.control.timeline import mark, with_timeline
 from lazarus.errors import BrokenInvariantError
+from lazarus.failure import Cause, Failure
 from placement import InfeasiblePlacementError, Plan
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -190,8 +191,8 @@ def prepare(state: Control, *, at_s: float) -> Result:
         plan = plan_for(state, transition)
     except InfeasiblePlacementError as problem:
         if not state.resumed:  # nobody holds anything yet that a wait would keep
-            error = {"type": "InfeasiblePlacementError", "message": str(problem)}
-            return commits.end(state, status="failed", error=error, at_s=at_s)
+            failure = Failure(cause=Cause.USER_CODE, error="ConfigError", message=str(problem))
+            return commits.end(state, status="failed", failure=failure, at_s=at_s)
         return hold(state, reason=str(problem), at_s=at_s)
     return _order(state, transition, plan, at_s=at_s)
 
@@ -295,12 +296,13 @@ def lineage_text(lineage: tuple[tuple[int, int], ...]) -> str:
 
 def give_up(state: Control, decision: Fail, *, at_s: float) -> Result:
     """Experts are lost and nothing that the policy allows brings them back: end resumable."""
-    error = {
-        "type": "LostExpertError",
-        "message": decision.reason,
-        "experts": [list(expert) for expert in decision.experts],
-    }
-    return commits.end(state, status="short", error=error, at_s=at_s)
+    failure = Failure(
+        cause=Cause.NODE,
+        error="LostExpertError",
+        message=decision.reason,
+        details={"experts": [list(expert) for expert in decision.experts]},
+    )
+    return commits.end(state, status="short", failure=failure, at_s=at_s)
 
 
 def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> Result:

@@ -32,6 +32,7 @@ from lazarus.control.messages import (
     WorkerDied,
 )
 from lazarus.control.state import ControlConfig
+from lazarus.failure import Cause, Failure
 from lazarus.faults import ChaosSpec
 from lazarus.runtime.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
 from lazarus.runtime.keeper import KeeperConfig
@@ -332,7 +333,7 @@ class Driver:
             self._launcher.close_node(key)
 
     def _controller_lost(self, reason: str) -> None:
-        self._inbox.put(RunOver(status="short", error=_error(reason)))
+        self._inbox.put(RunOver(status="short", error=_unreachable(reason)))
 
     # ---- what the user says --------------------------------------------------------------------
 
@@ -349,8 +350,8 @@ class Driver:
 
     def abandon(self, reason: str) -> None:
         """Wake ``run`` even if no controller answers any more."""
-        self._inbox.put(RunOver(status="short", error=_error(reason)))
+        self._inbox.put(RunOver(status="short", error=_unreachable(reason)))
 
 
-def _error(message: str) -> str:
-    return json.dumps({"type": "LazarusError", "message": message})
+def _unreachable(message: str) -> str:
+    return Failure(cause=Cause.INTERNAL, message=message).to_json()
