@@ -104,6 +104,7 @@ def export(
         for spec in image.specs:
             yield bytes_of(state[spec.name])
 
-    folder, _, name = target.rpartition("/")
-    num_bytes, _ = write_file(open_storage(folder or "."), name, chunks(), kind="export")
+    folder, slash, name = target.rpartition("/")
+    storage = open_storage(folder or slash or ".")
+    num_bytes, _ = write_file(storage, name, chunks(), kind="export")
     return plain.manifest, num_bytes

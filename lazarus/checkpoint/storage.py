@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -22,6 +24,8 @@ from lazarus.checkpoint.errors import DamagedError
 Probe = Callable[[str], None]
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 << 20
+# A scheme, perhaps behind those of wrappers: "s3://", "simplecache::s3://". "c:foo" is a file name.
+_URL = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]+://")
 
 
 def no_probe(label: str) -> None:
@@ -48,14 +52,33 @@ class Storage:
         return f"{self.root}/{path}"
 
 
+def is_url(place: str) -> bool:
+    """Whether a place is a URL, ``scheme://``; everything else is a path on this machine."""
+    return _URL.match(place) is not None
+
+
+def anchored(place: str) -> str:
+    """The same place for every process, whatever folder it works in: a path is made absolute."""
+    return place if is_url(place) else str(Path(place).expanduser().absolute())
+
+
 def open_storage(url: str) -> Storage:
-    """The storage behind a folder or any fsspec URL. Nothing is created."""
+    """The storage behind a folder or any fsspec URL. Nothing is created.
+
+    A path is taken as it is: ``::``, ``?``, ``#`` and ``%`` are letters of a name like any other.
+    """
+    scheme, _, rest = url.partition("://")
+    if not is_url(url) or scheme in LocalFileSystem.protocol:
+        root = str(Path(rest if is_url(url) else url).expanduser().absolute())
+        return Storage(fs=fsspec.filesystem("file"), root=root.rstrip("/"), is_local=True)
     fs, root = fsspec.core.url_to_fs(url)
     return Storage(fs=fs, root=str(root).rstrip("/"), is_local=isinstance(fs, LocalFileSystem))
 
 
 def redacted(url: str) -> str:
     """The URL without user, password and query, fit for logs."""
+    if not is_url(url):
+        return url
     parts = urlsplit(url)
     if not parts.scheme or ("@" not in parts.netloc and not parts.query):
         return url

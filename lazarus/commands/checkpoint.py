@@ -13,7 +13,7 @@ from typing import Any
 from lazarus import runs
 from lazarus.checkpoint.manifest import Manifest, expert_name
 from lazarus.checkpoint.plt import portion_lost, staleness
-from lazarus.checkpoint.storage import list_folder, open_storage, redacted
+from lazarus.checkpoint.storage import is_url, list_folder, open_storage, redacted
 from lazarus.checkpoint.store import damaged_sizes, find_checkpoints
 from lazarus.checkpoint.verify import Verification, verify
 from lazarus.errors import ConfigError
@@ -60,14 +60,14 @@ def place_of(text: str) -> str:
     Raises:
         ConfigError: There is no such folder.
     """
-    folder = Path(text)
-    if folder.is_dir():
+    folder = Path(text).expanduser()
+    if not is_url(text) and folder.is_dir():
         configured = _configured_url(folder)
         if configured:
             return configured
         inner = folder / "checkpoints"
         return str(inner if inner.is_dir() else folder)
-    if "://" not in text and "::" not in text:
+    if not is_url(text):
         raise ConfigError(f"{text} is no folder and no URL")
     if not list_folder(open_storage(text)):
         raise ConfigError(f"{redacted(text)} is empty or cannot be reached")

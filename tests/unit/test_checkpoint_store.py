@@ -20,7 +20,7 @@ from lazarus.checkpoint.export import export
 from lazarus.checkpoint.image import TensorSpec
 from lazarus.checkpoint.reader import CheckpointReader, open_state_dict, read_newest_expert
 from lazarus.checkpoint.retention import retain
-from lazarus.checkpoint.storage import redacted
+from lazarus.checkpoint.storage import anchored, is_url, redacted
 from lazarus.checkpoint.store import Tag, find_checkpoints, load_manifest
 from lazarus.checkpoint.testing import ToyState
 from lazarus.checkpoint.verify import newest_usable, verify
@@ -296,3 +296,61 @@ def test_retention_leaves_files_that_may_belong_to_a_checkpoint_in_the_making(ur
     files = write_files(url, TOY.records(200, [(0, 0)]), tag=TAG)
     assert set(retain(url, keep=1).deleted_files).isdisjoint(f.path for f in files)
     assert {f.path for f in files} <= set(verify(url).foreign)
+
+
+ODD_NAMES = (
+    "exp::3",
+    "exp::4",
+    "a?b=c",
+    "a#b",
+    "a%20b",
+    "a b",
+    "c:foo",
+    "file:x",
+    "~me",
+    "[x]*",
+    "zip::y",
+    "end ",
+)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_local_path_is_taken_letter_by_letter(tmp_path: Path, scheme: str) -> None:
+    """D7: each of these folders keeps its own checkpoints; no folder of another name is made."""
+    for number, name in enumerate(ODD_NAMES):
+        TOY.save(f"{scheme}{tmp_path / name}", 100 + number)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ODD_NAMES)
+    for number, name in enumerate(ODD_NAMES):
+        url = f"{scheme}{tmp_path / name}"
+        assert [m.step for m in find_checkpoints(url).manifests] == [100 + number]
+        assert newest_usable(url, check="sha256").step == 100 + number
+        assert redacted(str(tmp_path / name)) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["c:foo", "exp::3", "a/../b#1", "~/x", "./d/", "d?x=1"])
+def test_a_relative_path_is_below_the_folder_that_one_works_in(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D7: also with a tilde, with dots and with a slash at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    TOY.save(name, 7)
+    place = Path(name).expanduser().absolute()
+    assert anchored(name) == str(place)
+    assert (place / "step-00000007/manifest.json").is_file()
+    monkeypatch.chdir("/")
+    assert newest_usable(str(place)).step == 7
+
+
+@pytest.mark.parametrize(
+    ("place", "url"),
+    [
+        ("s3://bucket/x", True),
+        ("simplecache::s3://bucket/x", True),
+        ("c://x", False),
+        ("x::y", False),
+        ("/x/s3://y", False),
+    ],
+)
+def test_a_url_has_a_scheme_and_two_slashes(place: str, *, url: bool) -> None:
+    assert is_url(place) is url
