@@ -1,7 +1,9 @@
 """The record of a run: one JSON object a line in ``events.jsonl``, and what each must hold.
 
-Every event has ``t`` (unix seconds), ``event`` and ``generation``. Readers ignore fields and events
-that they do not know, so both may be added; none that is listed here may go.
+Every event has ``t`` (unix seconds), ``event`` and ``generation``; runs write ``m`` as well, the
+seconds that the run has been alive, which no step of the wall clock touches: durations are
+differences of these (``moment``). Readers ignore fields and events that they do not know, so both
+may be added; none that is listed here may go.
 """
 
 from __future__ import annotations
@@ -168,6 +170,11 @@ def parse_lines(text: str, *, name: str = FILE_NAME) -> Iterator[dict[str, Any]]
             yield decode(line)
         except ValueError as error:
             raise RecordError(path=name, line=number, reason=str(error)) from error
+
+
+def moment(event: Event) -> float:
+    """Seconds on the record's own scale, to be subtracted from one another; see ``m`` above."""
+    return float(event.get("m", event.get("t", 0.0)))
 
 
 def of_kind(events: Iterable[Event], *names: str) -> list[Event]:

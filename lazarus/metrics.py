@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazarus.events import Event, of_kind
+from lazarus.events import Event, moment, of_kind
 
 # Kinds of faults that take their node away.
 _LETHAL = frozenset({"kill", "stop", "cut", "leave", "stall"})
@@ -122,7 +122,7 @@ def lives(events: Sequence[Event]) -> list[list[Event]]:
 
 def wall_s(events: Sequence[Event]) -> float:
     """Seconds from start to end, summed over lives."""
-    return sum(max(0.0, float(life[-1]["t"]) - float(life[0]["t"])) for life in lives(events))
+    return sum(max(0.0, moment(life[-1]) - moment(life[0])) for life in lives(events))
 
 
 def productive_s(events: Iterable[Event]) -> float:
@@ -174,28 +174,32 @@ def recoveries(events: Sequence[Event]) -> tuple[Recovery, ...]:
 
 
 def _reconfiguration_of(events: Sequence[Event], lost: Event) -> Event | None:
-    later = [e for e in of_kind(events, "reconfigured") if e["t"] >= lost["t"]]
+    later = [e for e in of_kind(events, "reconfigured") if moment(e) >= moment(lost)]
     named = [e for e in later if lost["node"] in e.get("lost", (lost["node"],))]
     return named[0] if named else None
 
 
 def _recovery(events: Sequence[Event], lost: Event, built: Event) -> Recovery:
     fault = _fault_of(events, lost)
-    since = float(lost["t"] if fault is None else fault["t"])
+    since = moment(lost if fault is None else fault)
     commits = of_kind(events, "step_committed")
-    before = max((int(e["step"]) for e in commits if e["t"] < lost["t"]), default=0)
+    before = max((int(e["step"]) for e in commits if moment(e) < moment(lost)), default=0)
     after = min(
-        (e for e in commits if e["generation"] >= built["generation"] and e["t"] >= lost["t"]),
-        key=lambda e: float(e["t"]),
+        (
+            e
+            for e in commits
+            if e["generation"] >= built["generation"] and moment(e) >= moment(lost)
+        ),
+        key=moment,
         default=None,
     )
     return Recovery(
         node=int(lost["node"]),
         cause=str(lost["cause"]),
         step=int(built["step"]) + 1 if "step" in built else before + 1,
-        detect_s=None if fault is None else max(0.0, float(lost["t"]) - since),
+        detect_s=None if fault is None else max(0.0, moment(lost) - since),
         rebuild_s=float(built["wall_s"]),
-        back_s=None if after is None else float(after["t"]) - since,
+        back_s=None if after is None else moment(after) - since,
         steps_lost=0 if after is None else max(0, before + 1 - int(after["step"])),
         moves=int(built["moves"]),
         bytes_moved=int(built["bytes_moved"]),
@@ -208,6 +212,6 @@ def _fault_of(events: Sequence[Event], lost: Event) -> Event | None:
     earlier = [
         e
         for e in of_kind(events, "fault_injected")
-        if e["node"] == lost["node"] and e["kind"] in _LETHAL and e["t"] <= lost["t"]
+        if e["node"] == lost["node"] and e["kind"] in _LETHAL and moment(e) <= moment(lost)
     ]
     return earlier[-1] if earlier else None

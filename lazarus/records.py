@@ -88,7 +88,7 @@ class RunEnd:
 
 
 _STEP_FIELDS = frozenset(
-    {"t", "event", "generation", "step", "loss", "tokens", "num_nodes", "wall_s"}
+    {"t", "m", "event", "generation", "step", "loss", "tokens", "num_nodes", "wall_s"}
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lazarus import metrics
-from lazarus.events import Event, of_kind
+from lazarus.events import Event, moment, of_kind
 from lazarus.format import loss_text, plural, seconds_text
 
 Phase = Literal["STARTING", "RUNNING", "RECONFIGURING", "HOLDING", "ENDED"]
@@ -36,7 +36,12 @@ class Status:
 
 
 def status_of(events: Sequence[Event], *, now_s: float) -> Status:
-    """Read the last life of a record."""
+    """Read the last life of a record.
+
+    Args:
+        now_s: The time of day. Only the age of the newest line is told by it; all other ages are
+            older by what the record's own clock says.
+    """
     life = metrics.lives(events)[-1] if events else []
     commits = of_kind(life, "step_committed")
     started, plans = of_kind(life, "run_started"), of_kind(life, "plan_adopted")
@@ -45,6 +50,14 @@ def status_of(events: Sequence[Event], *, now_s: float) -> Status:
     head = started[-1] if started else {}
     last = commits[-1] if commits else None
     change = changes[-1] if changes else None
+    newest = max(life, key=moment, default=None)
+    quiet_s = None if newest is None else max(0.0, now_s - float(newest["t"]))
+
+    def age_s(event: Event | None) -> float | None:
+        if event is None or newest is None or quiet_s is None:
+            return None
+        return quiet_s + max(0.0, moment(newest) - moment(event))
+
     return Status(
         phase=_phase(life),
         ended=str(ends[-1].get("status", "finished")) if ends else "",
@@ -56,10 +69,10 @@ def status_of(events: Sequence[Event], *, now_s: float) -> Status:
         wanted=int(head.get("num_nodes", 0)),
         floor=plan.get("floor"),
         requested_floor=plan.get("requested_floor"),
-        commit_age_s=None if last is None else now_s - float(last["t"]),
-        news_age_s=now_s - max(float(e["t"]) for e in life) if life else None,
+        commit_age_s=age_s(last),
+        news_age_s=quiet_s,
         reconfiguration_s=None if change is None else float(change["wall_s"]),
-        reconfiguration_age_s=None if change is None else now_s - float(change["t"]),
+        reconfiguration_age_s=age_s(change),
         reason=str(next((e.get("reason", "") for e in reversed(of_kind(life, "quorum_lost"))), "")),
         summary=metrics.summarise(events),
     )

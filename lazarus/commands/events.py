@@ -58,7 +58,7 @@ def _shown(event: Mapping[str, Any], lines: list[str]) -> list[str]:
         text = f"step {event['step']:,}  loss {loss_text(event['loss'])}"
         lines = [f"{text}  {event['num_nodes']} nodes  {event['wall_s']:.2f} s"]
     elif not lines:
-        rest = {k: v for k, v in event.items() if k not in ("t", "event") and _short(v)}
+        rest = {k: v for k, v in event.items() if k not in ("t", "m", "event") and _short(v)}
         lines = [f"{name}  " + "  ".join(f"{k}={v}" for k, v in rest.items())]
     return [f"{stamp}  {line}" for line in lines]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazarus.events import Event, of_kind
+from lazarus.events import Event, moment, of_kind
 from lazarus.metrics import Summary, committed_steps, summarise
 
 MOST_POINTS = 2_000
@@ -65,13 +65,13 @@ class RunView:
 
 def view_of(events: Sequence[Event], *, name: str) -> RunView:
     """The series of one record; an empty record gives empty series."""
-    start = float(events[0]["t"]) if events else 0.0
-    commits = sorted(committed_steps(events).values(), key=lambda e: float(e["t"]))
+    start = moment(events[0]) if events else 0.0
+    commits = sorted(committed_steps(events).values(), key=moment)
     kept = thinned(list(range(len(commits))))
     return RunView(
         name=name,
         summary=summarise(events),
-        time_s=tuple(round(float(commits[i]["t"]) - start, 3) for i in kept),
+        time_s=tuple(round(moment(commits[i]) - start, 3) for i in kept),
         step=tuple(int(commits[i]["step"]) for i in kept),
         loss=tuple(commits[i]["loss"] for i in kept),
         tokens_per_s=tuple(_speed(commits, i, start) for i in kept),
@@ -94,9 +94,9 @@ def thinned(items: list[int], most: int = MOST_POINTS) -> list[int]:
 
 def _speed(commits: Sequence[Event], index: int, start: float) -> float:
     first = max(0, index - _WINDOW)
-    since = float(commits[first]["t"]) if index >= _WINDOW else start
+    since = moment(commits[first]) if index >= _WINDOW else start
     counted = commits[first + 1 : index + 1] if index >= _WINDOW else commits[: index + 1]
-    seconds = float(commits[index]["t"]) - since
+    seconds = moment(commits[index]) - since
     return round(sum(int(e["tokens"]) for e in counted) / seconds, 1) if seconds > 0 else 0.0
 
 
@@ -112,16 +112,16 @@ def _nodes(events: Sequence[Event], start: float) -> tuple[tuple[float, int], ..
             case _:
                 continue
         if now != live:
-            points.append((round(float(event["t"]) - start, 3), now))
+            points.append((round(moment(event) - start, 3), now))
             live = now
     if events and points:
-        points.append((round(float(events[-1]["t"]) - start, 3), live))
+        points.append((round(moment(events[-1]) - start, 3), live))
     return tuple(points)
 
 
 def _marks(events: Sequence[Event], start: float) -> tuple[Mark, ...]:
     return tuple(
-        Mark(at_s=round(float(e["t"]) - start, 3), kind=str(e["event"]), text=_said(e))
+        Mark(at_s=round(moment(e) - start, 3), kind=str(e["event"]), text=_said(e))
         for e in of_kind(events, *_MARKED)
     )[:500]
 
@@ -145,7 +145,7 @@ def _phases(events: Sequence[Event], start: float) -> tuple[Phases, ...]:
     found = of_kind(events, "reconfigured")[:100]
     return tuple(
         Phases(
-            label=f"{float(e['t']) - start:.1f} s: {_who(e)}",
+            label=f"{moment(e) - start:.1f} s: {_who(e)}",
             phases={str(k): float(v) for k, v in e["phases"].items()},
             moves=int(e["moves"]),
         )
@@ -169,7 +169,7 @@ def _plans(events: Sequence[Event], start: float) -> tuple[Holding, ...]:
         nodes = [int(n) for n in event.get("nodes", ())]
         if not ranks or not nodes or len(ranks[0]) % len(nodes):
             continue
-        found.append(_holding(ranks, nodes, at_s=round(float(event["t"]) - start, 3)))
+        found.append(_holding(ranks, nodes, at_s=round(moment(event) - start, 3)))
     return tuple(found)
 
 
@@ -200,7 +200,7 @@ def _ages(events: Sequence[Event], start: float) -> tuple[tuple[float, int], ...
     if not saved:
         return ()
     for event in of_kind(events, "step_committed", "checkpoint_persisted"):
-        at_s = round(float(event["t"]) - start, 3)
+        at_s = round(moment(event) - start, 3)
         if event["event"] == "checkpoint_persisted":
             points.append((at_s, step - newest))
             newest = int(event["step"])

@@ -11,13 +11,13 @@ import math
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lazarus import metrics
+from lazarus.clock import RunClock, now_s
 from lazarus.control.commits import last_words
 from lazarus.control.machine import decide
 from lazarus.control.messages import Body, DriverHello, Hello, Prepare, Record, RunOver
@@ -39,6 +39,7 @@ from lazarus.control.ports import (
 )
 from lazarus.control.replay import missing_commits, resumed_state
 from lazarus.control.state import Control
+from lazarus.events import FILE_NAME, moment
 from lazarus.journals import read_journal
 from lazarus.runtime import journal as journaling
 from lazarus.runtime.groups import RendezvousStore
@@ -83,6 +84,11 @@ class RecordLog:
         self.events = _earlier(path)
         self._out = path.open("a", encoding="utf-8")
 
+    @property
+    def last_m(self) -> float:
+        """Of the newest line; 0 where there is none."""
+        return moment(self.events[-1]) if self.events else 0.0
+
     def append(self, event: dict[str, Any]) -> str:
         line = json.dumps(event, separators=(",", ":"), allow_nan=False)
         self._out.write(line + "\n")
@@ -108,8 +114,17 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 class Controller:
     """One life of the controller process."""
 
-    def __init__(self, spec: ControllerSpec, state: Control, journal: journaling.Journal) -> None:
+    def __init__(
+        self,
+        spec: ControllerSpec,
+        state: Control,
+        journal: journaling.Journal,
+        *,
+        log: RecordLog,
+        clock: RunClock,
+    ) -> None:
         self._spec = spec
+        self._clock = clock
         self._state = state
         self._journal = journal
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -123,7 +138,7 @@ class Controller:
         self.last_stream_error = ""  # how the newest broken stream broke
         stall_s = spec.config.tolerated_stall_s
         self._store = RendezvousStore(spec.host, timeout_s=30 * stall_s)
-        self._log = RecordLog(spec.run_dir / "events.jsonl")
+        self._log = log
         self._manifests = ManifestWriter(spec, self._events.put)
         self._server = make_server(spec.secret, max_streams=spec.max_streams)
         rpc.add_ControlServicer_to_server(_Servicer(self), self._server)
@@ -170,7 +185,7 @@ class Controller:
             self._closed(name, peer, driver=driver)
 
     def _post(self, name: str, body: Body, *, driver: bool) -> None:
-        now = time.time()
+        now = now_s()
         event: Event = (
             DriverSaid(body=body, at_s=now)
             if driver
@@ -181,14 +196,14 @@ class Controller:
     def _closed(self, name: str, peer: _Peer, *, driver: bool) -> None:
         if driver:
             if self._driver is peer:
-                self._events.put(DriverGone(at_s=time.time()))
+                self._events.put(DriverGone(at_s=now_s()))
             return
         with self._lock:
             current = self._peers.get(name) is peer
             if current:
                 del self._peers[name]
         if current:
-            self._events.put(StreamClosed(worker=name, at_s=time.time()))
+            self._events.put(StreamClosed(worker=name, at_s=now_s()))
 
     def catch_up(self, entries: list[dict[str, Any]]) -> None:
         """Publish what an earlier life journaled and did not get to say."""
@@ -199,7 +214,7 @@ class Controller:
         said = {(event["event"], event.get("step")) for event in life}
         last = max(metrics.committed_steps(life), default=0)
         # One step further back: its ledger may be missing though its commit is said.
-        missing = missing_commits(entries, self._spec.config, published=last - 1, now_s=time.time())
+        missing = missing_commits(entries, self._spec.config, published=last - 1, now_s=now_s())
         for command in missing:
             if (command.event, command.fields["step"]) not in said:
                 self._publish(command)
@@ -220,16 +235,16 @@ class Controller:
         self._server.start()
         if self._ended is not None:
             self._end_again(self._ended)
-        next_tick = time.monotonic() + _TICK_S
+        next_tick = now_s() + _TICK_S
         while not self._done:
-            timeout = max(0.0, next_tick - time.monotonic())
+            timeout = max(0.0, next_tick - now_s())
             try:
                 event: Event = self._events.get(timeout=timeout)
             except queue.Empty:
-                late = time.monotonic() - next_tick
+                late = now_s() - next_tick
                 slept_s = late if late > self._spec.config.nap_s else 0.0
-                event = Tick(at_s=time.time(), slept_s=slept_s)
-                next_tick = time.monotonic() + _TICK_S
+                event = Tick(at_s=now_s(), slept_s=slept_s)
+                next_tick = now_s() + _TICK_S
             self._state, commands = decide(self._state, event)
             for command in commands:
                 self._carry_out(command)
@@ -286,8 +301,9 @@ class Controller:
                 self._for_driver.append(message)
 
     def _publish(self, command: Publish) -> None:
-        event = {"t": command.t, "event": command.event, **command.fields}
+        event = {**self._clock.stamp(command.t), "event": command.event, **command.fields}
         if command.event == "run_finished":
+            event["wall_s"] = command.t - self._clock.zero_s
             event = {**run_totals([*self._log.events, event]), **event}
         line = self._log.append(_finite(event))
         self._tell_driver(Record(line=line))
@@ -322,15 +338,17 @@ def open_controller(spec: ControllerSpec) -> Controller:
     folder = spec.run_dir / spec.journal
     entries = read_journal(folder) if folder.exists() else []
     journal = journaling.Journal(folder)
-    now = time.time()
     if not entries:
         journal.append({"kind": "header", "run": spec.run_id, "format": 1})
-    state = resumed_state(entries, spec.config, now_s=now)
+    state = resumed_state(entries, spec.config, now_s=now_s())
+    log = RecordLog(spec.run_dir / FILE_NAME)
+    newest_term = next((e for e in reversed(entries) if e["kind"] == "term"), None)
+    clock = RunClock.going_on(since=newest_term, last_m=log.last_m)
     port = spec.port or next((int(e["port"]) for e in entries if e["kind"] == "term"), 0)
-    controller = Controller(replace(spec, port=port), state, journal)
+    controller = Controller(replace(spec, port=port), state, journal, log=log, clock=clock)
     controller.catch_up(entries)
-    entry = {"kind": "term", "term": state.term, "port": controller.port, "pid": os.getpid()}
-    journal.append(entry)
+    who = {"term": state.term, "port": controller.port, "pid": os.getpid()}
+    journal.append({"kind": "term", **who, **clock.noted()})
     return controller
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from lazarus.checkpoint.manifest import LayerEntry, Manifest, WrittenFile
 from lazarus.checkpoint.retention import retain
 from lazarus.checkpoint.store import Tag, commit_manifest
 from lazarus.checkpoint.verify import newest_usable
+from lazarus.clock import now_s
 from lazarus.control.ports import ManifestDone, Stored, WriteManifest
 from lazarus.errors import LazarusError
 from lazarus.runtime.spec import ControllerSpec
@@ -41,25 +41,25 @@ class ManifestWriter:
             self._on_done(self._done(command))
 
     def _done(self, command: WriteManifest) -> ManifestDone:
-        started = time.monotonic()
+        started = now_s()
         try:
             manifest, num_bytes, kept = write_manifest(self._spec, command)
         except (LazarusError, OSError, ValueError, KeyError) as problem:
             return ManifestDone(
                 generation=command.generation,
                 step=command.step,
-                at_s=time.time(),
+                at_s=now_s(),
                 final=command.final,
                 error=f"{type(problem).__name__}: {problem}".splitlines()[0],
             )
         return ManifestDone(
             generation=command.generation,
             step=command.step,
-            at_s=time.time(),
+            at_s=now_s(),
             final=command.final,
             kind=manifest.kind,
             num_bytes=num_bytes,
-            wall_s=float(command.meta["wall_s"]) + time.monotonic() - started,
+            wall_s=float(command.meta["wall_s"]) + now_s() - started,
             stored=stored_of(manifest),
             standing=tuple((m.generation, m.step, m.kind == "full") for m in kept),
         )

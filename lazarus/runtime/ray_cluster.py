@@ -162,7 +162,10 @@ def live_nodes() -> list[RayNode]:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Ray node id -> seconds until it goes, 0 where nobody knows."""
+    """Ray node id -> seconds until it goes, 0 where nobody knows.
+
+    Ray names the time of day at which a machine will go, so the wall clock is asked here.
+    """
     now_ms = time.time() * 1000
     return {
         str(node): max(0.0, (deadline_ms - now_ms) / 1000) if deadline_ms else 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from lazarus.errors import ConfigError
-from lazarus.events import Event, of_kind
+from lazarus.events import Event, moment, of_kind
 from lazarus.metrics import committed_steps, recoveries
 from lazarus.simulate.costs import Costs
 from lazarus.simulate.faults import Scripted, names
@@ -123,14 +123,14 @@ def _gaps(events: Sequence[Event]) -> list[tuple[int, float]]:
     for before, after in zip(commits[_WARM_STEPS:], commits[_WARM_STEPS + 1 :], strict=False):
         together = before["generation"] == after["generation"]
         if together and int(after["step"]) == int(before["step"]) + 1:
-            found.append((int(after["num_nodes"]), float(after["t"]) - float(before["t"])))
+            found.append((int(after["num_nodes"]), moment(after) - moment(before)))
     return found
 
 
 def measured(events: Sequence[Event]) -> Measured:
     """The figures to predict: goodput from the first commit on, and recoveries."""
-    commits = sorted(committed_steps(events).values(), key=lambda e: float(e["t"]))
-    start, end = float(commits[0]["t"]), float(commits[-1]["t"])
+    commits = sorted(committed_steps(events).values(), key=moment)
+    start, end = moment(commits[0]), moment(commits[-1])
     tokens = sum(int(e["tokens"]) for e in commits[1:])
     # Nodes that were lost together come back together.
     known = [((r.step, r.rebuild_s), r.back_s) for r in recoveries(events) if r.back_s is not None]
@@ -153,10 +153,10 @@ def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
     header = next(iter(of_kind(events, "run_started")), None)
     if header is None:
         raise ConfigError(f"{name}: no run_started in the record")
-    commits = sorted(committed_steps(events).values(), key=lambda e: float(e["t"]))
+    commits = sorted(committed_steps(events).values(), key=moment)
     if len(commits) < 2:
         raise ConfigError(f"{name}: fewer than two committed steps in the record")
-    start = float(commits[0]["t"])
+    start = moment(commits[0])
     plans = of_kind(events, "plan_adopted")
     layers, experts = int(header.get("num_layers", 1)), int(header.get("num_experts", 1))
     shape = Shape(
@@ -172,7 +172,7 @@ def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
         num_nodes=int(header["num_nodes"]),
         slots_per_node=int(plans[0]["slots_per_node"]) if plans else experts,
         min_replicas=int(plans[0].get("requested_floor", 2)) if plans else 2,
-        horizon_s=float(commits[-1]["t"]) - start,
+        horizon_s=moment(commits[-1]) - start,
         tokens_per_step=float(commits[0]["tokens"]),
         join_debounce_s=0.0,
     )
@@ -182,15 +182,15 @@ def _script(events: Sequence[Event], start: float, num_nodes: int) -> tuple[Flee
     """Real node numbers are join-order numbers, as the simulator's names are."""
     del num_nodes
     found = []
-    injected = {e["node"]: float(e["t"]) for e in of_kind(events, "fault_injected")}
+    injected = {e["node"]: moment(e) for e in of_kind(events, "fault_injected")}
     for lost in of_kind(events, "node_lost"):
-        at_s = min(float(lost["t"]), injected.get(lost["node"], float("inf")))
+        at_s = min(moment(lost), injected.get(lost["node"], float("inf")))
         found.append((at_s, "remove", int(lost["node"])))
     for change in of_kind(events, "reconfigured"):
-        began = float(change["t"]) - float(change["wall_s"])
+        began = moment(change) - float(change["wall_s"])
         found += [(began, "add", int(node)) for node in change.get("joined", ())]
     for left in of_kind(events, "node_left"):
-        found.append((float(left["t"]), "remove", int(left["node"])))
+        found.append((moment(left), "remove", int(left["node"])))
     return tuple(
         FleetEvent(at_s=max(0.0, at_s - start), kind=kind, nodes=names(1, first=node))
         for at_s, kind, node in sorted(found)

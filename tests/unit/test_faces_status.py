@@ -109,3 +109,17 @@ def test_the_doctor_knows_rays_token_trap(tmp_path: Path) -> None:
     (tmp_path / ".ray" / "auth_token").write_text("x")
     trap = {f.name: f for f in examine({"HOME": str(tmp_path)})}["ray auth"]
     assert trap.level == "warn" and "RAY_AUTH_MODE=token" in trap.fix
+
+
+def test_ages_do_not_follow_a_wall_clock_that_was_set() -> None:
+    """B1, B3: times of day jump in the middle of the record; what is subtracted is ``m``."""
+    events = [
+        {**RUNNING[0], "t": 7200.0, "m": 0.0},
+        {**commit(1, 3601.0, 3), "m": 1.0},
+        {**commit(2, 90_000.0, 3), "m": 2.5},
+        {**LOST, "t": 100.0, "m": 4.0},
+    ]
+    status = status_of(events, now_s=102.0)
+    assert (status.news_age_s, status.commit_age_s) == (2.0, 3.5)
+    assert status.summary.wall_s == 4.0
+    assert status_of(events, now_s=-1e6).news_age_s == 0.0
