@@ -64,7 +64,7 @@ def _package(wanted: Requirement) -> Finding:
     if not wanted.specifier.contains(have, prereleases=True):
         text = f"{have}, tested with {wanted.specifier}"
         return Finding(name=wanted.name, level="warn", text=text, fix=install)
-    module = {"protobuf": "google.protobuf", "grpcio": "grpc"}.get(wanted.name, wanted.name)
+    module = {"grpcio": "grpc"}.get(wanted.name, wanted.name)
     try:
         importlib.import_module(module.lower())
     except ImportError as error:

@@ -283,8 +283,8 @@ class _Run:
             self._bus.close()
             if self._leaves_report:
                 leave_artifacts(self.run_dir)
-        if over.error:
-            raise _error_of(Failure.from_json(over.error))
+        if over.failure is not None:
+            raise _error_of(over.failure)
         return result_of(over, run_id=self.run_id, run_dir=self.run_dir, url=self._url)
 
 

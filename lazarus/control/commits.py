@@ -6,10 +6,11 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace as changed
 from numpy.typing import NDArray
 
 from lazarus.checkpoint.plt import portion_lost
@@ -40,7 +41,7 @@ def on_vector(state: Control, body: Vector, *, at_s: float) -> Result:
         return replace(state, stale=state.stale + 1), ()
     if body.step in state.known:
         return state, ()
-    state = replace(state, known={**state.known, body.step: replace(body, at_s=at_s)})
+    state = replace(state, known={**state.known, body.step: changed(body, at_s=at_s)})
     state, commands = close_timeline(state, at_s=at_s)
     if at_s - state.flushed_s >= state.config.flush_s:
         state, more = flush(state, at_s=at_s)
@@ -244,12 +245,15 @@ def end(state: Control, *, status: Status, failure: Failure | None, at_s: float)
         "error": "" if failure is None else failure.message,
     }
     result = {"steps": state.step, "state_digest": state.digest}
-    over = RunOver(
-        status=status,
-        error="" if failure is None else failure.to_json(),
-        result=json.dumps(result),
-    )
-    entry = {"kind": "end", "term": state.term, "at_s": at_s, "fields": fields, **asdict(over)}
+    entry = {
+        "kind": "end",
+        "term": state.term,
+        "at_s": at_s,
+        "fields": fields,
+        "status": status,
+        "error": "" if failure is None else failure.to_json(),
+        "result": json.dumps(result),
+    }
     state = replace(state, phase=Phase.ENDED, phase_s=at_s)
     left = tuple(Tell(worker=w, body=Depart(reason=status)) for w in state.workers)
     return state, (*commands, Journal(entry=entry), *last_words(entry), *left, Exit())
@@ -263,6 +267,7 @@ def _cause(status: Status, failure: Failure | None) -> str:
 
 def last_words(entry: Mapping[str, Any]) -> tuple[Publish, TellDriver]:
     """What a journaled end makes the record and the driver hear, from whichever life."""
-    over = RunOver(status=entry["status"], error=entry["error"], result=entry["result"])
+    failure = Failure.from_json(entry["error"]) if entry["error"] else None
+    over = RunOver(status=entry["status"], failure=failure, result=entry["result"])
     event = Publish(t=float(entry["at_s"]), event="run_finished", fields=entry["fields"])
     return event, TellDriver(body=over)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from msgspec.structs import replace as changed
+
 from lazarus.checkpoint.plt import portion_lost
 from lazarus.checkpoint.policy import ClusterView, Hold, decided_by_setting
 from lazarus.checkpoint.recovery import (
@@ -205,7 +207,7 @@ def _on_storage(state: Control, expert: Expert) -> list[Copy]:
 
 def _restore(state: Control, choice: RestoredExpert) -> Restore:
     detail = f"{choice.source.label},{choice.behind_steps},{choice.copy.routed}"
-    return replace(_restore_from(state, choice.copy), detail=detail)
+    return changed(_restore_from(state, choice.copy), detail=detail)
 
 
 def _restore_from(state: Control, copy: Copy) -> Restore:

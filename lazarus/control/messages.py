@@ -1,319 +1,305 @@
-"""What the controller hears and what it orders: plain frozen records, named as on the wire.
+"""What the controller, its workers and the driver say to each other: frozen records.
 
-The bodies carry exactly the fields of ``runtime/rpc/lazarus.proto``; the codec in the runtime maps
-one to the other by name. Nothing here knows of streams, clocks or processes.
+Each class is declared here once and nowhere else: ``runtime/rpc/codec.py`` writes and reads them as
+msgpack by these very fields. A reader refuses a value of another type and ignores a field that it
+does not know. Nothing here knows of streams, clocks or processes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from lazarus.failure import Failure
+
+Int = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]  # what fits in 64 bits
 
 
-class Body:
-    """Marker of everything that travels between the controller and a worker or the driver."""
+class Body(Struct, frozen=True, kw_only=True, tag=True):
+    """What travels between the controller and a worker or the driver; named on the wire."""
+
+
+class Part(Struct, frozen=True, kw_only=True, array_like=True):
+    """A piece of a body, of which there may be thousands: without names on the wire.
+
+    New fields go to the end, with a default.
+    """
 
 
 # ---- worker -> controller --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hello(Body):
+class Hello(Body, frozen=True, kw_only=True):
     """A worker opens its stream: the first time, or again after the controller came back."""
 
     worker: str
     node_key: str
-    local_rank: int = 0
-    ranks_per_node: int = 1
+    local_rank: Int = 0
+    ranks_per_node: Int = 1
     host: str = "127.0.0.1"
-    pid: int = 0
+    pid: Int = 0
     version: str = ""
-    term: int = 0
-    generation: int = 0
-    fence: int = 0
-    committed: int = 0
+    term: Int = 0
+    generation: Int = 0
+    fence: Int = 0
+    committed: Int = 0
     keeper: str = ""
     zone: str = ""
-    memory_bytes: int = 0
+    memory_bytes: Int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Heartbeat(Body):
+class Heartbeat(Body, frozen=True, kw_only=True):
     """Alive; and how far the training thread is."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     phase: str = ""
-    progress: int = 0
+    progress: Int = 0
     waiting: bool = False
     step_s: float = 0.0
-    acked: int = 0
+    acked: Int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Vector(Body):
+class Vector(Body, frozen=True, kw_only=True):
     """The commit vector of one decided step: ``lanes`` is float64 little endian."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     lanes: bytes
     wall_s: float = 0.0
     at_s: float = 0.0  # when the controller heard of it; set there
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Suspicion(Body):
+class Suspicion(Body, frozen=True, kw_only=True):
     """A collective failed. Carries no state (protocol rule 16)."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     phase: str = ""
     error: str = ""
     bad_source: str = ""  # JSON of the restore whose copy was no good
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report(Body):
+class Report(Body, frozen=True, kw_only=True):
     """The frozen answer to FENCE (rule 18)."""
 
-    generation: int
-    committed: int
-    prepared: int
+    generation: Int
+    committed: Int
+    prepared: Int
     vectors: tuple[Vector, ...] = ()
-    entered: int = 0  # the generation whose RESUME it carried out last
+    entered: Int = 0  # the generation whose RESUME it carried out last
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Held(Body):
+class Held(Part, frozen=True, kw_only=True):
     """Experts of one layer whose live copy this rank holds at the aligned step."""
 
-    layer: int
-    experts: tuple[int, ...]
+    layer: Int
+    experts: tuple[Int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Snapped(Body):
+class Snapped(Part, frozen=True, kw_only=True):
     """One expert copy in host memory of this rank's node."""
 
-    layer: int
-    expert: int
-    generation: int
-    step: int
-    routed: int = 0  # the expert's cumulative routed copies in it
-    num_bytes: int = 0
+    layer: Int
+    expert: Int
+    generation: Int
+    step: Int
+    routed: Int = 0  # the expert's cumulative routed copies in it
+    num_bytes: Int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Aligned(Body):
+class Aligned(Body, frozen=True, kw_only=True):
     """The rank stands at ``step``; ``history`` is float64 [L, E] little endian."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     dense_digest: str = ""
     history_digest: str = ""
     history: bytes = b""
     held: tuple[Held, ...] = ()
     scalars: str = ""
-    dense_bytes: int = 0
-    expert_bytes: int = 0
-    num_layers: int = 0
-    num_experts: int = 0
-    top_k: int = 0
+    dense_bytes: Int = 0
+    expert_bytes: Int = 0
+    num_layers: Int = 0
+    num_experts: Int = 0
+    top_k: Int = 0
     snapshots: tuple[Snapped, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ready(Body):
+class Ready(Body, frozen=True, kw_only=True):
     """Groups built, digests compared, every staged copy verified."""
 
-    generation: int
+    generation: Int
     plan_digest: str
     groups_s: float = 0.0
     transfer_s: float = 0.0
-    bytes_received: int = 0
+    bytes_received: Int = 0
     restored: tuple[Snapped, ...] = ()  # versions really read from storage
     history: bytes = b""  # load history, where all state came from a checkpoint
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Paused(Body):
+class Paused(Body, frozen=True, kw_only=True):
     """The rank stopped at the boundary after ``step`` (rule 15), or finished the last step."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeaveRequest(Body):
+class LeaveRequest(Body, frozen=True, kw_only=True):
     """This node wants to go, and will not die before ``notice_s`` seconds."""
 
-    generation: int
+    generation: Int
     notice_s: float = 0.0
     cause: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FaultFired(Body):
+class FaultFired(Body, frozen=True, kw_only=True):
     """An injected fault is about to happen on this worker, once the controller says Go."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     kind: str
     phase: str = ""
     spec: str = ""
-    count: int = 1  # nodes that a join brings
-    number: int = 0  # of this worker's faults: said again to a new controller, it is the same one
+    count: Int = 1  # nodes that a join brings
+    number: Int = 0  # of this worker's faults: said again to a new controller, it is the same one
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DigestItem(Body):
+class DigestItem(Part, frozen=True, kw_only=True):
     name: str
     sha256: bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DigestPart(Body):
+class DigestPart(Body, frozen=True, kw_only=True):
     """This rank's share of the state digest: each item is on exactly one rank."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     items: tuple[DigestItem, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finalized(Body):
+class Finalized(Body, frozen=True, kw_only=True):
     """The rank has written its share of the last checkpoint (``files`` is JSON)."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     files: str = ""
     wall_s: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UserError(Body):
+class UserError(Body, frozen=True, kw_only=True):
     """The user's model, data or loss raised."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     error: str = ""
     traceback: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshotted(Body):
+class Snapshotted(Body, frozen=True, kw_only=True):
     """A snapshot or persist of this node ended; ``record`` is JSON."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     record: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Odd(Body):
+class Odd(Body, frozen=True, kw_only=True):
     """The run-time comparison of replicas found bits that differ; ``what`` is JSON."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     what: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluated(Body):
+class Evaluated(Body, frozen=True, kw_only=True):
     """Held-out loss of the state after ``step``: a sum over all ranks and what it is a sum over."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     loss_sum: float = 0.0
     count: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Healed(Body):
+class Healed(Body, frozen=True, kw_only=True):
     """Progress of healing behind training on this rank."""
 
-    generation: int
-    step: int
-    bytes_received: int = 0
-    pending: int = 0
+    generation: Int
+    step: Int
+    bytes_received: Int = 0
+    pending: Int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stacks(Body):
+class Stacks(Body, frozen=True, kw_only=True):
     text: str = ""
 
 
 # ---- controller -> worker --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Welcome(Body):
-    node: int
+class Welcome(Body, frozen=True, kw_only=True):
+    node: Int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fence(Body):
-    generation: int
+class Fence(Body, frozen=True, kw_only=True):
+    generation: Int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Align(Body):
+class Align(Body, frozen=True, kw_only=True):
     """Stand at committed step ``step``; with ``commit``, by applying ``lanes`` if one behind."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     commit: bool = False
     lanes: bytes = b""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seat(Body):
+class Seat(Part, frozen=True, kw_only=True):
     """One rank of a group."""
 
     worker: str
-    node: int
+    node: Int
     host: str = "127.0.0.1"
     keeper: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Move(Body):
+class Move(Part, frozen=True, kw_only=True):
     """One expert's record from feeder ``source`` to feeder ``target``."""
 
-    layer: int
-    expert: int
-    source: int
-    target: int
+    layer: Int
+    expert: Int
+    source: Int
+    target: Int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Restore(Body):
+class Restore(Part, frozen=True, kw_only=True):
     """Every replica of this expert comes back from one chosen copy (rule 27)."""
 
-    layer: int
-    expert: int
+    layer: Int
+    expert: Int
     source: str
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     detail: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepare(Body):
+class Prepare(Body, frozen=True, kw_only=True):
     """Build the groups of ``generation``, heal into staging, compare, and say Ready.
 
     ``seats`` are the training ranks in rank order; ``feeders`` the transfer group: the seats, then
     ranks of leaving nodes that still serve. ``speeds`` weighs the sample shares; empty: equal.
     """
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     seats: tuple[Seat, ...]
     feeders: tuple[Seat, ...]
     plan: str
     moves: tuple[Move, ...] = ()
     moves_behind: tuple[Move, ...] = ()
-    dense_sources: tuple[int, ...] = ()
-    dense_targets: tuple[int, ...] = ()
+    dense_sources: tuple[Int, ...] = ()
+    dense_targets: tuple[Int, ...] = ()
     store: str = ""
     scalars: str = ""
     history: bytes = b""
@@ -323,103 +309,90 @@ class Prepare(Body):
     reload: str = ""  # "url step": take dense state and history from this checkpoint first
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resume(Body):
-    generation: int
-    step: int
+class Resume(Body, frozen=True, kw_only=True):
+    generation: Int
+    step: Int
     plan_digest: str = ""
     lineage: str = "[]"
     double_k: bool = False  # the PLT budget is spent: save twice as many experts from now on
     save_all: bool = False  # no checkpoint stands: the next one holds every expert
-    k_snapshot: int = 0  # the schedule of saves from measured rates; 0: as configured
-    snapshot_every: int = 0
-    persist_every: int = 0
+    k_snapshot: Int = 0  # the schedule of saves from measured rates; 0: as configured
+    snapshot_every: Int = 0
+    persist_every: Int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pause(Body):
+class Pause(Body, frozen=True, kw_only=True):
     """Raise your pause lane in the next vector you contribute."""
 
-    generation: int
+    generation: Int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ack(Body):
+class Ack(Body, frozen=True, kw_only=True):
     """Vectors up to ``step`` are journaled."""
 
-    step: int
+    step: Int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Go(Body):
+class Go(Body, frozen=True, kw_only=True):
     """The injected fault is on record: let it happen."""
 
     spec: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Strike(Body):
+class Strike(Body, frozen=True, kw_only=True):
     """A random fault that only the process itself can show, on record already."""
 
     kind: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finalize(Body):
+class Finalize(Body, frozen=True, kw_only=True):
     """Digest, and with ``checkpoint`` write your share of a full checkpoint of ``step``."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     checkpoint: bool = True
-    term: int = 0
+    term: Int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Depart(Body):
+class Depart(Body, frozen=True, kw_only=True):
     """Leave in peace: the run is over, or goes on without you."""
 
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fenced(Body):
+class Fenced(Body, frozen=True, kw_only=True):
     """You are not a member any more: exit (rule 31)."""
 
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint(Body):
+class Checkpoint(Body, frozen=True, kw_only=True):
     """Snapshot and persist what ``detail`` (JSON) selects, at the boundary after ``step``."""
 
-    generation: int
-    step: int
+    generation: Int
+    step: Int
     detail: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AskStacks(Body):
+class AskStacks(Body, frozen=True, kw_only=True):
     """Send your Python stacks."""
 
 
 # ---- driver <-> controller -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DriverHello(Body):
+class DriverHello(Body, frozen=True, kw_only=True):
     run: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerDied(Body):
+class WorkerDied(Body, frozen=True, kw_only=True):
     """The launcher saw a process end; ``cause`` says how it knows."""
 
     worker: str
     cause: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeNotice(Body):
+class NodeNotice(Body, frozen=True, kw_only=True):
     """The cluster says that this machine will go in ``notice_s`` seconds."""
 
     node_key: str
@@ -427,8 +400,7 @@ class NodeNotice(Body):
     cause: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Injected(Body):
+class Injected(Body, frozen=True, kw_only=True):
     """The driver is about to strike a node itself (random faults)."""
 
     kind: str
@@ -436,44 +408,94 @@ class Injected(Body):
     spec: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StopRun(Body):
+class StopRun(Body, frozen=True, kw_only=True):
     now: bool = False
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodesWanted(Body):
-    nodes: int
+class NodesWanted(Body, frozen=True, kw_only=True):
+    nodes: Int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Record(Body):
+class Record(Body, frozen=True, kw_only=True):
     """One line of events.jsonl, as written."""
 
     line: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartNode(Body):
+class StartNode(Body, frozen=True, kw_only=True):
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KillNode(Body):
+class KillNode(Body, frozen=True, kw_only=True):
     node_key: str
     cause: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOver(Body):
-    """The end: ``error`` and ``result`` are JSON."""
+class RunOver(Body, frozen=True, kw_only=True):
+    """The end: why it was not a good one, if it was not; ``result`` is JSON."""
 
     status: str
-    error: str = ""
+    failure: Failure | None = None
     result: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KillController(Body):
+class KillController(Body, frozen=True, kw_only=True):
     """Fault injection: end the controller's process with SIGKILL."""
+
+
+# ---- what goes over each half of a stream ------------------------------------------------------
+
+
+class FromWorker(Struct, frozen=True):
+    body: (
+        Hello
+        | Heartbeat
+        | Vector
+        | Suspicion
+        | Report
+        | Aligned
+        | Ready
+        | Paused
+        | LeaveRequest
+        | FaultFired
+        | DigestPart
+        | Finalized
+        | UserError
+        | Snapshotted
+        | Odd
+        | Evaluated
+        | Healed
+        | Stacks
+    )
+
+
+class ToWorker(Struct, frozen=True):
+    body: (
+        Welcome
+        | Fence
+        | Align
+        | Prepare
+        | Resume
+        | Pause
+        | Ack
+        | Go
+        | Strike
+        | Finalize
+        | Depart
+        | Fenced
+        | Checkpoint
+        | AskStacks
+    )
+    term: Int = 0
+
+
+class FromDriver(Struct, frozen=True):
+    body: DriverHello | WorkerDied | NodeNotice | Injected | StopRun | NodesWanted
+
+
+class ToDriver(Struct, frozen=True):
+    body: Record | StartNode | KillNode | RunOver | KillController
+
+
+Envelope = FromWorker | ToWorker | FromDriver | ToDriver

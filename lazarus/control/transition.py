@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 from functools import lru_cache
 
+from msgspec.structs import replace as changed
+
 from lazarus.checkpoint.policy import Hold
 from lazarus.checkpoint.recovery import Fail
 from lazarus.control import commits, saves
@@ -108,7 +110,7 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Resu
     state = replace(state, transition=transition)
     if state.workers[worker].node in transition.voters:
         # Evidence outlives the attempt, and the rank that gave it (rules 19 and 21).
-        fresh = {v.step: replace(v, at_s=at_s) for v in body.vectors if v.step > state.step}
+        fresh = {v.step: changed(v, at_s=at_s) for v in body.vectors if v.step > state.step}
         state = replace(state, known={**fresh, **state.known})
     asked = transition.voters + transition.joiners
     if not all_in(state, asked, transition.reports):
@@ -124,7 +126,7 @@ def _on_history(state: Control, body: Report) -> Report:
     generation, step = state.rolled
     if body.entered >= generation:
         return body
-    return replace(body, committed=step, prepared=step, vectors=())
+    return changed(body, committed=step, prepared=step, vectors=())
 
 
 def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:

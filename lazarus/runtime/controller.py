@@ -14,13 +14,26 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from msgspec.structs import replace as changed
 
 from lazarus import metrics
 from lazarus.clock import RunClock, now_s
 from lazarus.control.commits import last_words
 from lazarus.control.machine import decide
-from lazarus.control.messages import Body, DriverHello, Hello, Prepare, Record, RunOver
+from lazarus.control.messages import (
+    Body,
+    DriverHello,
+    FromDriver,
+    FromWorker,
+    Hello,
+    Prepare,
+    Record,
+    RunOver,
+    ToDriver,
+    ToWorker,
+)
 from lazarus.control.ports import (
     Command,
     Disconnect,
@@ -45,9 +58,7 @@ from lazarus.runtime import journal as journaling
 from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.manifests import ManifestWriter
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc import lazarus_pb2 as pb
-from lazarus.runtime.rpc import lazarus_pb2_grpc as rpc
-from lazarus.runtime.rpc.channel import bind, make_server
+from lazarus.runtime.rpc.channel import add_control, bind, make_server
 from lazarus.runtime.spec import ControllerSpec
 
 _TICK_S = 0.02
@@ -57,24 +68,11 @@ class _Peer:
     """The outgoing half of one stream."""
 
     def __init__(self) -> None:
-        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
-    def messages(self) -> Iterator[Any]:
+    def messages(self) -> Iterator[bytes]:
         while (message := self.outbox.get()) is not None:
             yield message
-
-
-class _Servicer(rpc.ControlServicer):  # type: ignore[misc]
-    """Streams in, events out; commands go the other way."""
-
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-
-    def Attach(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        return self._controller.serve(requests, context, driver=False)
-
-    def Drive(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        return self._controller.serve(requests, context, driver=True)
 
 
 class RecordLog:
@@ -131,7 +129,7 @@ class Controller:
         self._lock = threading.Lock()
         self._peers: dict[str, _Peer] = {}
         self._driver: _Peer | None = None
-        self._for_driver: list[Any] = []  # until it is (back) there
+        self._for_driver: list[bytes] = []  # until it is (back) there
         self._driver_there = threading.Event()
         self._ended: Mapping[str, Any] | None = None  # how an earlier life ended the run
         self._done = False
@@ -141,43 +139,58 @@ class Controller:
         self._log = log
         self._manifests = ManifestWriter(spec, self._events.put)
         self._server = make_server(spec.secret, max_streams=spec.max_streams)
-        rpc.add_ControlServicer_to_server(_Servicer(self), self._server)
+        add_control(self._server, attach=self._attach, drive=self._drive)
         self.port = bind(self._server, f"{spec.host}:{spec.port}", key=spec.key, cert=spec.cert)
 
     # ---- streams -------------------------------------------------------------------------------
 
-    def serve(self, requests: Iterator[Any], context: Any, *, driver: bool) -> Iterator[Any]:
-        """Answer one stream: the first message says who speaks."""
-        first = codec.unwrap(next(requests))
+    def _attach(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        """Answer a worker's stream: its hello says who speaks."""
+        first = codec.decode(FromWorker, next(requests)).body
+        assert isinstance(first, Hello)
+        peer, name = _Peer(), first.worker
+        with self._lock:
+            older, self._peers[name] = self._peers.get(name), peer
+        if older is not None:
+            older.outbox.put(None)  # one stream per worker and term (rule 37)
+        return self._answer(name, first, requests, context, peer=peer, driver=False)
+
+    def _drive(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        """Answer the driver's stream."""
+        first = codec.decode(FromDriver, next(requests)).body
+        assert isinstance(first, DriverHello)
         peer = _Peer()
-        if driver:
-            assert isinstance(first, DriverHello)
-            name = ""
-            with self._lock:
-                self._driver = peer
-                for message in self._for_driver:
-                    peer.outbox.put(message)
-                self._for_driver.clear()
-            self._driver_there.set()
-        else:
-            assert isinstance(first, Hello)
-            name = first.worker
-            with self._lock:
-                older, self._peers[name] = self._peers.get(name), peer
-            if older is not None:
-                older.outbox.put(None)  # one stream per worker and term (rule 37)
+        with self._lock:
+            self._driver = peer
+            for message in self._for_driver:
+                peer.outbox.put(message)
+            self._for_driver.clear()
+        self._driver_there.set()
+        return self._answer("", first, requests, context, peer=peer, driver=True)
+
+    def _answer(
+        self,
+        name: str,
+        first: Body,
+        requests: Iterator[bytes],
+        context: Any,
+        *,
+        peer: _Peer,
+        driver: bool,
+    ) -> Iterator[bytes]:
         context.add_callback(lambda: peer.outbox.put(None))
         self._post(name, first, driver=driver)
         reader = threading.Thread(
             target=self._read, args=(requests, name, peer, driver), name=f"read-{name}", daemon=True
         )
         reader.start()
-        yield from peer.messages()
+        return peer.messages()
 
-    def _read(self, requests: Iterator[Any], name: str, peer: _Peer, driver: bool) -> None:
+    def _read(self, requests: Iterator[bytes], name: str, peer: _Peer, driver: bool) -> None:
+        kind: type[FromDriver] | type[FromWorker] = FromDriver if driver else FromWorker
         try:
-            for message in requests:
-                self._post(name, codec.unwrap(message), driver=driver)
+            for data in requests:
+                self._post(name, codec.decode(kind, data).body, driver=driver)
         except Exception as problem:  # noqa: BLE001 - grpc raises private types when a peer dies
             self.last_stream_error = f"{name}: {problem}"
         finally:
@@ -284,16 +297,16 @@ class Controller:
         if peer is None:
             return  # its stream is closed; the event for that is on its way
         if isinstance(body, Prepare):
-            body = replace(body, store=self._store.address)
-        peer.outbox.put(codec.wrap(pb.ToWorker, body, term=self._state.term))
+            body = changed(body, store=self._store.address)
+        peer.outbox.put(codec.encode(ToWorker(cast(Any, body), term=self._state.term)))
 
     def _tell_driver(self, body: Body) -> None:
         if isinstance(body, RunOver):
             last = self._log.events[-1]
             totals = {name: last[name] for name in ("goodput_tokens_per_s", "ettr", "plt")}
             result = {**json.loads(body.result), **totals}
-            body = replace(body, result=json.dumps(_finite(result)))
-        message = codec.wrap(pb.ToDriver, body)
+            body = changed(body, result=json.dumps(_finite(result)))
+        message = codec.encode(ToDriver(cast(Any, body)))
         with self._lock:
             if self._driver is not None:
                 self._driver.outbox.put(message)

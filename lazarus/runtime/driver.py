@@ -21,6 +21,7 @@ from lazarus.checkpoint.errors import KeeperUnavailableError
 from lazarus.control.messages import (
     Body,
     DriverHello,
+    FromDriver,
     Injected,
     KillController,
     KillNode,
@@ -39,7 +40,6 @@ from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.launch import Launcher, OnExit
 from lazarus.runtime.link import Link
 from lazarus.runtime.local_nodes import NodePlace
-from lazarus.runtime.rpc import lazarus_pb2 as pb
 from lazarus.runtime.spec import Address, ControllerSpec, WorkerSpec
 from lazarus.timeouts import Timeouts
 
@@ -142,8 +142,7 @@ class Driver:
             self._address.address,
             secret=self._secret,
             ca=spec.ca,
-            method="Drive",
-            envelope=pb.FromDriver,
+            speaker=FromDriver,
             hello=lambda: DriverHello(run=spec.run_id),
             on_connect=self._connected,
             on_message=lambda term, body: self._inbox.put(body),
@@ -333,7 +332,7 @@ class Driver:
             self._launcher.close_node(key)
 
     def _controller_lost(self, reason: str) -> None:
-        self._inbox.put(RunOver(status="short", error=_unreachable(reason)))
+        self._inbox.put(RunOver(status="short", failure=_unreachable(reason)))
 
     # ---- what the user says --------------------------------------------------------------------
 
@@ -350,8 +349,8 @@ class Driver:
 
     def abandon(self, reason: str) -> None:
         """Wake ``run`` even if no controller answers any more."""
-        self._inbox.put(RunOver(status="short", error=_unreachable(reason)))
+        self._inbox.put(RunOver(status="short", failure=_unreachable(reason)))
 
 
-def _unreachable(message: str) -> str:
-    return Failure(cause=Cause.INTERNAL, message=message).to_json()
+def _unreachable(message: str) -> Failure:
+    return Failure(cause=Cause.INTERNAL, message=message)

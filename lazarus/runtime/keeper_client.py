@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import xxhash
@@ -13,11 +13,22 @@ from lazarus.checkpoint.errors import DamagedError, KeeperUnavailableError, Refu
 from lazarus.checkpoint.image import parse_image
 from lazarus.checkpoint.recovery import Copy, Source
 from lazarus.checkpoint.store import RecordKey, Tag
-from lazarus.runtime.rpc import keeper_pb2 as pb
-from lazarus.runtime.rpc.channel import credentials_of, open_channel
-from lazarus.runtime.rpc.keeper_messages import chunks_of, from_key, received_into, to_key, to_stamp
-from lazarus.runtime.rpc.keeper_pb2_grpc import KeeperStub
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc.channel import KEEPER, credentials_of, method, open_channel
+from lazarus.runtime.rpc.keeper_messages import (
+    Drop,
+    FetchRequest,
+    InventoryReply,
+    InventoryRequest,
+    Order,
+    OrderReply,
+    PushReply,
+    RecordHead,
+    chunks_of,
+    received_into,
+)
 
+_Reply = TypeVar("_Reply")
 _REFUSALS = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -74,7 +85,8 @@ class KeeperClient:
         self._timeout_s = timeout_s
         self._metadata = credentials_of(secret)
         self._channel = open_channel(address, ca=ca)
-        self._stub: Any = KeeperStub(self._channel)
+        self._fetch = self._channel.unary_stream(method(KEEPER, "Fetch"))
+        self._push = self._channel.stream_unary(method(KEEPER, "Push"))
 
     def close(self) -> None:
         """Close the connection."""
@@ -97,12 +109,14 @@ class KeeperClient:
             DamagedError: What arrived is not what was announced.
             KeeperUnavailableError: No answer.
         """
-        request = pb.FetchRequest(
-            stamp=to_stamp(self._tag), layer=layer, expert=expert, generation=generation, step=step
+        request = FetchRequest(
+            stamp=self._tag, layer=layer, expert=expert, generation=generation, step=step
         )
         try:
-            stream = self._stub.Fetch(request, timeout=self._timeout_s, metadata=self._metadata)
-            head = next(stream).head
+            stream = self._fetch(
+                codec.encode(request), timeout=self._timeout_s, metadata=self._metadata
+            )
+            head = codec.decode(RecordHead, next(stream))
             image = bytearray(head.num_bytes)
             count = received_into(memoryview(image), stream)
         except grpc.RpcError as error:
@@ -111,9 +125,8 @@ class KeeperClient:
             raise DamagedError(f"record from {self.address}: {error}") from error
         if count != head.num_bytes or xxhash.xxh3_128_hexdigest(image) != head.checksum:
             raise DamagedError(f"L{layer}/E{expert} from {self.address}: checksum differs")
-        key = from_key(head.key)
-        check_identity(key, parse_image(image).metadata)
-        return key, bytes(image)
+        check_identity(head.key, parse_image(image).metadata)
+        return head.key, bytes(image)
 
     def push(self, key: RecordKey, data: memoryview, *, checksum: str, published_step: int) -> None:
         """Send a record to be kept there too.
@@ -121,19 +134,20 @@ class KeeperClient:
         Raises:
             RefusedError, KeeperUnavailableError: It is not kept.
         """
-        head = pb.RecordHead(
-            stamp=to_stamp(self._tag),
-            key=to_key(key),
+        head = RecordHead(
+            stamp=self._tag,
+            key=key,
             num_bytes=len(data),
             checksum=checksum,
             published_step=published_step,
         )
         try:
-            reply = self._stub.Push(
+            answer = self._push(
                 chunks_of(head, data), timeout=self._timeout_s, metadata=self._metadata
             )
         except grpc.RpcError as error:
             raise _as_error(error, self.address) from error
+        reply = self._read(PushReply, answer)
         if not reply.accepted:
             raise RefusedError(f"{self.address} refused a copy: {reply.reason}")
 
@@ -143,13 +157,9 @@ class KeeperClient:
         Raises:
             RefusedError, KeeperUnavailableError: No inventory.
         """
-        request = pb.InventoryRequest(stamp=to_stamp(self._tag))
-        try:
-            reply = self._stub.Inventory(request, timeout=self._timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise _as_error(error, self.address) from error
+        reply = self._call("Inventory", InventoryRequest(stamp=self._tag), InventoryReply)
         return Stock(
-            keys=tuple(from_key(h.key) for h in reply.held),
+            keys=tuple(h.key for h in reply.held),
             checksums=tuple(h.checksum for h in reply.held),
             sizes=tuple(h.num_bytes for h in reply.held),
             reserved_bytes=reply.reserved_bytes,
@@ -174,19 +184,29 @@ class KeeperClient:
             drops: Surplus copies as (layer, expert, generation, step).
             leave: Exit at once, as when this node was fenced or the run is over.
         """
-        order = pb.Order(
-            stamp=to_stamp(self._tag),
-            lineage=[pb.Resumed(generation=g, step=b) for g, b in lineage],
+        order = Order(
+            stamp=self._tag,
+            lineage=tuple(lineage),
             resume_step=resume_step,
-            drops=[pb.Drop(layer=x, expert=e, generation=g, step=t) for x, e, g, t in drops],
+            drops=tuple(Drop(layer=x, expert=e, generation=g, step=t) for x, e, g, t in drops),
             leave=leave,
         )
+        return self._call("Tell", order, OrderReply).dropped
+
+    def _call(self, name: str, request: Any, reply: type[_Reply]) -> _Reply:
+        """One message there, one back."""
+        call = self._channel.unary_unary(method(KEEPER, name))
         try:
-            reply = self._stub.Tell(order, timeout=self._timeout_s, metadata=self._metadata)
+            answer = call(codec.encode(request), timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _as_error(error, self.address) from error
-        dropped: int = reply.dropped
-        return dropped
+        return self._read(reply, answer)
+
+    def _read(self, kind: type[_Reply], answer: bytes) -> _Reply:
+        try:
+            return codec.decode(kind, answer)
+        except ValueError as error:
+            raise KeeperUnavailableError(f"keeper {self.address}: {error}") from error
 
 
 def check_identity(key: RecordKey, metadata: Any) -> None:

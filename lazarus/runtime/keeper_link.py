@@ -14,10 +14,17 @@ import grpc
 from lazarus.checkpoint.arena import MappedSegments
 from lazarus.checkpoint.errors import KeeperUnavailableError, RefusedError
 from lazarus.checkpoint.store import RecordKey, Tag
-from lazarus.runtime.rpc import keeper_pb2 as pb
-from lazarus.runtime.rpc.channel import credentials_of, open_channel
-from lazarus.runtime.rpc.keeper_messages import to_key, to_stamp
-from lazarus.runtime.rpc.keeper_pb2_grpc import KeeperStub
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc.channel import KEEPER, credentials_of, method, open_channel
+from lazarus.runtime.rpc.keeper_messages import (
+    Abandon,
+    FromTrainer,
+    Reserve,
+    Reserved,
+    Seal,
+    Target,
+    ToTrainer,
+)
 
 PID_HEADER = "lazarus-pid"
 _MAX_REPORTS = 1000
@@ -27,23 +34,24 @@ class _Stream:
     """One life of the connection."""
 
     def __init__(self, address: str, secret: str, ca: bytes | None, on_done: Any) -> None:
-        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.broken = False
         self._channel = open_channel(address, ca=ca)
         metadata = (*credentials_of(secret), (PID_HEADER, str(os.getpid())))
-        stub: Any = KeeperStub(self._channel)
-        self._call = stub.Attach(iter(self.outbox.get, None), metadata=metadata)
+        attach = self._channel.stream_stream(method(KEEPER, "Attach"))
+        self._call = attach(iter(self.outbox.get, None), metadata=metadata)
         self._on_done = on_done
         threading.Thread(target=self._read, daemon=True, name="keeper-link").start()
 
     def _read(self) -> None:
         try:
-            for message in self._call:
-                if message.WhichOneof("body") == "reserved":
-                    self.replies.put(message.reserved)
+            for data in self._call:
+                message: ToTrainer = codec.decode(ToTrainer, data)  # type: ignore[arg-type]
+                if isinstance(message, Reserved):
+                    self.replies.put(message)
                 else:
-                    self._on_done(json.loads(message.done.record))
+                    self._on_done(json.loads(message.record))
         except grpc.RpcError as error:
             self.replies.put(error)
         finally:
@@ -99,14 +107,14 @@ class RemoteKeeperLink:
             self._close_stream()
             self._segments.clear()
             self._stream = _Stream(self._address, self._secret, self._ca, self.add_report)
-        request = pb.Reserve(
+        request = Reserve(
             ticket=ticket,
-            stamp=to_stamp(tag),
-            keys=[to_key(k) for k in keys],
-            num_bytes=list(sizes),
+            stamp=tag,
+            keys=tuple(keys),
+            num_bytes=tuple(sizes),
             published_step=published,
         )
-        self._stream.outbox.put(pb.FromTrainer(reserve=request))
+        self._stream.outbox.put(codec.encode(request))
         reply = self._answer(self._stream, ticket)
         if reply.error:
             raise RefusedError(f"keeper {self._address}: {reply.error}")
@@ -117,7 +125,7 @@ class RemoteKeeperLink:
             for place, size in zip(reply.places, sizes, strict=True)
         ]
 
-    def _answer(self, stream: _Stream, ticket: int) -> Any:
+    def _answer(self, stream: _Stream, ticket: int) -> Reserved:
         while True:
             try:
                 reply = stream.replies.get(timeout=self._timeout_s)
@@ -129,29 +137,29 @@ class RemoteKeeperLink:
             if reply is None or isinstance(reply, grpc.RpcError):
                 self._close_stream()
                 raise KeeperUnavailableError(f"keeper {self._address} is gone: {_text(reply)}")
-            if reply.ticket == ticket:
+            if isinstance(reply, Reserved) and reply.ticket == ticket:
                 return reply
 
     def seal(
         self, ticket: int, *, copies: Mapping[int, Sequence[str]], persist: Sequence[int], url: str
     ) -> None:
         """The records are complete."""
-        seal = pb.Seal(
+        seal = Seal(
             ticket=ticket,
-            copies=[pb.Target(index=i, addresses=list(a)) for i, a in copies.items()],
-            persist=list(persist),
+            copies=tuple(Target(index=i, addresses=tuple(a)) for i, a in copies.items()),
+            persist=tuple(persist),
             url=url,
         )
-        self._send(pb.FromTrainer(seal=seal))
+        self._send(seal)
 
     def abandon(self, ticket: int) -> None:
         """The records will not be completed."""
-        self._send(pb.FromTrainer(abandon=pb.Abandon(ticket=ticket)))
+        self._send(Abandon(ticket=ticket))
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: FromTrainer) -> None:
         if self._stream is None or self._stream.broken:
             raise KeeperUnavailableError(f"keeper {self._address} is gone")
-        self._stream.outbox.put(message)
+        self._stream.outbox.put(codec.encode(message))
 
     def add_report(self, record: dict[str, Any]) -> None:
         """Hand a record on, or put it where ``reports`` finds it."""

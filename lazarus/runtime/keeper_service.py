@@ -21,17 +21,28 @@ from lazarus.checkpoint.store import Tag
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.keeper_client import check_identity
 from lazarus.runtime.keeper_work import Copying, KeeperWork, Persisting
-from lazarus.runtime.rpc import keeper_pb2 as pb
-from lazarus.runtime.rpc.channel import bind, make_server
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc.channel import KEEPER, add_service, bind, make_server
 from lazarus.runtime.rpc.keeper_messages import (
+    Abandon,
+    Done,
+    FetchRequest,
+    FromTrainer,
+    Held,
+    InventoryReply,
+    InventoryRequest,
+    Order,
+    OrderReply,
+    Place,
+    PushReply,
+    RecordHead,
+    Reserve,
+    Reserved,
+    Seal,
+    Segment,
     chunks_of,
-    from_key,
-    from_stamp,
     received_into,
-    to_key,
-    to_stamp,
 )
-from lazarus.runtime.rpc.keeper_pb2_grpc import KeeperServicer, add_KeeperServicer_to_server
 
 PID_HEADER = "lazarus-pid"
 
@@ -41,12 +52,12 @@ class _Trainer:
     """One attached trainer: its open tickets and the messages on their way to it."""
 
     pid: int
-    outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+    outbox: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
     tickets: dict[int, tuple[Tag, Ticket]] = field(default_factory=dict)
     published_step: int = -1
 
 
-class KeeperService(KeeperServicer):  # type: ignore[misc]
+class KeeperService:
     """One lock around the memory's books; bytes move outside of it, pinned."""
 
     def __init__(
@@ -65,7 +76,7 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
 
     # ---- trainers ------------------------------------------------------------------------------
 
-    def Attach(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+    def attach(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Serve one trainer until its stream ends."""
         metadata = dict(context.invocation_metadata())
         trainer = _Trainer(pid=int(metadata.get(PID_HEADER, "0")))
@@ -75,18 +86,16 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
         while (message := trainer.outbox.get()) is not None:
             yield message
 
-    def _read(self, requests: Iterator[Any], trainer: _Trainer) -> None:
+    def _read(self, requests: Iterator[bytes], trainer: _Trainer) -> None:
         try:
-            for message in requests:
-                body = message.WhichOneof("body")
-                if body == "reserve":
-                    trainer.outbox.put(
-                        pb.ToTrainer(reserved=self._reserve(trainer, message.reserve))
-                    )
-                elif body == "seal":
-                    self._seal(trainer, message.seal)
-                elif body == "abandon":
-                    self._abandon(trainer, message.abandon.ticket)
+            for data in requests:
+                match codec.decode(FromTrainer, data):  # type: ignore[arg-type]
+                    case Reserve() as request:
+                        trainer.outbox.put(codec.encode(self._reserve(trainer, request)))
+                    case Seal() as request:
+                        self._seal(trainer, request)
+                    case Abandon(ticket=ticket):
+                        self._abandon(trainer, ticket)
         except grpc.RpcError:
             pass  # the stream broke: the trainer is gone, which is what the next lines handle
         finally:
@@ -107,36 +116,34 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
                     waiting.append((pid, ticket))
             self._orphans = waiting
 
-    def _reserve(self, trainer: _Trainer, request: Any) -> Any:
+    def _reserve(self, trainer: _Trainer, request: Reserve) -> Reserved:
         self._free_orphans(attached=0)
-        reply = pb.Reserved(ticket=request.ticket, pid=os.getpid())
+        number, pid, tag = request.ticket, os.getpid(), request.stamp
         with self._lock:
-            if error := self._stale_reason(request.stamp):
-                reply.error = error
-                return reply
-            tag = from_stamp(request.stamp)
+            if error := self._stale_reason(tag):
+                return Reserved(ticket=number, pid=pid, error=error)
             trainer.published_step = request.published_step
             self._memory.published(request.published_step, generation=tag.generation)
             try:
-                ticket = self._memory.reserve(
-                    [from_key(k) for k in request.keys], list(request.num_bytes)
-                )
+                ticket = self._memory.reserve(request.keys, request.num_bytes)
             except MemoryError as problem:
-                reply.error = str(problem)
-                return reply
-            trainer.tickets[request.ticket] = (tag, ticket)
-            for version in ticket.versions:
-                reply.places.add(segment=version.slot.segment, offset=version.slot.offset)
-            for index, fd, num_bytes in self._arena.segments():
-                reply.segments.add(id=index, fd=fd, num_bytes=num_bytes)
-        return reply
+                return Reserved(ticket=number, pid=pid, error=str(problem))
+            trainer.tickets[number] = (tag, ticket)
+            slots = [version.slot for version in ticket.versions]
+            segments = self._arena.segments()
+        return Reserved(
+            ticket=number,
+            pid=pid,
+            places=tuple(Place(segment=s.segment, offset=s.offset) for s in slots),
+            segments=tuple(Segment(id=i, fd=fd, num_bytes=size) for i, fd, size in segments),
+        )
 
     def _abandon(self, trainer: _Trainer, number: int) -> None:
         with self._lock:
             if number in trainer.tickets:
                 self._memory.abandon(trainer.tickets.pop(number)[1])
 
-    def _seal(self, trainer: _Trainer, request: Any) -> None:
+    def _seal(self, trainer: _Trainer, request: Seal) -> None:
         with self._lock:
             if request.ticket not in trainer.tickets:
                 return
@@ -144,7 +151,7 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
         for version in ticket.versions:  # nobody else knows these slots yet
             version.checksum = xxhash.xxh3_128_hexdigest(self._memory.view(version))
         persisted = [ticket.versions[i] for i in request.persist]
-        copied = [(ticket.versions[t.index], tuple(t.addresses)) for t in request.copies]
+        copied = [(ticket.versions[t.index], t.addresses) for t in request.copies]
         with self._lock:
             for version in persisted:
                 self._memory.pin(version)
@@ -183,18 +190,20 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
 
     # ---- other nodes ---------------------------------------------------------------------------
 
-    def Push(self, chunks: Iterator[Any], context: grpc.ServicerContext) -> Any:
+    def push(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Take a record from another keeper; it counts once complete and verified."""
-        head = next(chunks).head
-        key = from_key(head.key)
+        head = codec.decode(RecordHead, next(chunks))
+        return codec.encode(self._take_in(head, chunks))
+
+    def _take_in(self, head: RecordHead, chunks: Iterator[bytes]) -> PushReply:
         with self._lock:
             if error := self._stale_reason(head.stamp):
-                return pb.PushReply(accepted=False, reason=error)
+                return PushReply(accepted=False, reason=error)
             self._memory.published(head.published_step, generation=head.stamp.generation)
             try:
-                ticket = self._memory.reserve([key], [head.num_bytes])
+                ticket = self._memory.reserve([head.key], [head.num_bytes])
             except MemoryError as problem:
-                return pb.PushReply(accepted=False, reason=str(problem))
+                return PushReply(accepted=False, reason=str(problem))
         (version,) = ticket.versions
         reason = self._receive(version, head, chunks)
         with self._lock:
@@ -204,9 +213,9 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
                 self._memory.abandon(ticket)
             else:
                 self._memory.complete(version)
-        return pb.PushReply(accepted=not reason, reason=reason)
+        return PushReply(accepted=not reason, reason=reason)
 
-    def _receive(self, version: Version, head: Any, chunks: Iterator[Any]) -> str:
+    def _receive(self, version: Version, head: RecordHead, chunks: Iterator[bytes]) -> str:
         """Fill a slot from a stream; the reason why not, or nothing."""
         view = self._memory.view(version)
         try:
@@ -221,8 +230,9 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
             return "sender gone"
         return ""
 
-    def Fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+    def fetch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send a record to whoever restores it."""
+        request = codec.decode(FetchRequest, data)
         with self._lock:
             self._refuse_stale(request.stamp, context)
             try:
@@ -236,9 +246,9 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
                 context.abort(grpc.StatusCode.NOT_FOUND, str(error))
             self._memory.pin(version)
         try:
-            head = pb.RecordHead(
-                stamp=to_stamp(self._newest),
-                key=to_key(version.key),
+            head = RecordHead(
+                stamp=self._newest,
+                key=version.key,
                 num_bytes=version.num_bytes,
                 checksum=version.checksum,
             )
@@ -246,41 +256,42 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
         finally:
             self._unpin(version)
 
-    def Inventory(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def inventory(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """What is held, and the memory it takes."""
+        request = codec.decode(InventoryRequest, data)
         with self._lock:
             self._refuse_stale(request.stamp, context)
-            held = [
-                pb.Held(key=to_key(v.key), num_bytes=v.num_bytes, checksum=v.checksum)
-                for v in self._memory.held()
-            ]
-            return pb.InventoryReply(
-                held=held,
+            held = self._memory.held()
+            reply = InventoryReply(
+                held=tuple(
+                    Held(key=v.key, num_bytes=v.num_bytes, checksum=v.checksum) for v in held
+                ),
                 reserved_bytes=self._arena.reserved_bytes,
                 peak_bytes=self._arena.peak_bytes,
                 stale_messages=self._stale,
                 pid=os.getpid(),
             )
+        return codec.encode(reply)
 
-    def Tell(self, order: Any, context: grpc.ServicerContext) -> Any:
+    def tell(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Forget what the lineage voids, drop surplus copies, or exit."""
+        order = codec.decode(Order, data)
         with self._lock:
             self._refuse_stale(order.stamp, context)
             dropped = 0
             if order.resume_step >= 0:
-                lineage = [(r.generation, r.step) for r in order.lineage]
-                dropped += self._memory.prune(lineage, resume_step=order.resume_step)
+                dropped += self._memory.prune(order.lineage, resume_step=order.resume_step)
             tags = {(d.layer, d.expert, d.generation, d.step) for d in order.drops}
             dropped += self._memory.drop(tags)
         if order.leave:
             self._stop.set()
-        return pb.OrderReply(accepted=True, dropped=dropped)
+        return codec.encode(OrderReply(dropped=dropped))
 
     # ---- terms and generations -----------------------------------------------------------------
 
-    def _stale_reason(self, stamp: Any) -> str:
+    def _stale_reason(self, tag: Tag) -> str:
         """Why a message is refused, or nothing; a higher (term, generation) becomes ours."""
-        tag, newest = from_stamp(stamp), self._newest
+        newest = self._newest
         if tag.job != self._job:
             self._stale += 1
             return f"job {tag.job!r} is not {self._job!r}"
@@ -293,7 +304,7 @@ class KeeperService(KeeperServicer):  # type: ignore[misc]
         self._newest = tag
         return ""
 
-    def _refuse_stale(self, stamp: Any, context: grpc.ServicerContext) -> None:
+    def _refuse_stale(self, stamp: Tag, context: grpc.ServicerContext) -> None:
         if reason := self._stale_reason(stamp):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
 
@@ -307,8 +318,8 @@ class _Reporter:
     def __call__(self, record: dict[str, Any]) -> None:
         from json import dumps
 
-        done = pb.Done(ticket=self._ticket, record=dumps(record))
-        self._trainer.outbox.put(pb.ToTrainer(done=done))
+        done = Done(ticket=self._ticket, record=dumps(record))
+        self._trainer.outbox.put(codec.encode(done))
 
 
 def serve(service: KeeperService, config: KeeperConfig) -> tuple[grpc.Server, int]:
@@ -318,7 +329,14 @@ def serve(service: KeeperService, config: KeeperConfig) -> tuple[grpc.Server, in
         OSError: The address is not to be had.
     """
     server = make_server(config.secret, max_streams=config.max_trainers + 32)
-    add_KeeperServicer_to_server(service, server)
+    handlers = {
+        "Attach": grpc.stream_stream_rpc_method_handler(service.attach),  # a trainer of this node
+        "Push": grpc.stream_unary_rpc_method_handler(service.push),
+        "Fetch": grpc.unary_stream_rpc_method_handler(service.fetch),
+        "Inventory": grpc.unary_unary_rpc_method_handler(service.inventory),
+        "Tell": grpc.unary_unary_rpc_method_handler(service.tell),
+    }
+    add_service(server, KEEPER, handlers)
     key, cert = config.tls_key.encode() or None, config.tls_cert.encode() or None
     port = bind(server, config.bind, key=key, cert=cert)
     server.start()

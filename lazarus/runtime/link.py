@@ -6,14 +6,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
-from lazarus.control.messages import Body
+from lazarus.control.messages import Body, FromDriver, FromWorker, ToDriver, ToWorker
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc import lazarus_pb2_grpc as rpc
-from lazarus.runtime.rpc.channel import credentials_of, open_channel
+from lazarus.runtime.rpc.channel import CONTROL, credentials_of, method, open_channel
 
 _BACKOFF_S = 0.05
 
@@ -26,8 +25,7 @@ class Link:
         address: str,
         *,
         secret: str,
-        method: str,
-        envelope: type[Any],
+        speaker: type[FromWorker] | type[FromDriver],
         hello: Callable[[], Body],
         on_message: Callable[[int, Body], None],
         on_dead: Callable[[str], None],
@@ -37,8 +35,7 @@ class Link:
     ) -> None:
         self._address = address
         self._secret = secret
-        self._method = method
-        self._envelope = envelope
+        self._speaker = speaker
         self._hello = hello
         self._on_message = on_message
         self._on_dead = on_dead
@@ -46,7 +43,7 @@ class Link:
         self._ca = ca
         self._on_connect = on_connect
         self._lock = threading.Lock()
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._alone_since: float | None = None  # monotonic; None while a controller answers
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
@@ -56,7 +53,7 @@ class Link:
 
     def send(self, body: Body) -> None:
         """Queue a message; lost if the stream breaks before it goes out (hello says all again)."""
-        message = codec.wrap(self._envelope, body)
+        message = self._encoded(body)
         with self._lock:
             self._outbox.put(message)
 
@@ -68,7 +65,10 @@ class Link:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
-    def _messages(self, outbox: queue.SimpleQueue[Any]) -> Iterator[Any]:
+    def _encoded(self, body: Body) -> bytes:
+        return codec.encode(self._speaker(cast(Any, body)))
+
+    def _messages(self, outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
         while (message := outbox.get()) is not None:
             yield message
 
@@ -83,6 +83,8 @@ class Link:
                 if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                     self._on_dead(reason)
                     return
+            except ValueError as problem:
+                reason = f"a message from the controller: {problem}"
             if self._closed.is_set():
                 return
             now = time.monotonic()
@@ -98,17 +100,23 @@ class Link:
         with self._lock:
             self._outbox = queue.SimpleQueue()
             outbox = self._outbox
-            outbox.put(codec.wrap(self._envelope, self._hello()))
+            outbox.put(self._encoded(self._hello()))
         self._on_connect()
         with open_channel(self._address, ca=self._ca) as channel:
-            stub = rpc.ControlStub(channel)
-            call = getattr(stub, self._method)(
-                self._messages(outbox), metadata=credentials_of(self._secret)
-            )
+            name = "Attach" if self._speaker is FromWorker else "Drive"
+            start = channel.stream_stream(method(CONTROL, name))
+            call = start(self._messages(outbox), metadata=credentials_of(self._secret))
             try:
-                for message in call:
+                for data in call:
                     self._alone_since = None
-                    self._on_message(getattr(message, "term", 0), codec.unwrap(message))
+                    self._hear(data)
             finally:
                 outbox.put(None)
                 call.cancel()
+
+    def _hear(self, data: bytes) -> None:
+        if self._speaker is FromWorker:
+            ordered = codec.decode(ToWorker, data)
+            self._on_message(ordered.term, ordered.body)
+        else:
+            self._on_message(0, codec.decode(ToDriver, data).body)

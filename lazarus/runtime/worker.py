@@ -34,6 +34,7 @@ from lazarus.control.messages import (
     Fence,
     Fenced,
     Finalize,
+    FromWorker,
     Go,
     Heartbeat,
     Hello,
@@ -63,7 +64,6 @@ from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.link import Link
 from lazarus.runtime.memory import visible_bytes
 from lazarus.runtime.rank import Rank
-from lazarus.runtime.rpc import lazarus_pb2 as pb
 from lazarus.runtime.spec import WorkerSpec
 
 _FOREVER = 1 << 60  # a fence that nothing follows
@@ -95,8 +95,7 @@ class Worker:
             spec.controller.address,
             secret=spec.controller.secret,
             ca=spec.controller.ca,
-            method="Attach",
-            envelope=pb.FromWorker,
+            speaker=FromWorker,
             hello=self._hello,
             on_message=self._on_message,
             on_dead=self._on_dead,

@@ -25,6 +25,9 @@ from lazarus.checkpoint.testing import ToyState
 from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
 from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc.channel import KEEPER, method
+from lazarus.runtime.rpc.keeper_messages import Order
 
 TOY = ToyState()
 SECRET = "s3cret"
@@ -295,6 +298,9 @@ from lazarus.checkpoint.snapshot import SnapshotItem, Snapshotter, SnapshotReque
 from lazarus.checkpoint.store import RecordKey, Tag
 from lazarus.checkpoint.testing import ToyState
 from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc.channel import KEEPER, method
+from lazarus.runtime.rpc.keeper_messages import Order
 import lazarus.checkpoint.snapshot as snapshot, os, signal
 link = RemoteKeeperLink(sys.argv[1], secret="s3cret")
 tag = Tag(job="job", term=1, generation=2)
@@ -346,12 +352,10 @@ def test_the_keeper_process_does_not_import_torch() -> None:
 
 
 def test_grpc_metadata_is_the_only_way_in(start: Start) -> None:
-    from lazarus.runtime.rpc import keeper_pb2 as pb
-    from lazarus.runtime.rpc.keeper_pb2_grpc import KeeperStub
-
     channel = grpc.insecure_channel(start().address)
+    leave = codec.encode(Order(stamp=TAG, leave=True))
     with pytest.raises(grpc.RpcError) as refused:
-        KeeperStub(channel).Tell(pb.Order(leave=True), timeout=5)
+        channel.unary_unary(method(KEEPER, "Tell"))(leave, timeout=5)
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     channel.close()
 

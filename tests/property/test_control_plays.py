@@ -17,6 +17,7 @@ from control_play import FAULTS, config_of, play
 from control_worker import Broken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 
 from lazarus.control import commits, machine, membership, recovery, replay, suspicion, transition
 from lazarus.control.messages import (
@@ -148,7 +149,7 @@ def vectors_of_the_dead_are_forgotten(patch: Patch) -> None:
     def store(state: Control, body: Vector, *, at_s: float) -> Any:
         if body.generation != state.resumed or body.step <= state.step:
             return state, ()
-        return replace(state, known={**state.known, body.step: replace(body, at_s=at_s)}), ()
+        return replace(state, known={**state.known, body.step: changed(body, at_s=at_s)}), ()
 
     patch.setattr(commits, "on_vector", store)
     patch.setattr(
@@ -258,7 +259,7 @@ def anybody_is_asked_for_any_expert(patch: Patch) -> None:
 
     def moves(wanted: Any, owners: Any) -> Any:
         found, lost = original(wanted, owners)
-        return tuple(replace(m, source=(m.source + 1) % 2) for m in found), lost
+        return tuple(changed(m, source=(m.source + 1) % 2) for m in found), lost
 
     patch.setattr(transition, "schedule_moves", moves)
 
@@ -319,7 +320,7 @@ def reports_of_an_older_generation_count(patch: Patch) -> None:
 
     def lax(state: Control, worker: str, body: Report, *, at_s: float) -> Any:
         if state.transition is not None:
-            body = replace(body, generation=state.transition.generation)
+            body = changed(body, generation=state.transition.generation)
         return original(state, worker, body, at_s=at_s)
 
     patch.setattr(transition, "on_report", lax)
@@ -330,7 +331,7 @@ def vectors_of_any_generation_count(patch: Patch) -> None:
     original = commits.on_vector
 
     def lax(state: Control, body: Vector, *, at_s: float) -> Any:
-        return original(state, replace(body, generation=state.resumed), at_s=at_s)
+        return original(state, changed(body, generation=state.resumed), at_s=at_s)
 
     patch.setattr(commits, "on_vector", lax)
 

@@ -252,7 +252,8 @@ def check_end(world: World) -> None:
     if over.status == "finished":
         need(steps == list(range(1, world.config.steps + 1)), "I6", f"published {steps}")
     else:
-        need("every node is lost" in over.error, "I15", f"ended without need: {over.error}")
+        why = "" if over.failure is None else over.failure.message
+        need("every node is lost" in why, "I15", f"ended without need: {why}")
     check_plans(world)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from control_desk import EXPERTS, Desk, running
+from msgspec.structs import replace as changed
 
 from lazarus.control.messages import Hello, NodeNotice
 from lazarus.control.ports import DriverSaid
@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 class ZonedDesk(Desk):
     def hello(self, worker: str) -> Hello:
-        return replace(super().hello(worker), zone=ZONES[worker], memory_bytes=GIB)
+        return changed(super().hello(worker), zone=ZONES[worker], memory_bytes=GIB)
 
 
 class Spy:

@@ -8,20 +8,19 @@ import threading
 from pathlib import Path
 
 from lazarus.control import commits
-from lazarus.control.messages import Body, DriverHello, Record, RunOver
+from lazarus.control.messages import Body, DriverHello, FromDriver, Record, RunOver
 from lazarus.control.ports import Journal
 from lazarus.control.replay import initial_state
 from lazarus.control.state import ControlConfig
 from lazarus.runtime.controller import open_controller
 from lazarus.runtime.journal import Journal as Storage
 from lazarus.runtime.link import Link
-from lazarus.runtime.rpc import lazarus_pb2 as pb
 from lazarus.runtime.spec import ControllerSpec
 
 
 def end_entry(config: ControlConfig) -> dict[str, object]:
     state = initial_state(config, term=1, now_s=0.0)
-    _, commands = commits.end(state, status="finished", error={}, at_s=7.0)
+    _, commands = commits.end(state, status="finished", failure=None, at_s=7.0)
     (journaled,) = (c for c in commands if isinstance(c, Journal))
     return dict(journaled.entry)
 
@@ -42,8 +41,7 @@ def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
         link = Link(
             f"127.0.0.1:{controller.port}",
             secret="s3cret",
-            method="Drive",
-            envelope=pb.FromDriver,
+            speaker=FromDriver,
             hello=lambda: DriverHello(run="r"),
             on_message=lambda term, body, heard=heard: heard.put(body),
             on_dead=print,
@@ -54,7 +52,7 @@ def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
         if life == 0:
             assert isinstance(said, Record) and json.loads(said.line)["event"] == "run_finished"
             said = heard.get(timeout=20)
-        assert isinstance(said, RunOver) and said.status == "finished" and said.error == ""
+        assert isinstance(said, RunOver) and said.status == "finished" and said.failure is None
         thread.join(20)
         assert not thread.is_alive()
         link.close()

@@ -11,34 +11,32 @@ from typing import Any
 import grpc
 import pytest
 
-from lazarus.control.messages import Body, Hello, Welcome
+from lazarus.control.messages import Body, FromWorker, Hello, ToWorker, Welcome
 from lazarus.runtime import link as linking
 from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.link import Link
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc import lazarus_pb2 as pb
-from lazarus.runtime.rpc import lazarus_pb2_grpc as rpc
-from lazarus.runtime.rpc.channel import bind, make_server
+from lazarus.runtime.rpc.channel import add_control, bind, make_server
 
 Heard = queue.SimpleQueue[tuple[int, Body]]
 
 
-class Greeter(rpc.ControlServicer):  # type: ignore[misc]
+class Greeter:
     """Welcomes every message and keeps what it hears."""
 
     def __init__(self) -> None:
         self.heard: queue.SimpleQueue[Body] = queue.SimpleQueue()
 
-    def Attach(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        for message in requests:
-            self.heard.put(codec.unwrap(message))
-            yield codec.wrap(pb.ToWorker, Welcome(node=4), term=1)
+    def attach(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        for data in requests:
+            self.heard.put(codec.decode(FromWorker, data).body)
+            yield codec.encode(ToWorker(Welcome(node=4), term=1))
 
 
 def serve(secret: str, *, port: int = 0) -> tuple[grpc.Server, int, Greeter]:
     greeter = Greeter()
     server = make_server(secret, max_streams=4)
-    rpc.add_ControlServicer_to_server(greeter, server)
+    add_control(server, attach=greeter.attach, drive=greeter.attach)
     port = bind(server, f"127.0.0.1:{port}", key=None, cert=None)
     server.start()
     return server, port, greeter
@@ -51,8 +49,7 @@ def attach(
     link = Link(
         f"127.0.0.1:{port}",
         secret=secret,
-        method="Attach",
-        envelope=pb.FromWorker,
+        speaker=FromWorker,
         hello=lambda: Hello(worker="node-0.0", node_key="node-0"),
         on_message=lambda term, body: heard.put((term, body)),
         on_dead=dead,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
 import grpc
 
+_MAX_MESSAGE_BYTES = 1 << 28  # the largest are plans with their moves: some MiB at 1,024 ranks
 _OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
     # A cut link closes no socket: without pings a process behind it would wait for ever.
@@ -23,6 +24,9 @@ _OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
 ]
 HEADER = "authorization"
+CONTROL = "lazarus.Control"
+KEEPER = "lazarus.Keeper"
+Streams = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
 def credentials_of(secret: str) -> tuple[tuple[str, str], ...]:
@@ -64,6 +68,31 @@ def make_server(secret: str, *, max_streams: int) -> grpc.Server:
         options=_OPTIONS,
         maximum_concurrent_rpcs=max_streams,
     )
+
+
+def add_service(
+    server: grpc.Server, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
+) -> None:
+    """Let a server answer the methods of a service.
+
+    gRPC carries bytes: each handler reads and writes its messages itself (``rpc/codec.py``), so
+    that it is the handler, not a thread of gRPC's, that answers for what does not decode.
+    """
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+
+
+def add_control(server: grpc.Server, *, attach: Streams, drive: Streams) -> None:
+    """Serve the control plane: a stream per worker (``attach``), one for the driver."""
+    handlers = {
+        "Attach": grpc.stream_stream_rpc_method_handler(attach),
+        "Drive": grpc.stream_stream_rpc_method_handler(drive),
+    }
+    add_service(server, CONTROL, handlers)
+
+
+def method(service: str, name: str) -> str:
+    """The path of a method, as a channel wants it."""
+    return f"/{service}/{name}"
 
 
 def bind(server: grpc.Server, address: str, *, key: bytes | None, cert: bytes | None) -> int:
