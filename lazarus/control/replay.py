@@ -182,6 +182,7 @@ def _resumed(state: Control, entry: Mapping[str, Any]) -> Control:
         seat_nodes=tuple(int(n) for n in entry["seat_nodes"]),
         rolled=(generation, step) if entry["rollback"] else state.rolled,
         adapted=_adapted(entry["adapted"]),
+        doubling=bool(entry.get("double_k", False)),
         speeds={int(n): float(w) for n, w in entry["speeds"]},
         next_speeds={int(n): float(w) for n, w in entry["speeds"]},
         plan=plan,

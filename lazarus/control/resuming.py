@@ -60,9 +60,11 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     first, held = not state.resumed, bool(state.hold_reason)
     departed = workers_of(state, transition.leavers)
     bills, state = bill_restores(state, transition, at_s=at_s)
-    double = bool(bills) and over_budget(state)
-    if double:
+    over = bool(bills) and over_budget(state)
+    if over:
         state = replace(state, plt_spent=plt_of(state))
+    double = over or (state.doubling and not _has_committed(state, transition))
+    entry["double_k"] = double
     state = replace(
         state,
         phase=Phase.RUNNING,
@@ -86,6 +88,7 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         known={},
         newest=None if transition.rollback else state.newest,
         transition=None,
+        doubling=double,
         hold_reason="",
         nodes=without(state.nodes, transition.leavers),
         workers=without(state.workers, departed),
@@ -105,6 +108,11 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     events = _resume_events(state, transition, plan, first=first, held=held, at_s=at_s)
     events += adapting.adapted_events(state, before, at_s=at_s)
     return state, (Journal(entry=entry), *told, *events, *bills)
+
+
+def _has_committed(state: Control, transition: Transition) -> bool:
+    """Whether a step was committed since the newest RESUME: only then is its word in force."""
+    return not state.lineage or transition.step > state.lineage[-1][1]
 
 
 def _entry(state: Control, transition: Transition, plan: Plan) -> dict[str, Any]:

@@ -300,6 +300,7 @@ class Control:
     stored: tuple[Stored, ...] = ()
     plt: PltLedger = field(default_factory=PltLedger)
     plt_spent: float = 0.0  # when K was last doubled
+    doubling: bool = False  # the newest RESUME told the ranks to double K
     manifest_pending: bool = False  # the final one
     measured: Mapping[str, Measured] = field(default_factory=dict)  # by worker
     adapted: Adapted | None = None  # schedule of saves from measured rates; None: as configured

@@ -31,9 +31,10 @@ from lazarus.control.messages import (
     Vector,
 )
 from lazarus.control.vector import Lanes, StepSums, VectorLayout, decode
-from lazarus.errors import BadSourceError, CheckpointError, FencedError
+from lazarus.errors import FencedError
 from lazarus.runtime import builtin
-from lazarus.runtime.base import Base, read_base
+from lazarus.runtime.base import Base
+from lazarus.runtime.common_state import CommonState
 from lazarus.runtime.compare import require_equal
 from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.fetching import Fetcher
@@ -112,10 +113,10 @@ class Rank:
                 secret=spec.controller.secret,
                 job=spec.run_id,
                 url=spec.checkpoint_url,
-                scalars=self._scalars,
+                scalars=self.common.scalars,
                 send=send,
             )
-        self._first_scalars = self._scalars()
+        self.common.begin(self.saver)
 
     def _make(self) -> None:
         """Everything that the configuration and the user's code give."""
@@ -126,6 +127,13 @@ class Rank:
         self._hooks = Hooks(self.user.hooks)
         self._hooks.setup(context, self.replica.model)
         self._boundary = shop.boundary(self.replica, self._hooks, context)
+        self.common = CommonState(
+            self.replica,
+            reading=self.reading,
+            boundary=self._boundary,
+            ledger=self._ledger,
+            workshop=shop,
+        )
 
     # ---- orders --------------------------------------------------------------------------------
 
@@ -140,13 +148,8 @@ class Rank:
     def redo(self) -> None:
         """Drop the attempt: scratch goes back to what the last commit left (rule 20)."""
         self._close_groups()
-        self._still()
+        self.common.stand_still()
         self.replica.restore_scratch()
-
-    def _still(self) -> None:
-        """Before anything writes training tensors: no snapshot reads them any more."""
-        if self.saver is not None:
-            self.saver.wait_before_write()
 
     def accept(self, lanes: Lanes, order: Align) -> None:
         """Apply a step that others decided, with their vector, bit for bit (rule 20)."""
@@ -161,14 +164,16 @@ class Rank:
     def aligned(self, generation: int, term: int, *, step: int) -> Aligned:
         """Where this rank stands, for the controller to compare and plan with."""
         self._close_groups()
+        if self.saver is not None:
+            self.saver.aligned(self._ledger.gen)
         base = None if self._pending is None else self._pending.base
         self._pending = None
         if base is not None and base.step == step != self._ledger.committed:
-            self._take_base(base)  # that RESUME was given, and did not reach this rank
+            self.common.take_base(base)  # that RESUME was given, and did not reach this rank
         self._term = term
         if not self._loaded:
             assert self._spec.resume is not None
-            self._take_base(self._read_base(self._spec.resume))
+            self.common.take_base(self.common.read_base(self._spec.resume, self.context))
             self._loaded = True
         replica = self.replica
         snapshots: tuple[Snapped, ...] = ()
@@ -178,10 +183,10 @@ class Rank:
             generation=generation,
             step=self._ledger.committed,
             dense_digest=replica.dense_digest(),
-            history_digest=replica.history_digest(),
+            history_digest=self.common.history_digest(),
             history=replica.history.astype("<f8").tobytes(),
             held=replica.held(),
-            scalars=self._scalars(),
+            scalars=self.common.scalars(),
             top_k=replica.layers[0].top_k,
             snapshots=snapshots,
             dense_bytes=replica.dense_image().num_bytes,
@@ -190,59 +195,10 @@ class Rank:
             num_experts=replica.num_experts,
         )
 
-    def _scalars(self) -> str:
-        """Numbers that are equal on all ranks: the optimizer's, and the save schedule's."""
-        save = None if self.saver is None else self.saver.state_text()
-        return json.dumps(
-            {
-                "optimizer": self.replica.scalars(),
-                "save": save,
-                "data": self.reading.state(),
-                "evaluated": self._boundary.state(),
-            }
-        )
-
-    def _take_scalars(self, text: str) -> None:
-        found = json.loads(text)
-        self.replica.take_scalars(found["optimizer"])
-        self._boundary.take_state(found.get("evaluated"))
-        if "data" in found:
-            self.reading.take_state(found["data"])
-        if self.saver is not None and found["save"] is not None:
-            self.saver.take_state(found["save"])
-
-    def _read_base(self, place: str) -> Base:
-        """The dense state of a checkpoint ("url step") or of the first step ("init").
-
-        Experts come with PREPARE. Nothing of this rank's own state is touched yet (rule 23).
-
-        Raises:
-            BadSourceError: The checkpoint lacks something or is damaged.
-        """
-        if place == "init":
-            fresh = self._workshop.replica(self.context)
-            return Base.of(fresh, step=0, scalars=self._first_scalars)
-        try:
-            return read_base(place, self.replica)
-        except CheckpointError as problem:
-            url, _, step = place.rpartition(" ")
-            what = f"the checkpoint of step {step}"
-            raise BadSourceError(
-                name=place, what=what, source=url, reason=str(problem)
-            ) from problem
-
-    def _take_base(self, base: Base) -> None:
-        """Stand at another step: all that this rank held belongs to a history that is over."""
-        self._still()
-        self.replica.load_dense(base.dense)
-        self.replica.history = base.history
-        self._take_scalars(base.scalars)
-        self.replica.forget_experts()
-        self._ledger.stand(base.step)
-
-    def prepare(self, order: Prepare) -> Ready:
+    def prepare(self, order: Prepare, term: int) -> Ready:
         """Groups, transfers into staging, comparison of digests (rules 23 and 24)."""
         self._close_groups()
+        self._term = term  # a joiner is not asked to align
         self._pending = None
         plan = Plan.from_json(order.plan)
         own = self._spec.worker
@@ -254,7 +210,7 @@ class Rank:
             feeding = self._groups.build(order.feeders, order, "feed")
         assert feeding is not None
         built = time.monotonic()
-        base = self._read_base(order.reload) if order.reload else None
+        base = self.common.read_base(order.reload, self.context) if order.reload else None
         feed = Feed(
             order,
             feeding,
@@ -268,7 +224,8 @@ class Rank:
         if seat is not None:
             fetcher.fetch(plan, seat, feed, entering=lambda: self._observer.enter("transfer"))
         if seat in order.dense_targets:
-            self._take_over(order)
+            self.common.take_over(order)
+            self._loaded = True
         self._boundary.agree(order.scalars)
         self._compare(order, plan, feeding, base)
         self._pending = Pending(order=order, plan=plan, exchange=exchange, feed=feed, base=base)
@@ -286,18 +243,6 @@ class Rank:
         tag = Tag(job=self._spec.run_id, term=self._term, generation=order.generation)
         return Fetcher(order, self.replica, secret=self._spec.controller.secret, tag=tag)
 
-    def _take_over(self, order: Prepare) -> None:
-        """A joiner has the dense state: make it its own."""
-        replica = self.replica
-        shape = replica.history.shape
-        history = torch.frombuffer(bytearray(order.history), dtype=torch.float64)
-        replica.history = history.numpy().reshape(shape).copy()
-        self._take_scalars(order.scalars)
-        replica.keep_buffers()
-        replica.forget_experts()
-        self._loaded = True
-        self._ledger.stand(order.step)
-
     def _compare(
         self, order: Prepare, plan: Plan, exchange: GuardedExchange, base: Base | None
     ) -> None:
@@ -309,7 +254,7 @@ class Rank:
                 "step": str(order.step),
                 "plan": plan.digest,
                 "dense state": (self.replica if base is None else base).dense_digest(),
-                "load history": (self.replica if base is None else base).history_digest(),
+                "load history": self.common.history_digest(base),
             },
             exchange,
             device=self.device,
@@ -324,12 +269,12 @@ class Rank:
         assert exchange is not None
         self._pending = None
         replica = self.replica
-        self._still()
+        self.common.stand_still()
         if pending.base is not None:
-            self._take_base(pending.base)
+            self.common.take_base(pending.base)
         replica.ensure_slots(plan.expert_of_slot.shape[2])
         if self.saver is not None:
-            self.saver.adapt(order)
+            self.saver.schedule.adapt(order)
         self._refill = Refill(pending.order, pending.plan, pending.feed, replica)
         self._exchange = exchange
         self._speeds = pending.order.speeds
@@ -413,7 +358,7 @@ class Rank:
         self.context.measures.commit()
         self.reading.committed(sums.step)
         if self.saver is not None:
-            self.saver.committed(sums.counts)
+            self.saver.schedule.committed(sums.step, sums.counts)
 
     @property
     def told(self) -> tuple[Body, ...]:
@@ -482,7 +427,7 @@ class Rank:
             size=world.exchange.size,
             tag=Tag(job=self._spec.run_id, term=order.term, generation=world.generation),
             step=order.step,
-            scalars=self._scalars(),
+            scalars=self.common.scalars(),
         )
 
     def close(self) -> None:

@@ -12,30 +12,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lazarus.checkpoint.adaptive import DEFAULT_EVERY
 from lazarus.checkpoint.errors import CheckpointError
-from lazarus.checkpoint.saving import RankShare, SaveState, plan_save
-from lazarus.checkpoint.schedule import (
-    ScheduleConfig,
-    Selection,
-    default_schedule,
-    doubled_k,
-    rescheduled,
-)
+from lazarus.checkpoint.saving import RankShare, plan_save
+from lazarus.checkpoint.schedule import ScheduleConfig, Selection, default_schedule
 from lazarus.checkpoint.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
 from lazarus.checkpoint.store import RecordKey, Tag
 from lazarus.config import TrainConfig
-from lazarus.control.messages import Resume, Snapped, Snapshotted
+from lazarus.control.messages import Snapped, Snapshotted
 from lazarus.runtime.finals import layer_entry
 from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.keeper_link import RemoteKeeperLink
 from lazarus.runtime.replica import Replica
+from lazarus.runtime.save_schedule import SaveSchedule
 from placement import Plan
 
 _SHARES_KEPT = 2  # one that is being written, one that waits for its manifest
@@ -63,8 +54,10 @@ class Saver:
         self._secret = secret
         self._job = job
         self._url = url
-        self._schedule = _schedule(config, replica)
-        self._state = SaveState.initial(self._schedule)
+        self.schedule = SaveSchedule(
+            _schedule(config, replica),
+            last_step=config.train.steps if config.checkpoint.full_at_end else 0,
+        )
         self._send = send
         self._lock = threading.Lock()
         self._heads: dict[int, dict[str, Any]] = {}
@@ -75,33 +68,12 @@ class Saver:
         self._window_s = 0.0  # from there to the optimizer step that it must not delay
         self.stalled_s = 0.0  # training waited for copies, in all
 
-    # ---- state that is equal on all ranks ------------------------------------------------------
-
-    def state_text(self) -> str:
-        return json.dumps(self._state.to_json())
-
-    def take_state(self, text: str) -> None:
-        self._state = SaveState.from_json(json.loads(text))
-
-    def adapt(self, order: Resume) -> None:
-        """What RESUME says about the checkpoints to come."""
-        schedule = self._state.schedule
-        if order.double_k:
-            schedule = doubled_k(schedule, self._schedule, plt_of_present_k=1.0)
-        schedule = rescheduled(
-            schedule,
-            self._schedule,
-            k_snapshot=order.k_snapshot,
-            snapshot_every=order.snapshot_every,
-            persist_every=order.persist_every,
-        )
-        if order.save_all:
-            schedule = replace(schedule, persisted_once=False)
-        self._state = replace(self._state, schedule=schedule)
-
-    def committed(self, counts_LE: NDArray[np.float64]) -> None:
-        """Fold a committed step in; part of the apply."""
-        self._state = self._state.committed(counts_LE)
+    def aligned(self, generation: int) -> None:
+        """The generation is over. A share of a checkpoint that was never begun is told."""
+        step = self.schedule.aligned()
+        if step is not None:
+            record = {"kind": "persist", "step": step, "generation": generation, "ok": False}
+            self._report({**record, "error": "the members changed before the save began"})
 
     # ---- protocol points -----------------------------------------------------------------------
 
@@ -132,10 +104,7 @@ class Saver:
         Args:
             nodes: Node of each rank; keepers: its keeper's address.
         """
-        last = self._config.checkpoint.full_at_end and step >= self._config.train.steps
-        if last:
-            return  # the full checkpoint of the end follows
-        selection, self._state = self._state.next_save(self._schedule, step=step)
+        selection = self.schedule.take_due(step)
         if selection is None:
             return
         share = self._share(selection, plan, rank=rank, nodes=nodes)
@@ -203,7 +172,7 @@ class Saver:
                 expert=order.expert,
                 step=step,
                 generation=generation,
-                routed=int(self._state.routed_LE[order.layer, order.expert]),
+                routed=int(self.schedule.routed_LE[order.layer, order.expert]),
                 parts=order.parts,
             )
             copy_to = tuple(keepers[node] for node in order.copy_nodes if keepers.get(node))
@@ -225,7 +194,7 @@ class Saver:
             "dense_names": [name for name, _ in replica.dense_tensors()],
             "scalars": self._scalars(),
             "history": replica.history.tolist(),
-            "routed": self._state.routed_LE.tolist(),
+            "routed": self.schedule.routed_LE.tolist(),
         }
 
     def _report(self, record: dict[str, Any]) -> None:

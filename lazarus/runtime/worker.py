@@ -288,7 +288,7 @@ class Worker:
                 self._link.send(self._align(rank, order))
             case Prepare():
                 self._observer.step = max(self._observer.step, order.step)  # a joiner's first
-                self._link.send(rank.prepare(order))
+                self._link.send(rank.prepare(order, self._term))
             case Resume():
                 self._acked = min(self._acked, order.step)  # a rollback does steps again
                 rank.resume(order)

@@ -1,0 +1,127 @@
+"""What all ranks have in common: everything but the experts. One rank's copy of it.
+
+That is the dense tensors and the numbers of the optimizer, the load history, the schedule of
+saves, the position in the data, and the last evaluation. A joiner takes it from a peer, a rollback
+from a checkpoint, and ranks compare it at every change of members.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import xxhash
+
+from lazarus.control.messages import Prepare
+from lazarus.errors import BadSourceError, CheckpointError
+from lazarus.runtime.base import Base, read_base
+from lazarus.runtime.boundary import Boundary
+from lazarus.runtime.context import WorkerContext
+from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.reading import Reading
+from lazarus.runtime.replica import Replica
+from lazarus.runtime.saver import Saver
+from lazarus.runtime.workshop import Workshop
+
+
+class CommonState:
+    """Reads, compares and replaces what is equal on all ranks."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        *,
+        reading: Reading,
+        boundary: Boundary,
+        ledger: StepLedger,
+        workshop: Workshop,
+    ) -> None:
+        self._replica, self._reading, self._boundary = replica, reading, boundary
+        self._ledger, self._workshop = ledger, workshop
+        self.saver: Saver | None = None
+        self._first = ""
+
+    def begin(self, saver: Saver | None) -> None:
+        """All parts are there, and nothing has been trained yet."""
+        self.saver = saver
+        self._first = self.scalars()
+
+    def scalars(self) -> str:
+        """Numbers that are equal on all ranks: the optimizer's, and the save schedule's."""
+        save = None if self.saver is None else self.saver.schedule.to_text()
+        return json.dumps(
+            {
+                "optimizer": self._replica.scalars(),
+                "save": save,
+                "data": self._reading.state(),
+                "evaluated": self._boundary.state(),
+            }
+        )
+
+    def take_scalars(self, text: str) -> None:
+        """The inverse of ``scalars``."""
+        found = json.loads(text)
+        self._replica.take_scalars(found["optimizer"])
+        self._boundary.take_state(found.get("evaluated"))
+        if "data" in found:
+            self._reading.take_state(found["data"])
+        if self.saver is not None and found["save"] is not None:
+            self.saver.schedule.take_text(found["save"])
+
+    def history_digest(self, base: Base | None = None) -> str:
+        """Fast checksum of what committed steps have counted: loads, and the schedule of saves.
+
+        Args:
+            base: Of this state, which is not taken over yet, instead of the rank's own.
+        """
+        if base is None:
+            schedule = "" if self.saver is None else self.saver.schedule.to_text()
+            return _digest(self._replica.history_digest(), schedule)
+        return _digest(base.history_digest(), str(json.loads(base.scalars)["save"] or ""))
+
+    def read_base(self, place: str, context: WorkerContext) -> Base:
+        """The state of a checkpoint ("url step") or of the first step ("init").
+
+        Experts come with PREPARE. Nothing of this rank's own state is touched yet (rule 23).
+
+        Raises:
+            BadSourceError: The checkpoint lacks something or is damaged.
+        """
+        if place == "init":
+            return Base.of(self._workshop.replica(context), step=0, scalars=self._first)
+        try:
+            return read_base(place, self._replica)
+        except CheckpointError as problem:
+            url, _, step = place.rpartition(" ")
+            what = f"the checkpoint of step {step}"
+            raise BadSourceError(
+                name=place, what=what, source=url, reason=str(problem)
+            ) from problem
+
+    def take_base(self, base: Base) -> None:
+        """Stand at another step: all that this rank held belongs to a history that is over."""
+        self.stand_still()
+        self._replica.load_dense(base.dense)
+        self._replica.history = base.history
+        self.take_scalars(base.scalars)
+        self._replica.forget_experts()
+        self._ledger.stand(base.step)
+
+    def take_over(self, order: Prepare) -> None:
+        """A joiner has the dense tensors: make the rest its own."""
+        replica = self._replica
+        history = torch.frombuffer(bytearray(order.history), dtype=torch.float64)
+        replica.history = history.numpy().reshape(replica.history.shape).copy()
+        self.take_scalars(order.scalars)
+        replica.keep_buffers()
+        replica.forget_experts()
+        self._ledger.stand(order.step)
+
+    def stand_still(self) -> None:
+        """Before anything writes training tensors: no snapshot reads them any more."""
+        if self.saver is not None:
+            self.saver.wait_before_write()
+
+
+def _digest(*words: str) -> str:
+    return xxhash.xxh3_128_hexdigest("\n".join(words).encode())
