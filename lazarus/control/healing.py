@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lazarus.control.messages import Move
 from placement import Plan
 
+Expert = tuple[int, int]  # (layer, expert)
 Missing = frozenset[tuple[int, int, int]]  # (layer, expert, rank) without its replica yet
 
 
@@ -17,7 +18,7 @@ def missing_after(moves: Iterable[Move]) -> Missing:
 
 
 def without(plan: Plan, missing: Missing) -> Plan:
-    """The plan with only the replicas that are there: what routing may use now.
+    """The plan with only the replicas that are there, at least one of each expert.
 
     Each expert's shares are scaled up over the replicas that are left; a home that is missing
     moves to the lowest rank that holds the expert.
@@ -42,6 +43,39 @@ def without(plan: Plan, missing: Missing) -> Plan:
         if not held[home[layer, expert]].any():
             home[layer, expert] = int(held.any(axis=1).argmax())
     return replace(plan, expert_of_slot=slots, share_of_slot=shares, home=home)
+
+
+def split_moves(
+    moves: Sequence[Move],
+    *,
+    owners: Mapping[Expert, Sequence[int]],
+    wanted: Mapping[Expert, Sequence[int]],
+) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
+    """What must move before RESUME so that the rest may move behind training.
+
+    RESUME frees every slot that the plan does not name. So an expert that no rank both holds and
+    keeps moves once before, and only ranks that keep an expert send it later.
+
+    Args:
+        owners: Ranks that hold each expert now.
+        wanted: Ranks that the plan gives each expert to.
+    """
+    before: list[Move] = []
+    behind: list[Move] = []
+    sent: dict[int, int] = {}
+    serving: dict[Expert, list[int]] = {}
+    for move in moves:
+        expert = (move.layer, move.expert)
+        if expert not in serving:
+            serving[expert] = sorted(set(owners[expert]) & set(wanted[expert]))
+        if not serving[expert]:
+            before.append(move)
+            serving[expert].append(move.target)
+            continue
+        source = min(serving[expert], key=lambda rank: (sent.get(rank, 0), rank))
+        sent[source] = sent.get(source, 0) + 1
+        behind.append(replace(move, source=source))
+    return tuple(before), tuple(behind)
 
 
 def heals_behind(moves: Sequence[Move], *, mode: str, record_bytes: int, before_bytes: int) -> bool:

@@ -12,13 +12,23 @@ from lazarus.checkpoint.policy import Hold
 from lazarus.checkpoint.recovery import Fail
 from lazarus.control import commits, saves
 from lazarus.control.exactly_once import num_samples_in
-from lazarus.control.healing import heals_behind
+from lazarus.control.healing import heals_behind, split_moves
 from lazarus.control.losses import (
     checkpoint_awaited,
     place_of_checkpoint,
     restores_for,
 )
-from lazarus.control.messages import Align, Aligned, Fence, Prepare, Report, Seat, StartNode, Vector
+from lazarus.control.messages import (
+    Align,
+    Aligned,
+    Fence,
+    Move,
+    Prepare,
+    Report,
+    Seat,
+    StartNode,
+    Vector,
+)
 from lazarus.control.planning import history_of, plan_for
 from lazarus.control.ports import Command, Journal, Publish, TellAll, TellDriver
 from lazarus.control.recovery import (
@@ -204,7 +214,8 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
     seats = _seats(state, workers_of(state, nodes))
     feeders = seats + _seats(state, workers_of(state, transition.leavers))
     owners = holders(transition.aligned, feeders)
-    moves, lost = schedule_moves(needs(plan, num_seats=len(seats)), owners)
+    wanted = needs(plan, num_seats=len(seats))
+    moves, lost = schedule_moves(wanted, owners)
     if lost and checkpoint_awaited(state, transition, plan, lost, at_s=at_s):
         return replace(state, transition=replace(transition, awaits=True)), ()
     decided = restores_for(state, transition, plan, lost, at_s=at_s)
@@ -214,24 +225,27 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         until_s = at_s + decided.for_s
         return replace(state, transition=replace(transition, held_until_s=until_s)), ()
     back = decided.step
-    behind = not transition.leavers and heals_behind(
+    behind: tuple[Move, ...] = ()
+    if back is not None:
+        moves = ()
+    elif not transition.leavers and heals_behind(
         moves,
         mode=state.config.heal,
         record_bytes=state.record_bytes[1],
         before_bytes=state.config.heal_before_bytes,
-    )
+    ):
+        moves, behind = split_moves(moves, owners=owners, wanted=wanted)
     place = {seat.worker: i for i, seat in enumerate(seats)} if transition.joiners else {}
     joining = tuple(sorted(place[w] for w in workers_of(state, transition.joiners)))
     standing = tuple(sorted(set(range(len(feeders))).difference(joining)))
-    now = 0 if behind else len(moves)
-    moved = now * state.record_bytes[1] + len(joining) * state.record_bytes[0]
+    moved = len(moves) * state.record_bytes[1] + len(joining) * state.record_bytes[0]
     transition = replace(
         transition,
         plan=plan,
         seats=seats,
         feeders=feeders,
-        moves=moves if back is None and not behind else (),
-        moves_behind=moves if back is None and behind else (),
+        moves=moves,
+        moves_behind=behind,
         restores=decided.restores,
         rollback=back is not None,
         refused=decided.refused,

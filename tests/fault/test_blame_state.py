@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 from fault_runs import Event, Watched, watch
 
 from lazarus.checkpoint.store import load_manifest
 from lazarus.checkpoint.verify import verify
 from lazarus.runtime.ledger import StepLedger
+from placement import PlacementRequest, Plan, replan
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = pytest.mark.timeout(240)
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.timeout(240)
 MANY = 3000  # steps; every test stops its run when it has seen what it wants
 
 
+@pytest.mark.slow
 def test_periodic_checkpoints_go_on_after_a_join(tmp_path: Path) -> None:
     """D2: the newcomer's keeper refused all that its rank sent, so no checkpoint came any more."""
     joined: list[int] = []
@@ -106,3 +110,64 @@ def test_a_rank_that_decides_late_saves_what_the_others_save(run: Any) -> None:
         if all(version.step > 6 for version in parts.values())
     }
     assert saved == {(layer, expert) for layer in range(2) for expert in range(6)}
+
+
+class Moves:
+    """A placement that, after a loss, puts experts where they are not yet, as drifting loads do."""
+
+    def __call__(
+        self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
+    ) -> Plan:
+        plan = replan(request, previous=previous, lost=lost)
+        if previous is None or not lost:
+            return plan
+        turns = [_turned(plan, by) for by in range(1, plan.num_nodes)]
+        return max(turns, key=lambda turned: _num_moved_away(previous, turned))
+
+
+def _turned(plan: Plan, by: int) -> Plan:
+    """The plan with every node's experts on the node ``by`` places further."""
+    return replace(
+        plan,
+        expert_of_slot=np.roll(plan.expert_of_slot, by, axis=1),
+        share_of_slot=np.roll(plan.share_of_slot, by, axis=1),
+        home=((plan.home + by) % plan.num_nodes).astype(plan.home.dtype),
+    )
+
+
+def _num_moved_away(before: Plan, after: Plan) -> int:
+    """Experts that live only on nodes which did not have them."""
+    layers, experts = after.home.shape
+    return sum(
+        not {before.node_ids[r] for r in before.ranks_of(x, e)}
+        & {after.node_ids[r] for r in after.ranks_of(x, e)}
+        for x in range(layers)
+        for e in range(experts)
+    )
+
+
+@pytest.mark.slow
+def test_an_expert_that_only_newcomers_shall_hold_moves_before_training_goes_on(run: Any) -> None:
+    """D12: with heal=behind such an expert had no serving replica: ZeroDivisionError everywhere."""
+    settings = ["placement.slots_per_node=3", "recovery.on_lost_expert=fail"]
+    behind = run(
+        "kill:3@4",
+        nodes=4,
+        steps=9,
+        settings=[*settings, "recovery.heal=behind"],
+        placement=Moves(),
+    )
+    behind.assert_exactly_once(9)
+    assert [e["node"] for e in behind.of("node_lost")] == [3]
+    (moved,) = behind.of("reconfigured")
+    assert moved["moves"] > 0, "some experts had to move before"
+    assert moved["moves_behind"] > 0, "others did not"
+    assert behind.of("healed")
+    before = run(
+        "kill:3@4",
+        nodes=4,
+        steps=9,
+        settings=[*settings, "recovery.heal=before"],
+        placement=Moves(),
+    )
+    assert before.digest == behind.digest
