@@ -13,6 +13,7 @@ from dispatcher.errors import (
     LinkError,
     PeerInputError,
     RankMismatchError,
+    RanksPartedError,
     RoutingTableError,
 )
 from dispatcher.exchange import Exchange, Pending, SoloExchange, TorchExchange
@@ -39,6 +40,7 @@ __all__ = [
     "PeerInputError",
     "Pending",
     "RankMismatchError",
+    "RanksPartedError",
     "Routed",
     "RoutingTable",
     "RoutingTableError",

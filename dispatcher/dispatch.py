@@ -19,9 +19,11 @@ from dispatcher.errors import (
     HandleError,
     PeerInputError,
     RankMismatchError,
+    RanksPartedError,
 )
 from dispatcher.exchange import Exchange, Pending
 from dispatcher.permute import expert_order, inverse_order, send_order, take_rows, transposed_index
+from dispatcher.places import place_text
 from dispatcher.routing import BoolArray, IntArray, RoutingTable, expert_slots
 from dispatcher.split import Split, SplitRule, split_counts
 
@@ -37,6 +39,7 @@ _REASONS = {
 }
 _TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MUST_AGREE = ("width", "element type", "generation")
+_WIDTH = 1 + len(_MUST_AGREE) + 1  # lanes after the counts: refusal, what must agree, place
 
 
 @dataclass(kw_only=True, eq=False)
@@ -163,7 +166,8 @@ class Counting:
     served_ER: BoolArray | None
     x_TD: Tensor
     expert_TK: Tensor
-    # [R, E + 4]: after the counts why a rank refuses its input, and what all must agree on
+    # [R, E + 5]: after the counts why a rank refuses its input, what all must agree on, and where
+    # in the step it is
     counts_RE: Tensor
     order_N: Tensor
     pending: Pending
@@ -179,6 +183,7 @@ def start_routing(
     rule: SplitRule | None = None,
     served_ER: BoolArray | None = None,
     expert_of_slot: Sequence[int] | None = None,
+    place: int = 0,
 ) -> Counting:
     """Count the copies and start the exchange of counts.
 
@@ -194,6 +199,7 @@ def start_routing(
         rule: How copies are split over replicas; None: all to the home replica.
         served_ER: Replicas that served earlier in this step, see ``split_counts``.
         expert_of_slot: Experts in the slots of this rank's bank; None takes the table's.
+        place: Where in the step this rank is, see ``place_code``; 0 where nobody says.
     """
     named = table.slots_of(table.rank)
     slots = named if expert_of_slot is None else tuple(expert_of_slot)
@@ -201,8 +207,8 @@ def start_routing(
     if not problem and slots is not named and not _holds_all(slots, named):
         problem = 8
     device, num_experts = x_TD.device, table.num_experts
-    width = num_experts + 1 + len(_MUST_AGREE)
-    counts_RE = torch.zeros(table.num_ranks, width, dtype=torch.int32, device=device)
+    counts_RE = torch.zeros(table.num_ranks, num_experts + _WIDTH, dtype=torch.int32, device=device)
+    counts_RE[table.rank, -1] = place
     if problem:
         expert_N = torch.full((0,), -1, dtype=torch.int64, device=device)
         counts_RE[table.rank, num_experts] = problem
@@ -213,7 +219,7 @@ def start_routing(
         row_E = counts_RE[table.rank]
         row_E.scatter_add_(0, lane_N, torch.ones_like(lane_N, dtype=torch.int32))
         row_E[num_experts] = outside_N.any() * 5
-        row_E[num_experts + 1 :] = _stamp(
+        row_E[num_experts + 1 : -1] = _stamp(
             x_TD.shape[1], _TOKEN_DTYPES.index(x_TD.dtype), table.generation, device
         )
     pending = exchange.start_all_reduce(counts_RE, label="counts")
@@ -237,13 +243,15 @@ def finish_routing(counting: Counting, *, expert_of_slot: tuple[int, ...] | None
         PeerInputError: Another rank's was.
         RankMismatchError: The ranks' tokens differ in width or dtype, or their tables in
             generation.
+        RanksPartedError: Ranks are at different places of the step.
     """
     counting.pending.wait()
     table = counting.table
     all_RE = counting.counts_RE.cpu().numpy().astype(np.int64)
     num_experts = table.num_experts
+    _require_one_place(all_RE[:, -1])
     _raise_refusals(all_RE[:, num_experts], rank=table.rank, counting=counting)
-    _raise_mismatch(all_RE[:, num_experts + 1 :])
+    _raise_mismatch(all_RE[:, num_experts + 1 : -1])
     counts_RE = all_RE[:, :num_experts]
     split = split_counts(counts_RE, table, counting.rule, served_ER=counting.served_ER)
     slot_of = expert_slots(counting.expert_of_slot if expert_of_slot is None else expert_of_slot)
@@ -310,6 +318,30 @@ def _holds_all(slots: Sequence[int], named: Sequence[int]) -> bool:
 def _stamp(dim: int, dtype: int, generation: int, device: torch.device) -> Tensor:
     """What ranks must agree on, in the order of ``_MUST_AGREE``; kept, as it rarely changes."""
     return torch.tensor([dim, dtype, generation % 2**31], dtype=torch.int32, device=device)
+
+
+def meet(
+    table: RoutingTable, exchange: Exchange, *, place: int, device: torch.device | None = None
+) -> None:
+    """Compare places where no counts are due, in a collective of the same kind and size.
+
+    A rank whose user code runs fewer layers than its peers' meets the counts of one of theirs here
+    and is told so. Gloo would end the process if it met a collective of another size.
+
+    Raises:
+        RanksPartedError: Ranks are at different places of the step.
+    """
+    lanes_RE = torch.zeros(
+        table.num_ranks, table.num_experts + _WIDTH, dtype=torch.int32, device=device
+    )
+    lanes_RE[table.rank, -1] = place
+    exchange.all_reduce(lanes_RE, label="meeting")
+    _require_one_place(lanes_RE[:, -1].cpu().numpy().astype(np.int64))
+
+
+def _require_one_place(code_R: IntArray) -> None:
+    if (code_R != code_R[0]).any():
+        raise RanksPartedError([place_text(code) for code in code_R.tolist()])
 
 
 def _raise_mismatch(stamp_RA: IntArray) -> None:

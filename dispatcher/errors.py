@@ -40,6 +40,26 @@ class RankMismatchError(DispatchError, ValueError):
         self.what, self.values = what, tuple(values)
 
 
+class RanksPartedError(DispatchError):
+    """Ranks met in different collectives: their user code has parted ways. Every rank raises it.
+
+    Args:
+        places: What each rank is at, by rank; None where it is not known.
+    """
+
+    def __init__(self, places: Sequence[str | None]) -> None:
+        ranks: dict[str, list[str]] = {}
+        for rank, place in enumerate(places):
+            if place is not None:
+                ranks.setdefault(place, []).append(str(rank))
+        sides = "; ".join(
+            f"{_ranks(where)} {'are' if len(where) > 1 else 'is'} at {place}"
+            for place, where in ranks.items()
+        )
+        super().__init__(f"ranks do not run the same layers: {sides}")
+        self.places = tuple(places)
+
+
 def _ranks(names: Sequence[str]) -> str:
     more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
     return f"rank{'s' * (len(names) > 1)} {', '.join(names[:8])}{more}"
@@ -58,8 +78,16 @@ class ExchangeClosedError(DispatchError):
 
 
 class LinkError(DispatchError, RuntimeError):
-    """A rank of the same machine is gone, silent, or at another collective than this one."""
+    """A rank of the same machine is gone or silent."""
 
     def __init__(self, *, peer: int, reason: str) -> None:
         super().__init__(f"exchange with rank {peer} failed: {reason}")
         self.peer, self.reason = peer, reason
+
+
+class PartedLinkError(LinkError, RanksPartedError):
+    """Ranks of one machine met in different collectives; names one rank of each side."""
+
+    def __init__(self, *, peer: int, reason: str) -> None:
+        DispatchError.__init__(self, f"ranks do not run the same layers: {reason}")
+        self.peer, self.reason, self.places = peer, reason, ()

@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 LABELS = (
     "counts", "dispatch", "combine", "combine_grad", "dispatch_grad",
-    "replica_grad", "dense_grad", "commit", "transfer", "digest",
+    "replica_grad", "dense_grad", "meeting", "commit", "transfer", "digest",
 )  # fmt: skip
 
 
@@ -26,7 +26,11 @@ class Pending(Protocol):
 
 
 class Exchange(Protocol):
-    """Collectives over ``size`` ranks; labels say what a call is for (see ``LABELS``)."""
+    """Collectives over ``size`` ranks; labels say what a call is for (see ``LABELS``).
+
+    A label may say more than that, such as which layer. Ranks that meet must use equal labels: the
+    exchanges within a machine compare them, and raise ``RanksPartedError`` where they differ.
+    """
 
     rank: int
     size: int

@@ -14,11 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dispatcher.blocks import Block, mapped
-from dispatcher.errors import LinkError
+from dispatcher.errors import LinkError, PartedLinkError
 
 INLINE_BYTES = 4096  # content up to this size travels in the message itself
 _PARTING = -1  # number of the last message of a rank that gives up; exchanges count from 1
-_HEAD = struct.Struct("<qqIIqqqqq?")
+LABEL_BYTES = 64  # of a label that travel with a message
+_PARTED = 1  # phase of a last word that tells of ranks in different collectives
+_HEAD = struct.Struct(f"<qq{LABEL_BYTES}sIqqqqq?")
 _ANCILLARY = socket.CMSG_SPACE(4)
 
 
@@ -29,7 +31,7 @@ class Message:
     Attributes:
         number: Of the exchange; both count alike.
         ended: The last exchange that the sender has ended, together with all before it.
-        label: Checksum of what the exchange is for.
+        label: What the exchange is for, padded with zeros.
         phase: Even: which part of the collective. Odd: "I have read the one before".
         block: The sender's block that holds the content; -1 where there is none.
         begin: First byte in the block.
@@ -42,7 +44,7 @@ class Message:
 
     number: int
     ended: int
-    label: int
+    label: bytes
     phase: int
     block: int
     begin: int
@@ -82,8 +84,10 @@ class Link:
 
     def part(self, problem: LinkError) -> None:
         """This rank's last word: whom it gave up for. Never waits; frees whoever waits here."""
-        if problem.peer != self.peer:
-            head = _HEAD.pack(_PARTING, 0, 0, 0, problem.peer, 0, 0, 0, 0, False)
+        is_parted = isinstance(problem, PartedLinkError)
+        if is_parted or problem.peer != self.peer:
+            phase = _PARTED if is_parted else 0
+            head = _HEAD.pack(_PARTING, 0, b"", phase, problem.peer, 0, 0, 0, 0, False)
             with suppress(OSError):
                 text = problem.reason.encode()[:INLINE_BYTES]
                 self.socket.send(head + text, socket.MSG_DONTWAIT)
@@ -95,7 +99,8 @@ class Link:
             while True:
                 self._next(socket.MSG_DONTWAIT)
         except LinkError as last:
-            return last if last.peer != self.peer else None
+            is_other = last.peer != self.peer or isinstance(last, PartedLinkError)
+            return last if is_other else None
 
     def receive(self, number: int, phase: int) -> Message:
         """The peer's message about this exchange; earlier ones are kept for who asks for them.
@@ -125,7 +130,8 @@ class Link:
         message = Message(*_HEAD.unpack_from(data))
         message.content = data[_HEAD.size :]
         if message.number == _PARTING:
-            raise LinkError(peer=message.block, reason=message.content.decode(errors="replace"))
+            kind = PartedLinkError if message.phase == _PARTED else LinkError
+            raise kind(peer=message.block, reason=message.content.decode(errors="replace"))
         for _, _, raw in ancillary:
             fd = struct.unpack("i", raw[:4])[0]
             block = mapped(message.block, fd, message.room)

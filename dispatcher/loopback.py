@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dispatcher.errors import ExchangeClosedError
+from dispatcher.errors import ExchangeClosedError, RanksPartedError
 from dispatcher.exchange import Done, Exchange, Pending
 
 T = TypeVar("T")
@@ -23,6 +23,7 @@ class LoopbackWorld:
         self._timeout_s = timeout_s
         self._barrier = threading.Barrier(size)
         self._posts: list[tuple[str, Tensor, tuple[int, ...]] | None] = [None] * size
+        self._parted: list[str] = []  # labels of the collective in which ranks parted
 
     def exchange(self, rank: int) -> LoopbackExchange:
         """The end of this world that ``rank`` holds."""
@@ -42,10 +43,10 @@ class LoopbackWorld:
         self._posts[rank] = post
         self._wait()
         posts = [entry for entry in self._posts if entry is not None]
-        labels = {label for label, _, _ in posts}
-        if len(labels) > 1:
-            self.close()
-            raise ExchangeClosedError(f"ranks met in different collectives: {sorted(labels)}")
+        labels = [label for label, _, _ in posts]
+        if len(set(labels)) > 1:
+            self._parted = labels
+            raise RanksPartedError(labels)
         take(posts)
         self._wait()
 
@@ -53,6 +54,8 @@ class LoopbackWorld:
         try:
             self._barrier.wait(self._timeout_s)
         except threading.BrokenBarrierError as error:
+            if self._parted:
+                raise RanksPartedError(self._parted) from error
             raise ExchangeClosedError("a peer of this loopback exchange is gone") from error
 
 

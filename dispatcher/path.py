@@ -38,6 +38,7 @@ def expert_path(
     *,
     written: set[int] | None = None,
     done: Callable[[], None] | None = None,
+    anchors: list[Tensor] | None = None,
 ) -> Tensor:
     """Tokens through their experts.
 
@@ -55,6 +56,10 @@ def expert_path(
             rows are added to.
         done: Called at the end of the backward, when the gradients of ``weight`` are added and
             this call's exchanges are over.
+        anchors: A scalar that is 0 is appended where there is a backward. Differentiate it beside
+            the loss, and this call's backward runs whatever the loss depends on: with zero
+            gradients where it does not depend on the result, but with all of its exchanges, for
+            which the peers wait.
 
     Returns:
         [T, D] in the dtype of ``x_TD``; zeros for tokens that were routed nowhere.
@@ -68,8 +73,13 @@ def expert_path(
     routed.check_weights(gate_TK)
     _check_bank(weight, routed, options.layout)
     routed.spend()
-    result: Tensor = _ExpertPath.apply(x_TD, gate_TK, weight, routed, options, written, done)  # type: ignore[no-untyped-call]
-    return result
+    result: tuple[Tensor, Tensor] = _ExpertPath.apply(  # type: ignore[no-untyped-call]
+        x_TD, gate_TK, weight, routed, options, written, done
+    )
+    out_TD, anchor = result
+    if anchors is not None and anchor.requires_grad:
+        anchors.append(anchor)
+    return out_TD
 
 
 class _ExpertPath(torch.autograd.Function):
@@ -83,7 +93,7 @@ class _ExpertPath(torch.autograd.Function):
         options: PathOptions,
         written: set[int] | None,
         done: Callable[[], None] | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_TD.device.type, enabled=False):
             # Rows are handed on without a name, so that at most three copies of them live.
             x_MD = routed.to_experts(gather_copies(x_TD, routed), label="dispatch", is_ours=True)
@@ -96,7 +106,8 @@ class _ExpertPath(torch.autograd.Function):
         ctx.kept = kept, y_ND
         ctx.weight, ctx.routed, ctx.options, ctx.written = weight, routed, options, written
         ctx.done = done
-        return out_TD
+        ctx.set_materialize_grads(False)
+        return out_TD, gate_TK.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,7 +117,10 @@ class _ExpertPath(torch.autograd.Function):
             raise RuntimeError("the expert path was already differentiated; run the forward again")
         saved, y_ND = ctx.kept
         ctx.kept = None
-        grad_TD = grads[0].contiguous()
+        if grads[0] is None:  # the loss does not depend on the result, but the peers wait for us
+            grad_TD = y_ND.new_zeros(routed.num_tokens, y_ND.shape[1])
+        else:
+            grad_TD = grads[0].contiguous()
         back_ND, grad_gate_TK = output_gradients(grad_TD, y_ND, gate_TK, routed)
         del y_ND
         grad_MD = routed.to_experts(back_ND, label="combine_grad", is_ours=True)

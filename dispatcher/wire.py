@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dispatcher.blocks import Block, BlockPool
-from dispatcher.errors import LinkError
+from dispatcher.errors import LinkError, PartedLinkError
 from dispatcher.exchange import Exchange
-from dispatcher.links import Door, Link, Message, machine
+from dispatcher.links import LABEL_BYTES, Door, Link, Message, machine
 
 _NAME_BYTES = 64
 ANSWER = 1  # a phase is even; the one after it says "I have read it"
@@ -43,7 +43,8 @@ class Wire:
         self._links: dict[int, Link] = {}
         self._door: Door | None = None
         self._aborted = False
-        self._failed: tuple[int, str] | None = None  # for whom this rank gave up, and why
+        # For whom this rank gave up, why, and what it raised for that.
+        self._failed: tuple[int, str, type[LinkError]] | None = None
         self._number = 0
         self._open: set[int] = set()
 
@@ -103,7 +104,8 @@ class Wire:
         if self._aborted:
             raise LinkError(peer=-1, reason="aborted")
         if self._failed is not None:
-            raise LinkError(peer=self._failed[0], reason=self._failed[1])
+            peer, reason, kind = self._failed
+            raise kind(peer=peer, reason=reason)
         self._number += 1
         self._open.add(self._number)
         return self._number
@@ -139,7 +141,7 @@ class Wire:
     ) -> None:
         """One message: ``size`` bytes of ``whole``, which are at ``place``, or in ``content``."""
         message = Message(
-            number, min(self._open) - 1, zlib.crc32(label.encode()), phase,
+            number, min(self._open) - 1, _padded(label), phase,
             place.block.number if place else -1, place.begin if place else 0, size,
             size if whole is None else whole, place.block.size if place else 0,
             bool(place and place.is_lent), content,
@@ -154,13 +156,15 @@ class Wire:
         """The peer's message, which must belong to ``whole`` bytes.
 
         Raises:
-            LinkError: The peer is gone, or at something else.
+            LinkError: The peer is gone.
+            PartedLinkError: It is at something else.
         """
         try:
             message = link.receive(number, phase)
-            if message.label != zlib.crc32(label.encode()):
-                reason = f"it is at another collective than {label!r}"
-                raise LinkError(peer=link.peer, reason=reason)
+            if message.label != _padded(label):
+                theirs = message.label.rstrip(b"\0").decode(errors="replace")
+                reason = f"rank {self.rank} is at {label}; rank {link.peer} is at {theirs}"
+                raise PartedLinkError(peer=link.peer, reason=reason)
         except LinkError as problem:
             self._give_up(problem)
             raise
@@ -179,7 +183,7 @@ class Wire:
         """Tell all peers whom this rank gave up for, so that none of them waits for this one."""
         if self._failed is None and not self._aborted:
             # Not the error itself: its traceback would keep this wire's memory alive.
-            self._failed = problem.peer, problem.reason
+            self._failed = problem.peer, problem.reason, type(problem)
             for link in self._links.values():
                 link.part(problem)
 
@@ -207,3 +211,7 @@ class Wire:
         """Wait until these peers have read what was lent to them."""
         for link in links:
             self.hear(link, number, label, whole=0, phase=phase + ANSWER)
+
+
+def _padded(label: str) -> bytes:
+    return label.encode()[:LABEL_BYTES].ljust(LABEL_BYTES, b"\0")

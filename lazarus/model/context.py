@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dispatcher.dispatch import Routed
 from dispatcher.exchange import Exchange, SoloExchange
+from dispatcher.places import Meeting, place_code
 from dispatcher.routing import BoolArray, RoutingTable
 from dispatcher.split import SplitRule
 
@@ -37,6 +38,10 @@ class LayerContext:
         after_backward: Called when the backward of every first forward so far is over: in the last
             round of a step no more is added to the gradients of the layer's experts.
         ghost: This rank has no samples in this round: nothing is routed, outputs are zeros.
+        anchors: Set it to an empty list to let every first forward leave a scalar there that is
+            differentiated beside the loss (see ``expert_path``): then the layer's backward runs
+            on every rank, whatever a rank's loss depends on. None: nobody does that.
+        step, round: Where in the run the layer is, for ranks to compare; the runtime says so.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class LayerContext:
         self.forced_TK: Tensor | None = None
         self.written: set[int] | None = None
         self.after_backward: Callable[[], None] | None = None
+        self.anchors: list[Tensor] | None = None
+        self.step = self.round = 0
         self._open = 0  # first forwards whose backward is still to come
 
     @classmethod
@@ -81,6 +88,21 @@ class LayerContext:
         self.after_backward, self._open = None, 0
         if self.written is not None:
             self.written = set()
+        if self.anchors is not None:
+            self.anchors = []
+
+    def place(self, *, repeated: bool, differentiable: bool) -> int:
+        """Where in a step this forward is; 0 where nobody differentiates the anchors."""
+        if self.anchors is None:
+            return 0
+        kind = Meeting.FORWARD if differentiable else Meeting.WITHOUT_GRAD
+        kind = Meeting.REPEATED if repeated else kind
+        return place_code(kind, layer=self.layer, round=self.round, step=self.step)
+
+    def take_anchors(self) -> list[Tensor]:
+        """What the forwards since the last call have left to be differentiated."""
+        found, self.anchors = self.anchors or [], []
+        return found
 
     def record(self, routed: Routed, aux: Tensor | None) -> None:
         """Take note of one first forward: its load, its servers, its auxiliary loss."""

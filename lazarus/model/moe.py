@@ -132,6 +132,10 @@ class MoELayer(nn.Module):
             exchange=context.exchange,
             rule=context.rule,
             served_ER=context.served_before_ER if repeated else context.served_ER,
+            place=context.place(
+                repeated=repeated,
+                differentiable=_is_differentiable(x_TD, gate_TK, self.experts.weight),
+            ),
         )
         # Dense work that needs no peer runs while the counts are on their way.
         shared_BSD = None if self.shared is None else self.shared(x_BSD)
@@ -144,6 +148,7 @@ class MoELayer(nn.Module):
         out_TD = expert_path(
             x_TD, gate_TK, self.experts.weight, routed, self._options, written=context.written,
             done=partial(context.backward_done, routed),
+            anchors=None if repeated else context.anchors,
         )  # fmt: skip
         out_BSD = out_TD.to(x_BSD.dtype).view(x_BSD.shape)
         return out_BSD if shared_BSD is None else out_BSD + shared_BSD
@@ -210,6 +215,10 @@ def _sent_dtype(x_TD: Tensor) -> Tensor:
     """Under autocast tokens are sent and computed in its lower precision."""
     kind = x_TD.device.type
     return x_TD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x_TD
+
+
+def _is_differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _in_backward() -> bool:

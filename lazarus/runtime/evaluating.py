@@ -64,6 +64,7 @@ class Evaluator:
             for first in range(0, count, batch):
                 ids = np.arange(first, min(first + batch, count), dtype=np.int64)
                 sums += self._global_batch(step, ids, world)
+            world.meet(step, round=self._observer.round)
         sums = sums.to(self._replica.device)
         world.exchange.all_reduce(sums, label="digest")
         total, number = sums.tolist()
@@ -75,11 +76,13 @@ class Evaluator:
         modes = [(module, module.training) for module in self._replica.model.modules()]
         self._measures.muted = True
         self._replica.model.eval()
+        self._observer.round = 0
         try:
             with torch.no_grad():
                 yield
         finally:
             self._measures.muted = False
+            self._observer.round = -1
             for module, mode in modes:
                 module.training = mode
             for context in world.contexts:
@@ -106,8 +109,10 @@ class Evaluator:
         batch = move_to(self._collate(items), self._replica.device)
         for context in world.contexts:
             context.ghost = is_ghost
+            context.step, context.round = step, self._observer.round
         with autocast(self._batching.precision, self._replica.device):
             result = self._loss(self._replica.model, batch)
         total, count = checked_loss(result)
+        self._observer.round += 1
         pair = (0.0, 0.0) if is_ghost else (float(total.detach()), count)
         return torch.tensor(pair, dtype=torch.float64)

@@ -14,6 +14,7 @@ from lazarus.control.messages import FaultFired, LeaveRequest
 from lazarus.errors import LazarusError
 from lazarus.faults import FaultSpec
 from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.trail import Trail
 
 DEFAULT_PHASE = "forward"  # where a fault strikes that names no phase
 RANDOM_OPTIONS = {"slow": {"factor": 3.0, "steps": 10.0}}  # of faults drawn at random
@@ -45,6 +46,8 @@ class Observer:
         self._waiting_since = 0.0
         self.waited_s = 0.0  # inside collectives, since `begin_step`
         self.step = 0
+        self.round = -1  # of the step; -1 outside of its rounds
+        self.trail: Trail | None = None  # of the group that ran the newest collective
         self.phase = ""
         self.progress = 0
         self.is_waiting = False
@@ -55,8 +58,10 @@ class Observer:
         self._drawn = ""  # kind of a random fault that is due, on record already
 
     def begin_step(self, step: int) -> None:
-        self.step = step
+        self.step, self.round = step, -1
         self.waited_s = 0.0
+        if self.trail is not None:
+            self.trail.start_step()
         for fault in self._faults:
             if fault.kind == "leave" and fault.step == step + 1 and not self.leaving:
                 self._fired(fault)

@@ -79,4 +79,4 @@ class RankGroups:
             raise FencedError(generation=order.generation, fence=self._ledger.fence) from problem
         finally:
             self._observer.done()
-        return GuardedExchange(exchange, ledger=self._ledger, observer=self._observer)
+        return GuardedExchange(exchange, ledger=self._ledger, observer=self._observer, group=kind)

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dispatcher.dispatch import meet
 from dispatcher.exchange import Exchange
 from dispatcher.gradients import slots_for_exchange, sum_replica_gradients
+from dispatcher.places import Meeting, place_code
 from dispatcher.routing import RoutingTable
 from dispatcher.split import SplitRule
 from lazarus.control.measures import with_measures
@@ -34,6 +36,7 @@ from lazarus.model.loss import LossSum
 from lazarus.runtime.banks import arrange
 from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.gathering import gather_texts
+from lazarus.runtime.guard import in_layer
 from lazarus.runtime.hooks import Hooks
 from lazarus.runtime.inject import Observer
 from lazarus.runtime.randomness import reseed
@@ -71,6 +74,7 @@ class World:
         self.generation = generation
         self.plan = plan
         self.exchange = exchange
+        self.device = replica.device
         self.speeds = tuple(speeds) or None
         self.layout = VectorLayout(
             world_size=exchange.size,
@@ -80,7 +84,7 @@ class World:
         self.contexts = [
             LayerContext(
                 layer=index,
-                exchange=exchange,
+                exchange=in_layer(exchange, index),
                 table=RoutingTable.from_plan_arrays(
                     plan.expert_of_slot[index],
                     plan.shares[index],
@@ -96,9 +100,19 @@ class World:
         ]
         for layer, context in zip(replica.layers, self.contexts, strict=True):
             arrange(layer.experts, replica.optimizer, slots_for_exchange(context.table))
-            context.written = set()
+            context.written, context.anchors = set(), []
             layer.attach(context)
         replica.dense_sync.begin_generation()
+
+    def meet(self, step: int, *, round: int) -> None:
+        """Nobody goes on before it is known that all ranks have run the same layers.
+
+        Raises:
+            RanksPartedError: One is still in a layer.
+        """
+        if self.exchange.size > 1:
+            place = place_code(Meeting.BACKWARD_OVER, round=round, step=step)
+            meet(self.contexts[0].table, self.exchange, place=place, device=self.device)
 
 
 class Step:
@@ -206,7 +220,7 @@ class Step:
         sum_replica_gradients(
             bank.weight.grad,
             context.table,
-            self._world.exchange,
+            context.exchange,
             served_ER=context.served_ER,
             expert_of_slot=bank.expert_of_slot,
             written=context.written,
@@ -273,12 +287,15 @@ class Step:
         first = 0
         sizes = self._sizes(shared)
         for number, size in enumerate(sizes):
+            self._observer.round = number
             if number + 1 == len(sizes):
                 self._overlap()
             totals += self._round(step, shared, first=first, size=size)
             first += size
             if number == 0:
                 self._reading.read_ahead(step, self._sizes)
+        self._world.meet(step, round=len(sizes) - 1)
+        self._observer.round = -1
         return float(totals[0]), float(totals[1]), float(totals[2])
 
     def _round(
@@ -294,6 +311,7 @@ class Step:
         for context in self._world.contexts:
             context.ghost = is_ghost
             context.aux_sum = None
+            context.step, context.round = step, self._observer.round
         self._observer.enter("forward")
         with autocast(self._batching.precision, self._replica.device):
             result = self._loss(self._replica.model, batch)
@@ -304,11 +322,23 @@ class Step:
         if is_ghost:
             objective = objective * 0.0
         self._observer.enter("backward")
-        torch.autograd.backward(objective)
+        differentiate(objective, [a for c in self._world.contexts for a in c.take_anchors()])
         if is_ghost:
             return 0.0, 0.0, 0.0
         aux = float(sum(float(part.detach()) for part in parts))
         return float(total.detach()), aux, float(count)
+
+
+def differentiate(objective: Tensor, anchors: Sequence[Tensor]) -> None:
+    """Backward of the loss and of every MoE layer that ran forward, whatever the loss depends on.
+
+    A rank whose loss is a constant (all its labels are masked) still has to serve the tokens of
+    its peers. Autograd runs nodes in the reverse order in which they were made, so that all ranks
+    pass the layers in one order, wherever their losses begin.
+    """
+    roots = [root for root in (objective, *anchors) if root.requires_grad]
+    if roots:
+        torch.autograd.backward(roots)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

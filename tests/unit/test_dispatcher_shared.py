@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 import dispatcher.wire
-from dispatcher import Exchange, LinkError, SharedExchange, shared_zeros, within_machine
+from dispatcher import (
+    Exchange,
+    LinkError,
+    RanksPartedError,
+    SharedExchange,
+    shared_zeros,
+    within_machine,
+)
 from dispatcher.blocks import standing
 from dispatcher.links import Door, Link, is_own
 from dispatcher.processes import run_processes
@@ -197,12 +204,31 @@ def disagree(gloo: Exchange, kind: str) -> str:
     ("kind", "message"),
     [
         ("size", "bytes for 'dispatch'"),
-        ("label", "at another collective"),
+        ("label", "rank 0 is at commit; rank 1 is at dense_grad"),
     ],
 )
 def test_ranks_that_disagree_get_an_error_instead_of_wrong_numbers(kind: str, message: str) -> None:
     said = run_processes(disagree, size=2, args=(kind,))
     assert any(message in text for text in said)
+
+
+def part_ways(gloo: Exchange, odd: int) -> tuple[str, str, str]:
+    """Rank ``odd`` skips a layer; what the others do then is the same on all of them."""
+    via = shared(gloo)
+    first, *_ = labels = ["layer 2", "layer 3"] if via.rank == odd else ["layer 1", "layer 2"]
+    with pytest.raises(RanksPartedError) as caught:
+        via.all_reduce(torch.ones(4), label=first)
+    with pytest.raises(RanksPartedError) as again:
+        via.all_reduce(torch.ones(4), label=labels[1])
+    via.abort()
+    return type(caught.value).__name__, str(caught.value), str(again.value)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_ranks_that_part_ways_all_hear_of_both_sides(odd: int) -> None:
+    for kind, text, again in run_processes(part_ways, size=3, args=(odd,)):
+        assert kind == "PartedLinkError" and text == again
+        assert f"rank {odd} is at layer 2" in text and "is at layer 1" in text
 
 
 def forbidden(*_: object) -> int:

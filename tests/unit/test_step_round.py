@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatcher import Exchange, run_ranks
+from dispatcher import Exchange, RanksPartedError, run_ranks
 from lazarus.control.measures import measures_of
 from lazarus.data.sampler import share, split_rounds
 from lazarus.errors import DataError
 from lazarus.model import gpt
 from lazarus.model.loss import LossSum
+from lazarus.model.moe import MoELayer
 from lazarus.runtime import builtin
 from lazarus.runtime.compare import compare
 from lazarus.runtime.evaluating import Evaluator
@@ -100,6 +102,77 @@ def test_ranks_without_samples_take_part_and_change_nothing() -> None:
         assert loss == pytest.approx(alone[0][1], rel=1e-6)
         np.testing.assert_array_equal(counts, alone[0][2])
         assert float((grad - alone[0][3]).norm() / alone[0][3].norm()) < 1e-5
+
+
+# ---- losses that do not reach every layer -------------------------------------------------------
+
+
+def uneven(model: nn.Module, batch: Any) -> LossSum:
+    """By its sample the usual loss, a constant, a detached one, or one of the first layer only."""
+    found: list[Tensor] = []
+    first = next(m for m in model.modules() if isinstance(m, MoELayer))
+    handle = first.register_forward_hook(lambda module, args, out: found.append(out))
+    usual = gpt.loss(model, batch)
+    handle.remove()
+    match int(batch["tokens"].sum()) % 4:
+        case 0:
+            return LossSum(torch.zeros(()), 0)
+        case 1:
+            return LossSum(usual.total.detach(), usual.count)
+        case 2:
+            return LossSum(found[0].square().sum(), usual.count)
+    return usual
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("balance", ["aux", "none"])
+def test_a_loss_may_depend_on_no_layer_or_on_some_and_the_step_is_that_of_one_rank(
+    balance: str, overlaps: bool
+) -> None:
+    """C1: a rank whose loss is a constant still serves the tokens of the others."""
+    kinds = set()
+
+    def body(exchange: Exchange) -> Any:
+        replica, step = stepped(exchange, balance=balance, overlaps=overlaps)
+        step._batching = replace(step._batching, micro_batch_size=1)
+
+        def loss(model: nn.Module, batch: Any) -> LossSum:
+            kinds.add(int(batch["tokens"].sum()) % 4)
+            return uneven(model, batch)
+
+        step._loss = loss
+        found = []
+        for number in (1, 2, 3):
+            _, sums = one_step(step, number)
+            found.append((sums.loss, sums.count, replica.flat_grad.clone()))
+            replica.apply(sums, dense_square=step.dense_square)
+        for context in step._world.contexts:
+            assert context._open == 0 and context.anchors == []
+        return found
+
+    alone = run_ranks(body, size=1)[0]
+    assert kinds == {0, 1, 2, 3}
+    for many in run_ranks(body, size=3):
+        for (loss, count, grad), (wanted, same, wanted_grad) in zip(many, alone, strict=True):
+            assert loss == pytest.approx(wanted, rel=1e-5) and count == same
+            assert float((grad - wanted_grad).norm() / wanted_grad.norm()) < 1e-4
+
+
+def test_a_forward_that_one_rank_skips_is_an_error_with_both_sides_on_all_ranks() -> None:
+    """C2: user code draws whether a layer runs, and ranks draw differently."""
+    said: dict[int, str] = {}
+
+    def body(exchange: Exchange) -> None:
+        _, step = stepped(exchange)
+        if exchange.rank == 1:
+            step._replica.model.blocks[0].ffn = nn.Identity()
+        with pytest.raises(RanksPartedError) as caught:
+            one_step(step)
+        said[exchange.rank] = str(caught.value)
+
+    run_ranks(body, size=3)
+    for text in said.values():
+        assert "layer 0 forward" in text and "layer 1 forward" in text and "rank 1 " in text
 
 
 # ---- randomness ----------------------------------------------------------------------------------
