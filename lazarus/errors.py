@@ -129,7 +129,14 @@ class StartupError(LazarusError):
 
 
 class ControllerDiedError(StartupError):
-    """The controller's process ended before it listened; the launcher reports its exit too."""
+    """The controller's process ended before it listened; the launcher reports its exit too.
+
+    ``failure`` is its last word, a ``lazarus.failure.Failure`` as JSON; empty: it had none.
+    """
+
+    def __init__(self, message: str, *, failure: str = "") -> None:
+        super().__init__(message)
+        self.failure = failure
 
 
 class DataError(LazarusError):

@@ -18,6 +18,7 @@ class Timeouts:
     group_build_s: float  # all pairs of a new group connected
     collective_s: float  # gloo's own limit: the last resort behind active release
     startup_s: float  # a worker process came up and said hello
+    controller_silent_s: float  # its loop gives the driver no pulse: hung, so it is replaced
     controller_restart_s: float  # workers wait this long for a controller that is gone
 
 
@@ -38,5 +39,6 @@ def derive_timeouts(tolerated_stall_s: float) -> Timeouts:
         group_build_s=2 * stall,
         collective_s=max(120.0, 10 * stall),
         startup_s=max(300.0, 30 * stall),
+        controller_silent_s=max(5.0, 2 * stall),
         controller_restart_s=max(60.0, 6 * stall),
     )

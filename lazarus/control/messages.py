@@ -432,6 +432,16 @@ class KillNode(Body, frozen=True, kw_only=True):
     cause: str = ""
 
 
+class Pulse(Body, frozen=True, kw_only=True):
+    """The controller's loop turns."""
+
+
+class ControllerFailed(Body, frozen=True, kw_only=True):
+    """The last word of a controller that cannot go on: its process ends."""
+
+    failure: Failure
+
+
 class RunOver(Body, frozen=True, kw_only=True):
     """The end: why it was not a good one, if it was not; ``result`` is JSON."""
 
@@ -495,7 +505,7 @@ class FromDriver(Struct, frozen=True):
 
 
 class ToDriver(Struct, frozen=True):
-    body: Record | StartNode | KillNode | RunOver | KillController
+    body: Record | StartNode | KillNode | RunOver | KillController | Pulse | ControllerFailed
 
 
 Envelope = FromWorker | ToWorker | FromDriver | ToDriver

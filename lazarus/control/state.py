@@ -114,6 +114,11 @@ class ControlConfig:
         return min(1.0, self.tolerated_stall_s / 10)
 
     @property
+    def pulse_s(self) -> float:
+        """How often the controller's loop tells the driver that it turns."""
+        return min(1.0, self.tolerated_stall_s / 10)
+
+    @property
     def flush_s(self) -> float:
         """Commits wait at most this long for their journal entry, and so for publication."""
         return min(0.1, self.tolerated_stall_s / 20)

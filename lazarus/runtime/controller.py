@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,15 +21,17 @@ from msgspec.structs import replace as changed
 
 from lazarus import metrics
 from lazarus.clock import RunClock, now_s
-from lazarus.control.commits import last_words
+from lazarus.control.commits import end, last_words
 from lazarus.control.machine import decide
 from lazarus.control.messages import (
     Body,
+    ControllerFailed,
     DriverHello,
     FromDriver,
     FromWorker,
     Hello,
     Prepare,
+    Pulse,
     Record,
     RunOver,
     ToDriver,
@@ -55,6 +58,13 @@ from lazarus.control.state import Control
 from lazarus.events import FILE_NAME, moment
 from lazarus.journals import read_journal
 from lazarus.runtime import journal as journaling
+from lazarus.runtime.controller_end import (
+    Reserve,
+    UnrecordedError,
+    failure_of,
+    recording,
+    unrecorded_end,
+)
 from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.manifests import ManifestWriter
 from lazarus.runtime.rpc import codec
@@ -62,6 +72,7 @@ from lazarus.runtime.rpc.channel import add_control, bind, make_server
 from lazarus.runtime.spec import ControllerSpec
 
 _TICK_S = 0.02
+_PULSE = codec.encode(ToDriver(Pulse()))
 
 
 class _Peer:
@@ -80,22 +91,37 @@ class RecordLog:
 
     def __init__(self, path: Path) -> None:
         self.events = _earlier(path)
-        self._out = path.open("a", encoding="utf-8")
+        self._out = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
 
     @property
     def last_m(self) -> float:
         """Of the newest line; 0 where there is none."""
         return moment(self.events[-1]) if self.events else 0.0
 
-    def append(self, event: dict[str, Any]) -> str:
-        line = json.dumps(event, separators=(",", ":"), allow_nan=False)
-        self._out.write(line + "\n")
-        self._out.flush()
+    def append(self, event: dict[str, Any]) -> None:
+        """Write an event whole or not at all; it counts as said in any case.
+
+        Raises:
+            OSError: It is not written.
+        """
         self.events.append(event)
-        return line
+        left = memoryview((line_of(event) + "\n").encode())
+        try:
+            while left:
+                left = left[self._out.write(left) :]
+        except OSError:
+            os.truncate(self._out.fileno(), self._size)
+            raise
+        self._size = os.fstat(self._out.fileno()).st_size
 
     def close(self) -> None:
         self._out.close()
+
+
+def line_of(event: dict[str, Any]) -> str:
+    """An event as a record has it."""
+    return json.dumps(event, separators=(",", ":"), allow_nan=False)
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:
@@ -133,6 +159,10 @@ class Controller:
         self._driver_there = threading.Event()
         self._ended: Mapping[str, Any] | None = None  # how an earlier life ended the run
         self._done = False
+        self._next_tick_s = self._next_pulse_s = now_s()
+        self._waiting: int | None = None  # messages to hear before the tick that is due
+        self._is_last_word = False  # nothing can be written: say it, then end
+        self._reserve = Reserve(spec.run_dir / spec.journal)
         self.last_stream_error = ""  # how the newest broken stream broke
         stall_s = spec.config.tolerated_stall_s
         self._store = RendezvousStore(spec.host, timeout_s=30 * stall_s)
@@ -244,26 +274,77 @@ class Controller:
     # ---- the one consumer ----------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until the run is over."""
+        """Serve until the run is over.
+
+        Raises:
+            Exception: Whatever this loop died of; the driver has been told. The process must end.
+        """
         self._server.start()
-        if self._ended is not None:
-            self._end_again(self._ended)
-        next_tick = now_s() + _TICK_S
-        while not self._done:
-            timeout = max(0.0, next_tick - now_s())
-            try:
-                event: Event = self._events.get(timeout=timeout)
-            except queue.Empty:
-                late = now_s() - next_tick
-                slept_s = late if late > self._spec.config.nap_s else 0.0
-                event = Tick(at_s=now_s(), slept_s=slept_s)
-                next_tick = now_s() + _TICK_S
-            self._state, commands = decide(self._state, event)
-            for command in commands:
-                self._carry_out(command)
+        try:
+            if self._ended is not None:
+                self._end_again(self._ended)
+            self._loop()
+        except Exception as problem:
+            with self._lock:
+                if self._driver is not None:
+                    last = ToDriver(ControllerFailed(failure=failure_of(problem)))
+                    self._driver.outbox.put(codec.encode(last))
+            self._hang_up()
+            self._server.stop(grace=1.0).wait()
+            raise
         self._server.stop(grace=2.0).wait()
         self._manifests.close()
         self._log.close()
+        self._reserve.release()
+
+    def _loop(self) -> None:
+        while not self._done:
+            self._pulse()
+            state, commands = decide(self._state, self._next_event())
+            try:
+                for command in commands:
+                    self._carry_out(command)
+            except UnrecordedError as problem:
+                self._end_unrecorded(problem)
+                return
+            self._state = state
+
+    def _next_event(self) -> Event:
+        """What came in, or that time has passed: however much comes in, time passes too.
+
+        What waits when a tick is due is heard first, so that nobody is late who spoke in time.
+        """
+        wait_s = self._next_tick_s - now_s()
+        if wait_s <= 0 and self._waiting is None:
+            self._waiting = self._events.qsize()
+        if wait_s > 0 or self._waiting:
+            self._waiting = self._waiting - 1 if self._waiting else None
+            with suppress(queue.Empty):
+                return self._events.get(timeout=max(0.0, wait_s))
+        late_s = now_s() - self._next_tick_s
+        self._waiting, self._next_tick_s = None, now_s() + _TICK_S
+        return Tick(at_s=now_s(), slept_s=late_s if late_s > self._spec.config.nap_s else 0.0)
+
+    def _pulse(self) -> None:
+        """Tell the driver that this loop turns."""
+        if now_s() < self._next_pulse_s:
+            return
+        self._next_pulse_s = now_s() + self._spec.config.pulse_s
+        with self._lock:
+            if self._driver is not None:
+                self._driver.outbox.put(_PULSE)
+
+    def _end_unrecorded(self, problem: UnrecordedError) -> None:
+        """What is decided from here on cannot be kept: end the run, and tell whoever hears it."""
+        self._is_last_word = True
+        self._reserve.release()
+        self._driver_there.wait(self._spec.config.tolerated_stall_s)
+        status, failure = unrecorded_end(self._state, problem)
+        state = replace(self._state, known={})
+        self._state, commands = end(state, status=status, failure=failure, at_s=now_s())
+        for command in commands:
+            with suppress(UnrecordedError):
+                self._carry_out(command)
 
     def _carry_out(self, command: Command) -> None:
         match command:
@@ -272,7 +353,8 @@ class Controller:
             case TellDriver(body=body):
                 self._tell_driver(body)
             case Journal(entry=entry):
-                self._journal.append(entry)
+                with recording(self._spec.run_dir):
+                    self._journal.append(entry)
             case Publish():
                 self._publish(command)
             case WriteManifest():
@@ -284,12 +366,14 @@ class Controller:
                     peer.outbox.put(None)
             case Exit():
                 self._done = True
-                with self._lock:
-                    peers = [*self._peers.values()]
-                for peer in peers:
-                    peer.outbox.put(None)
-                if self._driver is not None:
-                    self._driver.outbox.put(None)
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        """End every stream, behind what is queued in it."""
+        with self._lock:
+            peers = [*self._peers.values(), *([] if self._driver is None else [self._driver])]
+        for peer in peers:
+            peer.outbox.put(None)
 
     def _tell(self, worker: str, body: Body) -> None:
         with self._lock:
@@ -318,8 +402,14 @@ class Controller:
         if command.event == "run_finished":
             event["wall_s"] = command.t - self._clock.zero_s
             event = {**run_totals([*self._log.events, event]), **event}
-        line = self._log.append(_finite(event))
-        self._tell_driver(Record(line=line))
+        event = _finite(event)
+        try:
+            with recording(self._spec.run_dir):
+                self._log.append(event)
+        except UnrecordedError:
+            if not self._is_last_word:
+                raise
+        self._tell_driver(Record(line=line_of(event)))
 
 
 def run_totals(events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from lazarus import errors
 from lazarus.checkpoint.errors import KeeperUnavailableError
 from lazarus.control.messages import (
     Body,
+    ControllerFailed,
     DriverHello,
     FromDriver,
     Injected,
     KillController,
     KillNode,
     NodeNotice,
+    Pulse,
     Record,
     RunOver,
     StartNode,
@@ -36,14 +38,13 @@ from lazarus.control.state import ControlConfig
 from lazarus.failure import Cause, Failure
 from lazarus.faults import ChaosSpec
 from lazarus.runtime.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
+from lazarus.runtime.controller_life import ControllerLife
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.launch import Launcher, OnExit
 from lazarus.runtime.link import Link
 from lazarus.runtime.local_nodes import NodePlace
 from lazarus.runtime.spec import Address, ControllerSpec, WorkerSpec
 from lazarus.timeouts import Timeouts
-
-_MAX_RESTARTS = 100  # of the controller in one run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,6 @@ class Driver:
         self._lock = threading.Lock()
         self._num_started = 0
         self._dead: list[WorkerDied] = []
-        self._restarts = 0
         self._alive: dict[str, set[str]] = {}  # node name -> its live ranks, oldest node first
         self._wishes: list[StopRun | NodeNotice] = []  # of the user and the cluster
         self._doomed: set[str] = set()  # struck at random, not yet gone
@@ -96,7 +96,12 @@ class Driver:
         self._over = False
         self._launcher = make_launcher(self._on_exit)
         self._link: Link | None = None
-        self._controller: ControllerSpec | None = None
+        self._life = ControllerLife(
+            self._launcher,
+            timeouts=spec.timeouts,
+            stall_s=spec.control.tolerated_stall_s,
+            on_over=self._failed,
+        )
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -121,7 +126,7 @@ class Driver:
     def _start(self) -> None:
         spec, host = self._spec, self._launcher.host
         count = self._launcher.room(spec.control.nodes)
-        self._controller = ControllerSpec(
+        controller = ControllerSpec(
             run_id=spec.run_id,
             host=host,
             port=0,
@@ -135,8 +140,7 @@ class Driver:
             key=spec.key,
             cert=spec.cert,
         )
-        port = self._launcher.start_controller(self._controller, timeout_s=spec.timeouts.startup_s)
-        self._controller = replace(self._controller, port=port)
+        port = self._life.start(controller)
         self._address = Address(address=f"{host}:{port}", secret=self._secret, ca=spec.ca)
         self._link = Link(
             self._address.address,
@@ -145,7 +149,7 @@ class Driver:
             speaker=FromDriver,
             hello=lambda: DriverHello(run=spec.run_id),
             on_connect=self._connected,
-            on_message=lambda term, body: self._inbox.put(body),
+            on_message=lambda term, body: self._hear(body),
             on_dead=self._controller_lost,
             allowance_s=spec.timeouts.controller_restart_s,
         )
@@ -161,16 +165,27 @@ class Driver:
         self._over = True
         if self._chaos is not None:
             self._chaos.close()
+        self._life.close()
         if self._link is not None:
             self._link.close(timeout_s=1.0)
         self._launcher.close(grace_s=5.0 if over else 0.0)
 
     # ---- what the controller says --------------------------------------------------------------
 
+    def _hear(self, body: Body) -> None:
+        """On the stream's thread: what must not wait for others goes its own way."""
+        match body:
+            case Pulse():
+                self._life.pulse()
+            case ControllerFailed(failure=failure):
+                self._life.failed(failure)
+            case _:
+                self._inbox.put(body)
+
     def _handle(self, body: Body) -> None:
         match body:
             case WorkerDied():
-                self._restart_controller(body.cause)
+                self._life.died(body.cause)
             case Record(line=line):
                 self._recorded(json.loads(line))
             case StartNode():
@@ -178,22 +193,9 @@ class Driver:
             case KillNode(node_key=key):
                 self._kill_node(key)
             case KillController():
-                self._launcher.kill("controller")
+                self._life.strike()
             case _:
                 raise errors.LazarusError(f"the controller sent {type(body).__name__}")
-
-    def _restart_controller(self, cause: str) -> None:
-        """Its journal and its port are where they were; workers come back by themselves."""
-        assert self._controller is not None
-        self._restarts += 1
-        if self._restarts > _MAX_RESTARTS:
-            raise errors.LazarusError(f"the controller died {self._restarts} times: {cause}")
-        try:
-            self._launcher.start_controller(
-                self._controller, timeout_s=self._spec.timeouts.startup_s
-            )
-        except errors.ControllerDiedError:
-            return  # killed again meanwhile: the news of that is on its way
 
     def _connected(self) -> None:
         """The stream is (back) there: what a new life of the controller does not know."""
@@ -241,7 +243,7 @@ class Driver:
             case "leave":
                 self.notice(node_key, notice_s=0.0, cause="leave")
             case "controller":
-                self._launcher.kill("controller")
+                self._life.strike()
             case _ if kind in PROCESS_KINDS:
                 pass  # the controller tells the process
             case _:
@@ -330,6 +332,9 @@ class Driver:
             self._link.send(died)
         if not left:
             self._launcher.close_node(key)
+
+    def _failed(self, failure: Failure) -> None:
+        self._inbox.put(RunOver(status="failed", failure=failure))
 
     def _controller_lost(self, reason: str) -> None:
         self._inbox.put(RunOver(status="short", failure=_unreachable(reason)))

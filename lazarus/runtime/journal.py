@@ -64,17 +64,17 @@ class Journal:
     def _create(self, final: Path, text: str, *, is_durable: bool) -> bool:
         """Whether the file was not there; it appears whole."""
         draft = self._folder / f".{final.stem}.{os.getpid()}"
-        with draft.open("w", encoding="utf-8") as out:
-            out.write(text)
-            if is_durable:
-                out.flush()
-                os.fsync(out.fileno())
         try:
+            with draft.open("w", encoding="utf-8") as out:
+                out.write(text)
+                if is_durable:
+                    out.flush()
+                    os.fsync(out.fileno())
             os.link(draft, final)
         except FileExistsError:
             return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return True
 
     def _fold(self, last: int) -> None:

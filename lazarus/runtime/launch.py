@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import connection
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lazarus.errors import ControllerDiedError, StartupError
+from lazarus.failure import Failure
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.local_nodes import LocalNodes, NodePlace
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
@@ -81,12 +83,19 @@ def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from lazarus.runtime.controller import start_controller
+    from lazarus.runtime.controller_end import failure_of
 
     def bound(port: int) -> None:
         pipe.send(port)
         pipe.close()
 
-    start_controller(spec, bound)
+    try:
+        start_controller(spec, bound)
+    except BaseException as problem:  # noqa: BLE001 - the edge of the process
+        traceback.print_exception(problem)
+        if not pipe.closed:  # it never listened: nobody else can hear why
+            pipe.send(failure_of(problem).to_json())
+        os._exit(1)  # not even gRPC's threads live on
     os._exit(0)
 
 
@@ -135,11 +144,13 @@ class ProcessLauncher:
         if not here.poll(timeout_s):
             raise StartupError(f"the controller did not come up within {timeout_s:.0f} s")
         try:
-            return int(here.recv())
+            answer = here.recv()
         except EOFError:
-            raise ControllerDiedError(
-                "the controller ended before it listened; see its output"
-            ) from None
+            raise ControllerDiedError("the controller ended before it listened") from None
+        if isinstance(answer, str):
+            message = Failure.from_json(answer).message
+            raise ControllerDiedError(f"the controller cannot start: {message}", failure=answer)
+        return int(answer)
 
     def start_worker(self, spec: WorkerSpec) -> None:
         self._start(spec.worker, _worker_main, (spec,))

@@ -1,0 +1,131 @@
+"""Processes of our own that hang, stop, fail or cannot write: noticed, replaced, or named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_runs import Watched, at_step, watch
+
+from lazarus.errors import LazarusError
+from lazarus.journals import read_journal
+
+STALL_S = 2.0
+QUICK = (f"recovery.tolerated_stall_s={STALL_S}", "metrics.report=false")
+ENDLESS = 100_000
+
+
+def terms(folder: Path) -> list[int]:
+    return [e["term"] for e in read_journal(folder / "journal") if e["kind"] == "term"]
+
+
+def assert_in_order(run: Watched) -> None:
+    assert run.steps == list(range(1, len(run.steps) + 1))
+    assert not run.of("node_lost")
+
+
+def stop_when_back(run: Watched, event: Any) -> None:
+    """End the run a few commits after a new life of the controller."""
+    if event["event"] == "controller_restarted":
+        run.digest = "back"
+    elif event["event"] == "step_committed" and run.digest:
+        run.stop()
+
+
+@pytest.mark.slow
+def test_a_stopped_controller_is_replaced_and_training_goes_on(tmp_path: Path) -> None:
+    """A4: SIGSTOP of the controller for longer than it is allowed to be silent."""
+    stopped: list[int] = []
+
+    def stop(run: Watched) -> None:
+        pid = run.controller_pid()
+        os.kill(pid, signal.SIGSTOP)
+        stopped.append(pid)
+
+    run = watch(
+        tmp_path,
+        nodes=2,
+        steps=ENDLESS,
+        settings=QUICK,
+        acts=[at_step(3, stop)],
+        on_event=stop_when_back,
+    )
+    assert not Path(f"/proc/{stopped[0]}").exists()
+    assert run.status == "stopped" and terms(tmp_path) == [1, 2]
+    assert_in_order(run)
+    back = next(i for i, e in enumerate(run.events) if e["event"] == "controller_restarted")
+    before = sum(e["event"] == "step_committed" for e in run.events[:back])
+    assert len(run.steps) > before + 5  # the steps of the silence, said at once, and a few more
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_killed_without_end_ends_the_run(tmp_path: Path) -> None:
+    """A5: it dies again and again: pauses between its lives, and an end with the cause."""
+    killed: list[float] = []
+
+    def kill(run: Watched, event: Any) -> None:
+        if event["event"] == "step_committed" and event["step"] >= 3:
+            pid = run.controller_pid()
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+                killed.append(time.monotonic())
+
+    with pytest.raises(LazarusError, match=r"controller's process died 8 times in a row: SIGKILL"):
+        watch(tmp_path, nodes=2, steps=ENDLESS, settings=QUICK, on_event=kill)
+    assert len(terms(tmp_path)) == 8
+    assert killed[-1] - killed[0] >= 0.25 + 0.5 + 1 + 2 + 2  # the pauses between its lives
+
+
+@pytest.mark.slow
+def test_deaths_with_good_lives_between_them_are_forgiven(tmp_path: Path) -> None:
+    """A5: the count is of deaths in a row; a life of three stalls starts it anew."""
+    last = [0.0]
+
+    def kill(run: Watched, event: Any) -> None:
+        if event["event"] != "step_committed" or time.monotonic() - last[0] < 2.0:
+            return
+        if len(terms(tmp_path)) == 11:
+            run.stop()
+            return
+        last[0] = time.monotonic()
+        os.kill(run.controller_pid(), signal.SIGKILL)
+
+    settings = ("recovery.tolerated_stall_s=0.5", "metrics.report=false")
+    run = watch(tmp_path, nodes=2, steps=ENDLESS, settings=settings, on_event=kill)
+    assert run.status == "stopped"
+    assert_in_order(run)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 120 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("a file system of its own takes root and the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_run_whose_folder_is_full_ends_and_says_what_stands(full_disk: Path) -> None:
+    """A2: ENOSPC in the journal or the record is an end, within seconds, on record if it fits."""
+    began = time.monotonic()
+    last = [began]
+
+    def note(run: Watched, event: Any) -> None:
+        last[0] = time.monotonic()
+
+    settings = (*QUICK, "checkpoint.every=2")
+    with pytest.raises(LazarusError, match="the run's folder is full") as caught:
+        watch(full_disk, nodes=2, steps=ENDLESS, settings=settings, on_event=note)
+    assert time.monotonic() - last[0] < 30
+    free = os.statvfs(full_disk)
+    assert str(full_disk) in str(caught.value) and "No space left" in str(caught.value)
+    assert free.f_bavail * free.f_frsize < 120 * 1024
