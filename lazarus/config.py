@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -186,17 +187,19 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def run_dir(self, *, now: datetime, in_ray_job: bool = False) -> Path:
-        """The folder of the record, absolute; names filled in.
+        """The folder of the record, absolute; names filled in."""
+        text = self.run_dir_form(in_ray_job=in_ray_job)
+        return Path(text.replace("{time}", now.strftime("%Y%m%d-%H%M%S")))
+
+    def run_dir_form(self, *, in_ray_job: bool = False) -> str:
+        """The absolute path of ``run.dir``, still with ``{time}`` in it if it is named by time.
 
         Inside a Ray job a default folder goes below the home directory, since the job's working
         directory is a copy that goes with the head.
         """
         default = RunConfig().dir
         form = "~/lazarus/{time}-{name}" if in_ray_job and self.run.dir == default else self.run.dir
-        text = form.replace("{time}", now.strftime("%Y%m%d-%H%M%S")).replace(
-            "{name}", self.run.name
-        )
-        return Path(text).expanduser().absolute()
+        return str(Path(os.path.expanduser(form.replace("{name}", self.run.name))).absolute())
 
     def given(self, section: str) -> list[str]:
         """Keys of a section that somebody set, with the place: for sections that are ignored."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from lazarus import settings
 from lazarus.config import TrainConfig
@@ -39,10 +39,28 @@ _FREE_KEYS = frozenset(
 )
 
 
+def decisive(config: TrainConfig) -> dict[str, Any]:
+    """What decides the mathematics of a run: dotted key -> value as JSON has it.
+
+    Every checkpoint's manifest carries this as ``meta["config"]``, so that a checkpoint that is
+    found anywhere says which run may go on from it.
+    """
+    return {
+        dotted: settings.jsonable(_value(config, dotted))
+        for dotted in settings.keys_of(TrainConfig)
+        if dotted.split(".")[0] not in _FREE_SECTIONS and dotted not in _FREE_KEYS
+    }
+
+
 def resume_problems(
-    before: TrainConfig, now: TrainConfig, *, allowed: Collection[str] = ()
+    before: Mapping[str, Any], now: TrainConfig, *, allowed: Collection[str] = ()
 ) -> list[Problem]:
     """Every key that changed and must not, unless the user allows that key.
+
+    Args:
+        before: What was decisive when the run began; a key that is missing there is not compared.
+        now: The configuration of the continuation.
+        allowed: Keys that may differ.
 
     Raises:
         ConfigError: ``allowed`` names a key that does not exist.
@@ -51,23 +69,13 @@ def resume_problems(
     if unknown := [name for name in allowed if name not in known]:
         raise ConfigError(f"--allow-change {unknown[0]}: there is no such key")
     problems = []
-    for dotted in known:
-        section = dotted.split(".")[0]
-        if section in _FREE_SECTIONS or dotted in _FREE_KEYS or dotted in allowed:
+    for dotted, new in decisive(now).items():
+        if dotted in allowed or dotted not in before or before[dotted] == new:
             continue
-        old, new = (_value(config, dotted) for config in (before, now))
-        if old != new:
-            change = f"{settings.toml_value(old)} -> {settings.toml_value(new)}"
-            text = f"{dotted} changed since the run began: {change}; --allow-change {dotted}"
-            problems.append(Problem(text, key=dotted))
+        change = f"{settings.toml_value(before[dotted])} -> {settings.toml_value(new)}"
+        text = f"{dotted} changed since the run began: {change}; --allow-change {dotted}"
+        problems.append(Problem(text, key=dotted))
     return problems
-
-
-def previous_config(resume: str, *, run_dir: Path) -> TrainConfig | None:
-    """The configuration of the run that is resumed, where it lies on this machine's disks."""
-    folder = run_dir if resume == "auto" else Path(resume).expanduser()
-    path = folder / "config.toml"
-    return TrainConfig.load(path) if path.is_file() else None
 
 
 def _value(config: TrainConfig, dotted: str) -> object:

@@ -1,7 +1,8 @@
-"""Where a run goes on from: the newest usable checkpoint of a folder or URL."""
+"""Where a run goes on from: the newest usable checkpoint of one or several places."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 from lazarus.checkpoint.errors import CheckpointError
 from lazarus.checkpoint.manifest import Manifest
 from lazarus.checkpoint.recovery import StoredCheckpoint
-from lazarus.checkpoint.store import find_checkpoints
+from lazarus.checkpoint.storage import is_url, redacted
+from lazarus.checkpoint.store import Found, find_checkpoints
 from lazarus.checkpoint.verify import newest_usable
+from lazarus.config import TrainConfig
 from lazarus.errors import ConfigError
+from lazarus.resume import decisive, resume_problems
 from lazarus.runtime.manifests import stored_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """A usable checkpoint."""
+    """A usable checkpoint, and the place that it lies at."""
 
     url: str
     manifest: Manifest
@@ -40,47 +44,109 @@ class ResumePoint:
         }
 
 
-def resume_point(resume: str | Path | None, *, own_url: str, steps: int) -> ResumePoint | None:
-    """Find the checkpoint to go on from.
-
-    Args:
-        resume: None: start fresh. "auto": the newest usable checkpoint of this run's own URL, else
-            fresh. Else a run's folder, or a URL of checkpoints.
-        own_url: Where this run keeps its checkpoints.
-        steps: Steps that the run shall reach.
+def found_at(place: str) -> Found:
+    """Every manifest at a folder or URL.
 
     Raises:
-        ConfigError: There is none, or nothing is left to do.
+        ConfigError: The storage cannot be read.
     """
-    if resume is None:
-        return None
-    url = own_url if str(resume) == "auto" else _checkpoints_of(str(resume))
     try:
-        manifest = newest_usable(url, check="sha256")
-        found = find_checkpoints(url)
-    except (CheckpointError, FileNotFoundError) as problem:
-        if str(resume) == "auto":
-            return None
-        raise ConfigError(f"cannot resume from {resume}: {problem}") from problem
+        return find_checkpoints(place)
+    except CheckpointError as problem:
+        raise ConfigError(f"the checkpoints at {redacted(place)}: {problem}") from problem
+    except Exception as problem:  # a storage backend may raise anything
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        raise ConfigError(f"cannot read checkpoints at {redacted(place)}: {reason}") from problem
+
+
+def resume_point(places: Sequence[str], *, own_url: str, steps: int) -> ResumePoint | None:
+    """Find the checkpoint to go on from: the newest that is true and whole, wherever it lies.
+
+    Args:
+        places: Folders or URLs of one run's checkpoints; at equal steps the first one wins.
+        own_url: Where the continuation keeps its checkpoints.
+        steps: Steps that the run shall reach.
+
+    Returns:
+        The checkpoint, or None if there is none at all.
+
+    Raises:
+        ConfigError: There are some and none is usable, or nothing is left to do.
+    """
+    stores = {place: found_at(place) for place in dict.fromkeys((*places, own_url))}
+    there = {p: s for p, s in stores.items() if p in places and (s.manifests or s.unreadable)}
+    if not there:
+        return None
+    lineage = max((found.lineage() for found in there.values()), key=lambda pairs: pairs[-1:])
+    url, manifest = _newest(list(there), lineage)
     if manifest.step >= steps:
         raise ConfigError(
-            f"the newest checkpoint in {url} is of step {manifest.step}, and train.steps={steps}; "
-            f"nothing is left to do: ask for more steps"
+            f"the newest checkpoint in {redacted(url)} is of step {manifest.step}, and "
+            f"train.steps={steps}; nothing is left to do: ask for more steps"
         )
     return ResumePoint(
         url=url,
         manifest=manifest,
-        next_generation=found.next_generation(),
+        next_generation=max(found.next_generation() for found in stores.values()),
         others=tuple(
             StoredCheckpoint(generation=m.generation, step=m.step, is_full=m.kind == "full")
-            for m in found.on_lineage()
+            for m in there[url].on_lineage(lineage)
         ),
     )
 
 
-def _checkpoints_of(place: str) -> str:
-    """A run's folder holds its checkpoints one level down."""
-    folder = Path(place)
-    if (folder / "events.jsonl").exists() or (folder / "checkpoints").is_dir():
-        return str(folder / "checkpoints")
-    return place
+def _newest(places: Sequence[str], lineage: Sequence[tuple[int, int]]) -> tuple[str, Manifest]:
+    """The newest usable checkpoint of all places that belongs to the one true history."""
+    usable: list[tuple[str, Manifest]] = []
+    reasons = []
+    for place in places:
+        try:
+            usable.append((place, newest_usable(place, lineage=lineage, check="sha256")))
+        except (CheckpointError, OSError) as problem:
+            reasons.append(str(problem))
+    if not usable:
+        raise ConfigError("; ".join(reasons))
+    return max(usable, key=lambda item: item[1].step)
+
+
+def check_same_run(
+    start: ResumePoint | None,
+    config: TrainConfig,
+    *,
+    beside: Path | None,
+    allowed: Collection[str] = (),
+) -> str:
+    """Refuse to go on as another run than the one that was; the same for every door of resume.
+
+    Args:
+        start: The checkpoint to go on from, whose manifest says what was decisive.
+        config: The configuration of the continuation.
+        beside: ``config.toml`` of the run, for a manifest that does not say it.
+        allowed: Keys that may differ.
+
+    Returns:
+        A warning where nothing can be compared, else "".
+
+    Raises:
+        ConfigError: Every key that changed.
+    """
+    said = None if start is None else start.manifest.meta.get("config")
+    before: Mapping[str, Any] | None = said if isinstance(said, Mapping) else None
+    if before is None and beside is not None and beside.is_file():
+        before = decisive(TrainConfig.load(beside))
+    if problems := resume_problems(before or {}, config, allowed=allowed):
+        raise ConfigError(problems)
+    if before is not None or start is None:
+        return ""
+    return (
+        f"the checkpoint of step {start.step} does not say which configuration it was made with "
+        f"(an older version wrote it), so nobody can tell whether this is the same run"
+    )
+
+
+def config_beside(place: str) -> Path | None:
+    """The ``config.toml`` of the run that keeps its checkpoints at a local place."""
+    path = place.removeprefix("file://")
+    if is_url(path) or not (Path(path).parent / "events.jsonl").is_file():
+        return None
+    return Path(path).parent / "config.toml"

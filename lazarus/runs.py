@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazarus import settings
 from lazarus.config import TrainConfig
-from lazarus.errors import ConfigError, Problem
+from lazarus.errors import ConfigError
 from lazarus.format import bytes_text, count_text, loss_text, plural, seconds_text
 from lazarus.metrics import Summary
 from lazarus.preflight import BUILTIN_CHECKS
+from lazarus.run_folders import homes, run_folder
 from lazarus.settings import Given
 
 if TYPE_CHECKING:
@@ -88,11 +89,12 @@ def load_config(args: argparse.Namespace, *, base: Sequence[str] = ()) -> TrainC
             flags[dotted] = Given(given, flag)
     path, own = args.config, list(base)
     resumed = getattr(args, "resume", None)
-    if resumed not in (None, "auto") and Path(resumed, "config.toml").is_file():
+    resumed_folder = None if resumed == "auto" else run_folder(resumed)
+    if resumed_folder is not None and (resumed_folder / "config.toml").is_file():
         # The run goes on in its own folder; its faults have had their day.
-        own += [f"run.dir={settings.toml_value(str(Path(resumed).absolute()))}"]
+        own += [f"run.dir={settings.toml_value(str(resumed_folder))}"]
         if path is None:
-            path = Path(resumed, "config.toml")
+            path = resumed_folder / "config.toml"
             own += ["faults.specs=[]", 'faults.chaos="none"']
     return TrainConfig.load(
         path,
@@ -104,29 +106,9 @@ def load_config(args: argparse.Namespace, *, base: Sequence[str] = ()) -> TrainC
     )
 
 
-def record_folder(
-    config: TrainConfig, environment: Mapping[str, str], *, resume: str | None = None
-) -> Path:
-    """Where this run's record goes; a resumed one goes on in its folder.
-
-    Raises:
-        ConfigError: The folder holds the record of another run, or cannot be made.
-    """
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment  # Ray sets it for a submitted job
-    folder = config.run_dir(now=datetime.now(), in_ray_job=in_job)
-    where = config.origins.get("run.dir", "")
-    if (folder / "events.jsonl").exists() and resume is None:
-        text = (
-            f"{folder} already holds the record of a run; give another folder, "
-            f"or go on with --resume auto"
-        )
-        raise ConfigError(Problem(text, where=where))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        text = f"run.dir {folder} cannot be made: {error.strerror}"
-        raise ConfigError(Problem(text, where=where)) from error
-    return folder
+def in_ray_job(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the driver of a submitted job: Ray tells it so."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment
 
 
 def find_run(name: str) -> Path:
@@ -138,8 +120,8 @@ def find_run(name: str) -> Path:
     place = Path(name).expanduser()
     if (place / "events.jsonl").is_file():
         return place
-    homes = (Path("runs"), Path("~/lazarus").expanduser())
-    found = [p.parent for home in homes for p in home.glob(f"*{place.name}*/events.jsonl")]
+    pattern = f"*{glob.escape(place.name)}*/events.jsonl"
+    found = [path.parent for home in homes() for path in home.glob(pattern)]
     if not found:
         raise ConfigError(f"no run {name}: neither {place}/events.jsonl nor runs/*{place.name}*")
     return max(found, key=lambda folder: (folder / "events.jsonl").stat().st_mtime)

@@ -8,10 +8,8 @@ import signal
 import sys
 import tempfile
 import threading
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,8 @@ from lazarus.errors import ConfigError, LazarusError, Problem, StoppedError
 from lazarus.failure import Failure
 from lazarus.faults import FaultSpec, fault_problems, parse_fault
 from lazarus.result import Result, leave_artifacts, result_of
-from lazarus.resume_point import resume_point
+from lazarus.resume import decisive
+from lazarus.run_place import RunPlace, next_journal, open_place
 from lazarus.runtime.chaos import CHAOS_KINDS
 from lazarus.runtime.driver import Driver, RunSpec
 from lazarus.runtime.launch import Launcher, OnExit, ProcessLauncher
@@ -149,38 +148,62 @@ class ElasticTrainer:
             )
         )
 
-    def fit(self, *, resume: str | Path | None = None) -> Result:
+    def fit(
+        self, *, resume: str | Path | None = None, allow_change: Collection[str] = ()
+    ) -> Result:
         """Train to the end.
 
+        Args:
+            resume: "auto": the newest run of this name goes on in its folder, or a new one begins;
+                or a run's folder, or a folder or URL of checkpoints.
+            allow_change: Keys (``section.key``) that may differ from those of the run that goes on.
+
         Raises:
+            ConfigError: The run's folder belongs to another run, or it cannot go on from there.
             UserCodeError: The user's model, data or loss raised.
             QuorumTimeoutError, LostExpertError: Ended short; can be resumed.
             KeyboardInterrupt: Ctrl-C; the record is complete.
         """
-        run = _Run(self, resume)
-        return run.follow()
+        place = open_place(self.config, resume=resume, allow_change=allow_change)
+        return fit_at(self, place)
 
-    def start(self, *, resume: str | Path | None = None) -> RunHandle:
+    def start(
+        self, *, resume: str | Path | None = None, allow_change: Collection[str] = ()
+    ) -> RunHandle:
         """Train in the background of this process."""
-        run = _Run(self, resume)
+        place = open_place(self.config, resume=resume, allow_change=allow_change)
+        run = _Run(self, place)
         return RunHandle(run.work, run.driver)
 
 
-class _Run:
-    """One run of a trainer."""
+def fit_at(trainer: ElasticTrainer, place: RunPlace) -> Result:
+    """``trainer.fit`` in a folder that was opened before."""
+    return _Run(trainer, place).follow()
 
-    def __init__(self, trainer: ElasticTrainer, resume: str | Path | None) -> None:
-        config = trainer.config
-        self.run_id = f"{config.run.name}-{uuid.uuid4().hex[:8]}"
-        self.run_dir = config.run_dir(now=datetime.now(), in_ray_job=_in_ray_job()).absolute()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._url = config.checkpoint.url or str(self.run_dir / "checkpoints")
-        start = resume_point(resume, own_url=self._url, steps=config.train.steps)
-        (self.run_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+
+class _Run:
+    """One run of a trainer. Takes the place over: it is free again when the run is over."""
+
+    def __init__(self, trainer: ElasticTrainer, place: RunPlace) -> None:
+        self._place = place
+        self.run_id, self.run_dir, self._url = place.run_id, place.folder, place.url
+        config = place.config
         self._leaves_report = config.metrics.report
         self._scratch = Path(tempfile.mkdtemp(prefix="lazarus-"))
         self._bus = CallbackBus(trainer._callbacks, fail=config.metrics.on_callback_error == "fail")
-        spec = RunSpec(
+        try:
+            spec = self._spec(trainer)
+            place.write_config()
+            self.driver = Driver(spec, partial(_launcher, config), self._bus.publish)
+        except BaseException:
+            self._forget()
+            raise
+        place.ownership.on_lost = self.driver.abandon
+
+    def _spec(self, trainer: ElasticTrainer) -> RunSpec:
+        """What the driver is told."""
+        config, start = self._place.config, self._place.start
+        return RunSpec(
             run_id=self.run_id,
             run_dir=self.run_dir,
             scratch=self._scratch,
@@ -197,27 +220,25 @@ class _Run:
             resume=None if start is None else f"{start.url} {start.step}",
             version=__version__,
             ranks_per_node=trainer._ranks,
-            checkpoint={"run": self.run_id, "seed": config.run.seed},
+            checkpoint={
+                "run": self.run_id,
+                "seed": config.run.seed,
+                "config": decisive(config),
+            },
             keep_checkpoints=config.checkpoint.keep,
             keepers=config.checkpoint.every != 0,
-            journal=_next_journal(self.run_dir),
+            journal=next_journal(self.run_dir),
             chaos=config.faults.parsed_chaos(),
             key=_pem(config, "key"),
             cert=_pem(config, "cert"),
             ca=_pem(config, "ca"),
         )
-        try:
-            self.driver = Driver(spec, partial(_launcher, config), self._bus.publish)
-        except ConfigError:
-            self._forget()
-            raise
 
     def _forget(self) -> None:
         """Nothing was started: leave no trace of it."""
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._bus.close()
-        if {path.name for path in self.run_dir.iterdir()} == {"config.toml"}:
-            shutil.rmtree(self.run_dir)
+        self._place.leave()
 
     def follow(self) -> Result:
         """``work`` in a thread, so that Ctrl-C is heard while it waits."""
@@ -283,6 +304,7 @@ class _Run:
             self._bus.close()
             if self._leaves_report:
                 leave_artifacts(self.run_dir)
+            self._place.release()
         if over.failure is not None:
             raise _error_of(over.failure)
         return result_of(over, run_id=self.run_id, run_dir=self.run_dir, url=self._url)
@@ -319,20 +341,10 @@ def _ranks_per_node(config: TrainConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _in_ray_job() -> bool:
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def _pem(config: TrainConfig, name: str) -> bytes | None:
     if not config.security.tls:
         return None
     return Path(str(getattr(config.security, name))).read_bytes()
-
-
-def _next_journal(run_dir: Path) -> str:
-    """Each life of a run has a journal of its own: journal, journal-2, ..."""
-    lives = len(list(run_dir.glob("journal*")))
-    return "journal" if lives == 0 else f"journal-{lives + 1}"
 
 
 def _launcher(config: TrainConfig, on_exit: OnExit) -> Launcher:

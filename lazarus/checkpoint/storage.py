@@ -59,7 +59,11 @@ def is_url(place: str) -> bool:
 
 def anchored(place: str) -> str:
     """The same place for every process, whatever folder it works in: a path is made absolute."""
-    return place if is_url(place) else str(Path(place).expanduser().absolute())
+    return place if is_url(place) else _absolute(place)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def open_storage(url: str) -> Storage:
@@ -69,7 +73,7 @@ def open_storage(url: str) -> Storage:
     """
     scheme, _, rest = url.partition("://")
     if not is_url(url) or scheme in LocalFileSystem.protocol:
-        root = str(Path(rest if is_url(url) else url).expanduser().absolute())
+        root = _absolute(rest if is_url(url) else url)
         return Storage(fs=fsspec.filesystem("file"), root=root.rstrip("/"), is_local=True)
     fs, root = fsspec.core.url_to_fs(url)
     return Storage(fs=fs, root=str(root).rstrip("/"), is_local=isinstance(fs, LocalFileSystem))

@@ -9,6 +9,7 @@ from lazarus import runs
 from lazarus.commands.train import train
 from lazarus.events import read_events
 from lazarus.metrics import summarise
+from lazarus.run_place import open_place
 
 STEPS = 60
 KILL_AT = 30
@@ -43,14 +44,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Train with a kill, then tell what happened, from the record alone."""
     config = runs.load_config(args, base=SETTINGS)
-    folder = runs.record_folder(config, args.environment)
+    place = open_place(
+        config, resume=None, in_ray_job=runs.in_ray_job(args.environment), say=runs.say
+    )
     runs.say("A small Mixture-of-Experts model learns Python from the standard library's sources,")
     runs.say(f"over {config.cluster.nodes} nodes on this machine.")
     for spec in config.faults.parsed():
         target = "" if spec.node is None else f" of node {spec.node}"
         runs.say(f"On purpose, by itself: {spec.kind}{target} in step {spec.step}.")
-    code = train(config, folder=str(folder))
-    tell(folder)
+    code = train(place)
+    tell(place.folder)
     return code
 
 

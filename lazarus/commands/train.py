@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from datetime import datetime
 
 from lazarus import runs
 from lazarus.callbacks import Callback, configured
 from lazarus.checkpoint.adaptive import DEFAULT_EVERY
 from lazarus.config import TrainConfig
-from lazarus.errors import ConfigError
 from lazarus.events import read_events
 from lazarus.metrics import summarise
 from lazarus.preflight import resolve_slots_per_node, warnings_of
 from lazarus.prometheus import RayMetrics
-from lazarus.resume import previous_config, resume_problems
+from lazarus.run_place import RunPlace, open_place
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,36 +49,33 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(config, slots)
     configured(config, run_dir=config.run.dir)  # packages that are missing are bad input
-    _check_resumed(args, config)
-    folder = runs.record_folder(config, args.environment, resume=args.resume)
-    return train(config, folder=str(folder), resume=args.resume, as_json=args.json)
+    place = open_place(
+        config,
+        resume=args.resume,
+        allow_change=args.allow_change,
+        in_ray_job=runs.in_ray_job(args.environment),
+        say=runs.say,
+    )
+    return train(place, as_json=args.json)
 
 
-def _check_resumed(args: argparse.Namespace, config: TrainConfig) -> None:
-    """A continuation must be the run that it was, apart from what is allowed to change."""
-    if args.resume is None:
-        return
-    before = previous_config(args.resume, run_dir=config.run_dir(now=datetime.now()))
-    problems = resume_problems(before or config, config, allowed=args.allow_change)
-    if problems:
-        raise ConfigError(problems)
-
-
-def train(
-    config: TrainConfig, *, folder: str, resume: str | None = None, as_json: bool = False
-) -> int:
+def train(place: RunPlace, *, as_json: bool = False) -> int:
     """Run to the end and say how it went."""
     from lazarus.progress import Progress
-    from lazarus.trainer import ElasticTrainer
+    from lazarus.trainer import ElasticTrainer, fit_at
 
-    config = replace(config, run=replace(config.run, dir=folder))
+    config, folder = place.config, str(place.folder)
     progress = Progress(config.metrics.progress, steps=config.train.steps)
-    callbacks = [progress, *configured(config, run_dir=folder), *_ray_metrics(config)]
-    trainer = ElasticTrainer(config, callbacks=callbacks)
+    try:
+        callbacks = [progress, *configured(config, run_dir=folder), *_ray_metrics(config)]
+        trainer = ElasticTrainer(config, callbacks=callbacks)
+    except BaseException:
+        place.leave()
+        raise
     where = config.cluster.address or "a cluster of our own, on this machine; up in about 20 s"
     runs.say(f"run {config.run.name}  {config.cluster.nodes} nodes  {where}  record {folder}")
     try:
-        result = trainer.fit(resume=resume)
+        result = fit_at(trainer, place)
     finally:
         progress.finish()
     summary = summarise(read_events(folder))

@@ -7,7 +7,7 @@ import pytest
 from lazarus import cli
 from lazarus.config import TrainConfig
 from lazarus.errors import ConfigError
-from lazarus.resume import resume_problems
+from lazarus.resume import decisive, resume_problems
 
 BEFORE = TrainConfig.load(preset="tiny")
 
@@ -23,7 +23,9 @@ BEFORE = TrainConfig.load(preset="tiny")
     ],
 )
 def test_size_placement_and_length_may_change(change: str) -> None:
-    assert resume_problems(BEFORE, TrainConfig.load(preset="tiny", overrides=[change])) == []
+    assert (
+        resume_problems(decisive(BEFORE), TrainConfig.load(preset="tiny", overrides=[change])) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,15 +34,15 @@ def test_size_placement_and_length_may_change(change: str) -> None:
 )
 def test_what_decides_the_mathematics_must_not(change: str) -> None:
     now = TrainConfig.load(preset="tiny", overrides=[change])
-    (problem,) = resume_problems(BEFORE, now)
+    (problem,) = resume_problems(decisive(BEFORE), now)
     key = change.split("=")[0]
     assert f"{key} changed since the run began" in str(problem)
-    assert resume_problems(BEFORE, now, allowed=[key]) == []
+    assert resume_problems(decisive(BEFORE), now, allowed=[key]) == []
 
 
 def test_allowing_a_key_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ConfigError, match="--allow-change model.dimm: there is no such key"):
-        resume_problems(BEFORE, BEFORE, allowed=["model.dimm"])
+        resume_problems(decisive(BEFORE), BEFORE, allowed=["model.dimm"])
 
 
 def test_the_command_line_lists_every_difference_and_starts_nothing(
@@ -51,7 +53,8 @@ def test_the_command_line_lists_every_difference_and_starts_nothing(
     code = cli.main(["train", "--resume", str(tmp_path), "--set", "model.dim=64", "--seed", "5"])
     assert code == 2
     errors = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
-    assert len(errors) == 2
+    assert len(errors) == 3
     assert "--allow-change run.seed" in errors[0]
     assert "model.dim changed since the run began: 128 -> 64" in errors[1]
+    assert "no checkpoint at" in errors[2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.toml", "events.jsonl"]
