@@ -15,6 +15,7 @@ from lazarus.control.ports import Command, Publish
 from lazarus.control.state import Control
 from lazarus.control.vector import StepSums
 from lazarus.data.sampler import share
+from placement.migrate import transfers
 from placement.rebalance import MoveCost, considered
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -117,5 +118,6 @@ def _rebalance(state: Control, *, step: int) -> Control:
         steps=min(steps, REBALANCE_EVERY),
         cost=MoveCost(fixed=fixed),
     )
-    wants = "rebalance" if better is not None else ""
-    return replace(state, regret=regret, wants=wants)
+    # New shares alone do not pay for a pause of all ranks; they come with the next RESUME.
+    moves = better is not None and transfers(plan, better)
+    return replace(state, regret=regret, wants="rebalance" if moves else "")
