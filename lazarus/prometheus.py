@@ -6,12 +6,14 @@ Ray prefixes each name with ``ray_``. Per-expert series would be thousands: they
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from lazarus.callbacks import Callback
 from lazarus.records import Event
 
+REPEAT_S = 5.0  # Ray drops a gauge that was not set for about 28 s
 _STEP_BOUNDS_S = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 
 # name -> kind, what it means, labels beside `run`. The alert rules and the dashboard in deploy/ use
@@ -50,10 +52,15 @@ class Series(Protocol):
 class RayMetrics(Callback):
     """Runs in the driver, which is part of the Ray cluster.
 
+    Ray forgets a gauge that is not set for about 28 s, so all gauges are set again every few
+    seconds until the run is over.
+
     Args:
-        run: The label `run` of every series.
+        run: The label `run` of every series until the record names the run, as it does when it
+            starts: each life of each run has a name of its own, which no other series have.
         constants: Name -> value of gauges that do not change, such as configured limits.
         make: Makes one series from (name, kind, meaning, labels); none: Ray's.
+        repeat_s: Seconds between two settings of the same value.
     """
 
     def __init__(
@@ -62,12 +69,18 @@ class RayMetrics(Callback):
         *,
         constants: Mapping[str, float] | None = None,
         make: Callable[[str, str, str, tuple[str, ...]], Series] | None = None,
+        repeat_s: float = REPEAT_S,
     ) -> None:
         self._run, self._make = run, make or ray_series
         self._series: dict[str, Series] = {}
         self._constants = dict(constants or {})
         self._committed = 0
         self._draining: set[int] = set()
+        self._lock = threading.Lock()
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._over = threading.Event()
+        self._repeat_s = repeat_s
+        self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
 
     def on_event(self, event: Event) -> None:
         """Turn one event into numbers."""
@@ -82,9 +95,28 @@ class RayMetrics(Callback):
         kind, meaning, extra = METRICS[name]
         if name not in self._series:
             self._series[name] = self._make(name, kind, meaning, ("run", *extra))
-        self._series[name](float(value), {"run": self._run, **labels})
+        given = {"run": self._run, **labels}
+        with self._lock:
+            if kind == "gauge":
+                self._gauges[name, tuple(given.items())] = float(value)
+            self._series[name](float(value), given)
+
+    def _repeat(self) -> None:
+        while not self._over.wait(self._repeat_s):
+            with self._lock:
+                for (name, given), value in self._gauges.items():
+                    self._series[name](value, dict(given))
+
+    def close(self) -> None:
+        """Let the gauges fade: the run is over."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _started(self, event: Event) -> None:
+        self._run = str(event.get("run") or self._run)
+        if self._thread.ident is None:
+            self._thread.start()
         for name, value in self._constants.items():
             self.emit(name, value)
         self.emit("lazarus_nodes", event["num_nodes"], state="wanted")

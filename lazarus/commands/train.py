@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lazarus import runs
-from lazarus.callbacks import Callback, configured
+from lazarus.callbacks import configured
 from lazarus.checkpoint.adaptive import DEFAULT_EVERY
 from lazarus.config import TrainConfig
 from lazarus.events import read_events
@@ -66,8 +66,9 @@ def train(place: RunPlace, *, as_json: bool = False) -> int:
 
     config, folder = place.config, str(place.folder)
     progress = Progress(config.metrics.progress, steps=config.train.steps)
+    metrics = _ray_metrics(config)
     try:
-        callbacks = [progress, *configured(config, run_dir=folder), *_ray_metrics(config)]
+        callbacks = [progress, *configured(config, run_dir=folder), *metrics]
         trainer = ElasticTrainer(config, callbacks=callbacks)
     except BaseException:
         place.leave()
@@ -78,6 +79,8 @@ def train(place: RunPlace, *, as_json: bool = False) -> int:
         result = fit_at(trainer, place)
     finally:
         progress.finish()
+        for one in metrics:
+            one.close()
     summary = summarise(read_events(folder))
     runs.say(f"{runs.closing_line(summary)}  record {folder}")
     if as_json:
@@ -85,7 +88,7 @@ def train(place: RunPlace, *, as_json: bool = False) -> int:
     return 0
 
 
-def _ray_metrics(config: TrainConfig) -> list[Callback]:
+def _ray_metrics(config: TrainConfig) -> list[RayMetrics]:
     """On a cluster that somebody scrapes; an embedded one has no scrape."""
     if not config.metrics.prometheus or config.cluster.address is None:
         return []

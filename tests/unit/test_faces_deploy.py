@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lazarus.prometheus import METRICS, RayMetrics, ray_series
+from lazarus.prometheus import METRICS, REPEAT_S, RayMetrics, ray_series
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -61,6 +62,35 @@ def test_events_become_series_with_the_runs_name() -> None:
     draining = [v for v, given in seen["lazarus_nodes"] if given["state"] == "draining"]
     assert draining == [1.0, 0.0]
     assert seen["lazarus_checkpoint_every"][0][0] == 200
+
+
+def test_gauges_are_set_again_and_again_and_each_run_has_a_name_of_its_own() -> None:
+    """R9: Ray drops a gauge that nobody sets; what is not repeated is gone when an alert asks."""
+    seen: dict[str, list[tuple[float, str]]] = {}
+    often = threading.Event()
+
+    def make(name: str, kind: str, meaning: str, labels: tuple[str, ...]) -> Any:
+        values = seen.setdefault(name, [])
+
+        def take(value: float, given: Mapping[str, str]) -> None:
+            values.append((value, given["run"]))
+            if len(seen.get("lazarus_holding", ())) > 3:
+                often.set()
+
+        return take
+
+    metrics = RayMetrics(
+        "olmoe", constants={"lazarus_checkpoint_every": 200}, make=make, repeat_s=0.01
+    )
+    started = {"event": "run_started", "num_nodes": 4, "world_size": 4, "run": "olmoe-1f3a"}
+    metrics.on_event({"t": 0.0, "generation": 1} | started)
+    metrics.on_event({"t": 0.0, "generation": 1, "event": "checkpoint_failed"})
+    assert often.wait(30)
+    metrics.close()
+    assert set(seen["lazarus_holding"]) == {(0.0, "olmoe-1f3a")}
+    assert len(seen["lazarus_checkpoint_every"]) >= 3
+    assert seen["lazarus_checkpoint_failures_total"] == [(1.0, "olmoe-1f3a")]  # a counter is not
+    assert REPEAT_S < 14  # half of what Ray waits
 
 
 def test_every_metric_can_be_made_of_rays_classes() -> None:
