@@ -145,10 +145,13 @@ def ettr(events: Sequence[Event]) -> float:
 def plt(events: Sequence[Event]) -> float:
     """Portion of lost tokens: mean over MoE layers of lost routed copies / (tokens x top-k).
 
-    ``run_started`` says ``num_layers`` (those with experts) and ``top_k``.
+    A record that is finished says it, over all lives of the run. Until then it is computed from
+    the restores; ``run_started`` says ``num_layers`` (those with experts) and ``top_k``.
 
     Source: the PLT formula of the partial-expert-checkpoint paper.
     """
+    if events and "plt" in events[-1]:
+        return float(events[-1]["plt"])
     lost = sum(float(e["lost_copies"]) for e in of_kind(events, "expert_restored"))
     if lost == 0:
         return 0.0

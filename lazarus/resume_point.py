@@ -9,6 +9,7 @@ from typing import Any
 
 from lazarus.checkpoint.errors import CheckpointError
 from lazarus.checkpoint.manifest import Manifest
+from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.checkpoint.storage import is_url, redacted
 from lazarus.checkpoint.store import Found, find_checkpoints
@@ -41,7 +42,29 @@ class ResumePoint:
             "start_lineage": tuple((g, b) for g, b in self.manifest.lineage),
             "checkpoints": self.others,
             "stored": stored_of(self.manifest),
+            "start_plt": lost_until(self.manifest),
+            "start_plt_spent": float(self.manifest.meta.get("plt", {}).get("spent", 0.0)),
         }
+
+
+def lost_until(manifest: Manifest) -> PltLedger:
+    """Tokens that the state of a checkpoint lacks: lost by then, and by going on from it."""
+    ledger = PltLedger.from_json(manifest.meta.get("plt", {}).get("lost", []))
+    routed = [[int(count) for count in row] for row in manifest.meta.get("routed", [])]
+    if not routed:
+        return ledger
+    ledger = ledger.rolled_back(routed)  # a restore may have come between the step and its manifest
+    for layer, experts in enumerate(manifest.experts):
+        for expert, versions in enumerate(experts):
+            saved = min((version.routed for version in versions.values()), default=0)
+            if saved < routed[layer][expert]:
+                ledger, _ = ledger.restored(
+                    layer=layer,
+                    expert=expert,
+                    version_routed=saved,
+                    routed=routed[layer][expert],
+                )
+    return ledger
 
 
 def found_at(place: str) -> Found:

@@ -90,13 +90,19 @@ def order_manifests(state: Control, *, at_s: float) -> Result:
 
 
 def _order(state: Control, step: int, save: Save) -> WriteManifest:
-    meta = {
+    parts = tuple(save.shares[seat] for seat in save.seats)
+    meta = _meta(state, wall_s=0.0)
+    return WriteManifest(step=step, generation=save.generation, parts=parts, meta=meta)
+
+
+def _meta(state: Control, *, wall_s: float) -> dict[str, Any]:
+    """What a manifest says of the run: its lost tokens go with the state that lacks them."""
+    return {
         "term": state.term,
         "lineage": [list(pair) for pair in state.lineage],
-        "wall_s": 0.0,
+        "wall_s": wall_s,
+        "plt": {"lost": state.plt.to_json(), "spent": state.plt_spent},
     }
-    parts = tuple(save.shares[seat] for seat in save.seats)
-    return WriteManifest(step=step, generation=save.generation, parts=parts, meta=meta)
 
 
 def is_hopeless(state: Control, save: Save) -> bool:
@@ -179,11 +185,7 @@ def on_finalized(state: Control, worker: str, body: Finalized, *, at_s: float) -
     parts = tuple(state.finalized[seat].files for seat in state.seats)
     if not any(parts):
         return state, ()
-    meta = {
-        "lineage": [list(pair) for pair in state.lineage],
-        "term": state.term,
-        "wall_s": max(body.wall_s for body in state.finalized.values()),
-    }
+    meta = _meta(state, wall_s=max(body.wall_s for body in state.finalized.values()))
     order = WriteManifest(
         step=body.step, generation=state.resumed, parts=parts, meta=meta, final=True
     )

@@ -116,6 +116,7 @@ def write_manifest(
             "history": head["history"],
             "routed": head["routed"],
             "step": command.step,
+            "plt": command.meta["plt"],
         },
         previous=None if command.final else previous,
     )
