@@ -128,6 +128,10 @@ class StartupError(LazarusError):
     """A worker, a node or the cluster did not come up."""
 
 
+class RoomTakenError(StartupError):
+    """The room for a node went to somebody else before the node had it."""
+
+
 class ControllerDiedError(StartupError):
     """The controller's process ended before it listened; the launcher reports its exit too.
 

@@ -47,6 +47,9 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "node_left": {"node": _INT},
         "node_joined": {"node": _INT},
         "drain_notice": {"node": _INT},
+        "nodes_awaited": {"missing": _INT, "reason": _TEXT},
+        "machine_suspect": {"machine": _TEXT, "reason": _TEXT},
+        "node_banned": {"machine": _TEXT, "reason": _TEXT},
         "reconfigured": {
             "reason": _TEXT,
             "wall_s": _NUMBER,

@@ -88,6 +88,11 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
         "node_joined": _joined,
         "node_left": lambda e: f"- node {e['node']} left as announced",
         "drain_notice": _draining,
+        "nodes_awaited": lambda e: (
+            f"! {plural(int(e['missing']), 'node')} without a machine: {e['reason']}"
+        ),
+        "machine_suspect": lambda e: f"! {e['machine']} is suspect: {e['reason']}",
+        "node_banned": lambda e: f"! {e['machine']} is left alone: {e['reason']}",
         "quorum_lost": lambda e: f"! holding the state: {e.get('reason', 'below quorum')}",
         "quorum_regained": lambda e: "+ enough nodes again",
         "expert_restored": _restored,

@@ -40,9 +40,12 @@ class ClusterConfig:
 
     SECTION: ClassVar[str] = "cluster"
 
-    nodes: int = setting(4, "nodes wanted at the start; lost ones are replaced up to this", ge=1)
+    nodes: int = setting(4, "nodes wanted; lost nodes are replaced up to `cluster.nodes`", ge=1)
     min_nodes: int = setting(1, "quorum: with fewer, the state is held until nodes come", ge=1)
     max_nodes: int | None = setting(None, "none: whoever comes is taken", ge=1)
+    replace_lost: bool = setting(
+        True, "start lost nodes again where there is room; false: only below quorum"
+    )
     ranks_per_node: int | Auto = setting("auto", "auto: the node's GPUs, else 1", ge=1)
     cpus_per_rank: float = setting(1.0, "CPUs that Ray reserves for a rank", gt=0)
     memory_per_rank: str | None = setting(None, 'host memory that Ray reserves, such as "8GiB"')

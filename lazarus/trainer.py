@@ -194,7 +194,13 @@ class _Run:
         try:
             spec = self._spec(trainer)
             place.write_config()
-            self.driver = Driver(spec, partial(_launcher, config), self._bus.publish)
+            quiet = config.metrics.progress in ("off", "json")
+            self.driver = Driver(
+                spec,
+                partial(_launcher, config),
+                self._bus.publish,
+                say=partial(_say, is_quiet=quiet),
+            )
         except BaseException:
             self._forget()
             raise
@@ -210,6 +216,7 @@ class _Run:
             config=config.to_dict(),
             control=replace(
                 trainer._control,
+                run_id=self.run_id,
                 checkpoint_url=self._url,
                 **({} if start is None else start.control()),
             ),
@@ -228,6 +235,7 @@ class _Run:
             keep_checkpoints=config.checkpoint.keep,
             keepers=config.checkpoint.every != 0,
             journal=next_journal(self.run_dir),
+            replace_lost=config.cluster.replace_lost,
             chaos=config.faults.parsed_chaos(),
             key=_pem(config, "key"),
             cert=_pem(config, "cert"),
@@ -372,6 +380,11 @@ def _ray_is_up() -> bool:
     """Whether the user's own code has connected this process to a Ray cluster."""
     module = sys.modules.get("ray")
     return module is not None and bool(module.is_initialized())
+
+
+def _say(text: str, *, is_quiet: bool) -> None:
+    if not is_quiet:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _error_of(failure: Failure) -> Exception:

@@ -24,7 +24,10 @@ from lazarus.control.messages import (
     Injected,
     KillController,
     LeaveRequest,
+    MachineJudged,
+    NodeEndsMachine,
     NodeNotice,
+    NodesAwaited,
     Odd,
     Pause,
     Paused,
@@ -60,6 +63,8 @@ from lazarus.control.state import Control, Phase
 from lazarus.failure import Cause, Failure, Status
 
 Result = tuple[Control, tuple[Command, ...]]
+
+_ENDS_NODES = frozenset({"kill", "stop", "stall", "cut", "crash"})  # faults, if they last
 
 
 def decide(state: Control, event: Event) -> Result:
@@ -158,7 +163,11 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
 def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
     match body:
         case WorkerDied():
-            return membership.on_closed(state, body.worker, at_s=at_s, cause=body.cause)
+            return membership.on_died(state, body, at_s=at_s)
+        case NodesAwaited():
+            return membership.on_awaited(state, body, at_s=at_s)
+        case MachineJudged():
+            return membership.on_judged(state, body, at_s=at_s)
         case NodeNotice():
             return membership.on_notice(state, body, at_s=at_s)
         case StopRun(now=now, reason=reason):
@@ -176,8 +185,12 @@ def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
 
 def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> Result:
     go = Tell(worker=worker, body=Go(spec=body.spec))
+    ends: tuple[Command, ...] = ()
+    if body.kind in _ENDS_NODES and ",for=" not in body.spec:
+        key = state.nodes[state.workers[worker].node].key
+        ends = (TellDriver(body=NodeEndsMachine(node_key=key)),)
     if (worker, body.number) in state.struck:  # an earlier life of the controller has seen to it
-        return state, (go,)
+        return state, (*ends, go)
     state = replace(state, struck=state.struck | {(worker, body.number)})
     entry = {"kind": "fault", "term": state.term, "worker": worker, "number": body.number}
     serial = state.workers[worker].node
@@ -195,12 +208,13 @@ def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> 
         go,
     ]
     if body.kind == "join":
-        commands += [TellDriver(body=StartNode(reason=body.spec))] * max(1, body.count)
+        order = StartNode(reason=body.spec, is_extra=True)
+        commands += [TellDriver(body=order)] * max(1, body.count)
     elif body.kind == "controller":
         commands.append(TellDriver(body=KillController()))
     elif body.kind in ("kill", "stop", "stall", "cut"):
         state = replace(state, fired={**state.fired, serial: at_s})
-    return state, tuple(commands)
+    return state, (*ends, *commands)
 
 
 def _on_injected(state: Control, body: Injected, *, at_s: float) -> Result:
@@ -279,7 +293,7 @@ def _tick(state: Control, *, at_s: float) -> Result:
         (change.overdue, "no answer"),
     ):
         if late := find(state, at_s=at_s):
-            state, more = membership.lose(state, late, cause=cause, at_s=at_s)
+            state, more = membership.lose(state, late, cause=cause, at_s=at_s, is_silent=True)
             commands += more
     return state, commands
 
@@ -312,12 +326,27 @@ def _settle(state: Control, *, at_s: float) -> Result:
 
 def _settle_gathering(state: Control, *, at_s: float) -> Result:
     ready = len(candidates(state))
-    waited = at_s - state.started_s > state.config.start_timeout_s
-    if ready >= state.config.nodes or (waited and ready >= state.config.min_nodes):
+    enough = ready >= state.config.min_nodes
+    if ready >= state.config.nodes or (enough and _waited_for_all(state, at_s=at_s)):
         return change.begin(state, reason="start", at_s=at_s)
-    if at_s - state.started_s > state.config.start_timeout_s + state.config.quorum_timeout_s:
+    patience_s = state.config.start_timeout_s + state.config.quorum_timeout_s
+    if not enough and state.idle_s is not None:  # nothing is coming up
+        patience_s = state.idle_s - state.started_s + state.config.quorum_timeout_s
+    if at_s - state.started_s > patience_s:
         return _quorum_timeout(state, live=ready, at_s=at_s)
     return state, ()
+
+
+def _waited_for_all(state: Control, *, at_s: float) -> bool:
+    """Whether those who are there begin without the others.
+
+    Machines that are still to come have long; machines on which nothing starts have not.
+    """
+    if at_s - state.started_s > state.config.start_timeout_s:
+        return True
+    awaited, idle_s = state.awaited, state.idle_s
+    troubled = awaited is not None and awaited.is_troubled
+    return troubled and idle_s is not None and at_s - idle_s > state.config.gather_s
 
 
 def _settle_holding(state: Control, *, at_s: float) -> Result:
@@ -408,7 +437,7 @@ def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
     failure = Failure(
         cause=Cause.NODE,
         error="QuorumTimeoutError",
-        message=state.hold_reason,
+        message=state.hold_reason or (state.awaited.reason if state.awaited else ""),
         details=details,
     )
     return commits.end(state, status="short", failure=failure, at_s=at_s)

@@ -6,10 +6,23 @@ from dataclasses import replace
 
 from lazarus.control import commits
 from lazarus.control import transition as change
-from lazarus.control.messages import Fenced, Hello, KillNode, LeaveRequest, NodeNotice, Welcome
+from lazarus.control.messages import (
+    Fenced,
+    Hello,
+    KillNode,
+    LeaveRequest,
+    MachineJudged,
+    NodeEndsMachine,
+    NodeNotice,
+    NodesAwaited,
+    NodeUp,
+    Welcome,
+    WorkerDied,
+)
 from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
-from lazarus.control.roster import node_of
+from lazarus.control.roster import node_of, staying
 from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker, without
+from lazarus.failure import Cause, Failure, Status
 
 Result = tuple[Control, tuple[Command, ...]]
 
@@ -51,6 +64,8 @@ def on_hello(state: Control, body: Hello, *, at_s: float) -> Result:
         workers={**state.workers, body.worker: known},
     )
     commands = (*commands, Tell(worker=body.worker, body=Welcome(node=serial)))
+    if node.complete:
+        commands = (*commands, TellDriver(body=NodeUp(node_key=body.node_key)))
     if (early := state.notices.get(body.node_key)) is None:
         return state, commands
     state, told = on_notice(state, early, at_s=at_s)
@@ -74,6 +89,16 @@ def _refusal(state: Control, body: Hello) -> str:
     return ""
 
 
+def on_died(state: Control, body: WorkerDied, *, at_s: float) -> Result:
+    """The driver saw a process end. It is always answered: what of the node is left must go."""
+    known = state.workers.get(body.worker)
+    state, commands = on_closed(state, body.worker, at_s=at_s, cause=body.cause)
+    if known is not None or commands:
+        return state, commands
+    order = KillNode(node_key=_key_of(body.worker), cause=body.cause)
+    return state, (TellDriver(body=order),)
+
+
 def on_closed(state: Control, worker: str, *, at_s: float, cause: str) -> Result:
     """A stream or a process ended: its node is lost."""
     known = state.workers.get(worker)
@@ -90,8 +115,19 @@ def _key_of(worker: str) -> str:
     return worker.rpartition(".")[0]
 
 
-def lose(state: Control, serials: tuple[int, ...], *, cause: str, at_s: float) -> Result:
-    """Nodes are gone: forget them, tell their other processes, and recover if they mattered."""
+def lose(
+    state: Control,
+    serials: tuple[int, ...],
+    *,
+    cause: str,
+    at_s: float,
+    is_silent: bool = False,
+) -> Result:
+    """Nodes are gone: forget them, tell their other processes, and recover if they mattered.
+
+    Args:
+        is_silent: They were not seen to end: they say nothing, or do not move.
+    """
     serials = tuple(serial for serial in serials if serial in state.nodes)
     if not serials:
         return state, ()
@@ -103,7 +139,8 @@ def lose(state: Control, serials: tuple[int, ...], *, cause: str, at_s: float) -
         for worker in node.workers:
             if worker:
                 commands.append(Tell(worker=worker, body=Fenced(reason=f"node lost: {cause}")))
-        commands.append(TellDriver(body=KillNode(node_key=node.key, cause=cause)))
+        order = KillNode(node_key=node.key, cause=cause, is_silent=is_silent)
+        commands.append(TellDriver(body=order))
         if serial in taking_part:
             fields = {"generation": state.generation, "node": serial, "cause": cause}
             commands.append(Publish(t=at_s, event="node_lost", fields=fields))
@@ -166,6 +203,37 @@ def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Result:
     return _mark_leaving(state, found[0], cause=cause, notice_s=body.notice_s, at_s=at_s)
 
 
+def on_awaited(state: Control, body: NodesAwaited, *, at_s: float) -> Result:
+    """What the driver waits for: machines, or processes that are coming up."""
+    before = state.awaited
+    idle_s = None if body.coming else at_s if state.idle_s is None else state.idle_s
+    state = replace(state, awaited=body, idle_s=idle_s)
+    if body.is_hopeless and not staying(state):
+        return _nobody_starts(state, body.reason, at_s=at_s)
+    if not body.missing or (before is not None and before.missing == body.missing):
+        return state, ()
+    fields = {"generation": state.generation, "missing": body.missing, "reason": body.reason}
+    return state, (Publish(t=at_s, event="nodes_awaited", fields=fields),)
+
+
+def _nobody_starts(state: Control, reason: str, *, at_s: float) -> Result:
+    """No node is there, and none will be."""
+    failure = Failure(
+        cause=Cause.NODE,
+        error="StoppedError" if state.resumed else "StartupError",
+        message=f"no node starts any more: {reason}",
+    )
+    status: Status = "short" if state.resumed else "failed"
+    return commits.end(state, status=status, failure=failure, at_s=at_s)
+
+
+def on_judged(state: Control, body: MachineJudged, *, at_s: float) -> Result:
+    """A machine on which nodes die or do not start."""
+    name = "node_banned" if body.is_banned else "machine_suspect"
+    fields = {"generation": state.generation, "machine": body.machine, "reason": body.reason}
+    return state, (Publish(t=at_s, event=name, fields=fields),)
+
+
 def _mark_leaving(
     state: Control, serial: int, *, cause: str, notice_s: float, at_s: float
 ) -> Result:
@@ -179,7 +247,10 @@ def _mark_leaving(
         "notice_s": notice_s,
     }
     nodes = {**state.nodes, serial: replace(node, leaving=cause)}
-    return replace(state, nodes=nodes), (Publish(t=at_s, event="drain_notice", fields=fields),)
+    return replace(state, nodes=nodes), (
+        Publish(t=at_s, event="drain_notice", fields=fields),
+        TellDriver(body=NodeEndsMachine(node_key=node.key)),
+    )
 
 
 def settle_reconnecting(state: Control, *, at_s: float) -> Result:

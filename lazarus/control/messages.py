@@ -413,8 +413,22 @@ class StopRun(Body, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class NodesWanted(Body, frozen=True, kw_only=True):
-    nodes: Int
+class NodesAwaited(Body, frozen=True, kw_only=True):
+    """Nodes that are wanted and not there: told when it changes, and to each new controller."""
+
+    missing: Int = 0  # without a machine
+    coming: Int = 0  # being started
+    reason: str = ""  # what machines lack
+    is_troubled: bool = False  # there are machines, but nodes do not start there
+    is_hopeless: bool = False  # there is nobody, and nothing will be tried any more
+
+
+class MachineJudged(Body, frozen=True, kw_only=True):
+    """A machine on which nodes die, or do not start, again and again."""
+
+    machine: str
+    reason: str
+    is_banned: bool  # left alone from now on; else suspect
 
 
 class Record(Body, frozen=True, kw_only=True):
@@ -424,12 +438,30 @@ class Record(Body, frozen=True, kw_only=True):
 
 
 class StartNode(Body, frozen=True, kw_only=True):
+    """The run holds for want of nodes; or a fault on purpose adds one."""
+
     reason: str = ""
+    is_extra: bool = False  # beyond the nodes that are wanted
+
+
+class NodeUp(Body, frozen=True, kw_only=True):
+    """All processes of a node have said hello."""
+
+    node_key: str
+
+
+class NodeEndsMachine(Body, frozen=True, kw_only=True):
+    """When this node goes its machine is taken as gone too: it leaves, or ends on purpose."""
+
+    node_key: str
 
 
 class KillNode(Body, frozen=True, kw_only=True):
+    """A node is lost: end what is left of it."""
+
     node_key: str
     cause: str = ""
+    is_silent: bool = False  # it was not seen to end: it says nothing, or does not move
 
 
 class Pulse(Body, frozen=True, kw_only=True):
@@ -501,11 +533,21 @@ class ToWorker(Struct, frozen=True):
 
 
 class FromDriver(Struct, frozen=True):
-    body: DriverHello | WorkerDied | NodeNotice | Injected | StopRun | NodesWanted
+    body: DriverHello | WorkerDied | NodeNotice | Injected | StopRun | NodesAwaited | MachineJudged
 
 
 class ToDriver(Struct, frozen=True):
-    body: Record | StartNode | KillNode | RunOver | KillController | Pulse | ControllerFailed
+    body: (
+        Record
+        | StartNode
+        | NodeUp
+        | NodeEndsMachine
+        | KillNode
+        | RunOver
+        | KillController
+        | Pulse
+        | ControllerFailed
+    )
 
 
 Envelope = FromWorker | ToWorker | FromDriver | ToDriver

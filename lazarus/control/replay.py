@@ -33,6 +33,8 @@ def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
         lineage=config.start_lineage,
         checkpoints=config.checkpoints,
         stored=config.stored,
+        plt=config.start_plt,
+        plt_spent=config.start_plt_spent,
     )
 
 

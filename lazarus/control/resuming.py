@@ -160,6 +160,7 @@ def _resume_events(
     if first:
         fields = {
             "schema": 1,
+            "run": state.config.run_id,
             "num_nodes": len(state.members),
             "world_size": len(state.seats),
             "steps": state.config.steps,

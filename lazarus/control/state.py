@@ -14,7 +14,17 @@ from lazarus.checkpoint.adaptive import Adapted, Measured, SaveSettings
 from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.policy import RecoveryDecider
 from lazarus.checkpoint.recovery import StoredCheckpoint
-from lazarus.control.messages import Aligned, Move, NodeNotice, Ready, Report, Restore, Seat, Vector
+from lazarus.control.messages import (
+    Aligned,
+    Move,
+    NodeNotice,
+    NodesAwaited,
+    Ready,
+    Report,
+    Restore,
+    Seat,
+    Vector,
+)
 from lazarus.control.ports import Stored
 from lazarus.control.remembered import remembered
 from placement import PlacementPolicy, Plan, replan
@@ -46,6 +56,7 @@ class ControlConfig:
     """What of the configuration decisions depend on. Seconds and counts only."""
 
     steps: int
+    run_id: str = ""
     global_batch: int = 32
     seed: int = 0
     ledger: bool = False  # record the sample ids of each committed step
@@ -62,7 +73,6 @@ class ControlConfig:
     join_debounce_s: float = 2.0
     quorum_timeout_s: float = 3600.0
     final_checkpoint: bool = True
-    replace_lost: bool = False  # ask the driver for nodes up to `nodes`
     on_lost_expert: str = "partial"
     partial_checkpoints: bool = True  # a checkpoint may point to files of older ones
     saves: SaveSettings = field(default_factory=SaveSettings)
@@ -83,6 +93,8 @@ class ControlConfig:
     resume: str | None = None  # checkpoint that this run started from
     start_step: int = 0
     start_generation: int = 0  # the first claim is above it
+    start_plt: PltLedger = field(default_factory=PltLedger)  # what earlier lives lost
+    start_plt_spent: float = 0.0
     start_lineage: tuple[tuple[int, int], ...] = ()
     checkpoint_url: str = ""
     checkpoints: tuple[StoredCheckpoint, ...] = ()  # usable ones at the start
@@ -103,6 +115,11 @@ class ControlConfig:
     def comeback_s(self) -> float:
         """The same where nobody has come back: without them the run is over."""
         return 6 * self.tolerated_stall_s
+
+    @property
+    def gather_s(self) -> float:
+        """The first nodes wait this long for machines on which nothing starts."""
+        return max(30.0, 3 * self.tolerated_stall_s)
 
     @property
     def nap_s(self) -> float:
@@ -292,7 +309,8 @@ class Control:
     tried: tuple[int, ...] = ()  # nodes that did not suffice for a generation
     broken: bool = False  # an invariant failed: never resume by itself
     stale: int = 0  # messages of older generations, dropped
-    nodes_asked: int = 0
+    awaited: NodesAwaited | None = None  # what the driver last said of nodes that are not there
+    idle_s: float | None = None  # since when none of them is coming up; None: some are, or unknown
     top_k: int = 1
     num_samples: int = 0  # of the data; 0: numbered without end; -1: a stream of shards
     evaluated: int = 0  # step of the last evaluation that was published

@@ -326,7 +326,7 @@ def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> R
 
     After a broken invariant nothing but the user or the quorum time-out ends the wait.
     """
-    asked = state.config.replace_lost or state.config.nodes > len(state.nodes)
+    asked = state.config.nodes > len(state.nodes)
     events: tuple[Command, ...] = ()
     if state.hold_reason != reason:
         fields = {

@@ -8,16 +8,13 @@ from __future__ import annotations
 import json
 import queue
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lazarus import errors
-from lazarus.checkpoint.errors import KeeperUnavailableError
 from lazarus.control.messages import (
     Body,
     ControllerFailed,
@@ -26,7 +23,10 @@ from lazarus.control.messages import (
     Injected,
     KillController,
     KillNode,
+    NodeEndsMachine,
     NodeNotice,
+    NodesAwaited,
+    NodeUp,
     Pulse,
     Record,
     RunOver,
@@ -34,6 +34,7 @@ from lazarus.control.messages import (
     StopRun,
     WorkerDied,
 )
+from lazarus.control.replacing import Limits
 from lazarus.control.state import ControlConfig
 from lazarus.failure import Cause, Failure
 from lazarus.faults import ChaosSpec
@@ -43,6 +44,7 @@ from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.launch import Launcher, OnExit
 from lazarus.runtime.link import Link
 from lazarus.runtime.local_nodes import NodePlace
+from lazarus.runtime.nodes import Nodes
 from lazarus.runtime.spec import Address, ControllerSpec, WorkerSpec
 from lazarus.timeouts import Timeouts
 
@@ -67,6 +69,7 @@ class RunSpec:
     keep_checkpoints: int = 3
     keepers: bool = True  # one per node, for snapshots
     journal: str = "journal"
+    replace_lost: bool = True  # up to control.nodes
     chaos: ChaosSpec | None = None
     key: bytes | None = None
     cert: bytes | None = None
@@ -81,20 +84,23 @@ class Driver:
         spec: RunSpec,
         make_launcher: Callable[[OnExit], Launcher],
         on_event: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None],
     ) -> None:
         self._spec = spec
+        self.say = say
         self._on_event = on_event
         self._inbox: queue.SimpleQueue[Body] = queue.SimpleQueue()
         self._secret = secrets.token_hex(32)
         self._lock = threading.Lock()
-        self._num_started = 0
         self._dead: list[WorkerDied] = []
         self._alive: dict[str, set[str]] = {}  # node name -> its live ranks, oldest node first
         self._wishes: list[StopRun | NodeNotice] = []  # of the user and the cluster
         self._doomed: set[str] = set()  # struck at random, not yet gone
         self._chaos: Chaos | None = None
         self._over = False
+        self._awaited: NodesAwaited | None = None
         self._launcher = make_launcher(self._on_exit)
+        self._nodes = Nodes(self, self._launcher, self._limits())
         self._link: Link | None = None
         self._life = ControllerLife(
             self._launcher,
@@ -125,7 +131,6 @@ class Driver:
 
     def _start(self) -> None:
         spec, host = self._spec, self._launcher.host
-        count = self._launcher.room(spec.control.nodes)
         controller = ControllerSpec(
             run_id=spec.run_id,
             host=host,
@@ -154,18 +159,28 @@ class Driver:
             allowance_s=spec.timeouts.controller_restart_s,
         )
         self._link.start()
-        keys = [self._new_key() for _ in range(count)]
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            places = list(pool.map(self._open_node, keys))
-        for key, place in zip(keys, places, strict=True):
-            self._start_workers(key, place)
-        self._launcher.follow_nodes(self._start_one_more, self._noticed)
+        self._nodes.start()
+        self._launcher.follow_nodes(self._nodes.machines_came, self._noticed)
+
+    def _limits(self) -> Limits:
+        spec, stall_s = self._spec, self._spec.control.tolerated_stall_s
+        return Limits(
+            wanted=spec.control.nodes,
+            most=spec.control.max_nodes,
+            replaces=spec.replace_lost,
+            is_fixed=self._launcher.is_fixed,
+            rest_s=stall_s / 2,
+            settled_s=3 * stall_s,
+            start_s=spec.timeouts.startup_s,
+            salt=spec.run_id,
+        )
 
     def _close(self, *, over: bool) -> None:
         self._over = True
         if self._chaos is not None:
             self._chaos.close()
         self._life.close()
+        self._nodes.close()
         if self._link is not None:
             self._link.close(timeout_s=1.0)
         self._launcher.close(grace_s=5.0 if over else 0.0)
@@ -188,10 +203,17 @@ class Driver:
                 self._life.died(body.cause)
             case Record(line=line):
                 self._recorded(json.loads(line))
+            case StartNode(is_extra=True):
+                self._nodes.one_more()
             case StartNode():
-                self._start_one_more()
+                self._nodes.held()
+            case NodeUp(node_key=key):
+                self._nodes.came_up(key)
+            case NodeEndsMachine(node_key=key):
+                self._nodes.ends_machine(key)
             case KillNode(node_key=key):
-                self._kill_node(key)
+                self.take_down(key)
+                self._nodes.lost(key, cause=body.cause, is_silent=body.is_silent)
             case KillController():
                 self._life.strike()
             case _:
@@ -200,7 +222,7 @@ class Driver:
     def _connected(self) -> None:
         """The stream is (back) there: what a new life of the controller does not know."""
         with self._lock:
-            news = (*self._dead, *self._wishes)
+            news = (*self._dead, *self._wishes, *filter(None, [self._awaited]))
         for body in news:
             if self._link is not None:
                 self._link.send(body)
@@ -235,11 +257,12 @@ class Driver:
         self._link.send(Injected(kind=kind, node_key=node_key, spec=spec))
         if kind in FATAL_KINDS:
             self._doomed.add(node_key)
+            self._nodes.ends_machine(node_key)
         match kind:
             case "kill":
-                self._kill_node(node_key)
+                self.take_down(node_key)
             case "join":
-                self._start_one_more()
+                self._nodes.one_more()
             case "leave":
                 self.notice(node_key, notice_s=0.0, cause="leave")
             case "controller":
@@ -249,7 +272,10 @@ class Driver:
             case _:
                 raise errors.LazarusError(f"the driver cannot inject {kind}")
 
-    def _kill_node(self, key: str) -> None:
+    # ---- nodes ---------------------------------------------------------------------------------
+
+    def take_down(self, key: str) -> None:
+        """End whatever there is of a node."""
         with self._lock:
             self._alive.pop(key, None)
         for local_rank in range(self._spec.ranks_per_node):
@@ -260,37 +286,34 @@ class Driver:
         """Bring one more node up. Returns its name.
 
         Raises:
-            StartupError: There is no room for it.
+            StartupError: There is no room for it, or it did not start.
         """
-        key = self._new_key()
-        self._start_workers(key, self._open_node(key))
-        return key
+        return self._nodes.one_more().result()
 
-    def _start_one_more(self) -> None:
-        """A node that is wanted while training; the run goes on without it if need be."""
-        try:
-            self.start_node()
-        except (errors.StartupError, KeeperUnavailableError) as problem:
-            print(f"a node did not start: {problem}", file=sys.stderr, flush=True)
+    def bring_up(self, key: str, machine: str) -> None:
+        """Start a node's processes on a machine."""
+        self._start_workers(key, self._open_node(key, machine))
 
-    def _new_key(self) -> str:
-        with self._lock:
-            key = f"node-{self._num_started}"
-            self._num_started += 1
-        return key
+    def tell(self, body: Body) -> None:
+        """Tell the controller; what nodes are waited for is said again to each new life of it."""
+        if isinstance(body, NodesAwaited):
+            with self._lock:
+                self._awaited = body
+        if self._link is not None:
+            self._link.send(body)
 
-    def _open_node(self, key: str) -> NodePlace:
+    def _open_node(self, key: str, machine: str) -> NodePlace:
         spec = self._spec
         keeper = KeeperConfig(job=spec.run_id, secret=self._secret) if spec.keepers else None
-        return self._launcher.open_node(key, keeper=keeper, folder=spec.scratch / key)
+        return self._launcher.open_node(key, machine, keeper=keeper, folder=spec.scratch / key)
 
     def _start_workers(self, key: str, place: NodePlace) -> None:
         spec = self._spec
         names = [f"{key}.{local_rank}" for local_rank in range(spec.ranks_per_node)]
         with self._lock:
             self._alive[key] = set(names)
-        for local_rank, name in enumerate(names):
-            self._launcher.start_worker(
+        self._launcher.start_workers(
+            [
                 WorkerSpec(
                     run_id=spec.run_id,
                     worker=name,
@@ -311,7 +334,9 @@ class Driver:
                     checkpoint_url=spec.checkpoint_url,
                     version=spec.version,
                 )
-            )
+                for local_rank, name in enumerate(names)
+            ]
+        )
 
     def _on_exit(self, name: str, cause: str) -> None:
         if self._over:
@@ -332,6 +357,7 @@ class Driver:
             self._link.send(died)
         if not left:
             self._launcher.close_node(key)
+        self._nodes.died(key, cause=cause)
 
     def _failed(self, failure: Failure) -> None:
         self._inbox.put(RunOver(status="failed", failure=failure))
@@ -343,6 +369,7 @@ class Driver:
 
     def stop(self, *, now: bool, reason: str) -> None:
         """End the run at the next commit, or at once."""
+        self._nodes.enough()
         self._wish(StopRun(now=now, reason=reason))
 
     def notice(self, node_key: str, *, notice_s: float, cause: str) -> None:

@@ -8,17 +8,18 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Protocol
 
+from lazarus.control.replacing import Machine
 from lazarus.errors import ControllerDiedError, StartupError
 from lazarus.failure import Failure
 from lazarus.runtime.keeper import KeeperConfig
-from lazarus.runtime.local_nodes import LocalNodes, NodePlace
+from lazarus.runtime.local_nodes import LocalNodes, NodePlace, OwnPlaces
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
 _PR_SET_PDEATHSIG = 1
@@ -32,31 +33,45 @@ class Launcher(Protocol):
 
     host: str  # address of the driver's machine, where the controller listens
 
-    def room(self, wanted: int) -> int:
-        """How many of ``wanted`` nodes can start now; the others will come by ``follow_nodes``.
+    is_fixed: bool  # True: no machine ever comes by itself
+
+    def machines(self) -> tuple[Machine, ...]:
+        """The machines that live now, with the room that they have now."""
+
+    def name_of(self, machine: str) -> str:
+        """A machine as people know it."""
+
+    def shortage(self) -> str:
+        """What the machines lack for one more node, with the numbers."""
+
+    def add_machine(self) -> None:
+        """One more machine, where machines are made up; nothing where they come by themselves."""
+
+    def open_node(
+        self, key: str, machine: str, *, keeper: KeeperConfig | None, folder: Path
+    ) -> NodePlace:
+        """Take room for a node on this machine, and start its keeper there if it has one.
 
         Raises:
-            ConfigError: The others will never come.
-        """
-
-    def open_node(self, key: str, *, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
-        """Find a machine for one node of the run, and start its keeper there if it has one.
-
-        Raises:
-            StartupError, KeeperUnavailableError: No room, or it did not start.
+            RoomTakenError: Somebody else has the room.
+            StartupError, KeeperUnavailableError: It did not start.
         """
 
     def close_node(self, key: str) -> None:
         """End what a node has beside its ranks; fine if it is gone."""
 
-    def follow_nodes(self, on_room: Callable[[], None], on_notice: OnNotice) -> None:
-        """Say from now on when there is room for one more node, and when one will go."""
+    def follow_nodes(self, on_machines: Callable[[int], None], on_notice: OnNotice) -> None:
+        """Say from now on when machines come, and how many; and when a node will go."""
 
     def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
         """Start it and wait until it listens. Returns its port."""
 
-    def start_worker(self, spec: WorkerSpec) -> None:
-        """Start one rank; returns at once."""
+    def start_workers(self, specs: Sequence[WorkerSpec]) -> None:
+        """Start the ranks of one node.
+
+        Raises:
+            StartupError: Their machine does not answer.
+        """
 
     def kill(self, name: str) -> None:
         """SIGKILL one process by name ("controller" or a worker's); fine if it is gone."""
@@ -108,12 +123,15 @@ class ProcessLauncher:
             itself, as under torchrun.
     """
 
+    is_fixed = True
+
     def __init__(
         self, on_exit: OnExit, *, host: str = "127.0.0.1", nodes: int = 1, is_warm: bool = True
     ) -> None:
         self.host = host
         self._memory_share = 1 / nodes
         self._nodes = LocalNodes(host)
+        self._places = OwnPlaces(nodes)
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["lazarus.runtime.preload"] if is_warm else [])
         self._on_exit = on_exit
@@ -124,17 +142,30 @@ class ProcessLauncher:
         self._watcher = threading.Thread(target=self._watch, name="launcher", daemon=True)
         self._watcher.start()
 
-    def room(self, wanted: int) -> int:
-        return wanted
+    def machines(self) -> tuple[Machine, ...]:
+        return self._places.machines()
 
-    def open_node(self, key: str, *, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
+    def name_of(self, machine: str) -> str:
+        return f"{machine} of {self.host}"
+
+    def shortage(self) -> str:
+        return self._places.shortage()
+
+    def add_machine(self) -> None:
+        self._places.add()
+
+    def open_node(
+        self, key: str, machine: str, *, keeper: KeeperConfig | None, folder: Path
+    ) -> NodePlace:
+        self._places.take(key, machine)
         place = self._nodes.open(key, keeper=keeper, folder=folder)
         return replace(place, memory_share=self._memory_share)
 
     def close_node(self, key: str) -> None:
+        self._places.leave(key)
         self._nodes.close(key)
 
-    def follow_nodes(self, on_room: Callable[[], None], on_notice: OnNotice) -> None:
+    def follow_nodes(self, on_machines: Callable[[int], None], on_notice: OnNotice) -> None:
         """This machine neither comes nor goes."""
 
     def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
@@ -152,8 +183,9 @@ class ProcessLauncher:
             raise ControllerDiedError(f"the controller cannot start: {message}", failure=answer)
         return int(answer)
 
-    def start_worker(self, spec: WorkerSpec) -> None:
-        self._start(spec.worker, _worker_main, (spec,))
+    def start_workers(self, specs: Sequence[WorkerSpec]) -> None:
+        for spec in specs:
+            self._start(spec.worker, _worker_main, (spec,))
 
     def _start(self, name: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
         process = self._context.Process(target=target, args=args, name=name, daemon=True)

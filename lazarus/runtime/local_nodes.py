@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lazarus.checkpoint.errors import KeeperUnavailableError
+from lazarus.control.replacing import Machine
+from lazarus.errors import RoomTakenError
 from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
 
 _REPLACEMENTS = 3  # of one node's keeper: one that dies again and again stays away
@@ -23,6 +25,43 @@ class NodePlace:
     keeper: str = ""  # address of its keeper of snapshots; empty: it has none
     zone: str = ""  # availability zone of its machine; empty: not known
     memory_share: float = 1.0  # of the memory that one of its processes sees
+
+
+class OwnPlaces:
+    """Places for nodes on this computer: each stands for a machine, and takes one node."""
+
+    def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()
+        self._count = count
+        self._taken: dict[str, str] = {}  # node key -> place
+
+    def machines(self) -> tuple[Machine, ...]:
+        with self._lock:
+            taken = set(self._taken.values())
+            names = [f"place-{number}" for number in range(self._count)]
+        return tuple(Machine(id=name, room=int(name not in taken)) for name in names)
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def take(self, key: str, place: str) -> None:
+        """
+        Raises:
+            RoomTakenError: Another node of the run is there.
+        """
+        with self._lock:
+            if place in self._taken.values():
+                raise RoomTakenError(f"{place} is taken")
+            self._taken[key] = place
+
+    def leave(self, key: str) -> None:
+        with self._lock:
+            self._taken.pop(key, None)
+
+    def shortage(self) -> str:
+        with self._lock:
+            return f"{len(self._taken)} of {self._count} places on this computer are taken"
 
 
 class LocalNodes:

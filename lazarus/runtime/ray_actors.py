@@ -13,6 +13,9 @@ from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 class WorkerActor:
     """One rank; ``run`` is its whole life."""
 
+    def is_there(self) -> None:
+        """Answers as soon as the actor has a process."""
+
     def run(self, spec: WorkerSpec) -> int:
         from lazarus.runtime.worker import run_worker
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import ray
-from ray._private import ray_constants
 from ray._private import state as ray_state
-from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.experimental.internal_kv import _internal_kv_get
 
 from lazarus.errors import ConfigError
 from lazarus.runtime.ray_home import PrivateHome
 from lazarus.runtime.ray_nodes import RayNode
 
 _STORE_BYTES = 80 << 20  # Ray's object store: tensors never go through it
-_MIRRORED = re.compile("node_[0-9a-f]{40,}")  # what a machine started by hand is called there
+_PROBE_S = 1.0  # for a raylet to take a connection
 _KNOCK_S = 5.0  # for a cluster's head to take a connection
 _STATE: Any = ray_state  # has no types
 LOOPBACK = "127.0.0.1"
@@ -80,23 +75,8 @@ class JoinedRay:
             _connect(address)
         here = ray.get_runtime_context().get_node_id()
         self.host = next(str(n["NodeManagerAddress"]) for n in _nodes() if n["NodeID"] == here)
-        self._asked = False
-
-    def ask_for(self, count: int, bundle: Mapping[str, float], labels: Mapping[str, str]) -> None:
-        """Tell the autoscaler, if there is one, what is wanted; it adds nothing unasked."""
-        bundles = [dict(bundle)] * count
-        selectors = [dict(labels)] * count if labels else None
-        request_resources(bundles=bundles, bundle_label_selectors=selectors)
-        self._asked = True
-
-    @property
-    def grows(self) -> bool:
-        """Whether an autoscaler adds machines that are asked for."""
-        return has_autoscaler()
 
     def close(self) -> None:
-        if self._asked:
-            request_resources(bundles=[])  # it outlives the job otherwise
         if self._connected:
             ray.shutdown()
 
@@ -128,18 +108,6 @@ def _mute_error_listener() -> None:
         module.listen_error_messages = lambda *_: None
 
 
-def has_autoscaler() -> bool:
-    """Whether machines come when asked for; else Ray's monitor mirrors those that are there."""
-    if is_autoscaler_v2():
-        return True
-    status = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
-    if status is None:
-        return False
-    report = json.loads(status).get("autoscaler_report") or {}
-    kinds = {*(report.get("active_nodes") or {}), *(report.get("idle_nodes") or {})}
-    return any(not _MIRRORED.fullmatch(kind) for kind in kinds)
-
-
 def _nodes() -> list[dict[str, Any]]:
     untyped: Any = ray.nodes
     found: list[dict[str, Any]] = untyped()
@@ -155,10 +123,33 @@ def live_nodes() -> list[RayNode]:
             host=str(node["NodeManagerAddress"]),
             free=dict(free.get(node["NodeID"], {})),
             labels=dict(node.get("Labels") or {}),
+            port=int(node.get("NodeManagerPort") or 0),
         )
         for node in _nodes()
         if node["Alive"]
     ]
+
+
+def total_gpus() -> float:
+    """The most GPUs that any live machine has, whether they are free or not."""
+    totals = (node.get("Resources", {}) for node in _nodes() if node["Alive"])
+    return max((float(total.get("GPU", 0.0)) for total in totals), default=0.0)
+
+
+def answering(nodes: Sequence[RayNode]) -> tuple[RayNode, ...]:
+    """Those whose raylet takes connections: the cluster calls a dead one alive for 15 s more."""
+    if not nodes:
+        return ()
+    with ThreadPoolExecutor(max_workers=min(32, len(nodes))) as pool:
+        return tuple(node for node, up in zip(nodes, pool.map(_answers, nodes), strict=True) if up)
+
+
+def _answers(node: RayNode) -> bool:
+    try:
+        socket.create_connection((node.host, node.port), timeout=_PROBE_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def draining_nodes() -> dict[str, float]:

@@ -1,8 +1,10 @@
 """The run's processes as Ray actors, owned by the driver: embedded Ray, or a cluster to join.
 
 Ray kills actors with their owner, so the driver creates them all: were the controller the owner,
-its death would take every worker along. On a cluster to join, the machines that come and go are
-watched: who comes becomes a node of the run without being asked, who is drained is told of.
+its death would take every worker along. On a cluster to join, each node of the run has a placement
+group, which reserves its machine's resources against other jobs and goes with the driver's job; the
+machines that come and go are watched: who comes becomes a node of the run without being asked, who
+is drained is told of.
 """
 
 from __future__ import annotations
@@ -10,29 +12,46 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from lazarus.config import TrainConfig
-from lazarus.errors import ConfigError, StartupError
+from lazarus.control.replacing import Machine
+from lazarus.errors import RoomTakenError, StartupError
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.launch import OnExit, OnNotice
-from lazarus.runtime.local_nodes import LocalNodes, NodePlace
+from lazarus.runtime.local_nodes import LocalNodes, NodePlace, OwnPlaces
 from lazarus.runtime.ray_actors import ControllerActor, NodeActor, WorkerActor
-from lazarus.runtime.ray_cluster import EmbeddedRay, JoinedRay, draining_nodes, live_nodes
+from lazarus.runtime.ray_cluster import (
+    EmbeddedRay,
+    JoinedRay,
+    answering,
+    draining_nodes,
+    live_nodes,
+    total_gpus,
+)
 from lazarus.runtime.ray_home import PrivateHome
 from lazarus.runtime.ray_nodes import Places, RayNode, parse_bytes
+from lazarus.runtime.ray_wishes import Wishes
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
 _POLL_S = 0.5  # between two looks at the cluster's machines
 _JOIN_S = 5.0
 _ZONE_LABEL = "ray.io/availability-zone"
-_ACTOR_S = 120.0  # for Ray to start a small actor on a busy machine
+_NODE_LABEL = "ray.io/node-id"
+_RESERVE_S = 5.0  # for a machine's free resources to become ours
+_REACH_S = 60.0  # for Ray to start a small actor on a busy machine, at least
+_WISHES_EVERY = 10  # looks at the cluster's machines between two at what other runs want
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +70,28 @@ class RayLauncher:
         self._config = config
         ranks = config.cluster.ranks_per_node
         self._ranks = 1 if ranks == "auto" else int(ranks)
+        stall_s = config.recovery.tolerated_stall_s
+        self._reach_s = max(_REACH_S, 3 * stall_s)
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._node_actors: dict[str, Any] = {}
-        self._node_of: dict[str, RayNode] = {}
+        self._groups: dict[str, Any] = {}  # node key -> what reserves its machine
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._cluster = self._connect(home)
+        self.is_fixed = self._cluster.is_own
         self.host = host or self._cluster.host
         self._local = LocalNodes(self.host)
+        self._own = OwnPlaces(config.cluster.nodes)
         memory = config.cluster.memory_per_rank
         self._per_rank = {
             "CPU": config.cluster.cpus_per_rank,
             "GPU": self._gpus(),
             "memory": 0.0 if memory is None else parse_bytes(memory),
         }
-        self._places = Places(
-            {name: self._ranks * amount for name, amount in self._per_rank.items()},
-            labels={} if self._cluster.is_own else config.cluster.node_labels,
-        )
+        self._bundle = {n: self._ranks * amount for n, amount in self._per_rank.items() if amount}
+        self._places = Places(self._bundle, labels=config.cluster.node_labels)
+        self._wishes = None if self._cluster.is_own else Wishes(uuid.uuid4().hex[:8])
         self._spawn("launcher", self._watch)
 
     def _connect(self, home: PrivateHome | None) -> EmbeddedRay | JoinedRay:
@@ -83,57 +105,117 @@ class RayLauncher:
         """One for each rank where machines have them; embedded ranks share what is there."""
         if self._cluster.is_own:
             return 0.0
-        most = max((node.free.get("GPU", 0.0) for node in live_nodes()), default=0.0)
-        return 1.0 if most >= self._ranks else 0.0
+        return 1.0 if total_gpus() >= self._ranks else 0.0
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    # ---- nodes ---------------------------------------------------------------------------------
+    # ---- machines ------------------------------------------------------------------------------
 
-    def room(self, wanted: int) -> int:
-        """How many of the wanted nodes can start now; an autoscaler is asked for the rest.
+    def machines(self) -> tuple[Machine, ...]:
+        """Machines with room now that answer now; an unknown room is none."""
+        if self._cluster.is_own:
+            return self._own.machines()
+        try:
+            nodes = {node.id: node for node in live_nodes()}
+        except ray.exceptions.RayError:
+            return ()  # the cluster's head does not answer
+        with self._lock:
+            self._places.update(nodes.values())
+            able = [machine for machine in self._places.machines() if machine.room]
+        there = {node.id for node in answering([nodes[machine.id] for machine in able])}
+        return tuple(machine for machine in able if machine.id in there)
 
-        Raises:
-            ConfigError: Fewer fit, and no autoscaler adds machines.
-        """
-        if isinstance(self._cluster, JoinedRay):
-            bundle = {name: self._ranks * x for name, x in self._per_rank.items() if x > 0}
-            self._cluster.ask_for(wanted, bundle, self._config.cluster.node_labels)
+    def name_of(self, machine: str) -> str:
+        with self._lock:
+            node = self._places.node(machine)
+        return f"{machine} of {self.host}" if node is None else f"{node.host} ({machine[:8]})"
+
+    def shortage(self) -> str:
+        if self._cluster.is_own:
+            return self._own.shortage()
+        with self._lock:
+            return self._places.shortage()
+
+    def add_machine(self) -> None:
+        if self._cluster.is_own:
+            self._own.add()
+
+    def follow_nodes(self, on_machines: Callable[[int], None], on_notice: OnNotice) -> None:
+        """From now on, tell of machines that come and of those that are drained."""
+        if self._wishes is None:
+            return
+        self._wishes.ask(self._config.cluster.nodes, self._bundle, self._config.cluster.node_labels)
         with self._lock:
             self._places.see(live_nodes())
-            room = self._places.room()
-            if room >= wanted:
-                return wanted
-            growing = isinstance(self._cluster, JoinedRay) and self._cluster.grows
-            if not growing:
-                raise ConfigError(self._places.shortage(wanted))
-        return room
+        self._spawn("ray-nodes", self._follow, self._wishes, on_machines, on_notice)
 
-    def open_node(self, key: str, *, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
-        """Choose a machine and start what the node needs beside its ranks.
+    def _follow(
+        self, wishes: Wishes, on_machines: Callable[[int], None], on_notice: OnNotice
+    ) -> None:
+        looks = 0
+        while not self._closing.wait(_POLL_S):
+            looks += 1
+            try:
+                going, nodes = draining_nodes(), live_nodes()
+                if looks % _WISHES_EVERY == 0:
+                    wishes.refresh()
+            except ray.exceptions.RayError:
+                continue  # the cluster's head does not answer; ask again
+            with self._lock:
+                told = [(key, s) for id, s in going.items() for key in self._places.drain(id)]
+                fresh = self._places.see(nodes)
+            for key, notice_s in told:
+                on_notice(key, notice_s)
+            if fresh:
+                on_machines(len(fresh))
+
+    # ---- nodes ---------------------------------------------------------------------------------
+
+    def open_node(
+        self, key: str, machine: str, *, keeper: KeeperConfig | None, folder: Path
+    ) -> NodePlace:
+        """Reserve the machine's resources and start what the node needs beside its ranks.
 
         Raises:
-            StartupError: There is no room, or the machine did not answer.
+            RoomTakenError: Somebody else has the room.
+            StartupError: The machine did not answer.
         """
-        with self._lock:
-            node = self._places.place(key)
-        if node is None:
-            raise StartupError(f"no room for {key}: {self._places.shortage(1)}")
-        self._node_of[key] = node
         if self._cluster.is_own:
+            self._own.take(key, machine)
             here = self._local.open(key, keeper=keeper, folder=folder)
             return replace(here, memory_share=1 / self._config.cluster.nodes)
-        actor = _remote(NodeActor).options(num_cpus=0, **_on(node.id)).remote(node.host)
+        with self._lock:
+            node = self._places.node(machine)
+            if node is None:
+                raise RoomTakenError(f"{key}: its machine is gone")
+            self._places.promise(key, machine)
+        try:
+            return self._open_on(node, key, keeper=keeper, folder=folder)
+        except ray.exceptions.RayError as problem:
+            raise StartupError(f"{key} on {node.host}: {_first_line(problem)}") from problem
+
+    def _open_on(
+        self, node: RayNode, key: str, *, keeper: KeeperConfig | None, folder: Path
+    ) -> NodePlace:
+        group = placement_group(
+            [self._bundle or {"CPU": 0.001}],
+            name=f"lazarus-{key}",
+            bundle_label_selector=[{_NODE_LABEL: node.id}],
+        )
+        with self._lock:
+            self._groups[key] = group
+        if not group.wait(_RESERVE_S):
+            raise RoomTakenError(f"{key}: {node.host} has no room any more")
+        with self._lock:
+            self._places.reserved(key)
+        actor = _remote(NodeActor).options(num_cpus=0, **_in(group)).remote(node.host)
         with self._lock:
             self._node_actors[key] = actor
-        try:
-            place: NodePlace = ray.get(actor.open.remote(key, keeper, folder), timeout=_ACTOR_S)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as problem:
-            self.close_node(key)
-            raise StartupError(f"{key} did not start on {node.host}: {problem}") from problem
+        opened = actor.open.remote(key, keeper, folder)
+        place: NodePlace = ray.get(opened, timeout=self._reach_s)
         return replace(
             place, zone=node.labels.get(_ZONE_LABEL, ""), memory_share=self._memory_share(node)
         )
@@ -146,40 +228,17 @@ class RayLauncher:
             return 1 / max(1, self._places.num_on(node.id))
 
     def close_node(self, key: str) -> None:
-        """Forget the node, and end its keeper; fine if it is gone."""
+        """Forget the node, end its keeper, give its machine back; fine if it is gone."""
         with self._lock:
             self._places.close(key)
             actor = self._node_actors.pop(key, None)
+            group = self._groups.pop(key, None)
         if actor is not None:
             ray.kill(actor)
+        if group is not None:
+            remove_placement_group(group)
+        self._own.leave(key)
         self._local.close(key)
-
-    def follow_nodes(self, on_room: Callable[[], None], on_notice: OnNotice) -> None:
-        """From now on, tell of machines that come and of those that are drained."""
-        if not self._cluster.is_own:
-            self._spawn("ray-nodes", self._follow, on_room, on_notice)
-
-    def _follow(self, on_room: Callable[[], None], on_notice: OnNotice) -> None:
-        while not self._closing.wait(_POLL_S):
-            going = draining_nodes()
-            with self._lock:
-                told = [(key, s) for id, s in going.items() for key in self._places.drain(id)]
-                fresh = self._places.see(live_nodes())
-            for key, notice_s in told:
-                on_notice(key, notice_s)
-            for _ in range(self._wanted(fresh)):
-                on_room()
-
-    def _wanted(self, fresh: tuple[str, ...]) -> int:
-        """One node on each new machine; more where the run lacks some; never above the most."""
-        cluster = self._config.cluster
-        with self._lock:
-            have = self._places.num_open
-            room = sum(map(self._places.room_on, fresh))
-        wanted = min(room, max(len(fresh), cluster.nodes - have))
-        if cluster.max_nodes is not None:
-            wanted = min(wanted, cluster.max_nodes - have)
-        return max(0, wanted)
 
     # ---- processes -----------------------------------------------------------------------------
 
@@ -191,22 +250,39 @@ class RayLauncher:
             port = int(ray.get(actor.port.remote(), timeout=timeout_s))
         except ray.exceptions.GetTimeoutError:
             raise StartupError(f"the controller did not come up within {timeout_s:.0f} s") from None
-        except ray.exceptions.RayActorError as problem:
-            raise StartupError(f"the controller did not come up: {problem}") from None
+        except ray.exceptions.RayError as problem:
+            raise StartupError(
+                f"the controller did not come up: {_first_line(problem)}"
+            ) from problem
         self._keep("controller", actor, actor.wait.remote())
         return port
 
-    def start_worker(self, spec: WorkerSpec) -> None:
+    def start_workers(self, specs: Sequence[WorkerSpec]) -> None:
+        """Start the ranks of one node, and wait until their processes are there.
+
+        Raises:
+            StartupError: The machine does not answer.
+        """
+        with self._lock:
+            group = self._groups.get(specs[0].node_key)
         options = {
             "num_cpus": self._per_rank["CPU"],
             "num_gpus": self._per_rank["GPU"],
             "max_restarts": 0,
-            **_on(self._node_of[spec.node_key].id),
         }
         if self._per_rank["memory"]:
             options["memory"] = self._per_rank["memory"]
-        actor = _remote(WorkerActor).options(**options).remote()
-        self._keep(spec.worker, actor, actor.run.remote(spec))
+        if group is not None:
+            options |= _in(group)
+        there = []
+        try:
+            for spec in specs:
+                actor = _remote(WorkerActor).options(**options).remote()
+                there.append(actor.is_there.remote())
+                self._keep(spec.worker, actor, actor.run.remote(spec))
+            ray.get(there, timeout=self._reach_s)
+        except ray.exceptions.RayError as problem:
+            raise StartupError(f"{specs[0].node_key}: {_first_line(problem)}") from problem
 
     def _keep(self, name: str, actor: Any, life: Any) -> None:
         with self._lock:
@@ -258,9 +334,10 @@ class RayLauncher:
         for running in self._running.values():
             ray.kill(running.actor)
         self._running.clear()
-        for actor in self._node_actors.values():
-            ray.kill(actor)
-        self._node_actors.clear()
+        for key in (*self._node_actors, *self._groups):
+            self.close_node(key)
+        if self._wishes is not None:
+            self._wishes.withdraw()
         self._cluster.close()
 
 
@@ -272,3 +349,13 @@ def _remote(cls: type) -> Any:
 def _on(node_id: str) -> dict[str, Any]:
     """Actor options: on this machine or nowhere."""
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+
+
+def _in(group: Any) -> dict[str, Any]:
+    """Actor options: on the machine that this group reserves, out of what it reserves."""
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
+
+
+def _first_line(problem: BaseException) -> str:
+    text = str(problem).strip()
+    return f"{type(problem).__name__}: {text.splitlines()[0]}" if text else type(problem).__name__

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lazarus.control.replacing import Machine
 from lazarus.errors import ConfigError
 from lazarus.format import bytes_text
 
@@ -16,16 +17,21 @@ _SLACK = 1e-6  # Ray's resources are fixed-point numbers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayNode:
-    """One machine of a Ray cluster as it was when first seen."""
+    """One machine of a Ray cluster as it is now."""
 
     id: str
     host: str  # the address that its processes bind to
-    free: Mapping[str, float]  # resources that nobody had taken
+    free: Mapping[str, float]  # resources that nobody has taken
     labels: Mapping[str, str]
+    port: int = 0  # where its raylet listens
 
 
 class Places:
-    """One node of the run per Ray node, several where there are fewer. Not thread-safe."""
+    """Which of a cluster's machines have room for nodes of the run, and who is where.
+
+    Room is what is free when it is asked for, less what was promised and is not reserved yet. Not
+    thread-safe.
+    """
 
     def __init__(self, need: Mapping[str, float], *, labels: Mapping[str, str]) -> None:
         self._need = {name: amount for name, amount in need.items() if amount > 0}
@@ -34,12 +40,7 @@ class Places:
         self._draining: set[str] = set()
         self._seen: set[str] = set()
         self._home: dict[str, str] = {}  # node key -> Ray node id
-        self._ever: Counter[str] = Counter()
-
-    @property
-    def num_open(self) -> int:
-        """Nodes of the run that have a place."""
-        return len(self._home)
+        self._promised: set[str] = set()  # keys of nodes whose room is not reserved yet
 
     def num_on(self, node_id: str) -> int:
         """Nodes of the run that live on one Ray node."""
@@ -47,11 +48,15 @@ class Places:
 
     def see(self, nodes: Iterable[RayNode]) -> tuple[str, ...]:
         """Take note of the live Ray nodes. Returns those never seen before that fit a node."""
-        alive = {node.id: node for node in nodes}
-        self._nodes = {id: self._nodes.get(id, node) for id, node in alive.items()}
-        fresh = tuple(sorted(id for id in alive if id not in self._seen))
+        self.update(nodes)
+        known = (id for id, node in self._nodes.items() if node.free)  # others have not reported
+        fresh = tuple(sorted(id for id in known if id not in self._seen))
         self._seen.update(fresh)
         return tuple(id for id in fresh if self.room_on(id))
+
+    def update(self, nodes: Iterable[RayNode]) -> None:
+        """The live Ray nodes, with what is free now."""
+        self._nodes = {node.id: node for node in nodes}
 
     def drain(self, node_id: str) -> tuple[str, ...]:
         """This Ray node will go. Returns the run's nodes on it, once; nothing is placed there."""
@@ -61,7 +66,7 @@ class Places:
         return tuple(sorted(key for key, home in self._home.items() if home == node_id))
 
     def room_on(self, node_id: str) -> int:
-        """How many more nodes of the run fit on one Ray node."""
+        """How many more nodes of the run fit on one Ray node now."""
         node = self._nodes.get(node_id)
         if node is None or node_id in self._draining or not self._fits_labels(node):
             return 0
@@ -70,41 +75,45 @@ class Places:
             default=math.inf,
         )
         whole = 10**6 if math.isinf(fit) else math.floor(fit + _SLACK)
-        return max(0, whole - self.num_on(node_id))
+        promised = sum(self._home[key] == node_id for key in self._promised)
+        return max(0, whole - promised)
 
-    def room(self) -> int:
-        """How many more nodes of the run fit anywhere."""
-        return sum(map(self.room_on, self._nodes))
+    def machines(self) -> tuple[Machine, ...]:
+        """Every machine that may serve, with its room now."""
+        return tuple(
+            Machine(id=node.id, name=node.host, room=self.room_on(node.id))
+            for node in self._nodes.values()
+            if node.id not in self._draining and self._fits_labels(node)
+        )
 
     def _fits_labels(self, node: RayNode) -> bool:
         return all(node.labels.get(name) == value for name, value in self._labels.items())
 
-    def place(self, key: str) -> RayNode | None:
-        """A place for one more node: where fewest of the run are and were. None: no room."""
-        open_now = Counter(self._home.values())
-        able = [id for id in self._nodes if self.room_on(id)]
-        if not able:
-            return None
-        chosen = min(able, key=lambda id: (open_now[id], self._ever[id], id))
-        self._home[key] = chosen
-        self._ever[chosen] += 1
-        return self._nodes[chosen]
+    def node(self, node_id: str) -> RayNode | None:
+        return self._nodes.get(node_id)
+
+    def promise(self, key: str, node_id: str) -> None:
+        """One more node of the run is about to take room there."""
+        self._home[key] = node_id
+        self._promised.add(key)
+
+    def reserved(self, key: str) -> None:
+        """It has it: from now on what is free there says so."""
+        self._promised.discard(key)
 
     def close(self, key: str) -> None:
         """The node is gone; its place is free again."""
         self._home.pop(key, None)
+        self._promised.discard(key)
 
-    def shortage(self, wanted: int) -> str:
-        """Why ``wanted`` nodes do not fit, with the numbers and the way out."""
+    def shortage(self) -> str:
+        """Why no further node fits, with the numbers and the way out."""
         need = ", ".join(_amount(name, amount) for name, amount in self._need.items())
-        lines = [
-            f"cluster.nodes={wanted} nodes need {need} each, but the cluster has room for "
-            f"{self.room()}: {self._listing()}"
-        ]
+        lines = [f"a node needs {need}, but there is {self._listing()}"]
         if self._labels:
             labels = ", ".join(f"{k}={v}" for k, v in self._labels.items())
             lines.append(f"with the labels {labels} (cluster.node_labels)")
-        lines.append("lower cluster.nodes or cluster.cpus_per_rank, or add Ray nodes")
+        lines.append("add Ray nodes, wait, or lower cluster.nodes or cluster.cpus_per_rank")
         return "; ".join(lines)
 
     def _listing(self) -> str:

@@ -37,7 +37,7 @@ def test_with_fewer_slots_than_experts_the_run_holds_with_the_numbers(tmp_path: 
 def test_a_hold_without_new_nodes_ends_with_the_numbers(tmp_path: Path) -> None:
     def refuse(watched: Watched) -> None:
         assert watched.handle is not None
-        watched.handle._driver.start_node = lambda: ""  # type: ignore[method-assign]
+        watched.handle._driver._launcher.machines = lambda: ()  # type: ignore[method-assign]
 
     with pytest.raises(QuorumTimeoutError) as caught:
         watch(

@@ -209,6 +209,19 @@ def ray_head(short_folder: Path, books: Books) -> Iterator[RayHead]:
         head.close()
 
 
+@pytest.fixture
+def ray_cluster(short_folder: Path, books: Books) -> Iterator[RayHead]:
+    """A head and three more Ray nodes, one CPU each."""
+    head = RayHead(folder=short_folder, books=books, num_cpus=1)
+    try:
+        head.start()
+        for _ in range(3):
+            head.add_node(1)
+        yield head
+    finally:
+        head.close()
+
+
 @pytest.fixture(name="poll")
 def poll_function() -> Callable[..., bool]:
     return poll

@@ -172,7 +172,7 @@ def every_verdict_is_redo(patch: Patch) -> None:
     patch.setattr(transition, "verdict", redo)
 
 
-@mutant("I3", "I7", "I1", "I2", "I5", "total")
+@mutant("I3", "I7", "I1", "I2", "I5", "I6", "total")
 def a_verdict_does_not_wait_for_all_reports(patch: Patch) -> None:
     def judge(state: Control, worker: str, body: Report, *, at_s: float) -> Any:
         now = state.transition

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 import pytest
@@ -23,69 +22,80 @@ def places(*nodes: RayNode, cpus: float = 1.0, labels: Mapping[str, str] | None 
     return made
 
 
-def homes(made: Places, count: int) -> list[str]:
-    found = [made.place(f"node-{i}") for i in range(count)]
-    return [node.id for node in found if node is not None]
-
-
-def test_each_machine_gets_one_node_before_any_gets_two() -> None:
-    made = places(machine("1", 4), machine("2", 4), machine("3", 4))
-    assert homes(made, 3) == ["1", "2", "3"]
-    assert homes(places(machine("1", 4), machine("2", 4)), 4) == ["1", "2", "1", "2"]
+def rooms(made: Places) -> dict[str, int]:
+    return {machine.id: machine.room for machine in made.machines() if machine.room}
 
 
 @given(
     cpus=st.lists(st.integers(0, 6), min_size=1, max_size=6),
     need=st.sampled_from([0.5, 1.0, 1.5, 2.0]),
-    wanted=st.integers(1, 12),
+    picks=st.lists(st.integers(0, 5), max_size=12),
 )
-def test_no_machine_is_overbooked_and_room_is_what_fits(
-    cpus: list[int], need: float, wanted: int
+def test_no_machine_is_overbooked_while_rooms_are_promised_and_reserved(
+    cpus: list[int], need: float, picks: list[int]
 ) -> None:
     made = places(*(machine(str(i), float(c)) for i, c in enumerate(cpus)), cpus=need)
-    room = made.room()
-    placed = homes(made, wanted)
-    assert len(placed) == min(wanted, room)
-    for id, count in Counter(placed).items():
-        assert count * need <= cpus[int(id)]
-    assert made.room() == room - len(placed)
+    free = {str(i): float(c) for i, c in enumerate(cpus)}
+    for number, pick in enumerate(picks):
+        if not (able := sorted(rooms(made))):
+            break
+        chosen = able[pick % len(able)]
+        made.promise(f"node-{number}", chosen)
+        if pick % 2:  # the reservation came through, and Ray says so
+            free[chosen] -= need
+            made.reserved(f"node-{number}")
+            made.update(machine(id, left) for id, left in free.items())
+    for id in free:
+        assert made.num_on(id) * need <= cpus[int(id)]
 
 
-def test_a_node_that_is_gone_gives_its_place_back_but_fresh_machines_come_first() -> None:
-    made = places(machine("1", 2), machine("2", 2))
-    homes(made, 2)
+def test_what_is_free_is_asked_when_it_is_needed() -> None:
+    """R4: a machine that was busy at first has room later, and the other way round."""
+    made = places(machine("1", 0), machine("2", 1))
+    assert rooms(made) == {"2": 1}
+    made.update([machine("1", 1), machine("2", 0)])
+    assert rooms(made) == {"1": 1}
+
+
+def test_a_promise_that_comes_to_nothing_gives_the_room_back() -> None:
+    made = places(machine("1", 1))
+    made.promise("node-0", "1")
+    assert rooms(made) == {}
     made.close("node-0")
-    assert made.see([machine("1", 1), machine("2", 1), machine("3", 2)]) == ("3",)
-    replacement = made.place("node-2")
-    assert replacement is not None
-    assert replacement.id == "3"  # machine 1 lost a node before: it may be ill
-    assert made.see([machine("3", 2)]) == ()
-    assert made.num_open == 2
+    assert rooms(made) == {"1": 1}
+
+
+def test_only_machines_that_were_never_there_count_as_new() -> None:
+    made = places(machine("1", 2))
+    silent = RayNode(id="3", host="h", free={}, labels={})  # its raylet has not reported yet
+    assert made.see([machine("1", 1), machine("2", 1), silent]) == ("2",)
+    assert made.see([machine("2", 1), machine("3", 1)]) == ("3",)
+    assert made.see([machine("1", 1), machine("3", 1)]) == ()
 
 
 def test_a_draining_machine_is_told_of_once_and_takes_nothing_more() -> None:
     made = places(machine("1", 2), machine("2", 2))
-    homes(made, 3)
-    assert made.drain("1") == ("node-0", "node-2")
+    made.promise("node-0", "1")
+    made.promise("node-1", "2")
+    assert made.drain("1") == ("node-0",)
     assert made.drain("1") == ()
-    assert homes(made, 4) == ["2"]
+    assert rooms(made) == {"2": 1}
 
 
 def test_labels_decide_who_may_serve() -> None:
     spot = {"market": "spot"}
     made = places(machine("1", 8), machine("2", 1, spot), labels=spot)
-    assert homes(made, 2) == ["2"]
-    assert "with the labels market=spot (cluster.node_labels)" in made.shortage(2)
+    assert rooms(made) == {"2": 1}
+    assert "with the labels market=spot (cluster.node_labels)" in made.shortage()
 
 
 def test_a_shortage_has_the_numbers_and_the_way_out() -> None:
     made = places(machine("1", 2), machine("2", 2), machine("3", 1), cpus=2.0)
-    assert made.shortage(4) == (
-        "cluster.nodes=4 nodes need 2 CPUs each, but the cluster has room for 2: 1 Ray node with "
-        "1 CPU free; 2 Ray nodes with 2 CPUs free; lower cluster.nodes or cluster.cpus_per_rank, "
-        "or add Ray nodes"
+    assert made.shortage() == (
+        "a node needs 2 CPUs, but there is 1 Ray node with 1 CPU free; 2 Ray nodes with 2 CPUs "
+        "free; add Ray nodes, wait, or lower cluster.nodes or cluster.cpus_per_rank"
     )
-    assert "no Ray node" in places().shortage(1)
+    assert "no Ray node" in places().shortage()
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
