@@ -294,6 +294,11 @@ class Driver:
         """Start a node's processes on a machine."""
         self._start_workers(key, self._open_node(key, machine))
 
+    def thread_died(self, name: str, problem: BaseException) -> None:
+        """Without it nodes would be neither started nor replaced."""
+        text = f"driver's thread {name}: {type(problem).__name__}: {problem}"
+        self._failed(Failure(cause=Cause.INTERNAL, message=text))
+
     def tell(self, body: Body) -> None:
         """Tell the controller; what nodes are waited for is said again to each new life of it."""
         if isinstance(body, NodesAwaited):

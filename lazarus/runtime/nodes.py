@@ -21,6 +21,7 @@ from lazarus.control.messages import Body, MachineJudged, NodesAwaited
 from lazarus.control.replacing import Fleet, Limits
 from lazarus.errors import LazarusError, RoomTakenError, StartupError
 from lazarus.runtime.launch import Launcher
+from lazarus.runtime.threads import spawn
 
 _LOOK_S = 0.5  # between two looks for room while nodes are missing
 _SAY_S = 5.0  # between two lines that say what is waited for
@@ -49,6 +50,9 @@ class Owner(Protocol):
     def say(self, text: str) -> None:
         """Tell the user."""
 
+    def thread_died(self, name: str, problem: BaseException) -> None:
+        """A thread ended with an error of ours: the run cannot go on as it should."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
@@ -73,13 +77,13 @@ class Nodes:
         self._awaited = NodesAwaited()
         self._said_s = self._waiting_s = time.monotonic()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nodes", daemon=True)
+        self._thread: threading.Thread | None = None
 
     # ---- news, from any thread -----------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to start what is wanted."""
-        self._thread.start()
+        self._thread = spawn("nodes", self._run, on_death=self._owner.thread_died)
 
     def came_up(self, key: str) -> None:
         """The controller has heard of all processes of a node."""
@@ -119,7 +123,7 @@ class Nodes:
         """Start nothing any more. Starts that are under way end within the launcher's bounds."""
         self._closing.set()
         self._inbox.put(None)
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join(_JOIN_S)
         for key, placed in self._fleet.nodes.items():
             if not placed.is_up:
@@ -175,9 +179,7 @@ class Nodes:
         if wish is not None:
             self._asked[key] = wish
         self._fleet = replacing.ordered(self._fleet, key, machine, now_s=time.monotonic())
-        threading.Thread(
-            target=self._bring_up, args=(key, machine), name=f"start-{key}", daemon=True
-        ).start()
+        spawn(f"start-{key}", self._bring_up, key, machine, on_death=self._owner.thread_died)
 
     def _refuse_wishes(self) -> None:
         for wish in self._wishes:
@@ -196,9 +198,6 @@ class Nodes:
                 self._post(partial(self._taken, key))
             except (LazarusError, OSError) as problem:
                 self._post(partial(self._failed, key, str(problem)))
-            except BaseException as problem:
-                self._post(partial(self._failed, key, f"{type(problem).__name__}: {problem}"))
-                raise
             else:
                 self._post(partial(self._started, key))
 

@@ -44,6 +44,7 @@ from lazarus.runtime.ray_home import PrivateHome
 from lazarus.runtime.ray_nodes import Places, RayNode, parse_bytes
 from lazarus.runtime.ray_wishes import Wishes
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
+from lazarus.runtime.threads import say_so, spawn
 
 _POLL_S = 0.5  # between two looks at the cluster's machines
 _JOIN_S = 5.0
@@ -108,9 +109,7 @@ class RayLauncher:
         return 1.0 if total_gpus() >= self._ranks else 0.0
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._threads.append(spawn(name, target, *args, on_death=say_so))
 
     # ---- machines ------------------------------------------------------------------------------
 

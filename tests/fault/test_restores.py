@@ -95,3 +95,26 @@ def test_a_stopped_run_resumes_bit_for_bit_on_the_same_nodes(run: Any, tmp_path:
     assert resumed.state_digest == whole.digest
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert any(json.loads(line)["event"] == "run_resumed" for line in lines)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_remembers_what_its_earlier_life_lost(run: Any, tmp_path: Path) -> None:
+    """R10: the portion of lost tokens is the run's, over its lives, and so is its budget."""
+    from lazarus import ElasticTrainer, TrainConfig
+
+    settings = (*SETTINGS, "checkpoint.full_at_end=true")
+    first = run(*PAIR, nodes=4, steps=18, settings=settings)
+    (finished,) = first.of("run_finished")
+    assert first.of("expert_restored") and finished["plt"] > 0
+    config = TrainConfig.load(
+        overrides=[
+            *run.small,
+            "cluster.nodes=4",
+            "train.steps=24",
+            *settings,
+            f"run.dir={tmp_path}",
+        ]
+    )
+    result = ElasticTrainer(config).fit(resume=first.folder)
+    # Every step routes as many copies: what was lost is a smaller part of more steps.
+    assert result.plt == pytest.approx(finished["plt"] * 18 / 24, rel=1e-9)
