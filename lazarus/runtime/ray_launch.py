@@ -207,7 +207,7 @@ class RayLauncher:
         with self._lock:
             self._groups[key] = group
         if not group.wait(_RESERVE_S):
-            raise RoomTakenError(f"{key}: {node.host} has no room any more")
+            raise self._why_not_reserved(key, node)
         with self._lock:
             self._places.reserved(key)
         actor = _remote(NodeActor).options(num_cpus=0, **_in(group)).remote(node.host)
@@ -218,6 +218,17 @@ class RayLauncher:
         return replace(
             place, zone=node.labels.get(_ZONE_LABEL, ""), memory_share=self._memory_share(node)
         )
+
+    def _why_not_reserved(self, key: str, node: RayNode) -> StartupError:
+        """Others have the room now; or the room is there, and the machine does not give it."""
+        now = live_nodes()
+        with self._lock:
+            self._places.close(key)
+            self._places.update(now)
+            has_room = self._places.room_on(node.id) > 0
+        if has_room:
+            return StartupError(f"{key}: {node.host} does not answer")
+        return RoomTakenError(f"{key}: {node.host} has no room any more")
 
     def _memory_share(self, node: RayNode) -> float:
         """Ranks with a device of their own see that one alone; others see the whole machine."""
