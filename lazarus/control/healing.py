@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from msgspec.structs import replace as changed
+
 from lazarus.control.messages import Move
 from placement import Plan
 
@@ -74,7 +76,7 @@ def split_moves(
             continue
         source = min(serving[expert], key=lambda rank: (sent.get(rank, 0), rank))
         sent[source] = sent.get(source, 0) + 1
-        behind.append(replace(move, source=source))
+        behind.append(changed(move, source=source))
     return tuple(before), tuple(behind)
 
 
