@@ -281,6 +281,8 @@ class Nodes:
                 )
             )
         if not fleet.missing + coming:
+            if self._said_s > self._waiting_s:
+                self._owner.say(f"{len(fleet.nodes)} nodes are up")
             self._waiting_s = self._said_s = now_s
             return
         waited_s = now_s - self._waiting_s

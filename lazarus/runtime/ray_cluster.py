@@ -71,6 +71,7 @@ class JoinedRay:
             ConfigError: Nothing answers at the address.
         """
         self._connected = not ray.is_initialized()
+        _mute_error_listener()
         if self._connected:
             _connect(address)
         here = ray.get_runtime_context().get_node_id()

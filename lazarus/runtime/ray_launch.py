@@ -14,6 +14,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -347,7 +348,8 @@ class RayLauncher:
         for key in (*self._node_actors, *self._groups):
             self.close_node(key)
         if self._wishes is not None:
-            self._wishes.withdraw()
+            with suppress(ray.exceptions.RayError, RuntimeError):  # the cluster's head is gone
+                self._wishes.withdraw()
         self._cluster.close()
 
 
