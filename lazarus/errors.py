@@ -86,10 +86,11 @@ class QuorumTimeoutError(LazarusError):
 
     exit_code = 3
 
-    def __init__(self, *, live: int, needed: int, waited_s: float) -> None:
+    def __init__(self, *, live: int, needed: int, waited_s: float, awaited: str = "") -> None:
+        lacking = f" ({awaited})" if awaited else ""
         super().__init__(
-            f"{live} live nodes, {needed} needed, waited {waited_s:.0f} s; resume the run when "
-            f"nodes are back, or lower cluster.min_nodes"
+            f"{live} live nodes, {needed} needed, waited {waited_s:.0f} s{lacking}; resume the run "
+            f"when nodes are back, or lower cluster.min_nodes"
         )
         self.live, self.needed, self.waited_s = live, needed, waited_s
 

@@ -401,6 +401,7 @@ def _error_of(failure: Failure) -> Exception:
             live=int(details["live"]),
             needed=int(details["needed"]),
             waited_s=float(details["waited_s"]),
+            awaited=str(details.get("awaited", "")),
         )
     if kind == "LostExpertError":
         experts = [(int(layer), int(expert)) for layer, expert in details["experts"]]

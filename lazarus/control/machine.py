@@ -429,7 +429,9 @@ def _all_lost(state: Control, *, at_s: float) -> Result:
 
 
 def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
+    awaited = state.awaited.reason if state.awaited is not None else ""
     details = {
+        "awaited": awaited,
         "live": live,
         "needed": state.config.min_nodes,
         "waited_s": state.config.quorum_timeout_s,
@@ -437,7 +439,7 @@ def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
     failure = Failure(
         cause=Cause.NODE,
         error="QuorumTimeoutError",
-        message=state.hold_reason or (state.awaited.reason if state.awaited else ""),
+        message=state.hold_reason or awaited,
         details=details,
     )
     return commits.end(state, status="short", failure=failure, at_s=at_s)
