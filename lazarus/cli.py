@@ -63,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return error.exit_code
     except LazarusError as error:
+        for note in getattr(error, "__notes__", ()):
+            _say(note.rstrip())
         _say(f"error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
+    except KeyboardInterrupt as stop:
+        _say(f"interrupted: {stop}" if str(stop) else "interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of stdout went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

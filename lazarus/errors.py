@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 class LazarusError(Exception):
     """Base of all deliberate errors. It crosses Ray and gRPC, so pickling keeps its fields."""
 
-    exit_code: ClassVar[int] = 1  # what the command line returns when nothing handled it
+    exit_code: int = 1  # what the command line returns when nothing handled it
 
     def __reduce__(self) -> tuple[object, ...]:
         return BaseException.__new__, (type(self), *self.args), self.__dict__
@@ -114,11 +113,49 @@ class StoppedError(LazarusError):
 
 
 class UserCodeError(LazarusError):
-    """The user's model, loss, data or hook raised. Carries the traceback as text."""
+    """The user's model, loss, data, optimizer, schedule or hook is to blame.
 
-    def __init__(self, *, where: str, summary: str, traceback_text: str) -> None:
-        super().__init__(f"{where} raised {summary}")
+    Attributes:
+        where: The user's innermost line, and who was computing what; empty where ``summary`` says.
+        summary: The exception, or what is wrong, in one line.
+        traceback_text: From the user's first frame to the last; also shown as a note.
+        rank, step, phase: Where it happened; -1 and empty where that is not known.
+        sample_ids: Samples of the micro-batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        where: str,
+        summary: str,
+        traceback_text: str,
+        rank: int = -1,
+        step: int = -1,
+        phase: str = "",
+        sample_ids: Sequence[int] = (),
+    ) -> None:
+        super().__init__(f"{where}: {summary}" if where else summary)
         self.where, self.summary, self.traceback_text = where, summary, traceback_text
+        self.rank, self.step, self.phase = rank, step, phase
+        self.sample_ids = tuple(sample_ids)
+        if traceback_text:
+            self.add_note(traceback_text)
+
+
+class PoisonedStepError(UserCodeError):
+    """A step that ends the process of whoever computes it, one node after the other."""
+
+
+class UserMistakeError(LazarusError, ValueError):
+    """What a function of the user's returned cannot be trained with. Raised in the worker."""
+
+
+class InternalError(LazarusError):
+    """Lazarus itself failed. ``report`` is a file with what a bug report needs."""
+
+    def __init__(self, message: str, *, report: str = "") -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class BrokenInvariantError(LazarusError):

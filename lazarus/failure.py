@@ -37,7 +37,9 @@ class Failure:
         way_out: What the reader can do about it; empty where ``message`` says so.
         node, rank, step, phase: Where, as far as it is known; -1 and empty where it is not.
         sample_ids: Samples of the micro-batch that was computed.
-        traceback: Of the exception, as text.
+        place: The user's innermost line, "/home/me/train.py:12 in loss".
+        traceback: Of the exception, as text: whole, as the record keeps it.
+        shown: The same for people to read: frames of the user's own code only.
         url, operation: The storage that failed, and what was asked of it.
         report: File with what a bug report needs; empty: there is none.
         details: Further arguments of the error class, JSON-able.
@@ -52,7 +54,9 @@ class Failure:
     step: int = -1
     phase: str = ""
     sample_ids: tuple[int, ...] = ()
+    place: str = ""
     traceback: str = ""
+    shown: str = ""
     url: str = ""
     operation: str = ""
     report: str = ""

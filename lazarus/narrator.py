@@ -32,6 +32,8 @@ class Narrator:
             lost, self._pending = self._pending, {}
             undone = max(0, self._committed_at_loss - int(event.get("step", self._committed)))
             return _reconfigured(event, lost, undone if lost else 0)
+        elif name == "run_finished":
+            return _finished(event)
         elif name in _SENTENCES:
             return [_SENTENCES[name](event)]
         return []
@@ -82,6 +84,25 @@ def _restored(event: Event) -> str:
     return f"! expert {place} restored from {event['source']}, {behind} behind"
 
 
+def _user_error(event: Event) -> str:
+    where = f" at {event['where']}" if event.get("where") else ""
+    return f"! user code raised{where} in step {event['step']:,}: {event['error']}"
+
+
+def _worker_died(event: Event) -> str:
+    where = f" at {event['where']}" if event.get("where") else ""
+    what = f"{event['phase']}{where} in step {event['step']:,}".strip()
+    return f"! the process {event['worker']} ended itself ({event['cause']}) in {what}"
+
+
+def _finished(event: Event) -> list[str]:
+    """A good end needs no words."""
+    status, cause = event.get("status", "finished"), event.get("cause", "")
+    if not cause:
+        return []
+    return [f"! the run ended {status} ({cause}): {event.get('error') or 'as asked'}"]
+
+
 _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
     {
         "fault_injected": _fault,
@@ -106,6 +127,10 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
         "checkpoint_failed": lambda e: f"! checkpoint of step {e['step']:,} failed: {e['reason']}",
         "plan_fallback": lambda e: f"! plan of the policy not used: {e['reason']}",
         "replica_mismatch": lambda e: f"! replicas of L{e['layer']}/E{e['expert']} differ",
+        "user_error": _user_error,
+        "internal_error": lambda e: f"! Lazarus failed on node {e['node']}: {e['error']}",
+        "worker_died": _worker_died,
+        "step_skipped": lambda e: f"! step {e['step']:,} changed nothing: {e['reason']}",
         "callback_failed": lambda e: f"! callback {e['callback']} is off: {e['error']}",
         "evaluated": lambda e: f"  held-out loss {loss_text(e['loss'])} at step {e['step']:,}",
     }

@@ -145,6 +145,11 @@ class LoopConfig:
     micro_batch_size: int = setting(4, "the most samples of a rank in one round", ge=1)
     precision: Literal["fp32", "bf16"] = setting("fp32", "bf16 keeps fp32 masters and moments")
     recompute: bool = setting(False, "recompute activations in the backward pass")
+    on_nonfinite: Literal["skip", "stop"] = setting(
+        "skip",
+        "a step whose loss or gradient norm is not finite: leave its update out, until ten in a "
+        "row end the run, or end the run at once",
+    )
 
     def __post_init__(self) -> None:
         require(self)

@@ -18,7 +18,9 @@ class Status:
     """One moment of a run. Ages in seconds."""
 
     phase: Phase
-    ended: str  # "finished", "stopped", "short", ...; empty while it goes on
+    ended: str  # "finished", "stopped", "short", "failed"; empty while it goes on
+    cause: str  # who or what ended it, see ``lazarus.failure``; empty for a good end
+    error: str  # the same in words
     generation: int
     step: int
     steps: int  # wanted; 0 if the record does not say
@@ -61,6 +63,8 @@ def status_of(events: Sequence[Event], *, now_s: float) -> Status:
     return Status(
         phase=_phase(life),
         ended=str(ends[-1].get("status", "finished")) if ends else "",
+        cause=str(ends[-1].get("cause", "")) if ends else "",
+        error=str(ends[-1].get("error", "")) if ends else "",
         generation=max((int(e["generation"]) for e in life), default=0),
         step=max(metrics.committed_steps(events), default=0),
         steps=int(head.get("steps", 0)),
@@ -108,7 +112,7 @@ def describe(status: Status) -> str:
     """One line, as ``lazarus status`` prints it."""
     total = f"/{status.steps:,}" if status.steps else ""
     parts = [
-        f"phase {status.phase}" + (f" ({status.ended})" if status.ended else ""),
+        f"phase {status.phase}" + (f" ({_ended(status)})" if status.ended else ""),
         f"generation {status.generation}",
         f"step {status.step:,}{total}",
         f"loss {loss_text(status.loss)}" if status.step else "",
@@ -126,4 +130,10 @@ def describe(status: Status) -> str:
     parts.append(f"{plural(status.summary.steps_lost, 'step')} lost")
     if status.phase == "HOLDING":
         parts.append(f"holding: {status.reason}")
+    if status.error:
+        parts.append(f"ended: {status.error}")
     return "  ".join(part for part in parts if part)
+
+
+def _ended(status: Status) -> str:
+    return f"{status.ended}, {status.cause}" if status.cause else status.ended

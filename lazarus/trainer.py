@@ -16,13 +16,16 @@ from typing import Any
 
 from torch import nn
 
-from lazarus import errors, preflight
+from lazarus import preflight
 from lazarus.callbacks_bus import CallbackBus
 from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.config import TrainConfig
+from lazarus.control.messages import RunOver
 from lazarus.control_config import control_config
+from lazarus.endings import error_of, internal_failure, record_end, write_report
 from lazarus.errors import ConfigError, LazarusError, Problem, StoppedError
-from lazarus.failure import Failure
+from lazarus.events import of_kind, read_events
+from lazarus.failure import Cause
 from lazarus.faults import FaultSpec, fault_problems, parse_fault
 from lazarus.result import Result, leave_artifacts, result_of
 from lazarus.resume import decisive
@@ -162,6 +165,8 @@ class ElasticTrainer:
             ConfigError: The run's folder belongs to another run, or it cannot go on from there.
             UserCodeError: The user's model, data or loss raised.
             QuorumTimeoutError, LostExpertError: Ended short; can be resumed.
+            StorageError: A disk or an object store refused what the run cannot do without.
+            InternalError: Lazarus itself failed; ``report`` names a file with the details.
             KeyboardInterrupt: Ctrl-C; the record is complete.
         """
         place = open_place(self.config, resume=resume, allow_change=allow_change)
@@ -249,7 +254,11 @@ class _Run:
         self._place.leave()
 
     def follow(self) -> Result:
-        """``work`` in a thread, so that Ctrl-C is heard while it waits."""
+        """``work`` in a thread, so that Ctrl-C is heard while it waits.
+
+        Raises:
+            KeyboardInterrupt, StoppedError: The run ended because Ctrl-C, or SIGTERM, asked for it.
+        """
         outcome: list[Result | BaseException] = []
         done = threading.Event()
 
@@ -263,14 +272,21 @@ class _Run:
 
         thread = threading.Thread(target=body, name="run")
         thread.start()
-        interrupted = self._wait(done)
+        asked = self._wait(done)
         thread.join()
         result = outcome[0]
-        if interrupted:
-            raise interrupted
+        as_asked = isinstance(result, StoppedError) or getattr(result, "status", "") == "stopped"
+        if asked and as_asked:
+            raise type(asked)(self._stopped_text(asked)) from None
         if isinstance(result, BaseException):
             raise result
         return result
+
+    def _stopped_text(self, asked: BaseException) -> str:
+        """Where a run stands that was asked to stop."""
+        end = of_kind(read_events(self.run_dir), "run_finished")[-1:]
+        step = int(end[0]["steps"]) if end else 0
+        return f"{asked} at step {step:,}; go on with --resume auto"
 
     def _wait(self, done: threading.Event) -> BaseException | None:
         """Ctrl-C once: stop at the next commit. Twice: now. SIGTERM is like the first."""
@@ -286,11 +302,11 @@ class _Run:
                     done.wait(0.2)
                     if terminated.is_set():
                         terminated.clear()
-                        stopped = StoppedError("the driver got SIGTERM; go on with --resume auto")
-                        self.driver.stop(now=False, reason="SIGTERM")
-                except KeyboardInterrupt as problem:
+                        stopped = StoppedError("stopped by SIGTERM")
+                        self.driver.stop(now=False, reason="SIGTERM", preempted=True)
+                except KeyboardInterrupt:
                     interrupts += 1
-                    stopped = problem
+                    stopped = KeyboardInterrupt("stopped by Ctrl-C")
                     self.driver.stop(now=interrupts > 1, reason="Ctrl-C")
                     if interrupts > 2:
                         self.driver.abandon("Ctrl-C")
@@ -300,9 +316,13 @@ class _Run:
         return stopped
 
     def work(self) -> Result:
-        """Run it and make the result of what it left."""
+        """Run it and make the result of what it left; every end is said alike."""
         try:
-            over = self.driver.run()
+            over, problem = self._ran()
+            failure = over.failure
+            if failure is not None and failure.cause is Cause.INTERNAL and not failure.report:
+                failure = replace(failure, report=write_report(self.run_dir, failure))
+            record_end(self.run_dir, status=over.status, failure=failure)
         except ConfigError:
             self._leaves_report = False
             self._forget()
@@ -313,9 +333,23 @@ class _Run:
             if self._leaves_report:
                 leave_artifacts(self.run_dir)
             self._place.release()
-        if over.failure is not None:
-            raise _error_of(over.failure)
+        if failure is not None:
+            if isinstance(problem, LazarusError):
+                raise problem
+            raise error_of(failure, status=over.status) from problem
         return result_of(over, run_id=self.run_id, run_dir=self.run_dir, url=self._url)
+
+    def _ran(self) -> tuple[RunOver, BaseException | None]:
+        """How the controller says that the run ended, or how the driver itself failed."""
+        try:
+            return self.driver.run(), None
+        except ConfigError:
+            raise
+        except BaseException as problem:  # noqa: BLE001 - an end like any other, recorded below
+            failure = internal_failure(problem, what="the driver failed")
+            if isinstance(problem, LazarusError):
+                failure = replace(failure, message=str(problem))
+            return RunOver(status="failed", failure=failure), problem
 
 
 def _check(config: TrainConfig, *, model: Any, data: Any, faults: tuple[str, ...]) -> None:
@@ -385,29 +419,3 @@ def _ray_is_up() -> bool:
 def _say(text: str, *, is_quiet: bool) -> None:
     if not is_quiet:
         print(text, file=sys.stderr, flush=True)
-
-
-def _error_of(failure: Failure) -> Exception:
-    """The error that belongs to a failure, as its own type."""
-    kind, message, details = failure.error, failure.message, failure.details
-    if kind == "UserCodeError":
-        return errors.UserCodeError(
-            where=f"node {failure.node} in step {failure.step}",
-            summary=message,
-            traceback_text=failure.traceback,
-        )
-    if kind == "QuorumTimeoutError":
-        return errors.QuorumTimeoutError(
-            live=int(details["live"]),
-            needed=int(details["needed"]),
-            waited_s=float(details["waited_s"]),
-            awaited=str(details.get("awaited", "")),
-        )
-    if kind == "LostExpertError":
-        experts = [(int(layer), int(expert)) for layer, expert in details["experts"]]
-        return errors.LostExpertError(experts=experts, reason=message)
-    if kind == "CheckpointError":
-        return errors.CheckpointError(message)
-    if kind == "StoppedError":
-        return errors.StoppedError(message)
-    return LazarusError(message)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lazarus import runs
+from lazarus.endings import is_abandoned, with_end
 from lazarus.errors import ConfigError
 from lazarus.events import FILE_NAME, decode, read_events
 from lazarus.faults import seconds_of
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise ConfigError(f"--since {args.since}: {error}") from error
     narrator = Narrator()
-    source = _following(folder) if args.follow else iter(read_events(folder))
+    source: Iterator[Mapping[str, Any]]
+    source = _following(folder) if args.follow else iter(with_end(read_events(folder), folder))
     for event in source:
         lines = narrator.tell(event)
         if event["t"] < first_s:
@@ -67,16 +69,21 @@ def _short(value: Any) -> bool:
     return len(str(value)) <= 80
 
 
-def _following(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line, now and later, until ``run_finished``."""
+def _following(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Every whole line, now and later, until the last life of the run is over."""
+    is_over = False
     with (folder / FILE_NAME).open(encoding="utf-8") as file:
         partial = ""
         while True:
             partial += file.readline()
-            if not partial.endswith("\n"):
-                time.sleep(_POLL_S)
+            if partial.endswith("\n"):
+                event, partial = decode(partial), ""
+                is_over = event["event"] == "run_finished"
+                yield event
                 continue
-            event, partial = decode(partial), ""
-            yield event
-            if event["event"] == "run_finished":
+            if is_over:
                 return
+            if is_abandoned(folder) and not file.readline():
+                yield from with_end(read_events(folder), folder)[-1:]
+                return
+            time.sleep(_POLL_S)

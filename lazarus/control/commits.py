@@ -109,10 +109,18 @@ def counts_of(state: Control, lanes: NDArray[np.float64]) -> NDArray[np.float64]
 def commit_events(state: Control, vector: Vector) -> tuple[Publish, ...]:
     """What the record says of one commit, from its vector alone (rule 11)."""
     sums = sums_of(state, vector)
-    committed = _step_committed(state, vector, sums)
+    events = (_step_committed(state, vector, sums), *_skipped(vector, sums))
     if not state.config.ledger:
-        return (committed,)
-    return committed, ledger_event(state, vector, sums)
+        return events
+    return *events, ledger_event(state, vector, sums)
+
+
+def _skipped(vector: Vector, sums: StepSums) -> tuple[Publish, ...]:
+    """The step counts, but its numbers are none: it changed neither parameters nor moments."""
+    if not sums.skips:
+        return ()
+    fields = {"generation": vector.generation, "step": vector.step, "reason": sums.skip_reason}
+    return (Publish(t=vector.at_s, event="step_skipped", fields=fields),)
 
 
 def _step_committed(state: Control, vector: Vector, sums: StepSums) -> Publish:

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import assert_never
 
-from lazarus.control import commits, membership, resuming, saves, suspicion
+from lazarus.control import blame, commits, membership, resuming, saves, suspicion
 from lazarus.control import transition as change
 from lazarus.control.messages import (
     Aligned,
@@ -60,7 +60,7 @@ from lazarus.control.ports import (
 )
 from lazarus.control.roster import candidates, leaving, node_of, staying
 from lazarus.control.state import Control, Phase
-from lazarus.failure import Cause, Failure, Status
+from lazarus.failure import Cause, Failure
 
 Result = tuple[Control, tuple[Command, ...]]
 
@@ -95,12 +95,7 @@ def _react(state: Control, event: Event) -> Result:
         case ManifestDone():
             return saves.on_manifest(state, event)
         case DriverGone(at_s=at_s):
-            return commits.end(
-                state,
-                status="short",
-                failure=_stopped("the driver is gone"),
-                at_s=at_s,
-            )
+            return commits.end(state, status="short", failure=_driver_gone(), at_s=at_s)
         case Tick(at_s=at_s, slept_s=slept_s):
             if slept_s > 0.0:
                 state = membership.excuse(state, slept_s=slept_s)
@@ -151,7 +146,7 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
         case Snapshotted():
             return saves.on_snapshotted(state, worker, body, at_s=at_s)
         case UserError():
-            return _on_user_error(state, worker, body, at_s=at_s)
+            return blame.on_user_error(state, worker, body, at_s=at_s)
         case Evaluated():
             return commits.on_evaluated(state, body, at_s=at_s)
         case Odd():
@@ -163,24 +158,31 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
 def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
     match body:
         case WorkerDied():
-            return membership.on_died(state, body, at_s=at_s)
+            return blame.on_death(state, body, at_s=at_s)
         case NodesAwaited():
             return membership.on_awaited(state, body, at_s=at_s)
         case MachineJudged():
             return membership.on_judged(state, body, at_s=at_s)
         case NodeNotice():
             return membership.on_notice(state, body, at_s=at_s)
-        case StopRun(now=now, reason=reason):
-            if now or state.phase in (Phase.GATHERING, Phase.HOLDING):
-                return commits.end(
-                    state, status="short", failure=_stopped(reason or "stopped"), at_s=at_s
-                )
-            return replace(state, stopping=state.stopping or reason or "stopped"), ()
+        case StopRun():
+            return _on_stop(state, body, at_s=at_s)
         case Injected():
             return _on_injected(state, body, at_s=at_s)
         case DriverHello():
             return state, ()
     return state, ()
+
+
+def _on_stop(state: Control, body: StopRun, *, at_s: float) -> Result:
+    """Stop as asked: at once, or where the members pause next."""
+    if body.failure is not None:
+        return commits.end(state, status="failed", failure=body.failure, at_s=at_s)
+    reason = body.reason or "stopped"
+    if body.now or state.phase in (Phase.GATHERING, Phase.HOLDING):
+        return commits.end(state, status="short", failure=_stopped(reason), at_s=at_s)
+    preempted = state.preempted or body.preempted
+    return replace(state, stopping=state.stopping or reason, preempted=preempted), ()
 
 
 def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> Result:
@@ -240,44 +242,6 @@ def _on_injected(state: Control, body: Injected, *, at_s: float) -> Result:
         state = replace(state, doomed=state.doomed | {found[0]})
     order = Strike(kind=body.kind)
     return state, (event, *(Tell(worker=w, body=order) for w in found[1].workers if w))
-
-
-def _on_user_error(state: Control, worker: str, body: UserError, *, at_s: float) -> Result:
-    """One node whose user code raises is lost; a step that raises on two nodes ends the run.
-
-    A broken machine or an unlucky node raises alone; a bug meets the survivors again at the redo.
-    """
-    serial = state.workers[worker].node
-    fields = {
-        "generation": state.generation,
-        "node": serial,
-        "step": body.step,
-        "error": body.error,
-        "traceback": body.traceback,
-    }
-    event = Publish(t=at_s, event="user_error", fields=fields)
-    # A joiner that lacks something, or reads other data, must not end what others train; a node
-    # that was doomed says nothing of the user's code.
-    joining = state.resumed and state.members and serial not in state.members
-    if joining or (serial in state.doomed and len(state.members) > 1):
-        state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
-        return state, (event, *commands)
-    others = {node for node, step in state.raised if step == body.step and node != serial}
-    enough = len(state.members) > max(1, state.config.min_nodes)
-    if state.resumed and body.step > 0 and not others and enough:
-        state = replace(state, raised=(*state.raised, (serial, body.step)))
-        state, commands = membership.lose(state, (serial,), cause="user code raised", at_s=at_s)
-        return state, (event, *commands)
-    failure = Failure(
-        cause=Cause.USER_CODE,
-        error="UserCodeError",
-        message=body.error,
-        node=serial,
-        step=body.step,
-        traceback=body.traceback,
-    )
-    state, commands = commits.end(state, status="failed", failure=failure, at_s=at_s)
-    return state, (event, *commands)
 
 
 def _tick(state: Control, *, at_s: float) -> Result:
@@ -415,8 +379,12 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
 
 
 def _finish(state: Control, *, at_s: float) -> Result:
-    status: Status = "stopped" if state.step < state.config.steps else "finished"
-    return commits.end(state, status=status, failure=None, at_s=at_s)
+    if state.step >= state.config.steps:
+        return commits.end(state, status="finished", failure=None, at_s=at_s)
+    if state.preempted:
+        reason = _stopped(f"stopped by {state.stopping}")
+        return commits.end(state, status="short", failure=reason, at_s=at_s)
+    return commits.end(state, status="stopped", failure=None, at_s=at_s)
 
 
 def _all_lost(state: Control, *, at_s: float) -> Result:
@@ -429,6 +397,10 @@ def _all_lost(state: Control, *, at_s: float) -> Result:
 
 
 def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
+    if state.broken:  # no node that may come would help
+        text = f"the state was held for {state.config.quorum_timeout_s:.0f} s: {state.hold_reason}"
+        broken = Failure(cause=Cause.INTERNAL, error="InternalError", message=text)
+        return commits.end(state, status="failed", failure=broken, at_s=at_s)
     awaited = state.awaited.reason if state.awaited is not None else ""
     details = {
         "awaited": awaited,
@@ -443,6 +415,11 @@ def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
         details=details,
     )
     return commits.end(state, status="short", failure=failure, at_s=at_s)
+
+
+def _driver_gone() -> Failure:
+    message = "the driver's process is gone; go on with --resume auto"
+    return Failure(cause=Cause.NODE, error="StoppedError", message=message)
 
 
 def _stopped(reason: str) -> Failure:

@@ -146,8 +146,10 @@ def lose(
             commands.append(Publish(t=at_s, event="node_lost", fields=fields))
     gone = {worker for serial in serials for worker in state.nodes[serial].workers}
     matters = taking_part & set(serials)
+    on_purpose = {state.nodes[n].key for n in serials if n in state.fired or n in state.doomed}
     state = replace(
         state,
+        excused=state.excused | on_purpose,
         nodes=without(state.nodes, serials),
         workers=without(state.workers, gone),
         members=tuple(n for n in state.members if n not in serials),

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from lazarus.failure import Failure
+from lazarus.failure import Cause, Failure, Status
 
 Int = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]  # what fits in 64 bits
 
@@ -189,12 +189,24 @@ class Finalized(Body, frozen=True, kw_only=True):
 
 
 class UserError(Body, frozen=True, kw_only=True):
-    """The user's model, data or loss raised."""
+    """A rank cannot go on: the user's code raised, or (``cause``) the library's own did.
+
+    ``place`` is the user's line, ``shown`` the traceback for people, ``traceback`` the whole one.
+    """
 
     generation: Int
     step: Int
     error: str = ""
     traceback: str = ""
+    cause: Cause = Cause.USER_CODE
+    rank: Int = -1
+    phase: str = ""
+    sample_ids: tuple[Int, ...] = ()
+    place: str = ""
+    shown: str = ""
+    on_purpose: bool = False  # an injected crash
+    url: str = ""  # of the storage that failed, where that is the cause
+    operation: str = ""
 
 
 class Snapshotted(Body, frozen=True, kw_only=True):
@@ -386,10 +398,22 @@ class DriverHello(Body, frozen=True, kw_only=True):
 
 
 class WorkerDied(Body, frozen=True, kw_only=True):
-    """The launcher saw a process end; ``cause`` says how it knows."""
+    """The launcher saw a process end; ``cause`` says how it knows.
+
+    The rest is what the process noted last, where that was inside a function of the user's, and
+    what it wrote while it crashed.
+    """
 
     worker: str
     cause: str = ""
+    generation: Int = 0
+    rank: Int = -1
+    step: Int = 0
+    phase: str = ""
+    sample_ids: tuple[Int, ...] = ()
+    place: str = ""
+    crash: str = ""
+    shown: str = ""
 
 
 class NodeNotice(Body, frozen=True, kw_only=True):
@@ -409,8 +433,15 @@ class Injected(Body, frozen=True, kw_only=True):
 
 
 class StopRun(Body, frozen=True, kw_only=True):
+    """End the run: after the next commit, or at once.
+
+    ``preempted``: the machine wants it, not the user. ``failure``: the driver cannot go on.
+    """
+
     now: bool = False
     reason: str = ""
+    preempted: bool = False
+    failure: Failure | None = None
 
 
 class NodesAwaited(Body, frozen=True, kw_only=True):
@@ -477,7 +508,7 @@ class ControllerFailed(Body, frozen=True, kw_only=True):
 class RunOver(Body, frozen=True, kw_only=True):
     """The end: why it was not a good one, if it was not; ``result`` is JSON."""
 
-    status: str
+    status: Status
     failure: Failure | None = None
     result: str = ""
 

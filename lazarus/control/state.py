@@ -25,6 +25,7 @@ from lazarus.control.messages import (
     Seat,
     Vector,
 )
+from lazarus.control.poison import Death
 from lazarus.control.ports import Stored
 from lazarus.control.remembered import remembered
 from placement import PlacementPolicy, Plan, replan
@@ -298,10 +299,13 @@ class Control:
     errors: tuple[tuple[int, ...], ...] = ()  # first complaints of generations without a commit
     fired: Mapping[int, float] = field(default_factory=dict)  # node -> time of its injected fault
     struck: frozenset[tuple[str, int]] = frozenset()  # (worker, number) of the faults on record
-    doomed: frozenset[int] = frozenset()  # nodes that were told to raise, at random
-    raised: tuple[tuple[int, int], ...] = ()  # (node, step) of exceptions in user code
+    doomed: frozenset[int] = frozenset()  # nodes that were told to raise
+    deaths: tuple[Death, ...] = ()  # in functions of the user's, of steps not yet committed
+    excused: frozenset[str] = frozenset()  # keys of lost nodes that had been struck on purpose
+    raised: tuple[tuple[int, int], ...] = ()  # (node, step) of errors of our own
     timeline: Timeline | None = None
     stopping: str = ""  # reason, empty while the run shall go on
+    preempted: bool = False  # the machine wants to stop, not the user
     finalized: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     digest: str = ""

@@ -86,6 +86,18 @@ class StepSums:
     def loss(self) -> float:
         return self.loss_sum / self.count if self.count > 0 else float("nan")
 
+    @property
+    def skips(self) -> bool:
+        """Whether the step is committed without an update: a number of it is none."""
+        return self.found_inf or not bool(np.isfinite(self.squares.sum()))
+
+    @property
+    def skip_reason(self) -> str:
+        """What is not finite: the loss, or else the gradient."""
+        if np.isfinite(self.loss_sum):
+            return "the gradient norm is not finite"
+        return "the loss is not finite"
+
 
 def contribution(
     layout: VectorLayout,

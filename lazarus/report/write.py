@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lazarus.endings import with_end
 from lazarus.errors import LazarusError
 from lazarus.events import Event, of_kind, read_events
 from lazarus.files import replaced
 from lazarus.format import bytes_text, count_text, loss_text, seconds_text
-from lazarus.metrics import Summary
+from lazarus.metrics import Summary, lives
 from lazarus.report import charts
 from lazarus.report.page import Section, page
 from lazarus.report.series import RunView, view_of
@@ -40,11 +41,11 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
         OSError: The file cannot be written.
     """
     folder = Path(run_dir)
-    events = read_events(folder)
+    events = with_end(read_events(folder), folder)
     view = view_of(events, name=folder.name)
     text = page(
         title=f"Lazarus run {folder.absolute().name}",
-        subtitle=_subtitle(view),
+        subtitle=_subtitle(view) + _ending(events),
         tiles=_tiles(view.summary),
         sections=_sections(view, events, _loads(folder)),
     )
@@ -119,6 +120,16 @@ def _subtitle(view: RunView) -> str:
         f"{view.summary.steps:,} steps in {seconds_text(view.summary.wall_s)}, "
         f"{settings.get('num_nodes', '?')} nodes at the start{shape}"
     )
+
+
+def _ending(events: Sequence[Event]) -> str:
+    """How the run's last life ended, if it did."""
+    ends = of_kind(lives(events)[-1], "run_finished") if events else []
+    if not ends:
+        return ", not ended"
+    status, cause = ends[-1].get("status", "finished"), ends[-1].get("cause", "")
+    why = f": {ends[-1]['error']}" if ends[-1].get("error") else ""
+    return f", {status}" + (f" ({cause}){why}" if cause else "")
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str]]:

@@ -46,7 +46,9 @@ from lazarus.runtime.link import Link
 from lazarus.runtime.local_nodes import NodePlace
 from lazarus.runtime.nodes import Nodes
 from lazarus.runtime.spec import Address, ControllerSpec, WorkerSpec
+from lazarus.runtime.whereabouts import Note, read_crash, read_note
 from lazarus.timeouts import Timeouts
+from lazarus.tracebacks import clean, place_in_crash, shown_crash
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,11 +348,11 @@ class Driver:
     def _on_exit(self, name: str, cause: str) -> None:
         if self._over:
             return
-        died = WorkerDied(worker=name, cause=cause)
         if name == "controller":
-            self._inbox.put(died)
+            self._inbox.put(WorkerDied(worker=name, cause=cause))
             return
-        key = name.rpartition(".")[0]
+        key, _, local_rank = name.rpartition(".")
+        died = _last_words(name, cause, self._spec.scratch / key, int(local_rank))
         with self._lock:
             self._dead.append(died)
             left = self._alive.get(key)
@@ -368,14 +370,23 @@ class Driver:
         self._inbox.put(RunOver(status="failed", failure=failure))
 
     def _controller_lost(self, reason: str) -> None:
-        self._inbox.put(RunOver(status="short", failure=_unreachable(reason)))
+        self._inbox.put(RunOver(status="failed", failure=_unreachable(reason)))
 
     # ---- what the user says --------------------------------------------------------------------
 
-    def stop(self, *, now: bool, reason: str) -> None:
-        """End the run at the next commit, or at once."""
+    def stop(self, *, now: bool, reason: str, preempted: bool = False) -> None:
+        """End the run at the next commit, or at once.
+
+        Args:
+            preempted: The machine wants it, not the user: the run ends short, to be resumed.
+        """
         self._nodes.enough()
-        self._wish(StopRun(now=now, reason=reason))
+        self._wish(StopRun(now=now, reason=reason, preempted=preempted))
+
+    def fail(self, failure: Failure) -> None:
+        """End the run at once, as failed: what runs in the driver cannot go on."""
+        self._nodes.enough()
+        self._wish(StopRun(now=True, reason=failure.message, failure=failure))
 
     def notice(self, node_key: str, *, notice_s: float, cause: str) -> None:
         """A node will go."""
@@ -386,8 +397,27 @@ class Driver:
 
     def abandon(self, reason: str) -> None:
         """Wake ``run`` even if no controller answers any more."""
-        self._inbox.put(RunOver(status="short", failure=_unreachable(reason)))
+        failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=reason)
+        self._inbox.put(RunOver(status="short", failure=failure))
 
 
 def _unreachable(message: str) -> Failure:
-    return Failure(cause=Cause.INTERNAL, message=message)
+    text = f"the controller cannot be reached: {message}"
+    return Failure(cause=Cause.INTERNAL, error="InternalError", message=text)
+
+
+def _last_words(name: str, cause: str, folder: Path, local_rank: int) -> WorkerDied:
+    """The news of a death, with what the process noted of the user's code that it was in."""
+    note, crash = read_note(folder, local_rank) or Note(), read_crash(folder, local_rank)
+    return WorkerDied(
+        worker=name,
+        cause=clean(cause),
+        generation=note.generation,
+        rank=note.rank,
+        step=note.step,
+        phase=note.phase,
+        sample_ids=note.sample_ids,
+        place=place_in_crash(crash) or note.place,
+        crash=crash,
+        shown=shown_crash(crash) or (f"In your code:\n  {note.place}" if note.place else ""),
+    )

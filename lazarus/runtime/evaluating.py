@@ -104,6 +104,7 @@ class Evaluator:
         self._observer.enter("evaluate")
         is_ghost = len(mine) == 0
         chosen = ids[:1] if is_ghost else mine
+        self._observer.where.enter("evaluate", chosen)
         reseed(self._batching.seed, step, int(chosen[0]))
         items = [self._data[int(i)] for i in chosen]
         batch = move_to(self._collate(items), self._replica.device)

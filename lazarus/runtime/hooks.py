@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.replica import Replica
+from lazarus.runtime.whereabouts import Whereabouts
 
 
 class WorkerHook(Protocol):
@@ -35,8 +36,9 @@ class WorkerHook(Protocol):
 class Hooks:
     """All hooks of a run, called in the order in which they were given."""
 
-    def __init__(self, hooks: Sequence[Any]) -> None:
+    def __init__(self, hooks: Sequence[Any], *, where: Whereabouts | None = None) -> None:
         self._hooks = tuple(hooks)
+        self._where = Whereabouts() if where is None else where
         self._on_gradients = [h for h in self._hooks if hasattr(h, "on_gradients")]
 
     def setup(self, ctx: WorkerContext, model: nn.Module) -> None:
@@ -49,13 +51,17 @@ class Hooks:
         if not self._on_gradients:
             return
         found = named_gradients(replica)
+        self._where.enter("on_gradients")
         for hook in self._on_gradients:
             hook.on_gradients(ctx, found)
+        self._where.leave()
 
     def commit(self, ctx: WorkerContext, step: int) -> None:
         for hook in self._hooks:
             if hasattr(hook, "on_commit"):
+                self._where.enter("on_commit")
                 hook.on_commit(ctx, step)
+        self._where.leave()
 
 
 def named_gradients(replica: Replica) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from lazarus.control.messages import FaultFired, LeaveRequest
 from lazarus.errors import LazarusError
-from lazarus.faults import FaultSpec
+from lazarus.faults import FaultSpec, parse_fault
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.trail import Trail
+from lazarus.runtime.whereabouts import Whereabouts
 
 DEFAULT_PHASE = "forward"  # where a fault strikes that names no phase
 RANDOM_OPTIONS = {"slow": {"factor": 3.0, "steps": 10.0}}  # of faults drawn at random
@@ -36,6 +37,7 @@ class Observer:
         node_folder: Path,
         go_timeout_s: float,
     ) -> None:
+        self.where = Whereabouts()
         self._ledger = ledger
         self._faults = list(faults)
         self._send = send
@@ -57,8 +59,16 @@ class Observer:
         self._num_fired = 0
         self._drawn = ""  # kind of a random fault that is due, on record already
 
+    def add_faults(self, specs: Sequence[str], *, node: int, rank: int) -> None:
+        """Take over the scripted faults of this node; most strike in its first rank alone."""
+        for fault in map(parse_fault, specs):
+            mine = fault.node == node if fault.node is not None else node == 0
+            if mine and (rank == 0 or fault.kind in ("slow", "stall")):
+                self._faults.append(fault)
+
     def begin_step(self, step: int) -> None:
-        self.step, self.round = step, -1
+        self.step = self.where.step = step
+        self.round = -1
         self.waited_s = 0.0
         if self.trail is not None:
             self.trail.start_step()

@@ -124,7 +124,7 @@ class Rank:
         self.replica = shop.replica(context)
         self.reading = shop.reading(context)
         self.batching = shop.batching
-        self._hooks = Hooks(self.user.hooks)
+        self._hooks = Hooks(self.user.hooks, where=self._observer.where)
         self._hooks.setup(context, self.replica.model)
         self._boundary = shop.boundary(self.replica, self._hooks, context)
         self.common = CommonState(
@@ -372,12 +372,14 @@ class Rank:
         assert self._world is not None
         self._boundary.before_training(step, self._world, send)
 
-    def after_commit(self, step: int, send: Callable[[Body], None], *, published: int) -> None:
+    def after_commit(
+        self, step: int, send: Callable[[Body], None], *, published: int, saves: bool
+    ) -> None:
         """What follows a commit at its boundary: a snapshot, a digest now and then."""
         if self._refill is not None and not self._refill.is_over:
             self._heal_on(self._refill, step, send)
         world = self._world
-        if self.saver is not None and world is not None:
+        if saves and self.saver is not None and world is not None:
             self.saver.after_commit(
                 step,
                 plan=world.plan,

@@ -32,9 +32,9 @@ from lazarus.runtime.images import (
     write_scalars,
 )
 from lazarus.runtime.norms import square_sums
+from lazarus.runtime.rates import Rates, Schedule
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
-Schedule = Callable[[int], float]
 Expert = tuple[int, int]
 
 
@@ -57,7 +57,7 @@ class Replica:
         with deferred_experts():
             self.model = build().to(device)
         self.device = device
-        self._schedule = schedule
+        self.rates = Rates(schedule)
         self._clip_norm = clip_norm
         found = [(name, m) for name, m in self.model.named_modules() if isinstance(m, MoELayer)]
         if not found:
@@ -302,7 +302,7 @@ class Replica:
             The global gradient norm, before clipping.
         """
         norm = float(np.sqrt(dense_square + sums.squares.sum())) / max(sums.count, 1.0)
-        if not sums.found_inf and np.isfinite(norm) and sums.count > 0:
+        if not sums.skips and np.isfinite(norm) and sums.count > 0:
             self._descend(sums, norm)
         self.history = advance_history(self.history, sums.counts)
         for layer, counts in zip(self.layers, sums.counts, strict=True):
@@ -322,7 +322,7 @@ class Replica:
         for bank in self.banks:
             assert bank.weight.grad is not None
             bank.weight.grad.mul_(scale)
-        rate = self._schedule(sums.step)
+        rate = self.rates.of(sums.step)
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * rate
         self.optimizer.step()

@@ -30,11 +30,12 @@ from lazarus.control.vector import (
     sample_hash,
 )
 from lazarus.data.sampler import split_rounds
-from lazarus.errors import BrokenInvariantError
+from lazarus.errors import BrokenInvariantError, UserMistakeError
 from lazarus.model.context import LayerContext
 from lazarus.model.loss import LossSum
 from lazarus.runtime.banks import arrange
 from lazarus.runtime.context import WorkerContext
+from lazarus.runtime.finite import check_total
 from lazarus.runtime.gathering import gather_texts
 from lazarus.runtime.guard import in_layer
 from lazarus.runtime.hooks import Hooks
@@ -56,6 +57,7 @@ class Batching:
     global_batch: int
     micro_batch_size: int
     precision: str = "fp32"
+    stop_on_nonfinite: bool = False
 
 
 class World:
@@ -139,6 +141,8 @@ class Step:
         self._context = context
         self._measures = context.measures
         self._hooks = hooks
+        self._observer.where.generation = world.generation
+        self._observer.where.rank = world.exchange.rank
         self._must_agree = True  # on the names of measures, before the next commit
         self._summed: set[int] = set()  # layers whose replicas have equal gradients in this step
         self.dense_square = 0.0
@@ -158,10 +162,15 @@ class Step:
         """
         began = time.monotonic()
         replica, world = self._replica, self._world
+        where = self._observer.where
         self._prepare_scratch()
+        where.enter("schedule")
+        replica.rates.of(step)
+        where.enter("data")
         self._reading.exchange_state(step, world.exchange, device=replica.device)
         shared = self.shared = self._reading.share(step)
         total, aux, count = self._rounds(step, shared)
+        where.leave()
         self._observer.enter("grad_sync")
         # In flight beside the replicas' exchanges, which another stream or thread may serve.
         dense = replica.dense_sync.finish(world.exchange)
@@ -304,6 +313,8 @@ class Step:
         """Forward and backward of one micro-batch; without samples, only its collectives."""
         self._observer.enter("data")
         is_ghost = size == 0
+        where, mine = self._observer.where, shared.mine[first : first + size]
+        where.enter("data", mine)
         batch = self._reading.batch(step, first=first, size=size)
         batch = move_to(batch, self._replica.device)
         reseed(self._batching.seed, step, int(shared.ids_B[0] if is_ghost else shared.mine[first]))
@@ -312,15 +323,18 @@ class Step:
             context.ghost = is_ghost
             context.aux_sum = None
             context.step, context.round = step, self._observer.round
+        where.enter("forward", mine)
         self._observer.enter("forward")
         with autocast(self._batching.precision, self._replica.device):
             result = self._loss(self._replica.model, batch)
         total, count = checked_loss(result)
+        check_total(total, stops=self._batching.stop_on_nonfinite)
         self._measures.muted = False
         parts = [c.aux_sum for c in self._world.contexts if c.aux_sum is not None]
         objective = total + sum(parts) if parts else total
         if is_ghost:
             objective = objective * 0.0
+        where.enter("backward", mine)
         self._observer.enter("backward")
         differentiate(objective, [a for c in self._world.contexts for a in c.take_anchors()])
         if is_ghost:
@@ -353,6 +367,7 @@ def checked_loss(result: Any) -> tuple[Tensor, float]:
 
     Raises:
         TypeError: Anything else, with the two-line fix.
+        UserMistakeError: The count is no finite number >= 0, or the total no single number.
     """
     if isinstance(result, Tensor) or not isinstance(result, LossSum):
         raise TypeError(
@@ -361,8 +376,14 @@ def checked_loss(result: Any) -> tuple[Tensor, float]:
             '    total = F.cross_entropy(logits, targets, reduction="sum")\n'
             "    return LossSum(total, targets.numel())"
         )
-    count = result.count
-    return result.total, float(count.item() if isinstance(count, Tensor) else count)
+    if not isinstance(result.total, Tensor) or result.total.numel() != 1:
+        shape = tuple(getattr(result.total, "shape", ()))
+        kind = type(result.total).__name__
+        raise UserMistakeError(f"LossSum.total must be a tensor of one number, not {kind} {shape}")
+    count = float(result.count)
+    if not 0 <= count < float("inf"):
+        raise UserMistakeError(f"LossSum.count must be a finite number >= 0, not {count}")
+    return result.total, count
 
 
 def move_to(batch: Any, device: torch.device) -> Any:

@@ -6,8 +6,6 @@ trains from RESUME until a pause, a fence or an error, and then waits again.
 
 from __future__ import annotations
 
-import faulthandler
-import io
 import os
 import queue
 import signal
@@ -15,15 +13,12 @@ import socket
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from typing import Any
 
+import cloudpickle
 import numpy as np
-import torch
 
-from dispatcher.memory import keep_freed_memory
 from lazarus.control.messages import (
     Ack,
     Align,
@@ -46,7 +41,6 @@ from lazarus.control.messages import (
     Stacks,
     Strike,
     Suspicion,
-    UserError,
     Vector,
     Welcome,
 )
@@ -58,19 +52,26 @@ from lazarus.errors import (
     FencedError,
     TransferError,
 )
-from lazarus.faults import FaultSpec, parse_fault
-from lazarus.runtime.inject import InjectedCrashError, Observer, register_process
+from lazarus.failure import Cause
+from lazarus.runtime.finite import FiniteWatch
+from lazarus.runtime.inject import Observer, register_process
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.link import Link
 from lazarus.runtime.memory import visible_bytes
+from lazarus.runtime.process import crashes_noted, prepare_process, stacks
 from lazarus.runtime.rank import Rank
 from lazarus.runtime.spec import WorkerSpec
+from lazarus.runtime.user_errors import (
+    UserCodeFailure,
+    catch_exit,
+    fatal,
+    message_of,
+    places_of,
+    user_code,
+)
+from lazarus.runtime.whereabouts import Note, Whereabouts
 
 _FOREVER = 1 << 60  # a fence that nothing follows
-
-
-class UserCodeFailure(Exception):
-    """Wraps whatever the user's code raised, so that the runtime's own errors stay apart."""
 
 
 class Worker:
@@ -109,6 +110,7 @@ class Worker:
             go_timeout_s=6 * stall_s,
         )
         self._welcomed = threading.Event()
+        self._finite = FiniteWatch(stops=spec.config["train"]["on_nonfinite"] == "stop")
         self._memory_bytes = int(spec.memory_share * visible_bytes())
 
     # ---- control thread ------------------------------------------------------------------------
@@ -215,15 +217,25 @@ class Worker:
         Returns:
             0 after Depart, 1 after an error or exclusion.
         """
-        register_process(self._spec.node_folder)
+        spec, observer = self._spec, self._observer
+        register_process(spec.node_folder)
+        observer.where = Whereabouts.in_folder(spec.node_folder, spec.local_rank)
+        catch_exit(observer.where)
+        with crashes_noted(spec.node_folder, spec.local_rank):
+            return self._run()
+
+    def _run(self) -> int:
         self._link.start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self._welcomed.wait()
         try:
             return self._serve()
         except UserCodeFailure as failure:
-            return self._user_failed(failure)
+            return self._failed(failure.problem, failure.note, Cause.USER_CODE)
+        except BaseException as problem:  # noqa: BLE001 - the edge of the process
+            return self._failed(problem, self._observer.where.now, Cause.INTERNAL)
         finally:
+            self._observer.where.leave()
             self._over.set()
             self._release()
             if self._rank is not None:
@@ -233,7 +245,7 @@ class Worker:
     def _serve(self) -> int:
         if self._over.is_set():
             return 1
-        self._observer._faults.extend(self._own_faults())
+        self._observer.add_faults(self._spec.faults, node=self._node, rank=self._spec.local_rank)
         self._rank = self._build()
         self._building = False
         while True:
@@ -252,20 +264,13 @@ class Worker:
             except (CollectiveError, TransferError) as problem:
                 self._suspect(problem)
             except DataError as problem:
-                raise UserCodeFailure from problem
-
-    def _own_faults(self) -> list[FaultSpec]:
-        faults = [parse_fault(text) for text in self._spec.faults]
-        first = self._spec.local_rank == 0
-        return [f for f in faults if self._mine(f) and (first or f.kind in ("slow", "stall"))]
-
-    def _mine(self, fault: FaultSpec) -> bool:
-        if fault.node is None:
-            return self._node == 0
-        return fault.node == self._node
+                raise UserCodeFailure(problem, self._observer.where.now) from problem
 
     def _build(self) -> Rank:
-        try:
+        where = self._observer.where
+        with fatal(where, "build"):
+            where.places = places_of(cloudpickle.loads(self._spec.user))
+            where.enter("build")
             return Rank(
                 self._spec,
                 node=self._node,
@@ -273,8 +278,6 @@ class Worker:
                 observer=self._observer,
                 send=self._link.send,
             )
-        except BaseException as problem:
-            raise UserCodeFailure from problem
 
     def _obey(self, order: Body) -> None:
         rank = self._rank
@@ -303,7 +306,8 @@ class Worker:
     def _align(self, rank: Rank, order: Align) -> Aligned:
         if order.commit and self._ledger.decided < order.step:
             lanes = np.frombuffer(order.lanes, dtype="<f8").copy()
-            rank.accept(lanes, order)
+            with fatal(self._observer.where, "optimizer"):
+                rank.accept(lanes, order)
         else:
             self._ledger.withdraw()
             rank.redo()
@@ -330,6 +334,9 @@ class Worker:
         with self._user_code():
             lanes = rank.compute(step, pause=self._wants_pause)
         sums = rank.step.check(lanes, step=step)
+        with self._user_code():
+            self._observer.where.enter("forward")
+            self._finite.check(sums)
         vector = Vector(
             generation=self._ledger.gen,
             step=step,
@@ -339,29 +346,20 @@ class Worker:
         if not self._ledger.decide(vector):
             self._ledger.check()
         self._observer.enter("optimizer")
-        rank.apply(sums)
+        with fatal(self._observer.where, "optimizer"):
+            rank.apply(sums)
         self._ledger.applied(step)
-        if rank.is_reporter:
+        if rank.is_reporter or sums.skips:
             self._link.send(vector)
         with self._user_code():
-            rank.after_commit(step, self._link.send, published=self._acked)
+            self._observer.where.enter("forward")
+            self._finite.committed(sums)
+            self._observer.where.leave()
+            rank.after_commit(step, self._link.send, published=self._acked, saves=not sums.skips)
         return sums.pause
 
-    @contextmanager
-    def _user_code(self) -> Iterator[None]:
-        """What the user's code raises ends this rank, unless the attempt was over anyway."""
-        try:
-            yield
-        except (FencedError, CollectiveError):
-            raise
-        except InjectedCrashError as problem:
-            raise UserCodeFailure from problem
-        except Exception as problem:
-            if self._ledger.fence != self._ledger.gen:
-                raise FencedError(
-                    generation=self._ledger.gen, fence=self._ledger.fence
-                ) from problem
-            raise UserCodeFailure from problem
+    def _user_code(self) -> AbstractContextManager[None]:
+        return user_code(self._ledger, self._observer.where)
 
     def _wants_pause(self) -> bool:
         return self._pause == self._ledger.gen or self._observer.leaving
@@ -384,47 +382,22 @@ class Worker:
         self._last_words = body
         self._link.send(body)
 
-    def _user_failed(self, failure: UserCodeFailure) -> int:
-        cause = failure.__cause__
-        assert cause is not None
-        text = "".join(traceback.format_exception(cause))
-        error = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        self._link.send(
-            UserError(
-                generation=self._ledger.gen, step=self._observer.step, error=error, traceback=text
-            )
-        )
+    def _failed(self, problem: BaseException, note: Note, cause: Cause) -> int:
+        """Say what happened and wait to be let go: the controller decides what it means."""
+        told = message_of(problem, note, generation=self._ledger.gen, cause=cause)
+        if cause is Cause.INTERNAL:
+            print(f"worker {self._spec.worker}: {told.traceback}", file=sys.stderr, flush=True)
+        for vector in self._ledger.unacknowledged(above=self._acked):
+            self._link.send(vector)  # what was committed before is on record before the error
+        self._say(told)
+        self._release()
+        self._over.wait(6 * self._stall_s)
         return 1
 
     def leave(self, cause: str) -> None:
         """Ask to go (SIGTERM, a notice from the machine)."""
         self._observer.leaving = True
         self._link.send(LeaveRequest(generation=self._ledger.gen, cause=cause))
-
-
-def stacks() -> str:
-    """Python stacks of all threads of this process."""
-    frames = sys._current_frames()
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    out = io.StringIO()
-    for ident, frame in frames.items():
-        out.write(f"--- {names.get(ident, ident)}\n")
-        out.write("".join(traceback.format_stack(frame)))
-    return out.getvalue()
-
-
-def prepare_process(threads: int) -> None:
-    """Process-wide settings of a worker: fixed thread count, determinism, no Ctrl-C."""
-    torch.set_num_threads(threads)
-    with suppress(RuntimeError):
-        torch.set_num_interop_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    keep_freed_memory()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(OSError, ValueError, io.UnsupportedOperation):
-        faulthandler.enable()
-        faulthandler.register(signal.SIGUSR1, chain=False)  # stacks of all threads to stderr
 
 
 def run_worker(spec: WorkerSpec) -> int:

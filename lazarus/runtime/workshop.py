@@ -32,6 +32,7 @@ class Workshop:
             global_batch=config.train.global_batch,
             micro_batch_size=config.train.micro_batch_size,
             precision=config.train.precision,
+            stop_on_nonfinite=config.train.on_nonfinite == "stop",
         )
 
     def replica(self, context: WorkerContext) -> Replica:

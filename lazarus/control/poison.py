@@ -1,0 +1,99 @@
+"""Steps that end processes: when deaths are no news of machines but of the user's code. Pure.
+
+A process that ends inside one of the user's functions cannot say why. One death is a loss like any
+other. The rule for more of them, at the same step in the same function, the step being uncommitted:
+
+* Two nodes whose processes *ended by themselves* in the same way (the same exit code; the same
+  signal that a process brings upon itself, such as SIGSEGV) have met a bug, at the first attempt
+  or at the redo.
+* A death that may have come from outside (SIGKILL, a machine that is gone) shows a bug only where
+  it happens for the third time, each time in another attempt: three machines may well fail at
+  once, but not each new attempt at one step just there.
+
+Faults on purpose never count. A commit of the step forgets its deaths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Signals that a process brings upon itself; SIGKILL, SIGTERM and the like come from elsewhere.
+OWN_SIGNALS = frozenset({"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"})
+ATTEMPTS = 3  # after which deaths from outside are no chance any more
+_EXITED = "exit code "
+_AFTER_COMMIT = frozenset({"on_commit", "evaluate"})  # phases in which their step is committed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Death:
+    """A process that ended inside a function of the user's."""
+
+    worker: str
+    node: str  # its key
+    generation: int
+    step: int
+    phase: str
+    signature: str  # "exit code 3", "SIGSEGV"; empty: not known
+    sample_ids: tuple[int, ...] = ()
+    place: str = ""  # of the user's code
+    crash: str = ""  # what the process wrote while it crashed
+    shown: str = ""  # the user's part of it
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the process ended itself."""
+        return self.signature.startswith(_EXITED) or self.signature in OWN_SIGNALS
+
+
+def signature_of(cause: str, crash: str) -> str:
+    """How a process ended, of what its launcher says and what it wrote while it crashed."""
+    if cause in OWN_SIGNALS:
+        return cause
+    if cause.startswith(f"process {_EXITED}"):
+        return cause.removeprefix("process ")
+    for words, name in _CRASHES:
+        if words in crash:
+            return name
+    return cause if cause.startswith("SIG") else ""
+
+
+_CRASHES = (  # first lines of faulthandler
+    ("Segmentation fault", "SIGSEGV"),
+    ("Aborted", "SIGABRT"),
+    ("Bus error", "SIGBUS"),
+    ("Floating point exception", "SIGFPE"),
+    ("Illegal instruction", "SIGILL"),
+)
+
+
+def poisoned(deaths: tuple[Death, ...]) -> tuple[Death, ...]:
+    """Those deaths that together show a bug of the user's code; empty: nothing is shown."""
+    if not deaths:
+        return ()
+    last = deaths[-1]
+    alike = [d for d in deaths if d.step == last.step and _same_code(d, last)]
+    own = [d for d in alike if d.is_own and d.signature == last.signature]
+    if last.is_own and len({d.node for d in own}) > 1:
+        return tuple(own)
+    attempts = {d.generation: d for d in alike}
+    nodes = {d.node for d in attempts.values()}
+    return tuple(attempts.values()) if min(len(attempts), len(nodes)) >= ATTEMPTS else ()
+
+
+def _same_code(one: Death, other: Death) -> bool:
+    """The same function, or the same line: what reads ahead dies in whatever phase others are."""
+    return one.phase == other.phase or bool(one.crash and one.place and one.place == other.place)
+
+
+def still_open(deaths: Iterable[Death], *, step: int) -> tuple[Death, ...]:
+    """Deaths that the commit of ``step`` does not forget."""
+    return tuple(d for d in deaths if d.step + (d.phase in _AFTER_COMMIT) > step)
+
+
+def common_samples(deaths: Iterable[Death]) -> tuple[int, ...]:
+    """Samples that every one of the dead was computing; of any, where they had none in common."""
+    ids = [set(d.sample_ids) for d in deaths if d.sample_ids]
+    if not ids:
+        return ()
+    return tuple(sorted(set.intersection(*ids) or set.union(*ids)))
