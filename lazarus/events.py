@@ -96,6 +96,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "internal_error": {"error": _TEXT, "node": _INT, "step": _INT},
         "worker_died": {"worker": _TEXT, "cause": _TEXT, "step": _INT, "phase": _TEXT},
         "step_skipped": {"step": _INT, "reason": _TEXT},
+        "collective_stalled": {"step": _INT, "where": _TEXT, "nodes": (list,)},
         "run_finished": {
             "status": _TEXT,
             "cause": _TEXT,

@@ -103,6 +103,12 @@ def _finished(event: Event) -> list[str]:
     return [f"! the run ended {status} ({cause}): {event.get('error') or 'as asked'}"]
 
 
+def _stalled(event: Event) -> str:
+    nodes = [str(node) for node in event["nodes"]]
+    link = f"; links of node {' and '.join(nodes)} carry nothing" if nodes else ""
+    return f"! all ranks waited at {event['where']}{link}: groups are built anew"
+
+
 _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
     {
         "fault_injected": _fault,
@@ -131,6 +137,7 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
         "internal_error": lambda e: f"! Lazarus failed on node {e['node']}: {e['error']}",
         "worker_died": _worker_died,
         "step_skipped": lambda e: f"! step {e['step']:,} changed nothing: {e['reason']}",
+        "collective_stalled": _stalled,
         "callback_failed": lambda e: f"! callback {e['callback']} is off: {e['error']}",
         "evaluated": lambda e: f"  held-out loss {loss_text(e['loss'])} at step {e['step']:,}",
     }

@@ -53,13 +53,18 @@ def describe(problem: BaseException) -> Described:
     frames = traceback.extract_tb(problem.__traceback__)
     summary = summary_of(problem)
     own = _users(frames)
-    place = f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else ""
     return Described(
         summary=summary,
-        place=clean(place),
+        place=innermost(frames),
         shown=clean(_shown(own, summary), limit=8 * LINE_LIMIT) if own else "",
         full=clean("".join(traceback.format_exception(problem)), limit=FULL_LIMIT),
     )
+
+
+def innermost(frames: traceback.StackSummary) -> str:
+    """The user's innermost line, as in ``Described.place``; empty if there is none."""
+    own = _users(frames)
+    return clean(f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}") if own else ""
 
 
 def summary_of(problem: BaseException) -> str:

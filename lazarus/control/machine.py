@@ -259,6 +259,9 @@ def _tick(state: Control, *, at_s: float) -> Result:
         if late := find(state, at_s=at_s):
             state, more = membership.lose(state, late, cause=cause, at_s=at_s, is_silent=True)
             commands += more
+    if suspicion.all_wait(state, at_s=at_s):
+        state, more = suspicion.on_stall(state, at_s=at_s)
+        commands += more
     return state, commands
 
 

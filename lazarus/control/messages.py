@@ -79,6 +79,19 @@ class Suspicion(Body, frozen=True, kw_only=True):
     phase: str = ""
     error: str = ""
     bad_source: str = ""  # JSON of the restore whose copy was no good
+    store: bool = False  # the rendezvous store did not answer, which says nothing of any node
+
+
+class Tail(Part, frozen=True, kw_only=True):
+    """The newest exchanges of a rank and where it is: evidence about why all were waiting."""
+
+    group: str = ""
+    last: Int = -1  # number of the newest exchange
+    labels: tuple[str, ...] = ()  # up to it
+    rank: Int = -1  # in the group
+    step: Int = -1
+    place: str = ""  # the line of the user's that the training thread is in
+    mute: tuple[Int, ...] = ()  # ranks to which a link carries nothing
 
 
 class Report(Body, frozen=True, kw_only=True):
@@ -89,6 +102,7 @@ class Report(Body, frozen=True, kw_only=True):
     prepared: Int
     vectors: tuple[Vector, ...] = ()
     entered: Int = 0  # the generation whose RESUME it carried out last
+    tail: Tail = Tail()
 
 
 class Held(Part, frozen=True, kw_only=True):
@@ -109,6 +123,14 @@ class Snapped(Part, frozen=True, kw_only=True):
     num_bytes: Int = 0
 
 
+class TensorSum(Part, frozen=True, kw_only=True):
+    """One tensor of the dense state as a rank has built it."""
+
+    name: str
+    kind: str  # element type and shape
+    sum: Int  # checksum of its bytes
+
+
 class Aligned(Body, frozen=True, kw_only=True):
     """The rank stands at ``step``; ``history`` is float64 [L, E] little endian."""
 
@@ -125,6 +147,8 @@ class Aligned(Body, frozen=True, kw_only=True):
     num_experts: Int = 0
     top_k: Int = 0
     snapshots: tuple[Snapped, ...] = ()
+    tensors: tuple[TensorSum, ...] = ()  # before a rank's first step only
+    place: str = ""  # where the user's builder of the model is defined, then as well
 
 
 class Ready(Body, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Failed collectives: whom to suspect when nobody has died (rule 16)."""
+"""Collectives that fail, or in which all wait: whom to suspect if nobody has died (rule 16)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import replace
 from lazarus.control import commits, membership
 from lazarus.control import transition as change
 from lazarus.control.messages import Suspicion
+from lazarus.control.parting import STALLED
 from lazarus.control.ports import Command
 from lazarus.control.state import Control, Phase
 from lazarus.failure import Cause, Failure
 
 MAX_ERRORS = 3  # generations in a row that end in an error without a death and without a commit
+MAX_ATTEMPTS = 10  # the same where no error says anything about a node
 
 AGAIN = "collectives fail again and again"
 
@@ -28,7 +30,7 @@ def on_suspicion(state: Control, worker: str, body: Suspicion, *, at_s: float) -
     if not (steady or state.phase is Phase.PREPARING) or body.generation != current:
         return replace(state, stale=state.stale + 1), ()
     node = state.workers[worker].node
-    if node not in state.complaints:
+    if node not in state.complaints and not body.store:
         state = replace(state, complaints=(*state.complaints, node))
     if state.suspicion_s is None:
         state = replace(state, suspicion_s=at_s)
@@ -54,7 +56,35 @@ def is_due(state: Control, *, at_s: float) -> bool:
     return state.suspicion_s is not None and at_s - state.suspicion_s >= grace
 
 
-def settle(state: Control, *, at_s: float) -> Result:
+def all_wait(state: Control, *, at_s: float) -> bool:
+    """Whether every rank waits inside a collective and none has moved for the tolerated stall.
+
+    Each one answers, so none is to blame: the data path between them is broken, or user code has
+    let them part ways. Groups have their own, longer time to be built.
+    """
+    stall_s = state.config.tolerated_stall_s
+    if state.phase is Phase.RUNNING:
+        awaited = [w for w in state.seats if w not in state.paused]
+        limit_s = stall_s
+    elif state.phase is Phase.PREPARING and state.transition is not None:
+        transition = state.transition
+        awaited = [s.worker for s in transition.feeders if s.worker not in transition.ready]
+        limit_s = 3 * stall_s
+    else:
+        return False
+    known = [state.workers.get(worker) for worker in awaited]
+    return bool(known) and all(
+        w is not None and w.waiting and at_s - max(state.phase_s, w.progress_s) > limit_s
+        for w in known
+    )
+
+
+def on_stall(state: Control, *, at_s: float) -> Result:
+    """All wait: fence, so that each says where, and build the groups anew."""
+    return settle(replace(state, complaints=()), at_s=at_s, reason=STALLED)
+
+
+def settle(state: Control, *, at_s: float, reason: str = "collective_error") -> Result:
     """Try again with the same members; a pair that fails again and again loses its higher serial.
 
     Both ends of a broken link see the error first, all others because these two give up.
@@ -64,14 +94,26 @@ def settle(state: Control, *, at_s: float) -> Result:
     taking_part = set(state.members)
     if state.transition is not None:
         taking_part |= set(state.transition.next_nodes)
-    if len(errors) < MAX_ERRORS or len(taking_part) < 2:
-        return change.begin(state, reason="collective_error", at_s=at_s)
-    odd = culprit(errors, alive=taking_part)
-    return membership.lose(state, (odd,), cause=AGAIN, at_s=at_s)
+    telling = tuple(pair for pair in errors if pair)
+    odd = culprit(telling, alive=taking_part)
+    if odd is not None and len(telling) >= MAX_ERRORS and len(taking_part) > 1:
+        return membership.lose(state, (odd,), cause=AGAIN, at_s=at_s)
+    if len(errors) >= MAX_ATTEMPTS:
+        return commits.end(state, status="short", failure=_nobody_knows(), at_s=at_s)
+    return change.begin(state, reason=reason, at_s=at_s)
 
 
-def culprit(errors: tuple[tuple[int, ...], ...], *, alive: set[int]) -> int:
-    """The higher serial of the two nodes that were first to complain most often."""
+def _nobody_knows() -> Failure:
+    return Failure(
+        cause=Cause.INTERNAL,
+        message=f"groups of ranks broke {MAX_ATTEMPTS} times in a row without a step between, and "
+        "nothing says which node is at fault",
+        way_out="look at the network between the nodes and to the controller, then resume the run",
+    )
+
+
+def culprit(errors: tuple[tuple[int, ...], ...], *, alive: set[int]) -> int | None:
+    """The higher serial of the two nodes that most errors tell of; None if they tell of nobody."""
     times = Counter(node for pair in errors for node in pair if node in alive)
     ranked = sorted(times, key=lambda node: (-times[node], node))
-    return max(ranked[:2] or alive)
+    return max(ranked[:2], default=None)

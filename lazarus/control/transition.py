@@ -10,7 +10,7 @@ from msgspec.structs import replace as changed
 
 from lazarus.checkpoint.policy import Hold
 from lazarus.checkpoint.recovery import Fail
-from lazarus.control import commits, saves
+from lazarus.control import commits, parting, saves
 from lazarus.control.exactly_once import num_samples_in
 from lazarus.control.healing import heals_behind, split_moves
 from lazarus.control.losses import (
@@ -142,11 +142,18 @@ def _on_history(state: Control, body: Report) -> Report:
 def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:
     voting = workers_of(state, transition.voters)
     reports = {worker: transition.reports[worker] for worker in voting}
+    if failure := parting.ranks_parted(reports, state.seats):
+        return commits.end(state, status="failed", failure=failure, at_s=at_s)
+    told: tuple[Command, ...] = ()
+    if transition.reason == parting.STALLED:
+        state, event = parting.judge_stall(state, reports, at_s=at_s)
+        told = (event,)
     published = max(state.step, state.config.start_step)
     try:
         result = verdict(reports, known=_evidence(state), published=published)
     except BrokenInvariantError as broken:
-        return hold(state, reason=str(broken), at_s=at_s, broken=True)
+        state, commands = hold(state, reason=str(broken), at_s=at_s, broken=True)
+        return state, (*told, *commands)
     state, commands = commits.flush(state, at_s=at_s)
     state = mark(state, "release", at_s - transition.phase_s)
     transition = replace(transition, step=result.step, phase_s=at_s)
@@ -155,7 +162,7 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:
     order = Align(
         generation=transition.generation, step=result.step, commit=bool(lanes), lanes=lanes
     )
-    return state, (*commands, TellAll(workers=voting, body=order))
+    return state, (*told, *commands, TellAll(workers=voting, body=order))
 
 
 def _evidence(state: Control) -> dict[int, Vector]:
@@ -177,6 +184,10 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
     state = replace(state, transition=transition)
     if not all_in(state, transition.voters, transition.aligned):
         return state, ()
+    if not state.resumed:
+        own = workers_of(state, transition.voters)
+        if failure := parting.models_differ(transition.aligned, own):
+            return commits.end(state, status="failed", failure=failure, at_s=at_s)
     if odd := aligned_alike(transition.aligned):
         return hold(state, reason=odd, at_s=at_s, broken=True)
     state = mark(state, "align", at_s - transition.phase_s)

@@ -18,7 +18,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from dispatcher.exchange import Exchange
+from lazarus.control.messages import TensorSum
 from lazarus.errors import LazarusError
+from lazarus.runtime.images import as_bytes
 from lazarus.runtime.replica import Replica
 
 MOST_REPORTED = 16  # differences in one comparison; the first says enough
@@ -66,6 +68,19 @@ def checksums(replica: Replica) -> NDArray[np.int64]:
 
 def _nonzero(content: Any) -> int:
     return (int(xxhash.xxh3_64_intdigest(content)) >> 2) + 1
+
+
+def tensor_sums(replica: Replica) -> tuple[TensorSum, ...]:
+    """The model's dense tensors as this rank has built them."""
+    return tuple(
+        TensorSum(
+            name=name.removeprefix("model."),
+            kind=f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
+            sum=_nonzero(as_bytes(tensor).cpu().numpy().data),
+        )
+        for name, tensor in replica.dense_tensors()
+        if name.startswith("model.")
+    )
 
 
 def compare(replica: Replica, exchange: Exchange) -> list[Difference]:

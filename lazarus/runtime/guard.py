@@ -50,17 +50,26 @@ class GuardedExchange:
         ledger: Knows the fence.
         observer: Is told of phases and waits.
         group: Name of the group within its generation.
+        mute_peers: Tells to which ranks a link carries nothing.
     """
 
     def __init__(
-        self, inner: Exchange, *, ledger: StepLedger, observer: Observer, group: str = "train"
+        self,
+        inner: Exchange,
+        *,
+        ledger: StepLedger,
+        observer: Observer,
+        group: str = "train",
+        mute_peers: Callable[[], tuple[int, ...]] = tuple,
     ) -> None:
         self._inner = inner
         self._ledger = ledger
         self._observer = observer
         self._generation = ledger.fence
         self._layer = -1
-        self.trail = Trail(generation=ledger.fence, group=group)
+        self.trail = Trail(
+            generation=ledger.fence, group=group, rank=inner.rank, mute_peers=mute_peers
+        )
         self.rank = inner.rank
         self.size = inner.size
 

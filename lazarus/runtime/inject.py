@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lazarus.control.messages import FaultFired, LeaveRequest
+from msgspec.structs import replace as changed
+
+from lazarus.control.messages import FaultFired, LeaveRequest, Tail
 from lazarus.errors import LazarusError
 from lazarus.faults import FaultSpec, parse_fault
 from lazarus.runtime.ledger import StepLedger
@@ -50,6 +52,7 @@ class Observer:
         self.step = 0
         self.round = -1  # of the step; -1 outside of its rounds
         self.trail: Trail | None = None  # of the group that ran the newest collective
+        self._thread = 0  # that trains
         self.phase = ""
         self.progress = 0
         self.is_waiting = False
@@ -69,6 +72,7 @@ class Observer:
     def begin_step(self, step: int) -> None:
         self.step = self.where.step = step
         self.round = -1
+        self._thread = threading.get_ident()
         self.waited_s = 0.0
         if self.trail is not None:
             self.trail.start_step()
@@ -76,6 +80,14 @@ class Observer:
             if fault.kind == "leave" and fault.step == step + 1 and not self.leaving:
                 self._fired(fault)
                 self._ask_to_leave(fault)
+
+    def tail(self) -> Tail:
+        """The newest exchanges, for a report."""
+        trail = self.trail
+        if trail is None:
+            return Tail()
+        found = trail.tail(step=self.step, thread=self._thread)
+        return found if found.place else changed(found, place=self.where.now.place)
 
     def _ask_to_leave(self, fault: FaultSpec) -> None:
         self.leaving = True

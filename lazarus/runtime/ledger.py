@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from lazarus.control.messages import Report, Vector
+from lazarus.control.messages import Report, Tail, Vector
 from lazarus.errors import FencedError
 
 
@@ -84,8 +84,15 @@ class StepLedger:
             self._vectors = {}
             self.committed = self.prepared = self.decided = step
 
-    def raise_fence(self, generation: int, release: Callable[[], None]) -> Report | None:
+    def raise_fence(
+        self, generation: int, release: Callable[[], None], *, tail: Tail | None = None
+    ) -> Report | None:
         """Fence, then release, then report: never the other way round (rule 17).
+
+        Args:
+            generation: The one that begins.
+            release: Frees the training thread from whatever it waits for.
+            tail: Where it was, for the report.
 
         Returns:
             The frozen report, or None if the fence is not higher than the one heard before.
@@ -100,6 +107,7 @@ class StepLedger:
                 prepared=self.prepared,
                 vectors=tuple(self._vectors[step] for step in sorted(self._vectors)),
                 entered=self.gen,
+                tail=tail or Tail(),
             )
             self._fenced.notify_all()
         release()

@@ -35,7 +35,7 @@ from lazarus.errors import FencedError
 from lazarus.runtime import builtin
 from lazarus.runtime.base import Base
 from lazarus.runtime.common_state import CommonState
-from lazarus.runtime.compare import require_equal
+from lazarus.runtime.compare import require_equal, tensor_sums
 from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.fetching import Fetcher
 from lazarus.runtime.finals import write_share
@@ -193,6 +193,8 @@ class Rank:
             expert_bytes=replica.record_bytes,
             num_layers=len(replica.layers),
             num_experts=replica.num_experts,
+            tensors=() if self._ledger.gen else tensor_sums(replica),
+            place=self._observer.where.places.get("build", ""),
         )
 
     def prepare(self, order: Prepare, term: int) -> Ready:

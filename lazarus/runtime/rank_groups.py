@@ -8,12 +8,15 @@ import torch
 
 from lazarus.config import TrainConfig
 from lazarus.control.messages import Prepare, Seat
-from lazarus.errors import FencedError
-from lazarus.runtime.groups import Group
+from lazarus.errors import CollectiveError, FencedError
+from lazarus.runtime.groups import Group, StoreUnreachableError
 from lazarus.runtime.guard import GuardedExchange
 from lazarus.runtime.inject import Observer
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.spec import WorkerSpec
+from lazarus.timeouts import derive_timeouts
+
+STORE = "rendezvous store"  # label of the error where it does not answer
 
 
 class RankGroups:
@@ -50,10 +53,10 @@ class RankGroups:
         """Connect these seats, of which this rank has one.
 
         Raises:
-            FencedError: The generation is over, or a peer did not come.
+            FencedError: The generation is over.
+            CollectiveError: The store did not answer (``STORE``), or a peer did not come.
         """
-        controller_port = int(self._spec.controller.address.rpartition(":")[2])
-        group = Group(generation=order.generation, skip_ports=frozenset({controller_port}))
+        group = Group(generation=order.generation)
         with self._lock:
             self._groups.append(group)
         if self._ledger.fence != order.generation:
@@ -70,13 +73,29 @@ class RankGroups:
                 host=self._spec.host,
                 device=self._device,
                 timeout_s=30 * stall_s,
+                connect_s=derive_timeouts(stall_s).group_build_s,
             )
             exchange = group.exchange(
                 shared=self._device.type == "cpu" and self._config.dispatch.transport == "auto",
                 timeout_s=30 * stall_s,
             )
         except RuntimeError as problem:
-            raise FencedError(generation=order.generation, fence=self._ledger.fence) from problem
+            if self._ledger.fence != order.generation:
+                raise FencedError(
+                    generation=order.generation, fence=self._ledger.fence
+                ) from problem
+            is_store = isinstance(problem, StoreUnreachableError)
+            raise CollectiveError(
+                label=STORE if is_store else "groups",
+                generation=order.generation,
+                reason=str(problem).splitlines()[0],
+            ) from problem
         finally:
             self._observer.done()
-        return GuardedExchange(exchange, ledger=self._ledger, observer=self._observer, group=kind)
+        return GuardedExchange(
+            exchange,
+            ledger=self._ledger,
+            observer=self._observer,
+            group=kind,
+            mute_peers=group.mute_peers,
+        )

@@ -7,8 +7,14 @@ labels of all ranks are compared when a collective fails, and a checksum at ever
 
 from __future__ import annotations
 
+import sys
+import traceback
 import zlib
 from collections import deque
+from collections.abc import Callable
+
+from lazarus.control.messages import Tail
+from lazarus.tracebacks import innermost
 
 KEPT = 24  # ranks that wait for each other are at most a few exchanges apart
 
@@ -30,10 +36,20 @@ class Trail:
     Args:
         generation: Of the group.
         group: Its name within the generation.
+        rank: This one's in the group.
+        mute_peers: Tells to which ranks a link carries nothing.
     """
 
-    def __init__(self, *, generation: int, group: str) -> None:
+    def __init__(
+        self,
+        *,
+        generation: int,
+        group: str,
+        rank: int,
+        mute_peers: Callable[[], tuple[int, ...]] = tuple,
+    ) -> None:
         self.name = f"{group} of generation {generation}"
+        self._rank, self._mute_peers = rank, mute_peers
         self._count = 0
         self._newest: deque[tuple[int, str]] = deque(maxlen=KEPT)
         self._checksum = 0
@@ -48,10 +64,23 @@ class Trail:
         self._checksum = zlib.crc32(text.encode(), self._checksum)
         return text
 
-    def newest(self) -> tuple[int, tuple[str, ...]]:
-        """The number of the last exchange, and the labels up to it."""
+    def tail(self, *, step: int, thread: int) -> Tail:
+        """The newest exchanges, for a report. For any thread; never waits.
+
+        Args:
+            step: That is computed.
+            thread: Which computes, by its number.
+        """
         kept = tuple(self._newest)
-        return (kept[-1][0] if kept else -1), tuple(text for _, text in kept)
+        return Tail(
+            group=self.name,
+            last=kept[-1][0] if kept else -1,
+            labels=tuple(text for _, text in kept),
+            rank=self._rank,
+            step=step,
+            place=user_line(thread),
+            mute=self._mute_peers(),
+        )
 
     def start_step(self) -> None:
         """What the checksum covers begins here."""
@@ -61,3 +90,11 @@ class Trail:
     def checksum(self) -> int:
         """Of the labels since ``start_step``, below 2**20: sums of its square stay exact."""
         return self._checksum & 0xFFFFF
+
+
+def user_line(thread: int) -> str:
+    """The innermost line of the user's that a thread is in, "train.py:12 in loss"; or empty."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return ""
+    return innermost(traceback.extract_stack(frame))

@@ -60,6 +60,7 @@ from lazarus.runtime.link import Link
 from lazarus.runtime.memory import visible_bytes
 from lazarus.runtime.process import crashes_noted, prepare_process, stacks
 from lazarus.runtime.rank import Rank
+from lazarus.runtime.rank_groups import STORE
 from lazarus.runtime.spec import WorkerSpec
 from lazarus.runtime.user_errors import (
     UserCodeFailure,
@@ -145,7 +146,8 @@ class Worker:
                 self._node = node
                 self._welcomed.set()
             case Fence(generation=generation):
-                report = self._ledger.raise_fence(generation, self._release)
+                tail = self._observer.tail()
+                report = self._ledger.raise_fence(generation, self._release, tail=tail)
                 if report is not None:
                     self._link.send(report)
             case Pause(generation=generation):
@@ -374,6 +376,7 @@ class Worker:
                 phase=self._observer.phase,
                 error=str(problem),
                 bad_source=problem.name if isinstance(problem, BadSourceError) else "",
+                store=isinstance(problem, CollectiveError) and problem.label == STORE,
             )
         )
 

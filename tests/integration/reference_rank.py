@@ -215,7 +215,7 @@ def run_process(*, rank: int, size: int, store: str, mode: str, shared: bool, pi
     ledger = StepLedger()
     ledger.raise_fence(1, lambda: None)
     ledger.enter(1)
-    group = Group(generation=1, skip_ports=frozenset())
+    group = Group(generation=1)
     group.build(
         store=store,
         prefix=f"reference/{size}",

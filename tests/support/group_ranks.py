@@ -18,7 +18,6 @@ from lazarus.runtime.groups import Group
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lazarus.runtime.preload"])
-NO_PORTS: frozenset[int] = frozenset()
 
 
 class RankProcess:
@@ -71,8 +70,9 @@ class _Rank:
         size: int,
         answer: bool,
         shared: bool = False,
+        connect_s: float = 20.0,
     ) -> None:
-        group = Group(generation=generation, skip_ports=NO_PORTS)
+        group = Group(generation=generation)
         self._group = group
 
         def work() -> None:
@@ -84,6 +84,7 @@ class _Rank:
                 host="127.0.0.1",
                 device=torch.device("cpu"),
                 timeout_s=60.0,
+                connect_s=connect_s,
             )
             self._exchange = group.exchange(shared=shared, timeout_s=60.0)
             assert isinstance(self._exchange, SharedExchange) == shared
@@ -154,7 +155,7 @@ class _Rank:
         self._pipe.send("closed")
 
     def open_own_socket(self) -> None:
-        """A connection of user code, opened after the group was built."""
+        """A connection of user code."""
         self._users.extend(socket.socketpair(socket.AF_UNIX))
         server = socket.create_server(("127.0.0.1", 0))
         client = socket.create_connection(server.getsockname())

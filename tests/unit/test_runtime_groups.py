@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from group_ranks import RankProcess
+from store_door import StoreDoor
 
 from lazarus.runtime.groups import RendezvousStore, listen
 
@@ -110,10 +111,60 @@ def test_a_rank_that_waits_for_a_group_that_never_gets_whole_is_freed_at_once(
     build(ranks, store)
 
 
-def test_a_store_that_is_gone_is_an_error_at_once(ranks: list[RankProcess]) -> None:
+def test_a_store_that_is_gone_is_an_error_of_its_own_within_the_bound(
+    ranks: list[RankProcess],
+) -> None:
     first, *_ = ranks
-    first.tell("build", store="127.0.0.1:1", generation=1, rank=0, size=2, answer=True)
-    assert first.answer() == "RuntimeError"
+    again = {"generation": 1, "rank": 0, "size": 2, "answer": True}
+    first.tell("build", store="127.0.0.1:1", connect_s=0.5, **again)
+    assert first.answer() == "StoreUnreachableError"
+
+
+@pytest.mark.parametrize(
+    ("drops", "stalls"), [(2, 0), (0, 2), (1, 1)], ids=["refused", "slow", "both"]
+)
+def test_connections_to_the_store_are_tried_again(
+    ranks: list[RankProcess], store: RendezvousStore, drops: int, stalls: int
+) -> None:
+    """A8: the first connections are refused, or nobody answers them."""
+    door = StoreDoor(store.address, drops=drops, stalls=stalls)
+    generation = next(GENERATIONS)
+    for index, rank in enumerate(ranks):
+        place = door.address if index == 1 else store.address
+        again = {"generation": generation, "rank": index, "size": SIZE, "answer": True}
+        rank.tell("build", store=place, **again)
+    assert [rank.answer() for rank in ranks] == ["done"] * SIZE
+    assert (door.dropped, door.stalled) == (drops, stalls) and door.forwarded >= 1
+    collective(ranks, "all_to_all")
+    assert finish(ranks) == ["done"] * SIZE
+    door.close()
+
+
+def test_release_spares_what_another_thread_opened_while_the_group_was_built(
+    ranks: list[RankProcess], store: RendezvousStore
+) -> None:
+    """E5: a client of user code connects while the ranks are still meeting."""
+    generation = next(GENERATIONS)
+    first, *others = ranks
+    first.tell("build", store=store.address, generation=generation, rank=0, size=SIZE, answer=False)
+    first.tell("reach_gloo")
+    assert first.answer() == "in gloo"
+    first.tell("open_own_socket")
+    assert first.answer() == "open"
+    for index, rank in enumerate(others, 1):
+        again = {"generation": generation, "rank": index, "size": SIZE, "answer": True}
+        rank.tell("build", store=store.address, **again)
+    assert finish([first]) == ["done"] and [r.answer() for r in others] == ["done"] * len(others)
+    collective(ranks, "all_reduce")
+    assert finish(ranks) == ["done"] * SIZE
+    assert others[-1].process.pid is not None
+    os.kill(others[-1].process.pid, signal.SIGSTOP)
+    collective(ranks[:-1], "all_reduce")
+    first.tell("release")
+    outcome, _ = first.answer()
+    assert outcome == "RuntimeError", "the fence must have freed the collective"
+    first.tell("own_socket_works")
+    assert first.answer() is True
 
 
 def test_a_store_that_does_not_answer_any_more_keeps_nobody(ranks: list[RankProcess]) -> None:
