@@ -45,7 +45,9 @@ from lazarus.model.moe import commit_load, take_auxiliary
 from lazarus.runtime.keeper import KeeperConfig, start_keeper
 from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.rpc.credentials import Credentials
 
+BENCH = Credentials(secret="bench")
 TAG = Tag(job="bench", term=1, generation=1)
 MODES = ("none", "pec", "pec4", "full async", "full sync")
 
@@ -96,8 +98,8 @@ class Trainer:
         self.banks = {n: m for n, m in self.model.named_modules() if isinstance(m, ExpertBank)}
         self.step = 0
         self.tokens = torch.randint(256, (setting.batch, setting.seq_len + 1))
-        self.keeper = start_keeper(KeeperConfig(job="bench", secret="bench"))
-        self.link = RemoteKeeperLink(self.keeper.address, secret="bench")
+        self.keeper = start_keeper(KeeperConfig(job="bench", credentials=BENCH))
+        self.link = RemoteKeeperLink(self.keeper.address, credentials=BENCH)
         self.snapshotter = Snapshotter(self.link)
         self.number = 0
 
@@ -225,7 +227,7 @@ def measure(setting: Setting, *, every: int, rounds: int) -> dict[str, Any]:
             for i in range(len(MODES)):
                 mode = MODES[(number + i) % len(MODES)]
                 blocks[mode].append(trainer.block(mode))
-        client = KeeperClient(trainer.keeper.address, secret="bench", tag=TAG)
+        client = KeeperClient(trainer.keeper.address, credentials=BENCH, tag=TAG)
         stock = client.inventory()
         record_bytes = sum(
             t.numel() * 4 for t in trainer.expert(next(iter(trainer.banks)), 0).values()

@@ -331,12 +331,19 @@ class SecurityConfig:
 
     SECTION: ClassVar[str] = "security"
 
-    bind: str = setting("auto", "loopback when embedded, else the node's Ray address")
+    bind: str = setting(
+        "auto", "loopback when embedded, else the node's Ray address; `0.0.0.0`: all addresses"
+    )
     tls: bool = setting(False, "TLS on the control plane")
     cert: str | None = setting(None, "certificate file, PEM")
     key: str | None = setting(None, "private key file, PEM")
     ca: str | None = setting(None, "certificate authority file, PEM")
-    secret_file: str | None = setting(None, "file of the job's secret; none: random per job")
+    tls_name: str | None = setting(
+        None, "name that the certificate carries; none: it carries every address"
+    )
+    secret_file: str | None = setting(
+        None, "file of the job's secret, readable by its owner alone; none: random per job"
+    )
 
     def __post_init__(self) -> None:
         missing = [n for n in ("cert", "key", "ca") if self.tls and getattr(self, n) is None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -31,9 +30,9 @@ from lazarus.result import Result, leave_artifacts, result_of
 from lazarus.resume import decisive
 from lazarus.run_place import RunPlace, next_journal, open_place
 from lazarus.runtime.chaos import CHAOS_KINDS
+from lazarus.runtime.choose_launcher import launcher_of
 from lazarus.runtime.driver import Driver, RunSpec
-from lazarus.runtime.launch import Launcher, OnExit, ProcessLauncher
-from lazarus.runtime.ray_home import PrivateHome
+from lazarus.runtime.rpc.credentials import credentials_from
 from lazarus.runtime.spec import UserCode
 from lazarus.timeouts import derive_timeouts
 from lazarus.user_code import builder_of, pickled
@@ -202,7 +201,7 @@ class _Run:
             quiet = config.metrics.progress in ("off", "json")
             self.driver = Driver(
                 spec,
-                partial(_launcher, config),
+                partial(launcher_of, config),
                 self._bus.publish,
                 say=partial(_say, is_quiet=quiet),
             )
@@ -232,6 +231,7 @@ class _Run:
             resume=None if start is None else f"{start.url} {start.step}",
             version=__version__,
             ranks_per_node=trainer._ranks,
+            credentials=credentials_from(config.security),
             checkpoint={
                 "run": self.run_id,
                 "seed": config.run.seed,
@@ -242,9 +242,6 @@ class _Run:
             journal=next_journal(self.run_dir),
             replace_lost=config.cluster.replace_lost,
             chaos=config.faults.parsed_chaos(),
-            key=_pem(config, "key"),
-            cert=_pem(config, "cert"),
-            ca=_pem(config, "ca"),
         )
 
     def _forget(self) -> None:
@@ -381,39 +378,6 @@ def _ranks_per_node(config: TrainConfig) -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
-
-
-def _pem(config: TrainConfig, name: str) -> bytes | None:
-    if not config.security.tls:
-        return None
-    return Path(str(getattr(config.security, name))).read_bytes()
-
-
-def _launcher(config: TrainConfig, on_exit: OnExit) -> Launcher:
-    host = None if config.security.bind == "auto" else config.security.bind
-    if config.cluster.launcher != "ray":
-        return ProcessLauncher(
-            on_exit,
-            host=host or "127.0.0.1",
-            nodes=config.cluster.nodes,
-            is_warm=config.cluster.launcher == "process",
-        )
-    joins = config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_is_up()
-    home = None if joins else PrivateHome()
-    from lazarus.runtime.ray_launch import RayLauncher
-
-    try:
-        return RayLauncher(on_exit, config, home=home, host=host)
-    except BaseException:
-        if home is not None:
-            home.close()
-        raise
-
-
-def _ray_is_up() -> bool:
-    """Whether the user's own code has connected this process to a Ray cluster."""
-    module = sys.modules.get("ray")
-    return module is not None and bool(module.is_initialized())
 
 
 def _say(text: str, *, is_quiet: bool) -> None:

@@ -68,7 +68,7 @@ from lazarus.runtime.controller_end import (
 from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.manifests import ManifestWriter
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc.channel import add_control, bind, make_server
+from lazarus.runtime.rpc.channel import add_control, bind, endpoint, make_server
 from lazarus.runtime.spec import ControllerSpec
 
 _TICK_S = 0.02
@@ -164,13 +164,13 @@ class Controller:
         self._is_last_word = False  # nothing can be written: say it, then end
         self._reserve = Reserve(spec.run_dir / spec.journal)
         self.last_stream_error = ""  # how the newest broken stream broke
-        stall_s = spec.config.tolerated_stall_s
-        self._store = RendezvousStore(spec.host, timeout_s=30 * stall_s)
+        stall_s, bind_host = spec.config.tolerated_stall_s, spec.bind_host or spec.host
+        self._store = RendezvousStore(spec.host, bind_host=bind_host, timeout_s=30 * stall_s)
         self._log = log
         self._manifests = ManifestWriter(spec, self._events.put)
-        self._server = make_server(spec.secret, max_streams=spec.max_streams)
+        self._server = make_server(spec.credentials, max_streams=spec.max_streams)
         add_control(self._server, attach=self._attach, drive=self._drive)
-        self.port = bind(self._server, f"{spec.host}:{spec.port}", key=spec.key, cert=spec.cert)
+        self.port = bind(self._server, endpoint(bind_host, spec.port), spec.credentials)
 
     # ---- streams -------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +44,9 @@ from lazarus.runtime.launch import Launcher, OnExit
 from lazarus.runtime.link import Link
 from lazarus.runtime.local_nodes import NodePlace
 from lazarus.runtime.nodes import Nodes
-from lazarus.runtime.spec import Address, ControllerSpec, WorkerSpec
+from lazarus.runtime.rpc.channel import endpoint
+from lazarus.runtime.rpc.credentials import Credentials, check_certificate
+from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 from lazarus.runtime.whereabouts import Note, read_crash, read_note
 from lazarus.timeouts import Timeouts
 from lazarus.tracebacks import clean, place_in_crash, shown_crash
@@ -67,15 +68,13 @@ class RunSpec:
     resume: str | None
     version: str
     ranks_per_node: int
+    credentials: Credentials
     checkpoint: Mapping[str, Any]
     keep_checkpoints: int = 3
     keepers: bool = True  # one per node, for snapshots
     journal: str = "journal"
     replace_lost: bool = True  # up to control.nodes
     chaos: ChaosSpec | None = None
-    key: bytes | None = None
-    cert: bytes | None = None
-    ca: bytes | None = None
 
 
 class Driver:
@@ -92,7 +91,6 @@ class Driver:
         self.say = say
         self._on_event = on_event
         self._inbox: queue.SimpleQueue[Body] = queue.SimpleQueue()
-        self._secret = secrets.token_hex(32)
         self._lock = threading.Lock()
         self._dead: list[WorkerDied] = []
         self._alive: dict[str, set[str]] = {}  # node name -> its live ranks, oldest node first
@@ -133,26 +131,25 @@ class Driver:
 
     def _start(self) -> None:
         spec, host = self._spec, self._launcher.host
+        check_certificate(spec.credentials, host=host)
         controller = ControllerSpec(
             run_id=spec.run_id,
             host=host,
             port=0,
-            secret=self._secret,
+            bind_host=self._launcher.bind_host,
+            credentials=spec.credentials,
             run_dir=spec.run_dir,
             config=spec.control,
             checkpoint_url=spec.checkpoint_url,
             checkpoint=spec.checkpoint,
             keep_checkpoints=spec.keep_checkpoints,
             journal=spec.journal,
-            key=spec.key,
-            cert=spec.cert,
         )
         port = self._life.start(controller)
-        self._address = Address(address=f"{host}:{port}", secret=self._secret, ca=spec.ca)
+        self._address = endpoint(host, port)
         self._link = Link(
-            self._address.address,
-            secret=self._secret,
-            ca=spec.ca,
+            self._address,
+            credentials=spec.credentials,
             speaker=FromDriver,
             hello=lambda: DriverHello(run=spec.run_id),
             on_connect=self._connected,
@@ -311,8 +308,13 @@ class Driver:
 
     def _open_node(self, key: str, machine: str) -> NodePlace:
         spec = self._spec
-        keeper = KeeperConfig(job=spec.run_id, secret=self._secret) if spec.keepers else None
-        return self._launcher.open_node(key, machine, keeper=keeper, folder=spec.scratch / key)
+        keeper = KeeperConfig(job=spec.run_id, credentials=spec.credentials)
+        return self._launcher.open_node(
+            key,
+            machine,
+            keeper=keeper if spec.keepers else None,
+            folder=spec.scratch / key,
+        )
 
     def _start_workers(self, key: str, place: NodePlace) -> None:
         spec = self._spec
@@ -329,6 +331,7 @@ class Driver:
                     ranks_per_node=spec.ranks_per_node,
                     host=place.host,
                     controller=self._address,
+                    credentials=spec.credentials,
                     config=spec.config,
                     user=spec.user,
                     run_dir=spec.run_dir,

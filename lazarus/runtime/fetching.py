@@ -15,6 +15,7 @@ from lazarus.control.messages import Prepare, Restore, Snapped
 from lazarus.errors import BadSourceError, CheckpointError
 from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.replica import Replica
+from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.transfer import Feed
 from placement import Plan
 
@@ -26,9 +27,11 @@ class Fetcher:
         versions: What came from storage, where a damaged file is passed over for an older one.
     """
 
-    def __init__(self, order: Prepare, replica: Replica, *, secret: str, tag: Tag) -> None:
+    def __init__(
+        self, order: Prepare, replica: Replica, *, credentials: Credentials, tag: Tag
+    ) -> None:
         self._order, self._replica = order, replica
-        self._secret, self._tag = secret, tag
+        self._credentials, self._tag = credentials, tag
         self._readers: dict[str, CheckpointReader] = {}
         self.versions: list[Snapped] = []
 
@@ -64,7 +67,7 @@ class Fetcher:
                 url, _, step = place.rpartition(" ")
                 self._readers[place] = CheckpointReader(url, load_manifest(url, int(step)))
             return self._readers[place].expert(restore.layer, restore.expert)
-        client = KeeperClient(place, secret=self._secret, tag=self._tag)
+        client = KeeperClient(place, credentials=self._credentials, tag=self._tag)
         try:
             _, image = client.fetch(
                 layer=restore.layer,

@@ -52,10 +52,13 @@ def listen(host: str) -> socket.socket:
 
 
 class RendezvousStore:
-    """The TCP store of a run; it lives in the controller, never in a rank."""
+    """The TCP store of a run; it lives in the controller, never in a rank.
 
-    def __init__(self, host: str, *, timeout_s: float) -> None:
-        server = listen(host)
+    It listens on ``bind_host``, and ``host`` is where others reach it.
+    """
+
+    def __init__(self, host: str, *, timeout_s: float, bind_host: str = "") -> None:
+        server = listen(bind_host or host)
         self.address = f"{host}:{server.getsockname()[1]}"
         self._store = c10d.TCPStore(
             host,

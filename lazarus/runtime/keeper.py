@@ -22,6 +22,8 @@ from typing import Any
 
 from lazarus.checkpoint.errors import KeeperUnavailableError
 from lazarus.checkpoint.storage import Probe, no_probe
+from lazarus.runtime.rpc.channel import endpoint
+from lazarus.runtime.rpc.credentials import Credentials
 
 _PARENT_CHECK_S = 0.5
 
@@ -30,19 +32,15 @@ _PARENT_CHECK_S = 0.5
 class KeeperConfig:
     """Settings of one keeper.
 
-    ``tls_key``, ``tls_cert`` and ``tls_ca`` are PEM texts, all or none. ``kill_at`` is for crash
-    tests: ``LABEL:N`` kills the process with SIGKILL at the N-th event of that label while it
-    persists.
+    ``kill_at`` is for crash tests: ``LABEL:N`` kills the process with SIGKILL at the N-th event of
+    that label while it persists.
     """
 
     job: str
-    secret: str
+    credentials: Credentials
     bind: str = "127.0.0.1:0"
     limit_bytes: int = 1 << 40
     max_trainers: int = 16
-    tls_key: str = ""
-    tls_cert: str = ""
-    tls_ca: str = ""
     kill_at: str = ""
 
 
@@ -92,8 +90,8 @@ def start_keeper(config: KeeperConfig, *, host: str = "") -> KeeperProcess:
         process.kill()
         process.wait()
         raise KeeperUnavailableError("the node's keeper did not start; see its stderr") from error
-    name = host or config.bind.rpartition(":")[0]
-    return KeeperProcess(address=f"{name}:{port}", process=process)
+    address = endpoint(host, port) if host else f"{config.bind.rpartition(':')[0]}:{port}"
+    return KeeperProcess(address=address, process=process)
 
 
 def kill_probe(spec: str, *, kill: Callable[[], None]) -> Probe:
@@ -119,7 +117,7 @@ def kill_self() -> None:
 
 def _parse(line: str) -> KeeperConfig:
     data: Mapping[str, Any] = json.loads(line)
-    return KeeperConfig(**data)
+    return KeeperConfig(**{**data, "credentials": Credentials(**data["credentials"])})
 
 
 def main() -> int:

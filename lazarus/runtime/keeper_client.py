@@ -14,7 +14,8 @@ from lazarus.checkpoint.image import parse_image
 from lazarus.checkpoint.recovery import Copy, Source
 from lazarus.checkpoint.store import RecordKey, Tag
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc.channel import KEEPER, credentials_of, method, open_channel
+from lazarus.runtime.rpc.channel import KEEPER, metadata_of, method, open_channel
+from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.rpc.keeper_messages import (
     Drop,
     FetchRequest,
@@ -75,16 +76,15 @@ class KeeperClient:
         self,
         address: str,
         *,
-        secret: str,
+        credentials: Credentials,
         tag: Tag,
         timeout_s: float = 30.0,
-        ca: bytes | None = None,
     ) -> None:
         self.address = address
         self._tag = tag
         self._timeout_s = timeout_s
-        self._metadata = credentials_of(secret)
-        self._channel = open_channel(address, ca=ca)
+        self._metadata = metadata_of(credentials)
+        self._channel = open_channel(address, credentials)
         self._fetch = self._channel.unary_stream(method(KEEPER, "Fetch"))
         self._push = self._channel.stream_unary(method(KEEPER, "Push"))
 

@@ -15,7 +15,8 @@ from lazarus.checkpoint.arena import MappedSegments
 from lazarus.checkpoint.errors import KeeperUnavailableError, RefusedError
 from lazarus.checkpoint.store import RecordKey, Tag
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc.channel import KEEPER, credentials_of, method, open_channel
+from lazarus.runtime.rpc.channel import KEEPER, metadata_of, method, open_channel
+from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.rpc.keeper_messages import (
     Abandon,
     FromTrainer,
@@ -33,12 +34,12 @@ _MAX_REPORTS = 1000
 class _Stream:
     """One life of the connection."""
 
-    def __init__(self, address: str, secret: str, ca: bytes | None, on_done: Any) -> None:
+    def __init__(self, address: str, credentials: Credentials, on_done: Any) -> None:
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.broken = False
-        self._channel = open_channel(address, ca=ca)
-        metadata = (*credentials_of(secret), (PID_HEADER, str(os.getpid())))
+        self._channel = open_channel(address, credentials)
+        metadata = (*metadata_of(credentials), (PID_HEADER, str(os.getpid())))
         attach = self._channel.stream_stream(method(KEEPER, "Attach"))
         self._call = attach(iter(self.outbox.get, None), metadata=metadata)
         self._on_done = on_done
@@ -75,13 +76,12 @@ class RemoteKeeperLink:
         self,
         address: str,
         *,
-        secret: str,
+        credentials: Credentials,
         timeout_s: float = 5.0,
-        ca: bytes | None = None,
         on_report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """``on_report`` takes reports as they come, on any thread; without it they are kept."""
-        self._address, self._secret, self._timeout_s, self._ca = address, secret, timeout_s, ca
+        self._address, self._credentials, self._timeout_s = address, credentials, timeout_s
         self._segments = MappedSegments()
         self._stream: _Stream | None = None
         self._on_report = on_report
@@ -106,7 +106,7 @@ class RemoteKeeperLink:
         if self._stream is None or self._stream.broken:
             self._close_stream()
             self._segments.clear()
-            self._stream = _Stream(self._address, self._secret, self._ca, self.add_report)
+            self._stream = _Stream(self._address, self._credentials, self.add_report)
         request = Reserve(
             ticket=ticket,
             stamp=tag,

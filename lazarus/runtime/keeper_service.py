@@ -71,8 +71,7 @@ class KeeperService:
         self._newest = Tag(job=config.job, term=0, generation=0)
         self._stale = 0
         self._orphans: list[tuple[int, Ticket]] = []
-        ca = config.tls_ca.encode() or None
-        self._work = KeeperWork(secret=config.secret, ca=ca, probe=probe, unpin=self._unpin)
+        self._work = KeeperWork(credentials=config.credentials, probe=probe, unpin=self._unpin)
 
     # ---- trainers ------------------------------------------------------------------------------
 
@@ -328,7 +327,7 @@ def serve(service: KeeperService, config: KeeperConfig) -> tuple[grpc.Server, in
     Raises:
         OSError: The address is not to be had.
     """
-    server = make_server(config.secret, max_streams=config.max_trainers + 32)
+    server = make_server(config.credentials, max_streams=config.max_trainers + 32)
     handlers = {
         "Attach": grpc.stream_stream_rpc_method_handler(service.attach),  # a trainer of this node
         "Push": grpc.stream_unary_rpc_method_handler(service.push),
@@ -337,7 +336,6 @@ def serve(service: KeeperService, config: KeeperConfig) -> tuple[grpc.Server, in
         "Tell": grpc.unary_unary_rpc_method_handler(service.tell),
     }
     add_service(server, KEEPER, handlers)
-    key, cert = config.tls_key.encode() or None, config.tls_cert.encode() or None
-    port = bind(server, config.bind, key=key, cert=cert)
+    port = bind(server, config.bind, config.credentials)
     server.start()
     return server, port

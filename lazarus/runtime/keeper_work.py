@@ -15,6 +15,7 @@ from lazarus.checkpoint.memory import Version
 from lazarus.checkpoint.storage import Probe
 from lazarus.checkpoint.store import Record, Tag, write_files
 from lazarus.runtime.keeper_client import KeeperClient
+from lazarus.runtime.rpc.credentials import Credentials
 
 Report = Callable[[dict[str, Any]], None]
 _PENDING_COPIES = 2
@@ -48,9 +49,9 @@ class KeeperWork:
     """
 
     def __init__(
-        self, *, secret: str, ca: bytes | None, probe: Probe, unpin: Callable[[Version], None]
+        self, *, credentials: Credentials, probe: Probe, unpin: Callable[[Version], None]
     ) -> None:
-        self._secret, self._ca, self._probe, self._unpin = secret, ca, probe, unpin
+        self._credentials, self._probe, self._unpin = credentials, probe, unpin
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._persister = ThreadPoolExecutor(1, thread_name_prefix="persist")
         self._copies = BoundedSemaphore(_PENDING_COPIES)
@@ -110,7 +111,7 @@ class KeeperWork:
         if client is None:
             limit_s = 10.0 + version.num_bytes / _MIN_RATE
             client = KeeperClient(
-                address, secret=self._secret, tag=job.tag, timeout_s=limit_s, ca=self._ca
+                address, credentials=self._credentials, tag=job.tag, timeout_s=limit_s
             )
             self._clients[address] = client
         client.retagged(job.tag)

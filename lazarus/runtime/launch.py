@@ -23,6 +23,8 @@ from lazarus.runtime.local_nodes import LocalNodes, NodePlace, OwnPlaces
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
 _PR_SET_PDEATHSIG = 1
+LOOPBACK = "127.0.0.1"
+_EVERYWHERE = ("0.0.0.0", "::")  # to listen on, never to be reached at
 
 OnExit = Callable[[str, str], None]  # process name, cause
 OnNotice = Callable[[str, float], None]  # node key, seconds until it goes (0: unknown)
@@ -31,7 +33,8 @@ OnNotice = Callable[[str, float], None]  # node key, seconds until it goes (0: u
 class Launcher(Protocol):
     """Owns every process of one run. ``on_exit`` is called from a thread of the launcher."""
 
-    host: str  # address of the driver's machine, where the controller listens
+    host: str  # address of the driver's machine, at which others reach the controller
+    bind_host: str  # what the controller listens on, there
 
     is_fixed: bool  # True: no machine ever comes by itself
 
@@ -80,6 +83,18 @@ class Launcher(Protocol):
         """Wait for the processes that are about to end, then end the rest. Leaves nothing."""
 
 
+def hosts_of(bind: str, *, own: str) -> tuple[str, str]:
+    """Where a machine's processes are reached, and what they listen on, for ``security.bind``.
+
+    Args:
+        bind: As configured.
+        own: The machine's address as the others of the run know it.
+    """
+    if bind == "auto":
+        return own, own
+    return (own, bind) if bind in _EVERYWHERE else (bind, bind)
+
+
 def die_with_parent() -> None:
     """Let the kernel end this process when the one that started it dies."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -118,6 +133,8 @@ class ProcessLauncher:
     """Plain processes from a fork server that has imported torch: quick to start, easy to kill.
 
     Args:
+        host: Where processes reach each other.
+        bind_host: What controller and keepers listen on, if it is not ``host``.
         nodes: Nodes that share this machine.
         is_warm: False: the fork server has imported nothing, so every process imports torch
             itself, as under torchrun.
@@ -126,11 +143,17 @@ class ProcessLauncher:
     is_fixed = True
 
     def __init__(
-        self, on_exit: OnExit, *, host: str = "127.0.0.1", nodes: int = 1, is_warm: bool = True
+        self,
+        on_exit: OnExit,
+        *,
+        host: str = LOOPBACK,
+        bind_host: str = "",
+        nodes: int = 1,
+        is_warm: bool = True,
     ) -> None:
-        self.host = host
+        self.host, self.bind_host = host, bind_host or host
         self._memory_share = 1 / nodes
-        self._nodes = LocalNodes(host)
+        self._nodes = LocalNodes(host, bind_host=self.bind_host)
         self._places = OwnPlaces(nodes)
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["lazarus.runtime.preload"] if is_warm else [])

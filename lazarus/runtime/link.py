@@ -12,7 +12,8 @@ import grpc
 
 from lazarus.control.messages import Body, FromDriver, FromWorker, ToDriver, ToWorker
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc.channel import CONTROL, credentials_of, method, open_channel
+from lazarus.runtime.rpc.channel import CONTROL, metadata_of, method, open_channel
+from lazarus.runtime.rpc.credentials import Credentials
 
 _BACKOFF_S = 0.05
 
@@ -24,23 +25,21 @@ class Link:
         self,
         address: str,
         *,
-        secret: str,
+        credentials: Credentials,
         speaker: type[FromWorker] | type[FromDriver],
         hello: Callable[[], Body],
         on_message: Callable[[int, Body], None],
         on_dead: Callable[[str], None],
         allowance_s: float,
         on_connect: Callable[[], None] = lambda: None,
-        ca: bytes | None = None,
     ) -> None:
         self._address = address
-        self._secret = secret
+        self._credentials = credentials
         self._speaker = speaker
         self._hello = hello
         self._on_message = on_message
         self._on_dead = on_dead
         self._allowance_s = allowance_s
-        self._ca = ca
         self._on_connect = on_connect
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -102,10 +101,10 @@ class Link:
             outbox = self._outbox
             outbox.put(self._encoded(self._hello()))
         self._on_connect()
-        with open_channel(self._address, ca=self._ca) as channel:
+        with open_channel(self._address, self._credentials) as channel:
             name = "Attach" if self._speaker is FromWorker else "Drive"
             start = channel.stream_stream(method(CONTROL, name))
-            call = start(self._messages(outbox), metadata=credentials_of(self._secret))
+            call = start(self._messages(outbox), metadata=metadata_of(self._credentials))
             try:
                 for data in call:
                     self._alone_since = None

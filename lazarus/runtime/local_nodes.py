@@ -12,6 +12,7 @@ from lazarus.checkpoint.errors import KeeperUnavailableError
 from lazarus.control.replacing import Machine
 from lazarus.errors import RoomTakenError
 from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
+from lazarus.runtime.rpc.channel import endpoint
 
 _REPLACEMENTS = 3  # of one node's keeper: one that dies again and again stays away
 _NODE_NEWS_S = 1.0  # a node that dies takes its keeper along, and is closed long before this
@@ -70,8 +71,8 @@ class LocalNodes:
     A keeper that dies alone is replaced, at its address and without its snapshots.
     """
 
-    def __init__(self, host: str) -> None:
-        self._host = host
+    def __init__(self, host: str, *, bind_host: str) -> None:
+        self._host, self._bind_host = host, bind_host
         self._lock = threading.Lock()
         self._keepers: dict[str, KeeperProcess] = {}
         self._folders: dict[str, Path] = {}
@@ -88,13 +89,15 @@ class LocalNodes:
             self._folders[key] = folder
         if keeper is None:
             return NodePlace(host=self._host)
-        started = start_keeper(replace(keeper, bind=f"{self._host}:0"))
+        bound = replace(keeper, bind=endpoint(self._bind_host, 0))
+        started = start_keeper(bound, host=self._host)
         (folder / str(started.process.pid)).touch()
+        again = endpoint(self._bind_host, int(started.address.rpartition(":")[2]))
         closed = threading.Event()
         with self._lock:
             self._keepers[key], self._closed[key] = started, closed
         threading.Thread(
-            target=self._follow, args=(key, replace(keeper, bind=started.address), closed),
+            target=self._follow, args=(key, replace(keeper, bind=again), closed),
             name="keeper-watch", daemon=True,
         ).start()  # fmt: skip
         return NodePlace(host=self._host, keeper=started.address)
@@ -108,7 +111,7 @@ class LocalNodes:
                 return  # the node is closed, or the keeper was told to leave
             keeper.stop()
             try:
-                started = start_keeper(config)
+                started = start_keeper(config, host=self._host)
             except KeeperUnavailableError:
                 continue  # its port is taken, or there is no room: checkpoints say that they fail
             with self._lock:

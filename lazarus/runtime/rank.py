@@ -110,7 +110,7 @@ class Rank:
                 self._config,
                 self.replica,
                 keeper=spec.keeper,
-                secret=spec.controller.secret,
+                credentials=spec.credentials,
                 job=spec.run_id,
                 url=spec.checkpoint_url,
                 scalars=self.common.scalars,
@@ -243,7 +243,7 @@ class Rank:
 
     def _fetcher(self, order: Prepare) -> Fetcher:
         tag = Tag(job=self._spec.run_id, term=self._term, generation=order.generation)
-        return Fetcher(order, self.replica, secret=self._spec.controller.secret, tag=tag)
+        return Fetcher(order, self.replica, credentials=self._spec.credentials, tag=tag)
 
     def _compare(
         self, order: Prepare, plan: Plan, exchange: GuardedExchange, base: Base | None

@@ -43,8 +43,8 @@ class ControllerActor:
 class NodeActor:
     """Owns the keeper of one node, on the node's own machine; both end together."""
 
-    def __init__(self, host: str) -> None:
-        self._nodes = LocalNodes(host)
+    def __init__(self, host: str, bind_host: str) -> None:
+        self._nodes = LocalNodes(host, bind_host=bind_host)
 
     def open(self, key: str, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
         place = self._nodes.open(key, keeper=keeper, folder=folder)

@@ -30,7 +30,7 @@ from lazarus.config import TrainConfig
 from lazarus.control.replacing import Machine
 from lazarus.errors import RoomTakenError, StartupError
 from lazarus.runtime.keeper import KeeperConfig
-from lazarus.runtime.launch import OnExit, OnNotice
+from lazarus.runtime.launch import OnExit, OnNotice, hosts_of
 from lazarus.runtime.local_nodes import LocalNodes, NodePlace, OwnPlaces
 from lazarus.runtime.ray_actors import ControllerActor, NodeActor, WorkerActor
 from lazarus.runtime.ray_cluster import (
@@ -65,9 +65,7 @@ class _Running:
 class RayLauncher:
     """Starts one actor per rank, one for the controller, and one per node of a joined cluster."""
 
-    def __init__(
-        self, on_exit: OnExit, config: TrainConfig, *, home: PrivateHome | None, host: str | None
-    ) -> None:
+    def __init__(self, on_exit: OnExit, config: TrainConfig, *, home: PrivateHome | None) -> None:
         self._on_exit = on_exit
         self._config = config
         ranks = config.cluster.ranks_per_node
@@ -82,8 +80,10 @@ class RayLauncher:
         self._threads: list[threading.Thread] = []
         self._cluster = self._connect(home)
         self.is_fixed = self._cluster.is_own
-        self.host = host or self._cluster.host
-        self._local = LocalNodes(self.host)
+        bind = config.security.bind
+        self.host, self.bind_host = hosts_of(bind, own=self._cluster.host)
+        self._bind = bind if self.host != self.bind_host else "auto"  # of other machines
+        self._local = LocalNodes(self.host, bind_host=self.bind_host)
         self._own = OwnPlaces(config.cluster.nodes)
         memory = config.cluster.memory_per_rank
         self._per_rank = {
@@ -211,7 +211,8 @@ class RayLauncher:
             raise self._why_not_reserved(key, node)
         with self._lock:
             self._places.reserved(key)
-        actor = _remote(NodeActor).options(num_cpus=0, **_in(group)).remote(node.host)
+        hosts = hosts_of(self._bind, own=node.host)
+        actor = _remote(NodeActor).options(num_cpus=0, **_in(group)).remote(*hosts)
         with self._lock:
             self._node_actors[key] = actor
         opened = actor.open.remote(key, keeper, folder)

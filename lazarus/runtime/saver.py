@@ -26,6 +26,7 @@ from lazarus.runtime.finals import layer_entry
 from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.keeper_link import RemoteKeeperLink
 from lazarus.runtime.replica import Replica
+from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.save_schedule import SaveSchedule
 from placement import Plan
 
@@ -41,7 +42,7 @@ class Saver:
         replica: Replica,
         *,
         keeper: str,
-        secret: str,
+        credentials: Credentials,
         job: str,
         url: str,
         scalars: Callable[[], str],
@@ -51,7 +52,7 @@ class Saver:
         self._scalars = scalars
         self._replica = replica
         self._keeper = keeper
-        self._secret = secret
+        self._credentials = credentials
         self._job = job
         self._url = url
         self.schedule = SaveSchedule(
@@ -62,7 +63,7 @@ class Saver:
         self._lock = threading.Lock()
         self._heads: dict[int, dict[str, Any]] = {}
         self._told: deque[Snapshotted] = deque(maxlen=_SHARES_KEPT)
-        self._link = RemoteKeeperLink(keeper, secret=secret, on_report=self._report)
+        self._link = RemoteKeeperLink(keeper, credentials=credentials, on_report=self._report)
         self._snapshotter = Snapshotter(self._link)
         self._began_s: float | None = None  # when the newest snapshot began, until the apply
         self._window_s = 0.0  # from there to the optimizer step that it must not delay
@@ -236,7 +237,7 @@ class Saver:
         """Complete expert copies in this node's keeper; none if it does not answer."""
         client = KeeperClient(
             self._keeper,
-            secret=self._secret,
+            credentials=self._credentials,
             tag=Tag(job=self._job, term=term, generation=generation),
             timeout_s=1.0,
         )
@@ -265,7 +266,7 @@ class Saver:
         """Tell the keeper what the newest RESUME voids in its memory; nobody waits for it."""
         client = KeeperClient(
             self._keeper,
-            secret=self._secret,
+            credentials=self._credentials,
             tag=Tag(job=self._job, term=term, generation=generation),
             timeout_s=1.0,
         )

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.control.state import ControlConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Address:
-    """Where the controller listens and how to prove membership."""
-
-    address: str
-    secret: str
-    ca: bytes | None = None
+from lazarus.runtime.rpc.credentials import Credentials
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +35,8 @@ class WorkerSpec:
     local_rank: int
     ranks_per_node: int
     host: str
-    controller: Address
+    controller: str  # where it listens
+    credentials: Credentials
     config: Mapping[str, Any]  # TrainConfig.to_dict()
     user: bytes  # cloudpickled UserCode, made by this run's driver
     run_dir: Path
@@ -62,15 +55,14 @@ class ControllerSpec:
     """The controller's process."""
 
     run_id: str
-    host: str
+    host: str  # where others reach it
     port: int  # 0: any; a restarted controller takes the old one
-    secret: str
+    credentials: Credentials
     run_dir: Path
     config: ControlConfig
     checkpoint_url: str = ""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     keep_checkpoints: int = 3
     journal: str = "journal"  # folder below run_dir; one for each life of the run
-    key: bytes | None = None
-    cert: bytes | None = None
+    bind_host: str = ""  # what it listens on; empty: host
     max_streams: int = 4096

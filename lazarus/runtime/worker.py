@@ -94,9 +94,8 @@ class Worker:
         stall_s = float(spec.config["recovery"]["tolerated_stall_s"])
         self._stall_s = stall_s
         self._link = Link(
-            spec.controller.address,
-            secret=spec.controller.secret,
-            ca=spec.controller.ca,
+            spec.controller,
+            credentials=spec.credentials,
             speaker=FromWorker,
             hello=self._hello,
             on_message=self._on_message,

@@ -18,6 +18,7 @@ from lazarus.checkpoint.testing import ToyState
 from lazarus.checkpoint.verify import newest_usable, verify
 from lazarus.runtime.keeper import KeeperConfig, start_keeper
 from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.rpc.credentials import Credentials
 
 TOY = ToyState()
 TAG = Tag(job="job", term=1, generation=1)
@@ -25,9 +26,9 @@ TAG = Tag(job="job", term=1, generation=1)
 
 def persist(url: str, step: int, *, kill_at: str = "") -> list[dict[str, object]]:
     """Persist everything through a keeper of its own; all reports until it ended or died."""
-    config = KeeperConfig(job="job", secret="s")
+    config = KeeperConfig(job="job", credentials=Credentials(secret="s"))
     keeper = start_keeper(replace(config, kill_at=kill_at))
-    link = RemoteKeeperLink(keeper.address, secret="s")
+    link = RemoteKeeperLink(keeper.address, credentials=Credentials(secret="s"))
     snapshotter = Snapshotter(link)
     items = [
         SnapshotItem(

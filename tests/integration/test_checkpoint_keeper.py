@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from certificates import make_pair
 
 from lazarus.checkpoint.errors import KeeperUnavailableError, RefusedError
 from lazarus.checkpoint.manifest import WrittenFile
@@ -27,6 +28,7 @@ from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.keeper_link import RemoteKeeperLink
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import KEEPER, method
+from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.rpc.keeper_messages import Order
 
 TOY = ToyState()
@@ -42,7 +44,8 @@ def start() -> Iterator[Start]:
     running: list[KeeperProcess] = []
 
     def begin(**changes: object) -> KeeperProcess:
-        config = replace(KeeperConfig(job="job", secret=SECRET), **changes)  # type: ignore[arg-type]
+        plain = KeeperConfig(job="job", credentials=Credentials(secret=SECRET))
+        config = replace(plain, **changes)  # type: ignore[arg-type]
         running.append(start_keeper(config))
         return running[-1]
 
@@ -52,7 +55,8 @@ def start() -> Iterator[Start]:
 
 
 def client(keeper: KeeperProcess, *, tag: Tag = TAG, secret: str = SECRET) -> KeeperClient:
-    return KeeperClient(keeper.address, secret=secret, tag=tag, timeout_s=10)
+    credentials = Credentials(secret=secret)
+    return KeeperClient(keeper.address, credentials=credentials, tag=tag, timeout_s=10)
 
 
 def request(step: int, experts: list[tuple[int, int]], **extra: object) -> SnapshotRequest:
@@ -81,7 +85,7 @@ class Trainer:
     """A snapshotter with its link, in this process."""
 
     def __init__(self, keeper: KeeperProcess) -> None:
-        self.link = RemoteKeeperLink(keeper.address, secret=SECRET)
+        self.link = RemoteKeeperLink(keeper.address, credentials=Credentials(secret=SECRET))
         self.snapshotter = Snapshotter(self.link)
 
     def take(self, wanted: SnapshotRequest, *kinds: str) -> list[dict[str, object]]:
@@ -271,7 +275,8 @@ def test_keepers_listen_on_loopback_unless_told_otherwise(start: Start) -> None:
 OWNER = """
 import sys, os
 from lazarus.runtime.keeper import KeeperConfig, start_keeper
-keeper = start_keeper(KeeperConfig(job="job", secret="x"))
+from lazarus.runtime.rpc.credentials import Credentials
+keeper = start_keeper(KeeperConfig(job="job", credentials=Credentials(secret="x")))
 print(keeper.process.pid, flush=True)
 sys.stdin.readline()
 """
@@ -301,8 +306,9 @@ from lazarus.runtime.keeper_link import RemoteKeeperLink
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import KEEPER, method
 from lazarus.runtime.rpc.keeper_messages import Order
+from lazarus.runtime.rpc.credentials import Credentials
 import lazarus.checkpoint.snapshot as snapshot, os, signal
-link = RemoteKeeperLink(sys.argv[1], secret="s3cret")
+link = RemoteKeeperLink(sys.argv[1], credentials=Credentials(secret="s3cret"))
 tag = Tag(job="job", term=1, generation=2)
 def ask(step):
     key = RecordKey(layer=0, expert=1, step=step, generation=2, routed=1)
@@ -361,21 +367,15 @@ def test_grpc_metadata_is_the_only_way_in(start: Start) -> None:
 
 
 def test_with_tls_nobody_connects_in_the_clear(start: Start, tmp_path: Path) -> None:
-    ask = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=keeper"
-    ask += " -addext subjectAltName=IP:127.0.0.1 -keyout key -out cert"
-    made = subprocess.run(ask.split(), cwd=tmp_path, capture_output=True)
-    if made.returncode:
-        pytest.skip("no openssl to make a certificate with")
-    key, cert = (tmp_path / "key").read_text(), (tmp_path / "cert").read_text()
-    first = start(tls_key=key, tls_cert=cert, tls_ca=cert)
-    second = start(tls_key=key, tls_cert=cert, tls_ca=cert)
+    credentials = make_pair(tmp_path, "IP:127.0.0.1").credentials(SECRET)
+    first, second = start(credentials=credentials), start(credentials=credentials)
     with pytest.raises(KeeperUnavailableError):
         client(first).inventory()
-    link = RemoteKeeperLink(first.address, secret=SECRET, ca=cert.encode())
+    link = RemoteKeeperLink(first.address, credentials=credentials)
     snapshotter = Snapshotter(link)
     assert snapshotter.begin(request(7, [(0, 1)], copy_to=(second.address,)))
     assert all(r is not None and r["ok"] for r in (link.next_report(20), link.next_report(20)))
-    other = KeeperClient(second.address, secret=SECRET, tag=TAG, ca=cert.encode())
+    other = KeeperClient(second.address, credentials=credentials, tag=TAG)
     assert other.inventory().keys[0].step == 7
     snapshotter.close()
     link.close()
@@ -383,7 +383,7 @@ def test_with_tls_nobody_connects_in_the_clear(start: Start, tmp_path: Path) -> 
 
 def test_a_stopped_keeper_costs_a_moment_and_serves_again_when_it_goes_on(start: Start) -> None:
     keeper = start()
-    link = RemoteKeeperLink(keeper.address, secret=SECRET, timeout_s=0.5)
+    link = RemoteKeeperLink(keeper.address, credentials=Credentials(secret=SECRET), timeout_s=0.5)
     snapshotter = Snapshotter(link, patience_s=0.05)
     assert snapshotter.begin(request(1, [(0, 0)]))
     assert link.next_report(20)

@@ -14,6 +14,7 @@ from lazarus.errors import ControllerDiedError, StartupError
 from lazarus.failure import Cause, Failure
 from lazarus.runtime.controller_life import ControllerLife
 from lazarus.runtime.restarts import MAX_DEATHS, Again, GiveUp, PulseWatch, Restarts
+from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.spec import ControllerSpec
 from lazarus.timeouts import derive_timeouts
 
@@ -137,7 +138,7 @@ def life(launcher: Any, over: list[Failure]) -> ControllerLife:
         run_id="r",
         host="127.0.0.1",
         port=0,
-        secret="s",
+        credentials=Credentials(secret="s"),
         run_dir=Path("/nowhere"),
         config=ControlConfig(steps=1),
     )

@@ -15,6 +15,7 @@ from lazarus.control.state import ControlConfig
 from lazarus.runtime.controller import open_controller
 from lazarus.runtime.journal import Journal as Storage
 from lazarus.runtime.link import Link
+from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.spec import ControllerSpec
 
 
@@ -31,7 +32,12 @@ def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
     storage.append({"kind": "header", "run": "r", "format": 1})
     storage.append(end_entry(config))
     spec = ControllerSpec(
-        run_id="r", host="127.0.0.1", port=0, secret="s3cret", run_dir=tmp_path, config=config
+        run_id="r",
+        host="127.0.0.1",
+        port=0,
+        credentials=Credentials(secret="s3cret"),
+        run_dir=tmp_path,
+        config=config,
     )
     for life in range(2):  # it may die there again
         controller = open_controller(spec)
@@ -40,7 +46,7 @@ def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
         heard: queue.SimpleQueue[Body] = queue.SimpleQueue()
         link = Link(
             f"127.0.0.1:{controller.port}",
-            secret="s3cret",
+            credentials=Credentials(secret="s3cret"),
             speaker=FromDriver,
             hello=lambda: DriverHello(run="r"),
             on_message=lambda term, body, heard=heard: heard.put(body),

@@ -17,6 +17,7 @@ from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.link import Link
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import add_control, bind, make_server
+from lazarus.runtime.rpc.credentials import Credentials
 
 Heard = queue.SimpleQueue[tuple[int, Body]]
 
@@ -35,9 +36,9 @@ class Greeter:
 
 def serve(secret: str, *, port: int = 0) -> tuple[grpc.Server, int, Greeter]:
     greeter = Greeter()
-    server = make_server(secret, max_streams=4)
+    server = make_server(Credentials(secret=secret), max_streams=4)
     add_control(server, attach=greeter.attach, drive=greeter.attach)
-    port = bind(server, f"127.0.0.1:{port}", key=None, cert=None)
+    port = bind(server, f"127.0.0.1:{port}", Credentials(secret=secret))
     server.start()
     return server, port, greeter
 
@@ -48,7 +49,7 @@ def attach(
     heard: Heard = queue.SimpleQueue()
     link = Link(
         f"127.0.0.1:{port}",
-        secret=secret,
+        credentials=Credentials(secret=secret),
         speaker=FromWorker,
         hello=lambda: Hello(worker="node-0.0", node_key="node-0"),
         on_message=lambda term, body: heard.put((term, body)),

@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc
 
+from lazarus.runtime.rpc.credentials import Credentials
+
 _MAX_MESSAGE_BYTES = 1 << 28  # the largest are plans with their moves: some MiB at 1,024 ranks
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -29,16 +31,16 @@ KEEPER = "lazarus.Keeper"
 Streams = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
-def credentials_of(secret: str) -> tuple[tuple[str, str], ...]:
+def metadata_of(credentials: Credentials) -> tuple[tuple[str, str], ...]:
     """Metadata that proves membership of the job."""
-    return ((HEADER, f"Bearer {secret}"),)
+    return ((HEADER, f"Bearer {credentials.secret}"),)
 
 
 class BearerCheck(grpc.ServerInterceptor):  # type: ignore[misc]
     """Refuses every call that does not carry the job's secret."""
 
-    def __init__(self, secret: str) -> None:
-        self._wanted = f"Bearer {secret}".encode()
+    def __init__(self, credentials: Credentials) -> None:
+        self._wanted = f"Bearer {credentials.secret}".encode()
 
         def refuse(request: Any, context: grpc.ServicerContext) -> None:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing job secret")
@@ -54,17 +56,21 @@ class BearerCheck(grpc.ServerInterceptor):  # type: ignore[misc]
         return self._refusal
 
 
-def open_channel(address: str, *, ca: bytes | None = None) -> grpc.Channel:
-    """A channel to ``host:port``; with ``ca`` over TLS."""
-    if ca is None:
+def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
+    """A channel to ``host:port``, over TLS where the job has a certificate."""
+    if not credentials.has_tls:
         return grpc.insecure_channel(address, options=_OPTIONS)
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca), options=_OPTIONS)
+    name = credentials.tls_name
+    options = [*_OPTIONS, ("grpc.ssl_target_name_override", name)] if name else _OPTIONS
+    trusted = grpc.ssl_channel_credentials(credentials.ca.encode())
+    return grpc.secure_channel(address, trusted, options=options)
 
 
-def make_server(secret: str, *, max_streams: int) -> grpc.Server:
+def make_server(credentials: Credentials, *, max_streams: int) -> grpc.Server:
+    """A server that answers those who know the job's secret."""
     return grpc.server(
         futures.ThreadPoolExecutor(max_workers=max_streams, thread_name_prefix="stream"),
-        interceptors=[BearerCheck(secret)],
+        interceptors=[BearerCheck(credentials)],
         options=_OPTIONS,
         maximum_concurrent_rpcs=max_streams,
     )
@@ -95,8 +101,13 @@ def method(service: str, name: str) -> str:
     return f"/{service}/{name}"
 
 
-def bind(server: grpc.Server, address: str, *, key: bytes | None, cert: bytes | None) -> int:
-    """Bind to ``host:port`` (port 0: any).
+def endpoint(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bind(server: grpc.Server, address: str, credentials: Credentials) -> int:
+    """Bind to ``host:port`` (port 0: any), with TLS where the job has a certificate.
 
     Returns:
         The port.
@@ -105,9 +116,9 @@ def bind(server: grpc.Server, address: str, *, key: bytes | None, cert: bytes | 
         OSError: The address is not to be had.
     """
     try:
-        if key is not None and cert is not None:
-            credentials = grpc.ssl_server_credentials([(key, cert)])
-            port: int = server.add_secure_port(address, credentials)
+        if credentials.has_tls:
+            pair = (credentials.key.encode(), credentials.cert.encode())
+            port: int = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         else:
             port = server.add_insecure_port(address)
     except RuntimeError as problem:

@@ -1,0 +1,39 @@
+"""Which launcher a run gets, from its configuration. Imports Ray only where it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lazarus.config import TrainConfig
+from lazarus.runtime.launch import LOOPBACK, Launcher, OnExit, ProcessLauncher, hosts_of
+from lazarus.runtime.ray_home import PrivateHome
+
+
+def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
+    """Plain processes, Ray actors on an embedded cluster, or on one to join."""
+    if config.cluster.launcher != "ray":
+        host, bind_host = hosts_of(config.security.bind, own=LOOPBACK)
+        return ProcessLauncher(
+            on_exit,
+            host=host,
+            bind_host=bind_host,
+            nodes=config.cluster.nodes,
+            is_warm=config.cluster.launcher == "process",
+        )
+    joins = config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_is_up()
+    home = None if joins else PrivateHome()
+    from lazarus.runtime.ray_launch import RayLauncher
+
+    try:
+        return RayLauncher(on_exit, config, home=home)
+    except BaseException:
+        if home is not None:
+            home.close()
+        raise
+
+
+def _ray_is_up() -> bool:
+    """Whether the user's own code has connected this process to a Ray cluster."""
+    module = sys.modules.get("ray")
+    return module is not None and bool(module.is_initialized())
