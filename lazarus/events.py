@@ -81,6 +81,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "ledger": {"step": _INT, "sample_ids": (list,)},
         "ledger_mismatch": {"step": _INT, "samples": _INT, "expected": _INT},
         "evaluated": {"step": _INT, "loss": _LOSS},
+        "message_refused": {"worker": _TEXT, "message": _TEXT, "reason": _TEXT},
         "state_digest": {"step": _INT, "digest": _TEXT},
         "replica_mismatch": {"layer": _INT, "expert": _INT},
         "callback_failed": {"callback": _TEXT, "error": _TEXT},

@@ -132,6 +132,9 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
         ),
         "checkpoint_failed": lambda e: f"! checkpoint of step {e['step']:,} failed: {e['reason']}",
         "plan_fallback": lambda e: f"! plan of the policy not used: {e['reason']}",
+        "message_refused": lambda e: (
+            f"! {e['message']} of {e['worker'] or 'a stranger'} refused: {e['reason']}"
+        ),
         "replica_mismatch": lambda e: f"! replicas of L{e['layer']}/E{e['expert']} differ",
         "user_error": _user_error,
         "internal_error": lambda e: f"! Lazarus failed on node {e['node']}: {e['error']}",

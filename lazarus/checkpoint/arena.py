@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lazarus.checkpoint.errors import KeeperUnavailableError
@@ -41,7 +42,8 @@ class Arena:
 
     def __init__(self, *, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._segments: list[_Segment] = []
+        self._segments: dict[int, _Segment] = {}  # numbers are never used again
+        self._num_made = 0
         self._free: list[Slot] = []
         self._taken_bytes = 0
         self.peak_bytes = 0
@@ -49,7 +51,7 @@ class Arena:
     @property
     def reserved_bytes(self) -> int:
         """Bytes of all segments, free slots included."""
-        return sum(s.num_bytes for s in self._segments)
+        return sum(s.num_bytes for s in self._segments.values())
 
     @property
     def taken_bytes(self) -> int:
@@ -81,10 +83,11 @@ class Arena:
                 f"snapshot memory is full: {self.reserved_bytes} of {self._limit} bytes, "
                 f"{slot_bytes} more wanted; raise the limit or lower k_snapshot"
             )
-        index, size = len(self._segments), count * slot_bytes
+        index, size = self._num_made, count * slot_bytes
+        self._num_made += 1
         fd = os.memfd_create(f"{NAME_PREFIX}-{index}", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
-        self._segments.append(_Segment(fd=fd, memory=mmap.mmap(fd, size), num_bytes=size))
+        self._segments[index] = _Segment(fd=fd, memory=mmap.mmap(fd, size), num_bytes=size)
         self._free += [
             Slot(segment=index, offset=i * slot_bytes, num_bytes=slot_bytes) for i in range(count)
         ]
@@ -94,6 +97,22 @@ class Arena:
         self._free.append(slot)
         self._taken_bytes -= slot.num_bytes
 
+    def discard(self, slot: Slot) -> None:
+        """Free a slot that was never filled; its segment goes, if nothing else is in it.
+
+        So a promise that was not kept takes nothing of the limit.
+        """
+        self.give_back(slot)
+        whole = self._segments[slot.segment]
+        mine = [free for free in self._free if free.segment == slot.segment]
+        if sum(free.num_bytes for free in mine) < whole.num_bytes:
+            return
+        self._free = [free for free in self._free if free.segment != slot.segment]
+        del self._segments[slot.segment]
+        with suppress(BufferError):  # somebody looks at it: it goes with the last look
+            whole.memory.close()
+        os.close(whole.fd)
+
     def view(self, slot: Slot, num_bytes: int) -> memoryview:
         """The slot's first ``num_bytes`` bytes."""
         memory = memoryview(self._segments[slot.segment].memory)
@@ -101,7 +120,7 @@ class Arena:
 
     def segments(self) -> list[tuple[int, int, int]]:
         """(index, fd, bytes) of every segment, for trainers to map."""
-        return [(i, s.fd, s.num_bytes) for i, s in enumerate(self._segments)]
+        return [(i, s.fd, s.num_bytes) for i, s in self._segments.items()]
 
 
 class MappedSegments:

@@ -143,7 +143,15 @@ def parse_image(data: bytes | bytearray | memoryview) -> ParsedImage:
             for _, _, n, v in rows
         )
         _check_tiling(specs, [row[:2] for row in rows], len(data) - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise DamagedError(f"not a safetensors header: {error!r}") from error
     return ParsedImage(
         specs=specs, offsets=tuple(8 + length + row[0] for row in rows), metadata=metadata

@@ -65,6 +65,12 @@ class KeeperMemory:
             self.arena.give_back(version.slot)
         ticket.versions.clear()
 
+    def withdraw(self, ticket: Ticket) -> None:
+        """``abandon``, of records that never came: what was set aside for them goes too."""
+        for version in ticket.versions:
+            self.arena.discard(version.slot)
+        ticket.versions.clear()
+
     def view(self, version: Version) -> memoryview:
         """The record's bytes; pin the version while using it."""
         return self.arena.view(version.slot, version.num_bytes)

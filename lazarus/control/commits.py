@@ -251,6 +251,8 @@ def end(state: Control, *, status: Status, failure: Failure | None, at_s: float)
         "state_digest": state.digest,
         "plt": portion_lost(state.plt.lost_by_expert(), routed=state.routed.tolist()),
         "error": "" if failure is None else failure.message,
+        "stale_messages": state.stale,
+        "refused_messages": state.num_refused,
     }
     result = {"steps": state.step, "state_digest": state.digest}
     entry = {

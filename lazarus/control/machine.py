@@ -6,7 +6,16 @@ import json
 from dataclasses import replace
 from typing import assert_never
 
-from lazarus.control import blame, commits, membership, resuming, saves, suspicion
+from lazarus.control import (
+    blame,
+    checks,
+    commits,
+    membership,
+    patience,
+    resuming,
+    saves,
+    suspicion,
+)
 from lazarus.control import transition as change
 from lazarus.control.messages import (
     Aligned,
@@ -47,6 +56,7 @@ from lazarus.control.ports import (
     DriverGone,
     DriverSaid,
     Event,
+    Garbled,
     Journal,
     ManifestDone,
     Publish,
@@ -65,6 +75,8 @@ from lazarus.failure import Cause, Failure
 Result = tuple[Control, tuple[Command, ...]]
 
 _ENDS_NODES = frozenset({"kill", "stop", "stall", "cut", "crash"})  # faults, if they last
+_REFUSALS_SAID = 20  # of a run; the number of all is in its last event
+_REASON_CHARS = 300
 
 
 def decide(state: Control, event: Event) -> Result:
@@ -94,6 +106,8 @@ def _react(state: Control, event: Event) -> Result:
             return _driver_said(state, body, at_s=at_s)
         case ManifestDone():
             return saves.on_manifest(state, event)
+        case Garbled(worker=worker, reason=reason, at_s=at_s):
+            return _refuse(state, worker, "bytes", reason, at_s=at_s)
         case DriverGone(at_s=at_s):
             return commits.end(state, status="short", failure=_driver_gone(), at_s=at_s)
         case Tick(at_s=at_s, slept_s=slept_s):
@@ -110,6 +124,8 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
     if known is None:  # excluded, or never admitted: nothing it sends is read (rule 31)
         return replace(state, stale=state.stale + 1), ()
     state = replace(state, workers={**state.workers, worker: replace(known, heard_s=at_s)})
+    if reason := checks.wrong_with(state, worker, body):
+        return _refuse(state, worker, type(body).__name__, reason, at_s=at_s)
     match body:
         case Heartbeat():
             return commits.on_heartbeat(state, worker, body, at_s=at_s)
@@ -127,7 +143,8 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
             steady = state.phase in (Phase.RUNNING, Phase.RECONNECTING)
             if body.generation != state.resumed or not steady:
                 return replace(state, stale=state.stale + 1), ()
-            return replace(state, paused={**state.paused, worker: body.step}), ()
+            paused = {**state.paused, worker: body.step}
+            return replace(state, paused=paused, paused_s=at_s), ()
         case LeaveRequest():
             return membership.on_leave(state, worker, body, at_s=at_s)
         case FaultFired():
@@ -135,6 +152,7 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
         case DigestPart():
             return commits.on_digest_part(state, worker, body, at_s=at_s)
         case Finalized():
+            state = replace(state, finalized_s=at_s)
             return saves.on_finalized(state, worker, body, at_s=at_s)
         case Healed():
             fields = {
@@ -155,7 +173,23 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
     return state, ()
 
 
+def _refuse(state: Control, worker: str, message: str, reason: str, *, at_s: float) -> Result:
+    """Drop a message that says what cannot be: count it, and put the first ones on record."""
+    state = replace(state, num_refused=state.num_refused + 1)
+    if state.num_refused > _REFUSALS_SAID:
+        return state, ()
+    fields = {
+        "generation": state.generation,
+        "worker": worker,
+        "message": message,
+        "reason": reason[:_REASON_CHARS],
+    }
+    return state, (Publish(t=at_s, event="message_refused", fields=fields),)
+
+
 def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
+    if reason := checks.wrong_with_drivers(body):
+        return _refuse(state, "driver", type(body).__name__, reason, at_s=at_s)
     match body:
         case WorkerDied():
             return blame.on_death(state, body, at_s=at_s)
@@ -255,6 +289,7 @@ def _tick(state: Control, *, at_s: float) -> Result:
         (membership.silent, "no heartbeat"),
         (membership.stuck, "no progress"),
         (change.overdue, "no answer"),
+        (patience.finalizing_too_long, "no progress"),
     ):
         if late := find(state, at_s=at_s):
             state, more = membership.lose(state, late, cause=cause, at_s=at_s, is_silent=True)
@@ -282,6 +317,8 @@ def _settle(state: Control, *, at_s: float) -> Result:
             written = not (state.manifest_pending or saves.last_ones_awaited(state, at_s=at_s))
             if set(state.finalized) >= set(state.seats) and state.digest and written:
                 return _finish(state, at_s=at_s)
+            if patience.manifest_too_long(state, at_s=at_s):
+                return patience.end_without_manifest(state, at_s=at_s)
         case Phase.ALIGNING if change.waited_enough(state, at_s=at_s):
             return change.prepare(state, at_s=at_s)
         case _:
@@ -361,7 +398,10 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
     state, more = commits.flush(state, at_s=at_s)
     commands += more
     if set(state.paused.values()) != {state.step}:
-        return state, commands  # vectors still on their way
+        if not patience.has_lost_vectors(state, at_s=at_s):
+            return state, commands  # vectors still on their way
+        state, more = change.begin(state, reason="lost_vectors", at_s=at_s)  # reports bring them
+        return state, commands + more
     if state.step >= state.config.steps or state.stopping:
         order = Finalize(
             generation=state.resumed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lazarus.control import commits
+from lazarus.control import checks, commits
 from lazarus.control import transition as change
 from lazarus.control.messages import (
     Fenced,
@@ -30,7 +30,7 @@ Result = tuple[Control, tuple[Command, ...]]
 def on_hello(state: Control, body: Hello, *, at_s: float) -> Result:
     """Admit a process; its node gets the next number, journaled before the welcome (rule 1)."""
     if refusal := _refusal(state, body):
-        return state, (
+        return replace(state, num_refused=state.num_refused + 1), (
             Tell(worker=body.worker, body=Fenced(reason=refusal)),
             Disconnect(worker=body.worker),
         )
@@ -86,7 +86,7 @@ def _refusal(state: Control, body: Hello) -> str:
     expected = state.phase is Phase.RECONNECTING and body.worker in state.seats and there
     if body.generation and body.worker not in state.workers and not expected:
         return f"worker {body.worker} is not a member of generation {state.generation}"
-    return ""
+    return checks.misplaced_hello(state, body)
 
 
 def on_died(state: Control, body: WorkerDied, *, at_s: float) -> Result:

@@ -36,6 +36,15 @@ class DriverGone:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Garbled:
+    """A stream brought bytes that are no message; ``worker`` is empty where nobody knows whose."""
+
+    worker: str
+    reason: str
+    at_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
     at_s: float
     slept_s: float = 0.0  # for so long the controller itself could not hear anybody
@@ -68,7 +77,7 @@ class ManifestDone:
     error: str = ""
 
 
-Event = ManifestDone | WorkerSaid | StreamClosed | DriverSaid | DriverGone | Tick
+Event = ManifestDone | WorkerSaid | StreamClosed | DriverSaid | DriverGone | Garbled | Tick
 
 
 # ---- commands: what the shell must do, in this order -------------------------------------------

@@ -293,6 +293,7 @@ class Control:
     looked: int = 0  # step of the last look at the plan
     wants: str = ""  # reason for which a pause is wanted
     paused: Mapping[str, int] = field(default_factory=dict)
+    paused_s: float = 0.0  # when the last of them was
     pause_sent: bool = False
     suspicion_s: float | None = None
     complaints: tuple[int, ...] = ()  # nodes whose collectives failed in this generation, in order
@@ -307,6 +308,7 @@ class Control:
     stopping: str = ""  # reason, empty while the run shall go on
     preempted: bool = False  # the machine wants to stop, not the user
     finalized: Mapping[str, Any] = field(default_factory=dict)
+    finalized_s: float = 0.0  # when the last of them was
     digests: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     digest: str = ""
     hold_reason: str = ""
@@ -315,6 +317,7 @@ class Control:
     stale: int = 0  # messages of older generations, dropped
     awaited: NodesAwaited | None = None  # what the driver last said of nodes that are not there
     idle_s: float | None = None  # since when none of them is coming up; None: some are, or unknown
+    num_refused: int = 0  # messages that say what cannot be, dropped
     top_k: int = 1
     num_samples: int = 0  # of the data; 0: numbered without end; -1: a stream of shards
     evaluated: int = 0  # step of the last evaluation that was published

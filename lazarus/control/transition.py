@@ -115,7 +115,7 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Resu
         or body.generation != transition.generation
     ):
         return replace(state, stale=state.stale + 1), ()
-    body = _on_history(state, body)
+    body = _on_history(state, _of_now(state, body))
     transition = replace(transition, reports={**transition.reports, worker: body})
     state = replace(state, transition=transition)
     if state.workers[worker].node in transition.voters:
@@ -126,6 +126,12 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Resu
     if not all_in(state, asked, transition.reports):
         return state, ()
     return _judge(state, transition, at_s=at_s)
+
+
+def _of_now(state: Control, body: Report) -> Report:
+    """A vector of an attempt that is over says nothing of a step that is not committed."""
+    sound = [v for v in body.vectors if v.generation == state.resumed or v.step <= state.step]
+    return body if len(sound) == len(body.vectors) else changed(body, vectors=tuple(sound))
 
 
 def _on_history(state: Control, body: Report) -> Report:

@@ -10,12 +10,11 @@ import json
 import math
 import os
 import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from msgspec.structs import replace as changed
 
@@ -26,27 +25,19 @@ from lazarus.control.machine import decide
 from lazarus.control.messages import (
     Body,
     ControllerFailed,
-    DriverHello,
-    FromDriver,
-    FromWorker,
     Hello,
     Prepare,
     Pulse,
     Record,
     RunOver,
     ToDriver,
-    ToWorker,
 )
 from lazarus.control.ports import (
     Command,
     Disconnect,
-    DriverGone,
-    DriverSaid,
-    Event,
     Exit,
     Journal,
     Publish,
-    StreamClosed,
     Tell,
     TellDriver,
     Tick,
@@ -55,6 +46,7 @@ from lazarus.control.ports import (
 )
 from lazarus.control.replay import missing_commits, resumed_state
 from lazarus.control.state import Control
+from lazarus.errors import LazarusError
 from lazarus.events import FILE_NAME, moment
 from lazarus.journals import read_journal
 from lazarus.runtime import journal as journaling
@@ -70,20 +62,18 @@ from lazarus.runtime.manifests import ManifestWriter
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import add_control, bind, endpoint, make_server
 from lazarus.runtime.spec import ControllerSpec
+from lazarus.runtime.streams import Heard, Peer, Streams, tell_peer
 
 _TICK_S = 0.02
 _PULSE = codec.encode(ToDriver(Pulse()))
 
 
-class _Peer:
-    """The outgoing half of one stream."""
+@dataclass(frozen=True, slots=True)
+class _Died:
+    """A thread of the controller ended with an error: so does the controller."""
 
-    def __init__(self) -> None:
-        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-
-    def messages(self) -> Iterator[bytes]:
-        while (message := self.outbox.get()) is not None:
-            yield message
+    thread: str
+    problem: BaseException
 
 
 class RecordLog:
@@ -151,102 +141,26 @@ class Controller:
         self._clock = clock
         self._state = state
         self._journal = journal
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._peers: dict[str, _Peer] = {}
-        self._driver: _Peer | None = None
-        self._for_driver: list[bytes] = []  # until it is (back) there
-        self._driver_there = threading.Event()
+        self._events: queue.SimpleQueue[Heard | _Died] = queue.SimpleQueue()
+        self._streams = Streams(spec.config, post=self._events.put, on_death=self._thread_died)
         self._ended: Mapping[str, Any] | None = None  # how an earlier life ended the run
         self._done = False
         self._next_tick_s = self._next_pulse_s = now_s()
         self._waiting: int | None = None  # messages to hear before the tick that is due
         self._is_last_word = False  # nothing can be written: say it, then end
         self._reserve = Reserve(spec.run_dir / spec.journal)
-        self.last_stream_error = ""  # how the newest broken stream broke
         stall_s, bind_host = spec.config.tolerated_stall_s, spec.bind_host or spec.host
         self._store = RendezvousStore(spec.host, bind_host=bind_host, timeout_s=30 * stall_s)
         self._log = log
-        self._manifests = ManifestWriter(spec, self._events.put)
+        self._manifests = ManifestWriter(
+            spec, lambda done: self._events.put((done, None)), on_death=self._thread_died
+        )
         self._server = make_server(spec.credentials, max_streams=spec.max_streams)
-        add_control(self._server, attach=self._attach, drive=self._drive)
+        add_control(self._server, attach=self._streams.attach, drive=self._streams.drive)
         self.port = bind(self._server, endpoint(bind_host, spec.port), spec.credentials)
 
-    # ---- streams -------------------------------------------------------------------------------
-
-    def _attach(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        """Answer a worker's stream: its hello says who speaks."""
-        first = codec.decode(FromWorker, next(requests)).body
-        assert isinstance(first, Hello)
-        peer, name = _Peer(), first.worker
-        with self._lock:
-            older, self._peers[name] = self._peers.get(name), peer
-        if older is not None:
-            older.outbox.put(None)  # one stream per worker and term (rule 37)
-        return self._answer(name, first, requests, context, peer=peer, driver=False)
-
-    def _drive(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        """Answer the driver's stream."""
-        first = codec.decode(FromDriver, next(requests)).body
-        assert isinstance(first, DriverHello)
-        peer = _Peer()
-        with self._lock:
-            self._driver = peer
-            for message in self._for_driver:
-                peer.outbox.put(message)
-            self._for_driver.clear()
-        self._driver_there.set()
-        return self._answer("", first, requests, context, peer=peer, driver=True)
-
-    def _answer(
-        self,
-        name: str,
-        first: Body,
-        requests: Iterator[bytes],
-        context: Any,
-        *,
-        peer: _Peer,
-        driver: bool,
-    ) -> Iterator[bytes]:
-        context.add_callback(lambda: peer.outbox.put(None))
-        self._post(name, first, driver=driver)
-        reader = threading.Thread(
-            target=self._read, args=(requests, name, peer, driver), name=f"read-{name}", daemon=True
-        )
-        reader.start()
-        return peer.messages()
-
-    def _read(self, requests: Iterator[bytes], name: str, peer: _Peer, driver: bool) -> None:
-        kind: type[FromDriver] | type[FromWorker] = FromDriver if driver else FromWorker
-        try:
-            for data in requests:
-                self._post(name, codec.decode(kind, data).body, driver=driver)
-        except Exception as problem:  # noqa: BLE001 - grpc raises private types when a peer dies
-            self.last_stream_error = f"{name}: {problem}"
-        finally:
-            peer.outbox.put(None)
-            self._closed(name, peer, driver=driver)
-
-    def _post(self, name: str, body: Body, *, driver: bool) -> None:
-        now = now_s()
-        event: Event = (
-            DriverSaid(body=body, at_s=now)
-            if driver
-            else WorkerSaid(worker=name, body=body, at_s=now)
-        )
-        self._events.put(event)
-
-    def _closed(self, name: str, peer: _Peer, *, driver: bool) -> None:
-        if driver:
-            if self._driver is peer:
-                self._events.put(DriverGone(at_s=now_s()))
-            return
-        with self._lock:
-            current = self._peers.get(name) is peer
-            if current:
-                del self._peers[name]
-        if current:
-            self._events.put(StreamClosed(worker=name, at_s=now_s()))
+    def _thread_died(self, name: str, problem: BaseException) -> None:
+        self._events.put(_Died(name, problem))
 
     def catch_up(self, entries: list[dict[str, Any]]) -> None:
         """Publish what an earlier life journaled and did not get to say."""
@@ -268,7 +182,7 @@ class Controller:
         if not self._log.events or self._log.events[-1]["event"] != event.event:
             self._publish(event)
         self._carry_out(told)
-        self._driver_there.wait(self._spec.config.start_timeout_s)
+        self._streams.driver_there.wait(self._spec.config.start_timeout_s)
         self._carry_out(Exit())
 
     # ---- the one consumer ----------------------------------------------------------------------
@@ -285,11 +199,8 @@ class Controller:
                 self._end_again(self._ended)
             self._loop()
         except Exception as problem:
-            with self._lock:
-                if self._driver is not None:
-                    last = ToDriver(ControllerFailed(failure=failure_of(problem)))
-                    self._driver.outbox.put(codec.encode(last))
-            self._hang_up()
+            self._streams.tell_driver(ControllerFailed(failure=failure_of(problem)))
+            self._streams.hang_up()
             self._server.stop(grace=1.0).wait()
             raise
         self._server.stop(grace=2.0).wait()
@@ -300,7 +211,12 @@ class Controller:
     def _loop(self) -> None:
         while not self._done:
             self._pulse()
-            state, commands = decide(self._state, self._next_event())
+            event, peer = self._next_event()
+            if isinstance(event, WorkerSaid) and not self._hears(event, peer):
+                continue
+            state, commands = decide(self._state, event)
+            if peer is not None and isinstance(event, WorkerSaid) and isinstance(event.body, Hello):
+                commands = self._admit(event.worker, peer, commands)
             try:
                 for command in commands:
                     self._carry_out(command)
@@ -309,7 +225,27 @@ class Controller:
                 return
             self._state = state
 
-    def _next_event(self) -> Event:
+    def _hears(self, event: WorkerSaid, peer: Peer | None) -> bool:
+        """Whether this stream may speak for the worker: with its hello, or once admitted."""
+        return peer is None or peer.is_heard or isinstance(event.body, Hello)
+
+    def _admit(self, name: str, peer: Peer, commands: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Make a stream the worker's, or close it, as was decided of its hello.
+
+        Returns:
+            What is left to carry out: a refusal concerns this stream alone, not another of that
+            name.
+        """
+        if Disconnect(worker=name) not in commands:
+            self._streams.admit(name, peer)
+            return commands
+        for command in commands:
+            if isinstance(command, Tell) and command.worker == name:
+                tell_peer(peer, command.body, term=self._state.term)
+        peer.close()
+        return tuple(c for c in commands if not isinstance(c, Tell | Disconnect))
+
+    def _next_event(self) -> Heard:
         """What came in, or that time has passed: however much comes in, time passes too.
 
         What waits when a tick is due is heard first, so that nobody is late who spoke in time.
@@ -320,25 +256,29 @@ class Controller:
         if wait_s > 0 or self._waiting:
             self._waiting = self._waiting - 1 if self._waiting else None
             with suppress(queue.Empty):
-                return self._events.get(timeout=max(0.0, wait_s))
+                return self._of(self._events.get(timeout=max(0.0, wait_s)))
         late_s = now_s() - self._next_tick_s
         self._waiting, self._next_tick_s = None, now_s() + _TICK_S
-        return Tick(at_s=now_s(), slept_s=late_s if late_s > self._spec.config.nap_s else 0.0)
+        slept_s = late_s if late_s > self._spec.config.nap_s else 0.0
+        return Tick(at_s=now_s(), slept_s=slept_s), None
+
+    def _of(self, item: Heard | _Died) -> Heard:
+        if isinstance(item, _Died):
+            raise LazarusError(f"thread {item.thread} died") from item.problem
+        return item
 
     def _pulse(self) -> None:
         """Tell the driver that this loop turns."""
         if now_s() < self._next_pulse_s:
             return
         self._next_pulse_s = now_s() + self._spec.config.pulse_s
-        with self._lock:
-            if self._driver is not None:
-                self._driver.outbox.put(_PULSE)
+        self._streams.pulse(_PULSE)
 
     def _end_unrecorded(self, problem: UnrecordedError) -> None:
         """What is decided from here on cannot be kept: end the run, and tell whoever hears it."""
         self._is_last_word = True
         self._reserve.release()
-        self._driver_there.wait(self._spec.config.tolerated_stall_s)
+        self._streams.driver_there.wait(self._spec.config.tolerated_stall_s)
         status, failure = unrecorded_end(self._state, problem)
         state = replace(self._state, known={})
         self._state, commands = end(state, status=status, failure=failure, at_s=now_s())
@@ -360,29 +300,15 @@ class Controller:
             case WriteManifest():
                 self._manifests.order(command)
             case Disconnect(worker=worker):
-                with self._lock:
-                    peer = self._peers.get(worker)
-                if peer is not None:
-                    peer.outbox.put(None)
+                self._streams.disconnect(worker)
             case Exit():
                 self._done = True
-                self._hang_up()
-
-    def _hang_up(self) -> None:
-        """End every stream, behind what is queued in it."""
-        with self._lock:
-            peers = [*self._peers.values(), *([] if self._driver is None else [self._driver])]
-        for peer in peers:
-            peer.outbox.put(None)
+                self._streams.hang_up()
 
     def _tell(self, worker: str, body: Body) -> None:
-        with self._lock:
-            peer = self._peers.get(worker)
-        if peer is None:
-            return  # its stream is closed; the event for that is on its way
         if isinstance(body, Prepare):
             body = changed(body, store=self._store.address)
-        peer.outbox.put(codec.encode(ToWorker(cast(Any, body), term=self._state.term)))
+        self._streams.tell(worker, body, term=self._state.term)
 
     def _tell_driver(self, body: Body) -> None:
         if isinstance(body, RunOver):
@@ -390,12 +316,7 @@ class Controller:
             totals = {name: last[name] for name in ("goodput_tokens_per_s", "ettr", "plt")}
             result = {**json.loads(body.result), **totals}
             body = changed(body, result=json.dumps(_finite(result)))
-        message = codec.encode(ToDriver(cast(Any, body)))
-        with self._lock:
-            if self._driver is not None:
-                self._driver.outbox.put(message)
-            else:
-                self._for_driver.append(message)
+        self._streams.tell_driver(body)
 
     def _publish(self, command: Publish) -> None:
         event = {**self._clock.stamp(command.t), "event": command.event, **command.fields}

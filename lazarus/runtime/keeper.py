@@ -123,13 +123,19 @@ def _parse(line: str) -> KeeperConfig:
 def main() -> int:
     """Serve until the owner is gone or an order says leave."""
     from lazarus.runtime.keeper_service import KeeperService, serve
+    from lazarus.runtime.threads import say_so, spawn
 
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver; the pipe tells us
     config = _parse(sys.stdin.readline())
     stop = threading.Event()
     probe = kill_probe(config.kill_at, kill=kill_self)
-    service = KeeperService(config, stop=stop, probe=probe)
+
+    def thread_died(name: str, problem: BaseException) -> None:
+        say_so(name, problem)
+        os._exit(1)  # what was in its hands is lost: the owner starts another keeper
+
+    service = KeeperService(config, stop=stop, probe=probe, on_death=thread_died)
     server, port = serve(service, config)
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     print(json.dumps({"port": port}), flush=True)
@@ -139,7 +145,7 @@ def main() -> int:
             continue
         stop.set()
 
-    threading.Thread(target=watch_owner, daemon=True, name="owner").start()
+    spawn("owner", watch_owner, on_death=thread_died)
     while not stop.wait(_PARENT_CHECK_S) and os.getppid() == parent:
         continue
     server.stop(grace=0.2).wait(0.5)

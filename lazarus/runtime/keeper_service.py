@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import xxhash
@@ -21,6 +21,7 @@ from lazarus.checkpoint.store import Tag
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.keeper_client import check_identity
 from lazarus.runtime.keeper_work import Copying, KeeperWork, Persisting
+from lazarus.runtime.memory import machine_bytes
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import KEEPER, add_service, bind, make_server
 from lazarus.runtime.rpc.keeper_messages import (
@@ -43,6 +44,7 @@ from lazarus.runtime.rpc.keeper_messages import (
     chunks_of,
     received_into,
 )
+from lazarus.runtime.threads import OnDeath, say_so, spawn
 
 PID_HEADER = "lazarus-pid"
 
@@ -61,12 +63,18 @@ class KeeperService:
     """One lock around the memory's books; bytes move outside of it, pinned."""
 
     def __init__(
-        self, config: KeeperConfig, *, stop: threading.Event, probe: Probe = no_probe
+        self,
+        config: KeeperConfig,
+        *,
+        stop: threading.Event,
+        probe: Probe = no_probe,
+        on_death: OnDeath = say_so,
     ) -> None:
         self._job = config.job
         self._stop = stop
+        self._on_death = on_death
         self._lock = threading.Lock()
-        self._arena = Arena(limit_bytes=config.limit_bytes)
+        self._arena = Arena(limit_bytes=min(config.limit_bytes, machine_bytes()))
         self._memory = KeeperMemory(self._arena)
         self._newest = Tag(job=config.job, term=0, generation=0)
         self._stale = 0
@@ -77,24 +85,19 @@ class KeeperService:
 
     def attach(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Serve one trainer until its stream ends."""
-        metadata = dict(context.invocation_metadata())
-        trainer = _Trainer(pid=int(metadata.get(PID_HEADER, "0")))
+        pid = str(dict(context.invocation_metadata()).get(PID_HEADER, "0"))
+        trainer = _Trainer(pid=int(pid) if pid.isdecimal() and len(pid) < 10 else 0)
         self._free_orphans(attached=trainer.pid)
-        reader = threading.Thread(target=self._read, args=(requests, trainer), daemon=True)
-        reader.start()
+        if not context.add_callback(lambda: trainer.outbox.put(None)):
+            return
+        spawn("trainer", self._read, requests, trainer, on_death=self._on_death)
         while (message := trainer.outbox.get()) is not None:
             yield message
 
     def _read(self, requests: Iterator[bytes], trainer: _Trainer) -> None:
         try:
             for data in requests:
-                match codec.decode(FromTrainer, data):  # type: ignore[arg-type]
-                    case Reserve() as request:
-                        trainer.outbox.put(codec.encode(self._reserve(trainer, request)))
-                    case Seal() as request:
-                        self._seal(trainer, request)
-                    case Abandon(ticket=ticket):
-                        self._abandon(trainer, ticket)
+                self._obey(trainer, data)
         except grpc.RpcError:
             pass  # the stream broke: the trainer is gone, which is what the next lines handle
         finally:
@@ -104,6 +107,25 @@ class KeeperService:
                 trainer.tickets.clear()
             self._free_orphans(attached=0)
             trainer.outbox.put(None)
+
+    def _obey(self, trainer: _Trainer, data: bytes) -> None:
+        """One message of a trainer's; one that is none is dropped and counted."""
+        try:
+            message: FromTrainer = codec.decode(FromTrainer, data)  # type: ignore[arg-type]
+        except ValueError:
+            self._drop()
+            return
+        match message:
+            case Reserve():
+                trainer.outbox.put(codec.encode(self._reserve(trainer, message)))
+            case Seal():
+                self._seal(trainer, message)
+            case Abandon(ticket=ticket):
+                self._abandon(trainer, ticket)
+
+    def _drop(self) -> None:
+        with self._lock:
+            self._stale += 1
 
     def _free_orphans(self, *, attached: int) -> None:
         with self._lock:
@@ -119,7 +141,7 @@ class KeeperService:
         self._free_orphans(attached=0)
         number, pid, tag = request.ticket, os.getpid(), request.stamp
         with self._lock:
-            if error := self._stale_reason(tag):
+            if error := self._stale_reason(tag) or _odd_reservation(trainer, request):
                 return Reserved(ticket=number, pid=pid, error=error)
             trainer.published_step = request.published_step
             self._memory.published(request.published_step, generation=tag.generation)
@@ -129,7 +151,8 @@ class KeeperService:
                 return Reserved(ticket=number, pid=pid, error=str(problem))
             trainer.tickets[number] = (tag, ticket)
             slots = [version.slot for version in ticket.versions]
-            segments = self._arena.segments()
+            used = {slot.segment for slot in slots}
+            segments = [one for one in self._arena.segments() if one[0] in used]
         return Reserved(
             ticket=number,
             pid=pid,
@@ -145,6 +168,10 @@ class KeeperService:
     def _seal(self, trainer: _Trainer, request: Seal) -> None:
         with self._lock:
             if request.ticket not in trainer.tickets:
+                return
+            count = len(trainer.tickets[request.ticket][1].versions)
+            if any(i >= count for i in (*request.persist, *(t.index for t in request.copies))):
+                self._stale += 1
                 return
             tag, ticket = trainer.tickets.pop(request.ticket)
         for version in ticket.versions:  # nobody else knows these slots yet
@@ -191,7 +218,7 @@ class KeeperService:
 
     def push(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Take a record from another keeper; it counts once complete and verified."""
-        head = codec.decode(RecordHead, next(chunks))
+        head = _decoded(RecordHead, next(chunks, b""), context)
         return codec.encode(self._take_in(head, chunks))
 
     def _take_in(self, head: RecordHead, chunks: Iterator[bytes]) -> PushReply:
@@ -199,6 +226,8 @@ class KeeperService:
             if error := self._stale_reason(head.stamp):
                 return PushReply(accepted=False, reason=error)
             self._memory.published(head.published_step, generation=head.stamp.generation)
+            if error := _odd_head(head):
+                return PushReply(accepted=False, reason=error)
             try:
                 ticket = self._memory.reserve([head.key], [head.num_bytes])
             except MemoryError as problem:
@@ -209,7 +238,7 @@ class KeeperService:
             if not reason and head.stamp.generation < self._newest.generation:
                 reason = "fenced while receiving"
             if reason:
-                self._memory.abandon(ticket)
+                self._memory.withdraw(ticket)
             else:
                 self._memory.complete(version)
         return PushReply(accepted=not reason, reason=reason)
@@ -219,19 +248,23 @@ class KeeperService:
         view = self._memory.view(version)
         try:
             count = received_into(view, chunks)
+            if count != head.num_bytes:  # not even looked at: it would become resident
+                return f"{count} of {head.num_bytes} bytes came"
             version.checksum = xxhash.xxh3_128_hexdigest(view)
-            if count != head.num_bytes or version.checksum != head.checksum:
+            if version.checksum != head.checksum:
                 return "checksum differs"
             check_identity(version.key, parse_image(view).metadata)
         except (ValueError, DamagedError) as error:
             return str(error)
         except grpc.RpcError:
             return "sender gone"
+        finally:
+            view.release()
         return ""
 
     def fetch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send a record to whoever restores it."""
-        request = codec.decode(FetchRequest, data)
+        request = _decoded(FetchRequest, data, context)
         with self._lock:
             self._refuse_stale(request.stamp, context)
             try:
@@ -257,7 +290,7 @@ class KeeperService:
 
     def inventory(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """What is held, and the memory it takes."""
-        request = codec.decode(InventoryRequest, data)
+        request = _decoded(InventoryRequest, data, context)
         with self._lock:
             self._refuse_stale(request.stamp, context)
             held = self._memory.held()
@@ -274,7 +307,7 @@ class KeeperService:
 
     def tell(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Forget what the lineage voids, drop surplus copies, or exit."""
-        order = codec.decode(Order, data)
+        order = _decoded(Order, data, context)
         with self._lock:
             self._refuse_stale(order.stamp, context)
             dropped = 0
@@ -306,6 +339,30 @@ class KeeperService:
     def _refuse_stale(self, stamp: Tag, context: grpc.ServicerContext) -> None:
         if reason := self._stale_reason(stamp):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _decoded(kind: type[_Kind], data: bytes, context: grpc.ServicerContext) -> _Kind:
+    """The message of a call; a call with something else is refused."""
+    try:
+        return codec.decode(kind, data)
+    except ValueError as problem:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(problem))
+        raise
+
+
+def _odd_reservation(trainer: _Trainer, request: Reserve) -> str:
+    if len(request.keys) != len(request.num_bytes):
+        return f"{len(request.keys)} records of {len(request.num_bytes)} sizes"
+    if request.ticket in trainer.tickets:
+        return f"ticket {request.ticket} is in use"
+    return ""
+
+
+def _odd_head(head: RecordHead) -> str:
+    return "" if head.num_bytes > 0 else "an empty record"
 
 
 class _Reporter:

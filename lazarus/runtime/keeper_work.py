@@ -88,8 +88,8 @@ class KeeperWork:
                     try:
                         self._push(version, view, address, job)
                         sent += version.num_bytes
-                    except CheckpointError as error:
-                        errors.add(str(error))
+                    except Exception as error:  # noqa: BLE001 - whatever it was, it is reported
+                        errors.add(str(error) or type(error).__name__)
         finally:
             self._release_copies(job)
             self._copies.release()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +14,24 @@ from lazarus.checkpoint.store import Tag, commit_manifest
 from lazarus.checkpoint.verify import newest_usable
 from lazarus.clock import now_s
 from lazarus.control.ports import ManifestDone, Stored, WriteManifest
-from lazarus.errors import LazarusError
 from lazarus.runtime.spec import ControllerSpec
+from lazarus.runtime.threads import OnDeath, spawn
 
 
 class ManifestWriter:
     """One thread; orders in, ``ManifestDone`` events out, in order."""
 
-    def __init__(self, spec: ControllerSpec, on_done: Callable[[ManifestDone], None]) -> None:
+    def __init__(
+        self,
+        spec: ControllerSpec,
+        on_done: Callable[[ManifestDone], None],
+        *,
+        on_death: OnDeath,
+    ) -> None:
         self._spec = spec
         self._on_done = on_done
         self._orders: queue.SimpleQueue[WriteManifest | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="manifests", daemon=True)
-        self._thread.start()
+        self._thread = spawn("manifests", self._run, on_death=on_death)
 
     def order(self, command: WriteManifest) -> None:
         self._orders.put(command)
@@ -44,7 +48,7 @@ class ManifestWriter:
         started = now_s()
         try:
             manifest, num_bytes, kept = write_manifest(self._spec, command)
-        except (LazarusError, OSError, ValueError, KeyError) as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever storage or a share may bring
             return ManifestDone(
                 generation=command.generation,
                 step=command.step,

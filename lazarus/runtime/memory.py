@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def visible_bytes() -> int:
     """All memory of the devices that this process sees, or host memory where it sees none."""
+    import torch  # not for keepers, which ask for the machine's alone
+
     if not torch.cuda.is_available():
         return machine_bytes()
     devices = range(torch.cuda.device_count())
