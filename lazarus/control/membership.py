@@ -207,12 +207,12 @@ def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Result:
 
 def on_awaited(state: Control, body: NodesAwaited, *, at_s: float) -> Result:
     """What the driver waits for: machines, or processes that are coming up."""
-    before = state.awaited
     idle_s = None if body.coming else at_s if state.idle_s is None else state.idle_s
-    state = replace(state, awaited=body, idle_s=idle_s)
+    told = state.awaited_told if body.missing or body.coming else 0
+    state = replace(state, awaited=body, idle_s=idle_s, awaited_told=max(told, body.missing))
     if body.is_hopeless and not staying(state):
         return _nobody_starts(state, body.reason, at_s=at_s)
-    if not body.missing or (before is not None and before.missing == body.missing):
+    if body.missing <= told:
         return state, ()
     fields = {"generation": state.generation, "missing": body.missing, "reason": body.reason}
     return state, (Publish(t=at_s, event="nodes_awaited", fields=fields),)

@@ -316,6 +316,7 @@ class Control:
     broken: bool = False  # an invariant failed: never resume by itself
     stale: int = 0  # messages of older generations, dropped
     awaited: NodesAwaited | None = None  # what the driver last said of nodes that are not there
+    awaited_told: int = 0  # the most of them that the record names, since all were there
     idle_s: float | None = None  # since when none of them is coming up; None: some are, or unknown
     num_refused: int = 0  # messages that say what cannot be, dropped
     top_k: int = 1

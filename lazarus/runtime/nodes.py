@@ -273,6 +273,8 @@ class Nodes:
         fleet = self._fleet
         coming = sum(not placed.is_up for placed in fleet.nodes.values())
         text = self._launcher.shortage() if fleet.missing else ""
+        if text and replacing.is_troubled(fleet):
+            text = f"machines on which nodes do not start are left alone for now; {text}"
         if (fleet.missing, coming) != (self._awaited.missing, self._awaited.coming):
             is_troubled = replacing.is_troubled(fleet)
             self._news(

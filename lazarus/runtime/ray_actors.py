@@ -13,6 +13,10 @@ from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 class WorkerActor:
     """One rank; ``run`` is its whole life."""
 
+    def warm_up(self) -> None:
+        """Import what a rank needs."""
+        import lazarus.runtime.worker  # noqa: F401
+
     def is_there(self) -> None:
         """Answers as soon as the actor has a process."""
 

@@ -1,10 +1,11 @@
 """The run's processes as Ray actors, owned by the driver: embedded Ray, or a cluster to join.
 
 Ray kills actors with their owner, so the driver creates them all: were the controller the owner,
-its death would take every worker along. On a cluster to join, each node of the run has a placement
-group, which reserves its machine's resources against other jobs and goes with the driver's job; the
-machines that come and go are watched: who comes becomes a node of the run without being asked, who
-is drained is told of.
+its death would take every worker along. On a cluster to join, each node of the run has an actor
+that holds its CPUs and memory against other jobs, all at once, and ends with the driver's job. (Not
+a placement group: in Ray 2.60 one whose machine hangs keeps all others in the cluster from being
+created, for good.) The machines that come and go are watched: who comes becomes a node of the run
+without being asked, who is drained is told of.
 """
 
 from __future__ import annotations
@@ -20,12 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lazarus.clock import now_s
 from lazarus.config import TrainConfig
 from lazarus.control.replacing import Machine
 from lazarus.errors import RoomTakenError, StartupError
@@ -50,8 +48,7 @@ from lazarus.runtime.threads import say_so, spawn
 _POLL_S = 0.5  # between two looks at the cluster's machines
 _JOIN_S = 5.0
 _ZONE_LABEL = "ray.io/availability-zone"
-_NODE_LABEL = "ray.io/node-id"
-_RESERVE_S = 5.0  # for a machine's free resources to become ours
+_RESERVE_S = 5.0  # for a machine's free resources to become ours; doubles where it was too short
 _REACH_S = 60.0  # for Ray to start a small actor on a busy machine, at least
 _WISHES_EVERY = 10  # looks at the cluster's machines between two at what other runs want
 
@@ -75,7 +72,8 @@ class RayLauncher:
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._node_actors: dict[str, Any] = {}
-        self._groups: dict[str, Any] = {}  # node key -> what reserves its machine
+        self._warm: dict[str, list[Any]] = {}  # node key -> processes that wait for their ranks
+        self._patience_s = _RESERVE_S
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._cluster = self._connect(home)
@@ -200,37 +198,59 @@ class RayLauncher:
     def _open_on(
         self, node: RayNode, key: str, *, keeper: KeeperConfig | None, folder: Path
     ) -> NodePlace:
-        group = placement_group(
-            [self._bundle or {"CPU": 0.001}],
-            name=f"lazarus-{key}",
-            bundle_label_selector=[{_NODE_LABEL: node.id}],
-        )
-        with self._lock:
-            self._groups[key] = group
-        if not group.wait(_RESERVE_S):
-            raise self._why_not_reserved(key, node)
-        with self._lock:
-            self._places.reserved(key)
+        """The node's own actor holds its CPUs and memory, and all that it needs at once."""
+        held = {"num_cpus": self._bundle.get("CPU", 0.0), "memory": self._bundle.get("memory")}
         hosts = hosts_of(self._bind, own=node.host)
-        actor = _remote(NodeActor).options(num_cpus=0, **_in(group)).remote(*hosts)
+        actor = _remote(NodeActor).options(**held, **_on(node.id)).remote(*hosts)
         with self._lock:
             self._node_actors[key] = actor
-        opened = actor.open.remote(key, keeper, folder)
-        place: NodePlace = ray.get(opened, timeout=self._reach_s)
+        if not self._per_rank["GPU"]:  # those are held by the ranks: not before the node has room
+            self._warm_up(key)
+        place = self._opened(actor.open.remote(key, keeper, folder), node, key)
+        with self._lock:
+            self._places.reserved(key)
         return replace(
             place, zone=node.labels.get(_ZONE_LABEL, ""), memory_share=self._memory_share(node)
         )
 
-    def _why_not_reserved(self, key: str, node: RayNode) -> StartupError:
-        """Others have the room now; or the room is there, and the machine does not give it."""
+    def _warm_up(self, key: str) -> None:
+        """Let the ranks' processes import what they need while the node's own actor starts."""
+        actors = self._rank_actors(key)
+        with self._lock:
+            self._warm[key] = actors
+        for actor in actors:
+            actor.warm_up.remote()
+
+    def _opened(self, opened: Any, node: RayNode, key: str) -> NodePlace:
+        """Wait for a node's actor, but not where it could be elsewhere.
+
+        Raises:
+            RoomTakenError: Others seem to have the room, and another machine has some.
+            StartupError: The room is free and is not given, or nothing answers in the time.
+        """
+        deadline_s = now_s() + self._reach_s
+        while True:
+            with self._lock:
+                patience_s = self._patience_s
+            done, _ = ray.wait([opened], timeout=patience_s)
+            if done:
+                place: NodePlace = ray.get(opened)
+                return place
+            room = self._room_beside(key)
+            if room.get(node.id) or now_s() > deadline_s:
+                raise StartupError(f"{key}: {node.host} does not answer")
+            if any(room.values()):
+                with self._lock:
+                    self._patience_s = min(2 * self._patience_s, self._reach_s)
+                raise RoomTakenError(f"{key}: {node.host} has no room any more")
+
+    def _room_beside(self, key: str) -> dict[str, int]:
+        """Machine -> room that is free now, not counting what was promised to this node."""
         now = live_nodes()
         with self._lock:
-            self._places.close(key)
             self._places.update(now)
-            has_room = self._places.room_on(node.id) > 0
-        if has_room:
-            return StartupError(f"{key}: {node.host} does not answer")
-        return RoomTakenError(f"{key}: {node.host} has no room any more")
+            self._places.reserved(key)
+            return {machine.id: machine.room for machine in self._places.machines()}
 
     def _memory_share(self, node: RayNode) -> float:
         """Ranks with a device of their own see that one alone; others see the whole machine."""
@@ -243,12 +263,9 @@ class RayLauncher:
         """Forget the node, end its keeper, give its machine back; fine if it is gone."""
         with self._lock:
             self._places.close(key)
-            actor = self._node_actors.pop(key, None)
-            group = self._groups.pop(key, None)
-        if actor is not None:
+            left = [*self._warm.pop(key, []), *filter(None, [self._node_actors.pop(key, None)])]
+        for actor in left:
             ray.kill(actor)
-        if group is not None:
-            remove_placement_group(group)
         self._own.leave(key)
         self._local.close(key)
 
@@ -275,26 +292,27 @@ class RayLauncher:
         Raises:
             StartupError: The machine does not answer.
         """
-        with self._lock:
-            group = self._groups.get(specs[0].node_key)
-        options = {
-            "num_cpus": self._per_rank["CPU"],
-            "num_gpus": self._per_rank["GPU"],
-            "max_restarts": 0,
-        }
-        if self._per_rank["memory"]:
-            options["memory"] = self._per_rank["memory"]
-        if group is not None:
-            options |= _in(group)
-        there = []
+        key, there = specs[0].node_key, []
         try:
-            for spec in specs:
-                actor = _remote(WorkerActor).options(**options).remote()
+            with self._lock:
+                actors = self._warm.pop(key, [])
+            for spec, actor in zip(specs, actors or self._rank_actors(key), strict=True):
                 there.append(actor.is_there.remote())
                 self._keep(spec.worker, actor, actor.run.remote(spec))
             ray.get(there, timeout=self._reach_s)
         except ray.exceptions.RayError as problem:
-            raise StartupError(f"{specs[0].node_key}: {_first_line(problem)}") from problem
+            raise StartupError(f"{key}: {_first_line(problem)}") from problem
+
+    def _rank_actors(self, key: str) -> list[Any]:
+        """Processes for the ranks of a node; on a joined cluster its own actor holds their CPUs."""
+        options = {"num_gpus": self._per_rank["GPU"], "max_restarts": 0}
+        if self._cluster.is_own:
+            options |= {"num_cpus": self._per_rank["CPU"]}
+        else:
+            with self._lock:
+                home = self._places.home(key)
+            options |= {"num_cpus": 0, **_on(home)}
+        return [_remote(WorkerActor).options(**options).remote() for _ in range(self._ranks)]
 
     def _keep(self, name: str, actor: Any, life: Any) -> None:
         with self._lock:
@@ -346,7 +364,7 @@ class RayLauncher:
         for running in self._running.values():
             ray.kill(running.actor)
         self._running.clear()
-        for key in (*self._node_actors, *self._groups):
+        for key in tuple(self._node_actors):
             self.close_node(key)
         if self._wishes is not None:
             with suppress(ray.exceptions.RayError, RuntimeError):  # the cluster's head is gone
@@ -362,11 +380,6 @@ def _remote(cls: type) -> Any:
 def _on(node_id: str) -> dict[str, Any]:
     """Actor options: on this machine or nowhere."""
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
-
-
-def _in(group: Any) -> dict[str, Any]:
-    """Actor options: on the machine that this group reserves, out of what it reserves."""
-    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
 
 
 def _first_line(problem: BaseException) -> str:

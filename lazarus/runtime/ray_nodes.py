@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lazarus.control.replacing import Machine
-from lazarus.errors import ConfigError
+from lazarus.errors import ConfigError, StartupError
 from lazarus.format import bytes_text
 
 _SLACK = 1e-6  # Ray's resources are fixed-point numbers
@@ -91,6 +91,16 @@ class Places:
 
     def node(self, node_id: str) -> RayNode | None:
         return self._nodes.get(node_id)
+
+    def home(self, key: str) -> str:
+        """The Ray node that a node of the run lives on.
+
+        Raises:
+            StartupError: It has been given up meanwhile.
+        """
+        if key not in self._home:
+            raise StartupError(f"{key} was given up")
+        return self._home[key]
 
     def promise(self, key: str, node_id: str) -> None:
         """One more node of the run is about to take room there."""
