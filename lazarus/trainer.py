@@ -31,9 +31,9 @@ from lazarus.resume import decisive
 from lazarus.run_place import RunPlace, next_journal, open_place
 from lazarus.runtime.chaos import CHAOS_KINDS
 from lazarus.runtime.choose_launcher import launcher_of
-from lazarus.runtime.driver import Driver, RunSpec
+from lazarus.runtime.driver import Driver
 from lazarus.runtime.rpc.credentials import credentials_from
-from lazarus.runtime.spec import UserCode
+from lazarus.runtime.spec import RunSpec, UserCode
 from lazarus.timeouts import derive_timeouts
 from lazarus.user_code import builder_of, pickled
 from lazarus.version import __version__

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,7 @@ from lazarus.control.messages import (
     WorkerDied,
 )
 from lazarus.control.replacing import Limits
-from lazarus.control.state import ControlConfig
 from lazarus.failure import Cause, Failure
-from lazarus.faults import ChaosSpec
 from lazarus.runtime.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
 from lazarus.runtime.controller_life import ControllerLife
 from lazarus.runtime.keeper import KeeperConfig
@@ -45,36 +42,10 @@ from lazarus.runtime.link import Link
 from lazarus.runtime.local_nodes import NodePlace
 from lazarus.runtime.nodes import Nodes
 from lazarus.runtime.rpc.channel import endpoint
-from lazarus.runtime.rpc.credentials import Credentials, check_certificate
-from lazarus.runtime.spec import ControllerSpec, WorkerSpec
+from lazarus.runtime.rpc.credentials import check_certificate
+from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
 from lazarus.runtime.whereabouts import Note, read_crash, read_note
-from lazarus.timeouts import Timeouts
 from lazarus.tracebacks import clean, place_in_crash, shown_crash
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSpec:
-    """Everything the driver needs to start a run's processes."""
-
-    run_id: str
-    run_dir: Path
-    scratch: Path
-    config: Mapping[str, Any]
-    control: ControlConfig
-    timeouts: Timeouts
-    user: bytes
-    faults: tuple[str, ...]
-    checkpoint_url: str
-    resume: str | None
-    version: str
-    ranks_per_node: int
-    credentials: Credentials
-    checkpoint: Mapping[str, Any]
-    keep_checkpoints: int = 3
-    keepers: bool = True  # one per node, for snapshots
-    journal: str = "journal"
-    replace_lost: bool = True  # up to control.nodes
-    chaos: ChaosSpec | None = None
 
 
 class Driver:

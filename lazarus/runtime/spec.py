@@ -1,4 +1,4 @@
-"""What the driver hands to each process it starts. Secrets travel here, never in an environment."""
+"""What the driver is given and hands to processes. Secrets travel here, never in an environment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.control.state import ControlConfig
+from lazarus.faults import ChaosSpec
 from lazarus.runtime.rpc.credentials import Credentials
+from lazarus.timeouts import Timeouts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything the driver needs to start a run's processes."""
+
+    run_id: str
+    run_dir: Path
+    scratch: Path
+    config: Mapping[str, Any]
+    control: ControlConfig
+    timeouts: Timeouts
+    user: bytes
+    faults: tuple[str, ...]
+    checkpoint_url: str
+    resume: str | None
+    version: str
+    ranks_per_node: int
+    credentials: Credentials
+    checkpoint: Mapping[str, Any]
+    keep_checkpoints: int = 3
+    keepers: bool = True  # one per node, for snapshots
+    journal: str = "journal"
+    replace_lost: bool = True  # up to control.nodes
+    chaos: ChaosSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
