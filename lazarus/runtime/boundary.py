@@ -12,7 +12,7 @@ from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.evaluating import Evaluator
 from lazarus.runtime.hooks import Hooks
 from lazarus.runtime.replica import Replica
-from lazarus.runtime.step import World
+from lazarus.runtime.world import World
 
 Send = Callable[[Body], None]
 

@@ -18,7 +18,8 @@ from lazarus.runtime.context import Measures
 from lazarus.runtime.inject import Observer
 from lazarus.runtime.randomness import reseed, undisturbed
 from lazarus.runtime.replica import Replica
-from lazarus.runtime.step import Batching, World, autocast, checked_loss, move_to
+from lazarus.runtime.step import Batching, autocast, checked_loss, move_to
+from lazarus.runtime.world import World
 
 
 class Evaluator:
@@ -60,11 +61,12 @@ class Evaluator:
         batch = self._batching.global_batch
         count = min(self._batches * batch, len(self._data))
         sums = torch.zeros(2, dtype=torch.float64)
+        world.start_step(step)
         with undisturbed(), self._evaluating(world):
             for first in range(0, count, batch):
                 ids = np.arange(first, min(first + batch, count), dtype=np.int64)
                 sums += self._global_batch(step, ids, world)
-            world.meet(step, round=self._observer.round)
+            world.meet()
         sums = sums.to(self._replica.device)
         world.exchange.all_reduce(sums, label="digest")
         total, number = sums.tolist()
@@ -76,13 +78,11 @@ class Evaluator:
         modes = [(module, module.training) for module in self._replica.model.modules()]
         self._measures.muted = True
         self._replica.model.eval()
-        self._observer.round = 0
         try:
             with torch.no_grad():
                 yield
         finally:
             self._measures.muted = False
-            self._observer.round = -1
             for module, mode in modes:
                 module.training = mode
             for context in world.contexts:
@@ -102,6 +102,7 @@ class Evaluator:
         self, step: int, mine: NDArray[np.int64], ids: NDArray[np.int64], world: World
     ) -> torch.Tensor:
         self._observer.enter("evaluate")
+        world.start_round(world.round + 1)
         is_ghost = len(mine) == 0
         chosen = ids[:1] if is_ghost else mine
         self._observer.where.enter("evaluate", chosen)
@@ -110,10 +111,8 @@ class Evaluator:
         batch = move_to(self._collate(items), self._replica.device)
         for context in world.contexts:
             context.ghost = is_ghost
-            context.step, context.round = step, self._observer.round
         with autocast(self._batching.precision, self._replica.device):
             result = self._loss(self._replica.model, batch)
         total, count = checked_loss(result)
-        self._observer.round += 1
         pair = (0.0, 0.0) if is_ghost else (float(total.detach()), count)
         return torch.tensor(pair, dtype=torch.float64)

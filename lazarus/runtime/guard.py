@@ -27,10 +27,8 @@ PHASE_OF_LABEL = {
 
 
 class Observer(Protocol):
-    """Told of every phase that the training thread passes; knows step and round."""
+    """Told of every phase that the training thread passes, and of the trail it leaves."""
 
-    step: int
-    round: int
     trail: Trail | None
 
     def enter(self, phase: str) -> None: ...
@@ -114,7 +112,7 @@ class GuardedExchange:
         if phase is not None:
             observer.enter(phase)
         observer.trail = self.trail
-        whole = self.trail.note(label, step=observer.step, round=observer.round, layer=self._layer)
+        whole = self.trail.note(label, layer=self._layer)
         self._wait(label, lambda: collective(whole))
 
     def _wait(self, label: str, collective: Callable[[], None]) -> None:
@@ -144,6 +142,11 @@ class _GuardedPending:
 
     def wait(self) -> None:
         self._guard._wait(self._label, self._inner.wait)
+
+
+def trail_of(exchange: Exchange) -> Trail | None:
+    """What an exchange notes of its collectives; None where it notes nothing."""
+    return exchange.trail if isinstance(exchange, GuardedExchange) else None
 
 
 def in_layer(exchange: Exchange, layer: int) -> Exchange:

@@ -50,7 +50,6 @@ class Observer:
         self._waiting_since = 0.0
         self.waited_s = 0.0  # inside collectives, since `begin_step`
         self.step = 0
-        self.round = -1  # of the step; -1 outside of its rounds
         self.trail: Trail | None = None  # of the group that ran the newest collective
         self._thread = 0  # that trains
         self.phase = ""
@@ -71,11 +70,8 @@ class Observer:
 
     def begin_step(self, step: int) -> None:
         self.step = self.where.step = step
-        self.round = -1
         self._thread = threading.get_ident()
         self.waited_s = 0.0
-        if self.trail is not None:
-            self.trail.start_step()
         for fault in self._faults:
             if fault.kind == "leave" and fault.step == step + 1 and not self.leaving:
                 self._fired(fault)

@@ -48,9 +48,10 @@ from lazarus.runtime.refill import Refill
 from lazarus.runtime.saver import Saver
 from lazarus.runtime.sources import Seating
 from lazarus.runtime.spec import UserCode, WorkerSpec
-from lazarus.runtime.step import Step, World
+from lazarus.runtime.step import Step
 from lazarus.runtime.transfer import Feed
 from lazarus.runtime.workshop import Workshop
+from lazarus.runtime.world import World
 from lazarus.sections import DispatchConfig
 from placement import Plan
 

@@ -13,38 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dispatcher.dispatch import meet
-from dispatcher.exchange import Exchange
-from dispatcher.gradients import slots_for_exchange, sum_replica_gradients
-from dispatcher.places import Meeting, place_code
-from dispatcher.routing import RoutingTable
-from dispatcher.split import SplitRule
+from dispatcher.gradients import sum_replica_gradients
 from lazarus.control.measures import with_measures
 from lazarus.control.vector import (
     HASH_BITS,
     Lanes,
     StepSums,
-    VectorLayout,
     contribution,
     decode,
     sample_hash,
 )
 from lazarus.data.sampler import split_rounds
 from lazarus.errors import BrokenInvariantError, UserMistakeError
-from lazarus.model.context import LayerContext
 from lazarus.model.loss import LossSum
-from lazarus.runtime.banks import arrange
 from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.finite import check_total
 from lazarus.runtime.gathering import gather_texts
-from lazarus.runtime.guard import in_layer
 from lazarus.runtime.hooks import Hooks
 from lazarus.runtime.inject import Observer
 from lazarus.runtime.randomness import reseed
 from lazarus.runtime.reading import Reading
 from lazarus.runtime.replica import Replica
 from lazarus.runtime.sources import StepShare
-from placement import Plan
+from lazarus.runtime.world import World
 
 Loss = Callable[[nn.Module, Any], LossSum]
 
@@ -58,63 +49,6 @@ class Batching:
     micro_batch_size: int
     precision: str = "fp32"
     stop_on_nonfinite: bool = False
-
-
-class World:
-    """One generation as one rank computes in it: exchange, tables, shares. Made anew each time."""
-
-    def __init__(
-        self,
-        replica: Replica,
-        plan: Plan,
-        exchange: Exchange,
-        *,
-        generation: int,
-        speeds: Sequence[float] = (),
-        rule: SplitRule | None = None,
-    ) -> None:
-        self.generation = generation
-        self.plan = plan
-        self.exchange = exchange
-        self.device = replica.device
-        self.speeds = tuple(speeds) or None
-        self.layout = VectorLayout(
-            world_size=exchange.size,
-            num_layers=len(replica.layers),
-            num_experts=replica.num_experts,
-        )
-        self.contexts = [
-            LayerContext(
-                layer=index,
-                exchange=in_layer(exchange, index),
-                table=RoutingTable.from_plan_arrays(
-                    plan.expert_of_slot[index],
-                    plan.shares[index],
-                    rank=exchange.rank,
-                    home_E=plan.home[index],
-                    generation=generation,
-                ),
-                rule=rule,
-                expected_E=replica.expected_fractions(index),
-                counts_E=torch.zeros(replica.num_experts, dtype=torch.int64),
-            )
-            for index in range(len(replica.layers))
-        ]
-        for layer, context in zip(replica.layers, self.contexts, strict=True):
-            arrange(layer.experts, replica.optimizer, slots_for_exchange(context.table))
-            context.written, context.anchors = set(), []
-            layer.attach(context)
-        replica.dense_sync.begin_generation()
-
-    def meet(self, step: int, *, round: int) -> None:
-        """Nobody goes on before it is known that all ranks have run the same layers.
-
-        Raises:
-            RanksPartedError: One is still in a layer.
-        """
-        if self.exchange.size > 1:
-            place = place_code(Meeting.BACKWARD_OVER, round=round, step=step)
-            meet(self.contexts[0].table, self.exchange, place=place, device=self.device)
 
 
 class Step:
@@ -164,6 +98,7 @@ class Step:
         replica, world = self._replica, self._world
         where = self._observer.where
         self._prepare_scratch()
+        world.start_step(step)
         where.enter("schedule")
         replica.rates.of(step)
         where.enter("data")
@@ -246,16 +181,17 @@ class Step:
 
     def _commit_barrier(self, lanes: Lanes) -> Lanes:
         """The sum over all ranks on the host: fixed lanes, whether somebody logged a name that is
-        not agreed on, and the measures (rule 10)."""
+        not agreed on, whether all ran the same exchanges, and the measures (rule 10)."""
         measures = self._measures
-        unknown = np.array([float(measures.has_unknown)])
-        own = torch.from_numpy(np.concatenate([lanes, unknown, measures.lanes()]))
+        unknown, same = [float(measures.has_unknown)], self._world.trail_lanes()
+        own = torch.from_numpy(np.concatenate([lanes, unknown, same, measures.lanes()]))
         summed = own.to(self._replica.device)
         self._world.exchange.all_reduce(summed, label="commit")
         found: Lanes = summed.cpu().numpy()
         fixed = self._world.layout.num_lanes
         self._must_agree = bool(found[fixed] > 0)
-        return with_measures(found[:fixed], measures.names, found[fixed + 1 :])
+        self._world.require_one_trail(found[fixed + 1 : fixed + 3])
+        return with_measures(found[:fixed], measures.names, found[fixed + 3 :])
 
     def check(self, lanes: Lanes, *, step: int) -> StepSums:
         """Decode the vector and hold it against what the step must contain (rule 12, I9).
@@ -296,15 +232,14 @@ class Step:
         first = 0
         sizes = self._sizes(shared)
         for number, size in enumerate(sizes):
-            self._observer.round = number
+            self._world.start_round(number)
             if number + 1 == len(sizes):
                 self._overlap()
             totals += self._round(step, shared, first=first, size=size)
             first += size
             if number == 0:
                 self._reading.read_ahead(step, self._sizes)
-        self._world.meet(step, round=len(sizes) - 1)
-        self._observer.round = -1
+        self._world.meet()
         return float(totals[0]), float(totals[1]), float(totals[2])
 
     def _round(
@@ -322,7 +257,6 @@ class Step:
         for context in self._world.contexts:
             context.ghost = is_ghost
             context.aux_sum = None
-            context.step, context.round = step, self._observer.round
         where.enter("forward", mine)
         self._observer.enter("forward")
         with autocast(self._batching.precision, self._replica.device):

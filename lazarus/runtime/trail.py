@@ -33,6 +33,9 @@ _PLACES = {
 class Trail:
     """Labels of one group's exchanges, in order; any thread may ask for the newest ones.
 
+    ``step`` and ``round`` are set by who computes them, -1 where there is none: labels are equal on
+    all ranks, and where a rank stood before the group was made is its own affair.
+
     Args:
         generation: Of the group.
         group: Its name within the generation.
@@ -49,20 +52,26 @@ class Trail:
         mute_peers: Callable[[], tuple[int, ...]] = tuple,
     ) -> None:
         self.name = f"{group} of generation {generation}"
+        self.step = self.round = -1
         self._rank, self._mute_peers = rank, mute_peers
         self._count = 0
         self._newest: deque[tuple[int, str]] = deque(maxlen=KEPT)
         self._checksum = 0
 
-    def note(self, label: str, *, step: int, round: int, layer: int) -> str:
+    def note(self, label: str, *, layer: int) -> str:
         """Add an exchange that is about to begin; returns its whole label."""
         place = _PLACES.get(label, label).format(layer=layer)
-        within = f" of round {round}" if round >= 0 else ""
-        text = f"{place}{within} in step {step} #{self._count}"
+        within = f" of round {self.round}" if self.round >= 0 else ""
+        when = f" in step {self.step}" if self.step >= 0 else ""
+        text = f"{place}{within}{when} #{self._count}"
         self._newest.append((self._count, text))
         self._count += 1
         self._checksum = zlib.crc32(text.encode(), self._checksum)
         return text
+
+    def newest(self) -> tuple[str, ...]:
+        """The newest labels, in order."""
+        return tuple(text for _, text in tuple(self._newest))
 
     def tail(self, *, step: int, thread: int) -> Tail:
         """The newest exchanges, for a report. For any thread; never waits.
@@ -82,9 +91,9 @@ class Trail:
             mute=self._mute_peers(),
         )
 
-    def start_step(self) -> None:
-        """What the checksum covers begins here."""
-        self._checksum = 0
+    def start_step(self, step: int) -> None:
+        """The labels from here on are of ``step``; what the checksum covers begins."""
+        self.step, self.round, self._checksum = step, -1, 0
 
     @property
     def checksum(self) -> int:

@@ -26,7 +26,8 @@ from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.reading import open_reading
 from lazarus.runtime.replica import Replica
 from lazarus.runtime.sources import Seating
-from lazarus.runtime.step import Batching, Step, World
+from lazarus.runtime.step import Batching, Step
+from lazarus.runtime.world import World
 from placement import PlacementRequest, plan
 
 Balance = Literal["aux", "bias", "none"]

@@ -24,6 +24,7 @@ from lazarus.model.moe import MoELayer
 from lazarus.runtime import builtin
 from lazarus.runtime.compare import compare
 from lazarus.runtime.evaluating import Evaluator
+from lazarus.runtime.guard import GuardedExchange
 from lazarus.runtime.hooks import Hooks
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.randomness import fingerprint, reseed, undisturbed
@@ -173,6 +174,31 @@ def test_a_forward_that_one_rank_skips_is_an_error_with_both_sides_on_all_ranks(
     run_ranks(body, size=3)
     for text in said.values():
         assert "layer 0 forward" in text and "layer 1 forward" in text and "rank 1 " in text
+
+
+def test_a_step_whose_exchanges_fitted_by_chance_is_not_committed() -> None:
+    """C2: the labels of all exchanges are summed up with the commit."""
+    said: dict[int, str] = {}
+
+    def body(exchange: Exchange) -> None:
+        ledger = StepLedger()
+        guarded = GuardedExchange(exchange, ledger=ledger, observer=ranks.quiet_observer(ledger))
+        _, step = stepped(guarded)
+        trail = guarded.trail
+
+        class Slips:
+            def on_gradients(self, ctx: Any, named_grads: Any) -> None:
+                trail._checksum += 1
+
+        one_step(step)
+        step._hooks = Hooks([Slips()] if exchange.rank == 1 else ())
+        with pytest.raises(RanksPartedError) as caught:
+            one_step(step, 2)
+        said[exchange.rank] = str(caught.value)
+
+    run_ranks(body, size=3)
+    assert set(said) == {0, 1, 2}
+    assert all("exchanges of step 2 that differ" in text for text in said.values())
 
 
 # ---- randomness ----------------------------------------------------------------------------------
