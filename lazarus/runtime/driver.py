@@ -325,6 +325,10 @@ class Driver:
         if name == "controller":
             self._inbox.put(WorkerDied(worker=name, cause=cause))
             return
+        if name == "launcher":
+            text = f"the thread that watches the run's processes died: {cause}"
+            self._failed(Failure(cause=Cause.INTERNAL, error="InternalError", message=text))
+            return
         key, _, local_rank = name.rpartition(".")
         died = _last_words(name, cause, self._spec.scratch / key, int(local_rank))
         with self._lock:

@@ -26,6 +26,7 @@ from lazarus.runtime.rpc.keeper_messages import (
     Target,
     ToTrainer,
 )
+from lazarus.runtime.threads import say_so, spawn
 
 PID_HEADER = "lazarus-pid"
 _MAX_REPORTS = 1000
@@ -43,7 +44,7 @@ class _Stream:
         attach = self._channel.stream_stream(method(KEEPER, "Attach"))
         self._call = attach(iter(self.outbox.get, None), metadata=metadata)
         self._on_done = on_done
-        threading.Thread(target=self._read, daemon=True, name="keeper-link").start()
+        spawn("keeper-link", self._read, on_death=say_so)
 
     def _read(self) -> None:
         try:
@@ -55,6 +56,8 @@ class _Stream:
                     self._on_done(json.loads(message.record))
         except grpc.RpcError as error:
             self.replies.put(error)
+        except ValueError as error:  # of another version, or no keeper at all
+            say_so("keeper-link", error)
         finally:
             self.broken = True
             self.replies.put(None)

@@ -21,6 +21,7 @@ from lazarus.failure import Failure
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.local_nodes import LocalNodes, NodePlace, OwnPlaces
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
+from lazarus.runtime.threads import say_so, spawn
 
 _PR_SET_PDEATHSIG = 1
 LOOPBACK = "127.0.0.1"
@@ -162,8 +163,7 @@ class ProcessLauncher:
         self._processes: dict[str, Any] = {}
         self._wake_in, self._wake_out = os.pipe()
         self._closing = False
-        self._watcher = threading.Thread(target=self._watch, name="launcher", daemon=True)
-        self._watcher.start()
+        self._watcher = spawn("launcher", self._watch, on_death=self._blind)
 
     def machines(self) -> tuple[Machine, ...]:
         return self._places.machines()
@@ -227,6 +227,11 @@ class ProcessLauncher:
             process = self._processes.get(name)
         if process is not None:
             process.kill()
+
+    def _blind(self, name: str, problem: BaseException) -> None:
+        """No death would be seen any more: the owner must not go on as if all lived."""
+        say_so(name, problem)
+        self._on_exit("launcher", f"{type(problem).__name__}: {problem}")
 
     def _watch(self) -> None:
         while True:

@@ -14,6 +14,7 @@ from lazarus.control.messages import Body, FromDriver, FromWorker, ToDriver, ToW
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import CONTROL, metadata_of, method, open_channel
 from lazarus.runtime.rpc.credentials import Credentials
+from lazarus.runtime.threads import say_so, spawn
 
 _BACKOFF_S = 0.05
 
@@ -45,10 +46,15 @@ class Link:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._alone_since: float | None = None  # monotonic; None while a controller answers
-        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._thread = spawn("control", self._run, on_death=self._died)
+
+    def _died(self, name: str, problem: BaseException) -> None:
+        """Nobody would hear the controller any more, nor miss it: to the owner it is gone."""
+        say_so(name, problem)
+        self._on_dead(f"thread {name} died: {type(problem).__name__}: {problem}")
 
     def send(self, body: Body) -> None:
         """Queue a message; lost if the stream breaks before it goes out (hello says all again)."""
@@ -61,8 +67,9 @@ class Link:
         self._closed.set()
         with self._lock:
             self._outbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout_s)
 
     def _encoded(self, body: Body) -> bytes:
         return codec.encode(self._speaker(cast(Any, body)))

@@ -13,6 +13,7 @@ from lazarus.control.replacing import Machine
 from lazarus.errors import RoomTakenError
 from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
 from lazarus.runtime.rpc.channel import endpoint
+from lazarus.runtime.threads import say_so, spawn
 
 _REPLACEMENTS = 3  # of one node's keeper: one that dies again and again stays away
 _NODE_NEWS_S = 1.0  # a node that dies takes its keeper along, and is closed long before this
@@ -96,10 +97,8 @@ class LocalNodes:
         closed = threading.Event()
         with self._lock:
             self._keepers[key], self._closed[key] = started, closed
-        threading.Thread(
-            target=self._follow, args=(key, replace(keeper, bind=again), closed),
-            name="keeper-watch", daemon=True,
-        ).start()  # fmt: skip
+        config = replace(keeper, bind=again)
+        spawn("keeper-watch", self._follow, key, config, closed, on_death=say_so)
         return NodePlace(host=self._host, keeper=started.address)
 
     def _follow(self, key: str, config: KeeperConfig, closed: threading.Event) -> None:

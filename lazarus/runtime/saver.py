@@ -28,6 +28,7 @@ from lazarus.runtime.keeper_link import RemoteKeeperLink
 from lazarus.runtime.replica import Replica
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.save_schedule import SaveSchedule
+from lazarus.runtime.threads import say_so, spawn
 from placement import Plan
 
 _SHARES_KEPT = 2  # one that is being written, one that waits for its manifest
@@ -276,7 +277,7 @@ class Saver:
             with closing(client), suppress(CheckpointError):
                 client.tell(lineage=lineage, resume_step=step)
 
-        threading.Thread(target=tell, name="keeper", daemon=True).start()
+        spawn("keeper", tell, on_death=say_so)
 
     def close(self) -> None:
         self._snapshotter.close()

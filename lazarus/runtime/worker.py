@@ -62,6 +62,7 @@ from lazarus.runtime.process import crashes_noted, prepare_process, stacks
 from lazarus.runtime.rank import Rank
 from lazarus.runtime.rank_groups import STORE
 from lazarus.runtime.spec import WorkerSpec
+from lazarus.runtime.threads import spawn
 from lazarus.runtime.user_errors import (
     UserCodeFailure,
     catch_exit,
@@ -227,7 +228,7 @@ class Worker:
 
     def _run(self) -> int:
         self._link.start()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        spawn("heartbeat", self._beat, on_death=self._thread_died)
         self._welcomed.wait()
         try:
             return self._serve()
@@ -242,6 +243,12 @@ class Worker:
             if self._rank is not None:
                 self._rank.close()
             self._link.close()
+
+    def _thread_died(self, name: str, problem: BaseException) -> None:
+        """Without that thread this rank would be a lie: say so, and go."""
+        self._failed(problem, self._observer.where.now, Cause.INTERNAL)
+        self._link.close()
+        os._exit(1)
 
     def _serve(self) -> int:
         if self._over.is_set():
