@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import ray
+from ray._private import ray_constants
 from ray._private import state as ray_state
 
 from lazarus.errors import ConfigError
@@ -41,22 +43,41 @@ class EmbeddedRay:
         self.host = LOOPBACK
         _mute_error_listener()
         try:
-            ray.init(
-                num_cpus=max(1, int(num_cpus + 1)),
-                include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
-                log_to_driver=False,
-                configure_logging=False,
-                _temp_dir=home.folder,
-                _node_ip_address=LOOPBACK,
-            )
+            with _loopback_only():
+                self._init(num_cpus)
         except BaseException:
             self.close()
             raise
 
+    def _init(self, num_cpus: float) -> None:
+        ray.init(
+            num_cpus=max(1, int(num_cpus + 1)),
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=self._home.ray_folder,
+            _node_ip_address=LOOPBACK,
+        )
+
     def close(self) -> None:
         ray.shutdown()
         self._home.close()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 for this node's address, which it then binds everything to.
+
+    Ray replaces a loopback address by one that others can reach, and listens on all interfaces,
+    unless it is told that there are no others. Its own processes are told by the environment.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 class JoinedRay:

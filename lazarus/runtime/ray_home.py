@@ -11,22 +11,34 @@ from pathlib import Path
 
 _PREFIX = "lz-"
 _OWNER = "owner"  # file that names the process whose end makes the folder useless
-_MAX_TEMP = 40  # Unix socket paths below it must stay under 108 characters
+_RAY = "r"  # folder that is Ray's own: Ray opens it to everybody, so it lies inside one that is not
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": this node's address is the loopback's
+# Letters of a path to a Unix socket, less those below the base: lz-8LETTERS/r/, the session's
+# name with a process id of seven digits, /sockets/plasma_store.
+_MAX_TEMP = 107 - 78
 
 
 class PrivateHome:
-    """Must exist before Ray is imported, or token authentication stays as Ray found it then."""
+    """Must exist before Ray is imported, or token authentication stays as Ray found it then.
+
+    Attributes:
+        folder: Nobody else can enter it.
+        ray_folder: Ray's temporary folder, inside.
+    """
 
     def __init__(self) -> None:
         base = tempfile.gettempdir()
-        base = base if len(base) < _MAX_TEMP else "/tmp"
+        base = base if len(base) <= _MAX_TEMP else "/tmp"
         sweep(Path(base))
         self.folder = tempfile.mkdtemp(prefix=_PREFIX, dir=base)
+        self.ray_folder = str(Path(self.folder) / _RAY)
+        Path(self.ray_folder).mkdir(mode=0o700)
         (Path(self.folder) / _OWNER).write_text(f"{_pid_namespace()} {os.getpid()}")
         settings = {
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            _LOOPBACK_ONLY: "0",
         }
         if "ray" not in sys.modules:
             token = Path(self.folder) / "token"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import ssl
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import grpc
 import pytest
 from certificates import make_pair
 from fault_runs import Watched, watch
-from listening import Sniffer, listeners
+from listening import Sniffer, listeners, tree_of
 
 from lazarus.checkpoint.store import Tag
 from lazarus.errors import ConfigError
@@ -229,3 +234,78 @@ def test_a_run_that_listens_everywhere_advertises_an_address(tmp_path: Path) -> 
     assert found["keepers"] <= everywhere
     assert found["told"] == ("127.0.0.1", "127.0.0.1")
     assert found["keeper"] == {"127.0.0.1"}
+
+
+_EMBEDDED = """
+import json, os, sys
+from lazarus.runtime.ray_home import PrivateHome
+home = PrivateHome()
+from lazarus.runtime.ray_cluster import EmbeddedRay
+cluster = EmbeddedRay(home, num_cpus=2)
+import ray
+class Actor:
+    def pid(self):
+        return os.getpid()
+actor = ray.remote(Actor).remote()
+print(json.dumps({"home": home.folder, "actor": ray.get(actor.pid.remote())}), flush=True)
+sys.stdin.readline()
+cluster.close()
+"""
+
+_STRANGER = """
+import os, sys
+home = sys.argv[1]
+def tried(act):
+    try:
+        act()
+    except PermissionError:
+        return "refused"
+    return "done"
+print(*(
+    tried(lambda: os.listdir(home)),
+    tried(lambda: os.remove(f"{home}/owner")),
+    tried(lambda: os.rename(f"{home}/r/session_latest", f"{home}/r/gone")),
+    tried(lambda: os.listdir(f"{home}/r")),
+    tried(lambda: open(f"{home}/token", "w")),
+))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_the_embedded_ray_is_on_loopback_in_a_folder_of_its_owner() -> None:
+    """E3, E7: another user cannot enter its folder; none of its processes listens elsewhere."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _EMBEDDED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert owner.stdout is not None
+        told = json.loads(owner.stdout.readline())
+        home, seen = Path(told["home"]), {}
+        for _ in range(40):  # some processes begin to listen later; whenever they do, it is there
+            seen |= {pid: b for pid, b in listeners(tree_of(owner.pid)).items() if b}
+            assert {host for bound in seen.values() for host, _ in bound} == {"127.0.0.1"}
+            time.sleep(0.25)
+        assert told["actor"] in seen
+        assert len(seen) >= 4, seen
+        assert home.stat().st_mode & 0o777 == 0o700
+        assert {path.name for path in home.iterdir()} == {"owner", "token", "r"}
+        sockets = [path for path in home.rglob("*") if path.is_socket()]
+        assert sockets
+        assert max(len(str(path)) for path in sockets) <= 107
+        if os.getuid() == 0:
+            said = subprocess.run(
+                ["/usr/bin/env", "python3", "-c", _STRANGER, str(home)],
+                user=65534, group=65534, extra_groups=(), cwd="/", text=True,
+                capture_output=True, env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
+            )  # fmt: skip
+            assert said.stdout.split() == ["refused"] * 5, said.stderr
+    finally:
+        owner.communicate("\n", timeout=120)
+    assert not home.exists()

@@ -53,3 +53,16 @@ def test_a_folder_is_swept_when_its_owner_is_gone_and_only_then(base: Path) -> N
     home.close()
     left = {path.name for path in base.iterdir()}
     assert left == {"lz-alive", "lz-other", "lz-foreign", "lz-empty"}
+
+
+def test_the_longest_path_of_a_socket_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E3: at the longest base that is taken; a longer one is left for /tmp."""
+    below = "/lz-abcdefgh/r/session_2026-11-30_16-49-40_435023_4194304/sockets/plasma_store"
+    assert ray_home._MAX_TEMP + len(below) == 107  # of sun_path's 108, one is the end
+    monkeypatch.setattr(ray_home.tempfile, "gettempdir", lambda: "/tmp/" + 30 * "x")
+    home = ray_home.PrivateHome()
+    try:
+        assert Path(home.folder).parent == Path("/tmp")
+        assert Path(home.ray_folder).parent == Path(home.folder)
+    finally:
+        home.close()
