@@ -119,7 +119,7 @@ class Places:
     def shortage(self) -> str:
         """Why no further node fits, with the numbers and the way out."""
         need = ", ".join(_amount(name, amount) for name, amount in self._need.items())
-        lines = [f"a node needs {need}, but there is {self._listing()}"]
+        lines = [f"a node needs {need}; the cluster has {self._listing()}"]
         if self._labels:
             labels = ", ".join(f"{k}={v}" for k, v in self._labels.items())
             lines.append(f"with the labels {labels} (cluster.node_labels)")

@@ -82,7 +82,9 @@ def test_too_few_cpus_are_waited_for_with_numbers_and_a_wrong_address_is_refused
     arguments = ("--nodes", "5", "--address", ray_head.address, "--run-dir", str(record))
     assert lazarus(ray_head, *quick, *words, *arguments, folder=tmp_path).wait(180) == 3
     said = (tmp_path / "err").read_text()
-    assert "1 has no machine: a node needs 1 CPU, but there is 1 Ray node with 0 CPUs free" in said
+    assert (
+        "1 has no machine: a node needs 1 CPU; the cluster has 1 Ray node with 0 CPUs free" in said
+    )
     assert "Traceback" not in said
 
     record = tmp_path / "another"

@@ -23,7 +23,7 @@ from lazarus.control.ports import Command, DriverSaid, Event, Publish, TellDrive
 from lazarus.control.replay import initial_state
 from lazarus.control.state import ControlConfig, Phase
 
-BUSY = "a node needs 1 CPU, but there is 1 Ray node with 0 CPUs free"
+BUSY = "a node needs 1 CPU; the cluster has 1 Ray node with 0 CPUs free"
 
 
 class Start:

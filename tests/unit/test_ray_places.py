@@ -92,7 +92,7 @@ def test_labels_decide_who_may_serve() -> None:
 def test_a_shortage_has_the_numbers_and_the_way_out() -> None:
     made = places(machine("1", 2), machine("2", 2), machine("3", 1), cpus=2.0)
     assert made.shortage() == (
-        "a node needs 2 CPUs, but there is 1 Ray node with 1 CPU free; 2 Ray nodes with 2 CPUs "
+        "a node needs 2 CPUs; the cluster has 1 Ray node with 1 CPU free; 2 Ray nodes with 2 CPUs "
         "free; add Ray nodes, wait, or lower cluster.nodes or cluster.cpus_per_rank"
     )
     assert "no Ray node" in places().shortage()
