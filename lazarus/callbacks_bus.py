@@ -6,7 +6,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _BOUND = 4096  # events that may wait for slow callbacks; more are dropped, and counted
@@ -21,6 +21,7 @@ class CallbackBus:
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_BOUND)
         self.dropped = 0
         self.error: BaseException | None = None
+        self.on_failure: Callable[[BaseException], None] = lambda problem: None  # ends the run
         self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
         self._thread.start()
 
@@ -48,6 +49,8 @@ class CallbackBus:
             handler(event)
         except Exception as problem:  # noqa: BLE001 - the user's code: one warning, then without
             self._active.remove(callback)
-            self.error = self.error or (problem if self._fail else None)
             print(f"callback {type(callback).__name__} raised and is off:", file=sys.stderr)
             traceback.print_exc()
+            if self._fail and self.error is None:
+                self.error = problem
+                self.on_failure(problem)

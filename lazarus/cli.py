@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"error: {problem}")
         return error.exit_code
     except UserCodeError as error:
-        _say(error.traceback_text.rstrip())
+        if error.traceback_text:
+            _say(error.traceback_text.rstrip())
         _say(f"error: {error}")
         return error.exit_code
     except LazarusError as error:

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lazarus import errors, metrics
+from lazarus import errors, metrics, tracebacks
 from lazarus.errors import ConfigError, LazarusError, RecordError
 from lazarus.events import FILE_NAME, Event, encode, read_events
 from lazarus.failure import Cause, Failure, Status, exit_code_of
@@ -187,6 +187,20 @@ def internal_failure(problem: BaseException, *, what: str) -> Failure:
     text = "".join(traceback.format_exception(problem))
     message = f"{what}: {type(problem).__name__}: {problem}".splitlines()[0]
     return Failure(cause=Cause.INTERNAL, error="InternalError", message=message, traceback=text)
+
+
+def callback_failure(problem: BaseException) -> Failure:
+    """A callback of the user's raised in the driver, and ``metrics.on_callback_error = "fail"``."""
+    said = tracebacks.describe(problem)
+    return Failure(
+        cause=Cause.USER_CODE,
+        error="UserCodeError",
+        message=said.summary,
+        phase="callback",
+        place=said.place,
+        traceback=said.full,
+        shown=said.shown,
+    )
 
 
 def write_report(run_dir: Path, failure: Failure) -> str:

@@ -21,7 +21,13 @@ from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.config import TrainConfig
 from lazarus.control.messages import RunOver
 from lazarus.control_config import control_config
-from lazarus.endings import error_of, internal_failure, record_end, write_report
+from lazarus.endings import (
+    callback_failure,
+    error_of,
+    internal_failure,
+    record_end,
+    write_report,
+)
 from lazarus.errors import ConfigError, LazarusError, Problem, StoppedError
 from lazarus.events import of_kind, read_events
 from lazarus.failure import Cause
@@ -208,7 +214,14 @@ class _Run:
         except BaseException:
             self._forget()
             raise
-        place.ownership.on_lost = self.driver.abandon
+        self._is_owner = True
+        place.ownership.on_lost = self._lost_folder
+        self._bus.on_failure = lambda problem: self.driver.fail(callback_failure(problem))
+
+    def _lost_folder(self, reason: str) -> None:
+        """Another run has the folder, or nobody: nothing of this one may be written there."""
+        self._is_owner = False
+        self.driver.abandon(reason, cause=Cause.STORAGE)
 
     def _spec(self, trainer: ElasticTrainer) -> RunSpec:
         """What the driver is told."""
@@ -317,9 +330,10 @@ class _Run:
         try:
             over, problem = self._ran()
             failure = over.failure
-            if failure is not None and failure.cause is Cause.INTERNAL and not failure.report:
-                failure = replace(failure, report=write_report(self.run_dir, failure))
-            record_end(self.run_dir, status=over.status, failure=failure)
+            if self._is_owner:
+                if failure is not None and failure.cause is Cause.INTERNAL:
+                    failure = replace(failure, report=write_report(self.run_dir, failure))
+                record_end(self.run_dir, status=over.status, failure=failure)
         except ConfigError:
             self._leaves_report = False
             self._forget()

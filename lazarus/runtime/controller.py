@@ -10,6 +10,8 @@ import json
 import math
 import os
 import queue
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -35,6 +37,7 @@ from lazarus.control.messages import (
 from lazarus.control.ports import (
     Command,
     Disconnect,
+    DriverGone,
     Exit,
     Journal,
     Publish,
@@ -161,6 +164,13 @@ class Controller:
 
     def _thread_died(self, name: str, problem: BaseException) -> None:
         self._events.put(_Died(name, problem))
+
+    def orphaned(self) -> None:
+        """The driver was killed: record the end, if that takes no longer than a stall."""
+        self._events.put((DriverGone(at_s=now_s()), None))
+        last = threading.Timer(self._spec.config.tolerated_stall_s, os._exit, (1,))
+        last.daemon = True
+        last.start()
 
     def catch_up(self, entries: list[dict[str, Any]]) -> None:
         """Publish what an earlier life journaled and did not get to say."""
@@ -378,6 +388,14 @@ def open_controller(spec: ControllerSpec) -> Controller:
 
 def start_controller(spec: ControllerSpec, on_bound: Callable[[int], None]) -> None:
     """Entry point of the controller's own process."""
+    parent = os.getppid()
     controller = open_controller(spec)
+
+    def terminated(*_: object) -> None:
+        if os.getppid() == parent:
+            os._exit(1)  # by somebody: the driver starts another one
+        controller.orphaned()
+
+    signal.signal(signal.SIGTERM, terminated)
     on_bound(controller.port)
     controller.run()

@@ -9,7 +9,6 @@ import json
 import queue
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lazarus import errors
@@ -44,8 +43,7 @@ from lazarus.runtime.nodes import Nodes
 from lazarus.runtime.rpc.channel import endpoint
 from lazarus.runtime.rpc.credentials import check_certificate
 from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
-from lazarus.runtime.whereabouts import Note, read_crash, read_note
-from lazarus.tracebacks import clean, place_in_crash, shown_crash
+from lazarus.runtime.whereabouts import last_words
 
 
 class Driver:
@@ -330,7 +328,7 @@ class Driver:
             self._failed(Failure(cause=Cause.INTERNAL, error="InternalError", message=text))
             return
         key, _, local_rank = name.rpartition(".")
-        died = _last_words(name, cause, self._spec.scratch / key, int(local_rank))
+        died = last_words(name, cause, self._spec.scratch / key, int(local_rank))
         with self._lock:
             self._dead.append(died)
             left = self._alive.get(key)
@@ -373,29 +371,12 @@ class Driver:
     def _noticed(self, node_key: str, notice_s: float) -> None:
         self.notice(node_key, notice_s=notice_s, cause="drain")
 
-    def abandon(self, reason: str) -> None:
+    def abandon(self, reason: str, *, cause: Cause = Cause.REQUEST) -> None:
         """Wake ``run`` even if no controller answers any more."""
-        failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=reason)
+        failure = Failure(cause=cause, error="StoppedError", message=reason)
         self._inbox.put(RunOver(status="short", failure=failure))
 
 
 def _unreachable(message: str) -> Failure:
     text = f"the controller cannot be reached: {message}"
     return Failure(cause=Cause.INTERNAL, error="InternalError", message=text)
-
-
-def _last_words(name: str, cause: str, folder: Path, local_rank: int) -> WorkerDied:
-    """The news of a death, with what the process noted of the user's code that it was in."""
-    note, crash = read_note(folder, local_rank) or Note(), read_crash(folder, local_rank)
-    return WorkerDied(
-        worker=name,
-        cause=clean(cause),
-        generation=note.generation,
-        rank=note.rank,
-        step=note.step,
-        phase=note.phase,
-        sample_ids=note.sample_ids,
-        place=place_in_crash(crash) or note.place,
-        crash=crash,
-        shown=shown_crash(crash) or (f"In your code:\n  {note.place}" if note.place else ""),
-    )

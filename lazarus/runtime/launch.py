@@ -96,10 +96,10 @@ def hosts_of(bind: str, *, own: str) -> tuple[str, str]:
     return (own, bind) if bind in _EVERYWHERE else (bind, bind)
 
 
-def die_with_parent() -> None:
+def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Let the kernel end this process when the one that started it dies."""
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _worker_main(spec: WorkerSpec) -> None:
@@ -111,7 +111,7 @@ def _worker_main(spec: WorkerSpec) -> None:
 
 
 def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
-    die_with_parent()
+    die_with_parent(signal.SIGTERM)  # time to put the end of the run on record
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from lazarus.runtime.controller import start_controller
     from lazarus.runtime.controller_end import failure_of

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.tracebacks import clean
+from lazarus.control.messages import WorkerDied
+from lazarus.tracebacks import clean, place_in_crash, shown_crash
 
 _SIZE = 4096  # of the mapped file
 _MOST_IDS = 64  # sample ids that a note carries
@@ -115,6 +116,23 @@ def read_crash(folder: Path, local_rank: int) -> str:
     with contextlib.suppress(OSError), crash_path(folder, local_rank).open("rb") as file:
         return clean(file.read(_TAIL_BYTES).decode("utf-8", "replace"), limit=_TAIL_BYTES)
     return ""
+
+
+def last_words(name: str, cause: str, folder: Path, local_rank: int) -> WorkerDied:
+    """The news of a death, with what the process noted of the user's code that it was in."""
+    note, crash = read_note(folder, local_rank) or Note(), read_crash(folder, local_rank)
+    return WorkerDied(
+        worker=name,
+        cause=clean(cause),
+        generation=note.generation,
+        rank=note.rank,
+        step=note.step,
+        phase=note.phase,
+        sample_ids=note.sample_ids,
+        place=place_in_crash(crash) or note.place,
+        crash=crash,
+        shown=shown_crash(crash) or (f"In your code:\n  {note.place}" if note.place else ""),
+    )
 
 
 def _note_path(folder: Path, local_rank: int) -> Path:

@@ -1,0 +1,158 @@
+"""Who is blamed for what a worker says of itself, and for how it died: event scripts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from control_desk import Desk, running
+
+from lazarus.control.messages import Depart, Injected, StopRun, UserError, WorkerDied
+from lazarus.control.ports import DriverGone, DriverSaid, TellDriver
+from lazarus.control.state import Phase
+from lazarus.failure import Cause, Failure
+
+
+def raises(desk: Desk, worker: str, *, step: int = 9, **more: Any) -> None:
+    body = UserError(generation=1, step=step, error="ValueError: x", **more)
+    desk.say(worker, body)
+
+
+def dies(desk: Desk, number: int, cause: str = "SIGSEGV", **more: Any) -> None:
+    """The stream closes, then the launcher tells how the process ended."""
+    desk.lose(f"w{number}")
+    note = {"generation": desk.state.resumed, "step": desk.state.step + 1, "phase": "forward"}
+    body = WorkerDied(worker=f"n{number}.0", cause=cause, **(note | more))
+    desk.feed(DriverSaid(body=body, at_s=desk.now_s))
+    desk.tick()
+
+
+def end_of(desk: Desk) -> tuple[str, str]:
+    (end,) = desk.events("run_finished")
+    return end["status"], end["cause"]
+
+
+def failure_of(desk: Desk) -> Failure:
+    (over,) = [c.body for c in desk.of(TellDriver) if type(c.body).__name__ == "RunOver"]
+    return over.failure
+
+
+def test_the_first_exception_of_user_code_ends_the_run_and_nobody_is_lost() -> None:
+    """C3: one node of three raises."""
+    desk = running()
+    raises(desk, "w1", rank=1, phase="forward", sample_ids=(4, 7), place="t.py:3 in loss")
+    assert end_of(desk) == ("failed", "user_code")
+    assert not desk.events("node_lost")
+    (event,) = desk.events("user_error")
+    assert (event["rank"], event["step"], event["sample_ids"]) == (1, 9, [4, 7])
+    failure = failure_of(desk)
+    assert (failure.cause, failure.phase, failure.place) == (
+        Cause.USER_CODE, "forward", "t.py:3 in loss",
+    )  # fmt: skip
+    assert len(desk.told(Depart)) == 3
+
+
+def test_what_a_dying_step_committed_is_on_record_before_the_error() -> None:
+    desk = running()
+    raises(desk, "w0", step=9)
+    names = [c.event for c in desk.log if hasattr(c, "event")]
+    assert names.index("user_error") > max(
+        i for i, name in enumerate(names) if name == "step_committed"
+    )
+
+
+def test_an_injected_crash_costs_its_node_and_only_the_last_one_ends_the_run() -> None:
+    desk = running()
+    raises(desk, "w2", on_purpose=True)
+    raises(desk, "w1", on_purpose=True)
+    assert [e["node"] for e in desk.events("node_lost")] == [2, 1]
+    assert not desk.events("run_finished")
+    raises(desk, "w0", on_purpose=True)
+    assert end_of(desk) == ("failed", "user_code")
+
+
+def test_a_joiner_that_raises_is_refused_alone() -> None:
+    desk = running(join_debounce_s=60.0)
+    desk.committed["w3"] = 0
+    desk.held["w3"] = ()
+    desk.say("w3", desk.hello("w3"))
+    raises(desk, "w3", step=0)
+    assert desk.state.phase is Phase.RUNNING
+    assert not desk.events("run_finished")
+    assert desk.events("user_error")[0]["node"] == 3
+
+
+def test_an_error_of_our_own_is_its_nodes_until_a_second_node_has_it() -> None:
+    desk = running()
+    raises(desk, "w2", cause=Cause.INTERNAL)
+    assert [e["node"] for e in desk.events("node_lost")] == [2]
+    assert not desk.events("user_error")
+    raises(desk, "w1", cause=Cause.INTERNAL)
+    assert end_of(desk) == ("failed", "internal")
+    assert failure_of(desk).error == "InternalError"
+
+
+def test_the_second_process_that_ends_itself_at_a_step_makes_it_poisoned() -> None:
+    """C3: found out at the second death, with the samples that both had."""
+    desk = running()
+    dies(desk, 2, sample_ids=(4, 9), place="t.py:3 in loss")
+    assert desk.state.phase is Phase.RUNNING
+    assert [e["cause"] for e in desk.events("worker_died")] == ["SIGSEGV"]
+    dies(desk, 1, sample_ids=(9,), place="t.py:3 in loss")
+    assert end_of(desk) == ("failed", "user_code")
+    failure = failure_of(desk)
+    assert failure.error == "PoisonedStepError"
+    assert failure.sample_ids == (9,)
+    assert "poisoned step 9" in failure.message and "t.py:3" in failure.message
+
+
+@pytest.mark.parametrize("cause", ["SIGKILL", "ray: ActorDiedError"])
+def test_two_deaths_from_outside_are_two_losses(cause: str) -> None:
+    desk = running(nodes=5)
+    dies(desk, 4, cause)
+    dies(desk, 3, cause)
+    assert desk.state.phase is Phase.RUNNING
+    dies(desk, 2, cause)  # the third attempt at one step
+    assert end_of(desk) == ("failed", "user_code")
+
+
+def test_a_commit_between_two_deaths_makes_them_two_losses() -> None:
+    desk = running()
+    dies(desk, 2)
+    desk.commit(9)
+    dies(desk, 1)
+    assert desk.state.phase is Phase.RUNNING
+
+
+def test_faults_on_purpose_poison_nothing() -> None:
+    desk = running(nodes=4)
+    for number in (3, 2, 1):
+        body = Injected(kind="kill", node_key=f"n{number}", spec="chaos:kill")
+        desk.feed(DriverSaid(body=body, at_s=desk.now_s))
+        dies(desk, number, "SIGSEGV")
+    assert desk.state.phase is Phase.RUNNING
+    assert not desk.state.deaths
+
+
+def test_a_death_outside_the_users_functions_and_one_told_twice_count_for_nothing() -> None:
+    desk = running(nodes=4)
+    dies(desk, 3, phase="")
+    dies(desk, 2, phase="")
+    assert not desk.state.deaths
+    dies(desk, 1)
+    body = WorkerDied(worker="n1.0", cause="SIGSEGV", step=9, phase="forward", generation=3)
+    desk.feed(DriverSaid(body=body, at_s=desk.now_s))
+    assert len(desk.state.deaths) == 1
+
+
+def test_what_the_driver_cannot_go_on_with_ends_the_run_as_that() -> None:
+    desk = running()
+    failure = Failure(cause=Cause.USER_CODE, error="UserCodeError", message="callback")
+    desk.feed(DriverSaid(body=StopRun(now=True, failure=failure), at_s=desk.now_s))
+    assert end_of(desk) == ("failed", "user_code")
+
+
+def test_a_driver_that_is_gone_is_no_request() -> None:
+    desk = running()
+    desk.feed(DriverGone(at_s=desk.now_s))
+    assert end_of(desk) == ("short", "node")
