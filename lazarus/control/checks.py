@@ -27,6 +27,8 @@ from lazarus.control.vector import VectorLayout, decode
 from lazarus.errors import BrokenInvariantError
 
 MOST = 1 << 53  # no count is larger: beyond, float64 does not hold it
+_CHECKSUMS = frozenset({"sum"})  # no counts: any bits are good
+_LARGEST_CHECKSUM = (1 << 63) - 1
 _LARGEST_SHAPE = 1 << 24  # layers times experts
 _AHEAD = 1 << 16  # steps whose vectors are kept before those below have come
 _NAME_CHARS = 1024
@@ -108,7 +110,8 @@ def _odd_field(name: str, item: Any) -> str:
         case bool():
             return ""
         case int():
-            return "" if -1 <= item <= MOST else str(item)
+            most = _LARGEST_CHECKSUM if name in _CHECKSUMS else MOST
+            return "" if -1 <= item <= most else str(item)
         case float():
             return "" if name in _ANY_FLOAT or (isfinite(item) and item >= 0) else str(item)
         case str() if name in _NAMES and len(item) > _NAME_CHARS:
