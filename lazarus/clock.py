@@ -41,9 +41,11 @@ class RunClock:
 
     Args:
         zero_s: The monotonic moment at which ``m`` was 0.
+        began_m: ``m`` at the beginning of this life of the run.
     """
 
     zero_s: float
+    began_m: float = 0.0
 
     @classmethod
     def going_on(cls, *, since: Mapping[str, Any] | None, last_m: float) -> RunClock:
@@ -54,14 +56,21 @@ class RunClock:
             last_m: Of the newest line of the record; no later line will have a smaller one.
         """
         now = now_s()
-        same_boot = since is not None and since.get("boot") == boot_id() != ""
-        if since is not None and same_boot and now - float(since["zero_s"]) >= last_m:
-            return cls(zero_s=float(since["zero_s"]))
-        return cls(zero_s=now - last_m)
+        if since is None:
+            return cls(zero_s=now - last_m, began_m=last_m)
+        zero_s, began_m = float(since["zero_s"]), float(since["began_m"])
+        same_boot = since["boot"] == boot_id() != ""
+        if same_boot and now - zero_s >= last_m:
+            return cls(zero_s=zero_s, began_m=began_m)
+        return cls(zero_s=now - last_m, began_m=began_m)
 
     def noted(self) -> dict[str, Any]:
         """For the journal; see ``going_on``."""
-        return {"boot": boot_id(), "zero_s": self.zero_s}
+        return {"boot": boot_id(), "zero_s": self.zero_s, "began_m": self.began_m}
+
+    def life_s(self, at_s: float) -> float:
+        """Seconds that this life of the run has lasted at a moment."""
+        return max(0.0, self.stamp(at_s)["m"] - self.began_m)
 
     def stamp(self, at_s: float) -> dict[str, float]:
         """``t`` and ``m`` of a moment. One of another machine's life, ahead of ours, is now."""

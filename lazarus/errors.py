@@ -189,9 +189,21 @@ class CheckpointError(LazarusError):
     """A checkpoint cannot be used: what is missing or damaged, by name."""
 
 
+class JournalError(LazarusError):
+    """A run's journal cannot be taken for true: the file, and what is wrong with it."""
+
+    exit_code = 2
+
+    def __init__(self, *, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
 class RecordError(LazarusError, ValueError):
-    """A run's record cannot be read: file, line and what is wrong with it."""
+    """A run's record cannot be read: file, line (0: the file itself) and what is wrong with it."""
+
+    exit_code = 2
 
     def __init__(self, *, path: str, line: int, reason: str) -> None:
-        super().__init__(f"{path}:{line}: {reason}")
+        super().__init__(f"{path}:{line}: {reason}" if line else f"{path}: {reason}")
         self.path, self.line, self.reason = path, line, reason

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lazarus.careful import lines_of, open_regular, parse_object
 from lazarus.errors import RecordError
 
 SCHEMA = 1  # written into run_started
@@ -43,6 +45,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
             "wall_s": _NUMBER,
         },
         "fault_injected": {"node": _NODE, "kind": _TEXT, "step": _INT},
+        "fault_not_fired": {"spec": _TEXT, "reason": _TEXT},
         "node_lost": {"node": _INT, "cause": _TEXT},
         "node_left": {"node": _INT},
         "node_joined": {"node": _INT},
@@ -110,6 +113,16 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
     }
 )
 
+# Fields that records of earlier versions are without.
+_LATER: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "run_started": ("schema",),
+        "run_finished": ("status", "cause", "goodput_tokens_per_s", "ettr", "plt"),
+    }
+)
+_LATEST_S = 1e11  # what is later is no time
+_ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
+
 
 def make_event(event: str, *, t: float, generation: int, **fields: Any) -> dict[str, Any]:
     """Build a known event and check it.
@@ -149,19 +162,38 @@ def decode(line: str) -> dict[str, Any]:
     """The event of one line.
 
     Raises:
-        ValueError: It is not a JSON object with ``t``, ``event`` and ``generation``.
+        ValueError: It is not a JSON object with ``t``, ``event`` and ``generation``, or an event
+            that is known lacks a field or has another kind of value in it.
     """
-    event = json.loads(line)
-    if not isinstance(event, dict):
-        raise ValueError("not a JSON object")
+    event = parse_object(line)
     for name, types in _HEADER.items():
         if not _is(event.get(name), types):
-            raise ValueError(f"{name} = {event.get(name)!r} must be {types[0].__name__}")
+            raise ValueError(f"{name} = {_short(event.get(name))} must be {types[0].__name__}")
+    for name in ("t", "m"):
+        if not _is(event.get(name, 0), _NUMBER) or abs(event.get(name, 0)) > _LATEST_S:
+            raise ValueError(f"{name} = {_short(event[name])} is no time")
+    if wrong := [text for text in faults_of(event) if not _came_later(event, text)]:
+        raise ValueError(f"{event['event']}: {wrong[0]}")
     return event
 
 
+def _came_later(event: Event, fault: str) -> bool:
+    """Whether records of earlier versions may well be without that field."""
+    later = _LATER.get(str(event["event"]), ())
+    return any(fault == f"field {name} is missing" for name in later)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]
+
+
 def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """All events of a record: ``path`` is the file, or the run's folder.
+    """All events of a record: ``path`` is the file, or the run's folder. See ``each_event``."""
+    return list(each_event(path))
+
+
+def each_event(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The events of a record one by one, so that a long one needs no memory.
 
     A last line without its line end was being written when the run ended: it is left out.
 
@@ -170,16 +202,52 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
     """
     place = Path(path)
     place = place / FILE_NAME if place.is_dir() else place
+    number = 0  # of the line that is read
     try:
-        text = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a UTF-8 text"
+        with open_regular(place) as file:
+            for _, line in lines_of(file):
+                number += 1
+                if line.strip():
+                    yield decode_bytes(line)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise RecordError(path=str(place), line=0, reason=f"cannot be read: {reason}") from error
-    return list(parse_lines(text, name=str(place)))
+    except ValueError as error:
+        raise RecordError(path=str(place), line=number, reason=str(error)) from error
+
+
+@contextmanager
+def blamed_on_record(path: str | Path) -> Iterator[None]:
+    """For whoever works with events that were read: what is odd inside of one is damage.
+
+    Raises:
+        RecordError: A value deep in an event is not what a run writes.
+    """
+    place = Path(path)
+    try:
+        yield
+    except RecordError:
+        raise
+    except _ODD as error:
+        place = place / FILE_NAME if place.is_dir() else place
+        reason = f"an event makes no sense: {type(error).__name__}: {error}"[:200]
+        raise RecordError(path=str(place), line=0, reason=reason.replace("\n", " ")) from error
+
+
+def decode_bytes(line: bytes) -> dict[str, Any]:
+    """``decode`` of a line as it lies in the file.
+
+    Raises:
+        ValueError: See ``decode``, or it is no UTF-8.
+    """
+    try:
+        return decode(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} of the line is no UTF-8") from None
 
 
 def parse_lines(text: str, *, name: str = FILE_NAME) -> Iterator[dict[str, Any]]:
-    """Events of a text; see ``read_events``."""
+    """Events of a text; see ``each_event``."""
     lines = text.split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         if not line.strip():

@@ -112,6 +112,7 @@ def _stalled(event: Event) -> str:
 _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
     {
         "fault_injected": _fault,
+        "fault_not_fired": lambda e: f"! fault {e['spec']} never happened: {e['reason']}",
         "node_joined": _joined,
         "node_left": lambda e: f"- node {e['node']} left as announced",
         "drain_notice": _draining,

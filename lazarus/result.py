@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from lazarus import metrics
 from lazarus.control.messages import RunOver
 from lazarus.errors import LazarusError
-from lazarus.events import read_events
+from lazarus.events import each_event
 from lazarus.records import StepRecord
+from lazarus.step_history import StepHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Result:
     run_dir: Path
     status: Literal["finished", "stopped"]
     steps: int
-    history: tuple[StepRecord, ...]
+    history: Sequence[StepRecord]
     final_loss: float
     goodput_tokens_per_s: float
     ettr: float
@@ -53,11 +53,12 @@ def result_of(over: RunOver, *, run_id: str, run_dir: Path, url: str) -> Result:
     Args:
         url: Where the run keeps its checkpoints.
     """
-    events = read_events(run_dir / "events.jsonl")
-    steps = metrics.committed_steps(events)
-    history = tuple(_step_record(steps[step]) for step in sorted(steps))
+    history, persisted = StepHistory(), False
+    for event in each_event(run_dir / "events.jsonl"):
+        if event["event"] == "step_committed":
+            history.add(event)
+        persisted = persisted or event["event"] == "checkpoint_persisted"
     totals = json.loads(over.result)
-    persisted = any(event["event"] == "checkpoint_persisted" for event in events)
     return Result(
         run_id=run_id,
         run_dir=run_dir,
@@ -70,17 +71,6 @@ def result_of(over: RunOver, *, run_id: str, run_dir: Path, url: str) -> Result:
         plt=float(totals["plt"]),
         state_digest=str(totals["state_digest"]),
         checkpoint=url if persisted else None,
-    )
-
-
-def _step_record(event: Mapping[str, Any]) -> StepRecord:
-    loss = event["loss"]
-    return StepRecord(
-        step=int(event["step"]),
-        loss=float("nan") if loss is None else float(loss),
-        tokens=int(event["tokens"]),
-        num_nodes=int(event["num_nodes"]),
-        wall_s=float(event["wall_s"]),
     )
 
 

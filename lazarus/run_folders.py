@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import glob
 import re
-import tomllib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from lazarus.careful import read_text
 from lazarus.checkpoint.storage import anchored, is_url
 from lazarus.config import TrainConfig
 from lazarus.errors import ConfigError, Problem
 from lazarus.ownership import owner_of
+from lazarus.settings import toml_of
 
 _TIME = "{time}"
 _TIMES = r"\d{8}-\d{6}"  # what stands for it in a name
@@ -93,7 +94,7 @@ def _matching(form: str) -> Iterator[Path]:
 def _name_of(folder: Path) -> str | None:
     """The ``run.name`` of a run's configuration; None where it cannot be read."""
     try:
-        found = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        found = toml_of(read_text(folder / "config.toml"))
         return str(found["run"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,12 +11,12 @@ import contextlib
 import os
 import re
 import sys
-import tomllib
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lazarus.careful import read_text
 from lazarus.checkpoint.storage import anchored
 from lazarus.config import TrainConfig
 from lazarus.errors import ConfigError, Problem
@@ -36,6 +36,7 @@ from lazarus.run_folders import (
     run_folder,
     runs_of_name,
 )
+from lazarus.settings import toml_of
 from lazarus.timeouts import derive_timeouts
 
 Say = Callable[[str], None]
@@ -187,7 +188,7 @@ def _recorded_url(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        url = tomllib.loads(path.read_text(encoding="utf-8"))["checkpoint"]["url"]
+        url = toml_of(read_text(path))["checkpoint"]["url"]
     except (OSError, ValueError) as problem:
         raise ConfigError(Problem(f"cannot be read: {problem}", where=str(path))) from problem
     except (KeyError, TypeError):

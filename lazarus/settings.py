@@ -18,9 +18,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lazarus.careful import read_text
 from lazarus.errors import ConfigError, Problem
 
 _NONE = "none"  # how an optional key is cleared, TOML having no null
+_MOST_BYTES = 16 << 20  # of a configuration
+_DEEPEST = 32
 _RANGE = (("ge", ">=", op.ge), ("gt", ">", op.gt), ("le", "<=", op.le), ("lt", "<", op.lt))
 
 
@@ -113,20 +116,46 @@ def complaint(spec: Field[Any], hint: Any, value: Any, dotted: str) -> str | Non
     return None
 
 
+def toml_of(text: str) -> dict[str, Any]:
+    """A TOML document.
+
+    Raises:
+        ValueError: It is none, or has numbers beyond 64 bits or tables in tables in tables ...
+    """
+    try:
+        content = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check_numbers(content)
+    return content
+
+
+def _check_numbers(value: Any, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise ValueError(f"nested more than {_DEEPEST} deep")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError(f"a number of {value.bit_length()} bits")
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in items:
+        _check_numbers(item, depth + 1)
+
+
 def read_toml(path: str | Path, root: type) -> tuple[dict[str, Given], list[Problem]]:
     """A layer from a TOML file, with line numbers; and what cannot be read in it."""
     place = Path(path)
     try:
-        text = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a UTF-8 text"
+        text = read_text(place, most=_MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         return {}, [Problem(f"cannot read the configuration: {reason}", where=str(path))]
     try:
-        content = tomllib.loads(text)
+        content = toml_of(text)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
         where = f"{path}:{line[1] if line else len(text.splitlines())}"
         return {}, [Problem(f"not valid TOML: {error}", where=where)]
+    except ValueError as error:
+        return {}, [Problem(f"not valid TOML: {error}", where=str(path))]
     lines = _line_numbers(text)
     return flatten(content, root, lambda dotted: f"{path}:{lines.get(dotted, 1)}")
 

@@ -234,6 +234,7 @@ class _Run:
             control=replace(
                 trainer._control,
                 run_id=self.run_id,
+                faults=trainer._faults,
                 checkpoint_url=self._url,
                 **({} if start is None else start.control()),
             ),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lazarus.careful import parse_object, text_of
 from lazarus.checkpoint.errors import DamagedError, UnknownFormatError
 from lazarus.checkpoint.manifest import (
     SUPPORTED_FORMATS,
@@ -69,7 +70,7 @@ def from_text(text: str | bytes, *, path: str) -> Manifest:
         DamagedError: Not JSON, not a manifest, or its checksum differs.
     """
     try:
-        body = json.loads(text)
+        body = parse_object(text if isinstance(text, str) else text_of(text))
         found = body["format"]
         if found not in SUPPORTED_FORMATS or isinstance(found, bool):
             raise UnknownFormatError(path=path, found=found, supported=SUPPORTED_FORMATS)
@@ -77,8 +78,9 @@ def from_text(text: str | bytes, *, path: str) -> Manifest:
         if stated != _checksum(body):
             raise DamagedError(f"{path} does not match its own checksum (flipped or edited)")
         return _from_body(body)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DamagedError(f"{path} is not a Lazarus manifest: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise DamagedError(f"{path} is not a Lazarus manifest: {what}") from error
 
 
 def _from_body(body: Mapping[str, Any]) -> Manifest:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from lazarus.careful import open_regular, read_bytes
 from lazarus.checkpoint.errors import DamagedError
 
 Probe = Callable[[str], None]
@@ -166,6 +167,8 @@ def read_file(storage: Storage, path: str) -> bytes:
     Raises:
         FileNotFoundError: It is not there.
     """
+    if storage.is_local:
+        return read_bytes(storage.full(path))
     data: bytes = storage.fs.cat_file(storage.full(path))
     return data
 
@@ -177,7 +180,8 @@ def hash_file(storage: Storage, path: str) -> tuple[int, str]:
         FileNotFoundError: It is not there.
     """
     digest, count = hashlib.sha256(), 0
-    with storage.fs.open(storage.full(path), "rb") as file:
+    full = storage.full(path)
+    with open_regular(full) if storage.is_local else storage.fs.open(full, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             count += len(block)

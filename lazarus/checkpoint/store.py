@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lazarus.careful import NotAFileError
 from lazarus.checkpoint.errors import (
     CheckpointError,
     DamagedError,
@@ -255,7 +256,10 @@ def _load(storage: Storage, step: int, *, where: str) -> Manifest:
         raise NoCheckpointError(f"{where} has no checkpoint of step {step}")
     if size > MAX_MANIFEST_BYTES:
         raise DamagedError(f"{path} has {size} bytes; no manifest is that large")
-    manifest = from_text(read_file(storage, path), path=path)
+    try:
+        manifest = from_text(read_file(storage, path), path=path)
+    except NotAFileError as error:
+        raise DamagedError(f"{path} {error.strerror}") from error
     if manifest.step != step:
         raise DamagedError(f"{path} is the manifest of step {manifest.step} (moved)")
     for name in manifest.files:

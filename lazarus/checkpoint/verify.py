@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lazarus.careful import NotAFileError
 from lazarus.checkpoint.errors import NoCheckpointError, UnknownFormatError
 from lazarus.checkpoint.manifest import Manifest, manifest_path, step_of_folder
 from lazarus.checkpoint.storage import Storage, hash_file, list_folder, open_storage, redacted
@@ -40,6 +41,8 @@ def _problem(storage: Storage, path: str, manifest: Manifest) -> str | None:
         num_bytes, sha256 = hash_file(storage, path)
     except FileNotFoundError:
         return "is missing"
+    except NotAFileError as error:
+        return str(error.strerror)
     if num_bytes != entry.num_bytes:
         return f"has {num_bytes} bytes, not {entry.num_bytes} (truncated or replaced)"
     return None if sha256 == entry.sha256 else "sha256 differs (flipped or replaced)"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import time
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lazarus import runs
+from lazarus.careful import read_text
 from lazarus.checkpoint.manifest import Manifest, expert_name
 from lazarus.checkpoint.plt import portion_lost, staleness
 from lazarus.checkpoint.storage import is_url, list_folder, open_storage, redacted
@@ -18,6 +18,7 @@ from lazarus.checkpoint.store import damaged_sizes, find_checkpoints
 from lazarus.checkpoint.verify import Verification, verify
 from lazarus.errors import ConfigError
 from lazarus.format import bytes_text, plural, seconds_text
+from lazarus.settings import toml_of
 
 _HEADS = ("STEP", "KIND", "EXPERTS", "BYTES", "AGE", "COMPLETE", "OLDEST EXPERT", "PLT IF RESTORED")
 
@@ -80,10 +81,13 @@ def _configured_url(folder: Path) -> str:
     if not path.exists():
         return ""
     try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        table = toml_of(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
-    url = str(table.get("checkpoint", {}).get("url", "none"))
+    section = table.get("checkpoint", {})
+    url = str(section.get("url", "none")) if isinstance(section, dict) else "none"
     return "" if url in {"", "none"} else url.replace("{run.dir}", str(folder))
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lazarus import runs
+from lazarus.careful import open_regular
 from lazarus.endings import is_abandoned, with_end
-from lazarus.errors import ConfigError
-from lazarus.events import FILE_NAME, decode, read_events
+from lazarus.errors import ConfigError, RecordError
+from lazarus.events import FILE_NAME, blamed_on_record, decode_bytes, read_events
 from lazarus.faults import seconds_of
 from lazarus.format import loss_text
 from lazarus.narrator import Narrator
@@ -42,13 +43,11 @@ def run(args: argparse.Namespace) -> int:
     source: Iterator[Mapping[str, Any]]
     source = _following(folder) if args.follow else iter(with_end(read_events(folder), folder))
     for event in source:
-        lines = narrator.tell(event)
-        if event["t"] < first_s:
-            continue
-        if args.json:
-            print(json.dumps(event), flush=True)
-        else:
-            for line in _shown(event, lines):
+        with blamed_on_record(folder):
+            told = narrator.tell(event)
+            lines = [json.dumps(event)] if args.json else _shown(event, told)
+        if event["t"] >= first_s:
+            for line in lines:
                 print(line, flush=True)
     return 0
 
@@ -71,13 +70,17 @@ def _short(value: Any) -> bool:
 
 def _following(folder: Path) -> Iterator[Mapping[str, Any]]:
     """Every whole line, now and later, until the last life of the run is over."""
-    is_over = False
-    with (folder / FILE_NAME).open(encoding="utf-8") as file:
-        partial = ""
+    path, number, is_over = folder / FILE_NAME, 0, False
+    with open_regular(path) as file:
+        partial = b""
         while True:
             partial += file.readline()
-            if partial.endswith("\n"):
-                event, partial = decode(partial), ""
+            if partial.endswith(b"\n"):
+                number += 1
+                try:
+                    event, partial = decode_bytes(partial), b""
+                except ValueError as error:
+                    raise RecordError(path=str(path), line=number, reason=str(error)) from error
                 is_over = event["event"] == "run_finished"
                 yield event
                 continue

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lazarus.careful import parse_json, read_text
 from lazarus.errors import ConfigError
 from lazarus.simulate.loads import UNREADABLE
 from placement import (
@@ -217,8 +218,8 @@ def _from_file(path: Path) -> Any:
             raise ValueError(f"{path} is no {path.suffix} of numbers: {error}") from error
         return _recent(array, path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        data = parse_json(read_text(path))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, list):
         raise ValueError(f"{path} holds a JSON {type(data).__name__}; wanted a list [L][E] or [E]")
@@ -254,8 +255,8 @@ def _certify(args: argparse.Namespace) -> int:
     if not path.is_file():
         raise ValueError(f"--certify {path}: no such file")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        data = parse_json(read_text(path))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} holds a JSON {type(data).__name__}; wanted an object of --json")

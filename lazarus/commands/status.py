@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from lazarus import runs
 from lazarus.endings import with_end
-from lazarus.events import read_events
+from lazarus.events import blamed_on_record, read_events
 from lazarus.status import describe, status_of
 
 
@@ -22,7 +22,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print one line, or one object."""
     folder = runs.find_run(args.run_name)
-    status = status_of(with_end(read_events(folder), folder), now_s=time.time())
+    with blamed_on_record(folder):
+        status = status_of(with_end(read_events(folder), folder), now_s=time.time())
     if args.json:
         runs.print_json({"schema": 1, "run_dir": str(folder), **asdict(status)})
         return 0

@@ -29,6 +29,7 @@ from lazarus.control.messages import (
 from lazarus.control.ports import Command, Exit, Journal, Publish, Tell, TellDriver
 from lazarus.control.state import Control, Phase, Timeline
 from lazarus.control.tuning import learned
+from lazarus.control.unfired import unfired
 from lazarus.control.vector import StepSums, VectorLayout, advance_history, decode
 from lazarus.failure import Cause, Failure, Status
 
@@ -266,6 +267,7 @@ def end(state: Control, *, status: Status, failure: Failure | None, at_s: float)
     }
     state = replace(state, phase=Phase.ENDED, phase_s=at_s)
     left = tuple(Tell(worker=w, body=Depart(reason=status)) for w in state.workers)
+    commands += unfired(state, at_s=at_s)
     return state, (*commands, Journal(entry=entry), *last_words(entry), *left, Exit())
 
 

@@ -70,6 +70,7 @@ from lazarus.control.ports import (
 )
 from lazarus.control.roster import candidates, leaving, node_of, staying
 from lazarus.control.state import Control, Phase
+from lazarus.control.unfired import names_a_node
 from lazarus.failure import Cause, Failure
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -227,8 +228,15 @@ def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> 
         ends = (TellDriver(body=NodeEndsMachine(node_key=key)),)
     if (worker, body.number) in state.struck:  # an earlier life of the controller has seen to it
         return state, (*ends, go)
-    state = replace(state, struck=state.struck | {(worker, body.number)})
-    entry = {"kind": "fault", "term": state.term, "worker": worker, "number": body.number}
+    if body.spec in state.fired_specs and not names_a_node(body.spec):
+        return state, (Tell(worker=worker, body=Go(spec=body.spec, is_done=True)),)
+    struck = {"worker": worker, "number": body.number, "spec": body.spec}
+    entry = {"kind": "fault", "term": state.term, **struck}
+    state = replace(
+        state,
+        struck=state.struck | {(worker, body.number)},
+        fired_specs=state.fired_specs | {body.spec},
+    )
     serial = state.workers[worker].node
     fields = {
         "generation": state.generation,

@@ -373,6 +373,7 @@ class Go(Body, frozen=True, kw_only=True):
     """The injected fault is on record: let it happen."""
 
     spec: str
+    is_done: bool = False  # another rank has struck it: do nothing
 
 
 class Strike(Body, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,15 +41,25 @@ def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
 def resumed_state(
     entries: Sequence[Mapping[str, Any]], config: ControlConfig, *, now_s: float
 ) -> Control:
-    """What a new life of the controller knows before any worker has spoken.
+    """What a new life of the controller knows before any worker has spoken."""
+    state = blank_state(config)
+    for entry in entries:
+        state = replayed(state, entry)
+    return awakened(state, now_s=now_s)
+
+
+def blank_state(config: ControlConfig) -> Control:
+    """What ``replayed`` begins with: no term, no time."""
+    return initial_state(config, term=0, now_s=0.0)
+
+
+def awakened(state: Control, *, now_s: float) -> Control:
+    """The beginning of a controller's next life, from what its journal told.
 
     Workers of the newest RESUMEd generation are expected back; whoever does not come within the
     tolerated stall is lost. Generations claimed but never resumed are void.
     """
-    term = 1 + max((int(e["term"]) for e in entries if e["kind"] == "term"), default=0)
-    state = initial_state(config, term=term, now_s=now_s)
-    for entry in entries:
-        state = _replayed(state, entry)
+    state = replace(state, term=state.term + 1, started_s=now_s, phase_s=now_s)
     if not state.resumed:
         return replace(state, nodes={}, next_serial=state.next_serial)
     wanted = set(state.members)
@@ -61,24 +71,29 @@ def resumed_state(
 
 
 def missing_commits(
-    entries: Sequence[Mapping[str, Any]],
-    config: ControlConfig,
-    *,
-    published: int,
-    now_s: float,
-) -> tuple[Publish, ...]:
-    """Commits that were journaled but not yet published when the controller died."""
-    state = initial_state(config, term=1, now_s=now_s)
-    found: list[Publish] = []
+    entries: Iterable[Mapping[str, Any]], state: Control, *, said: Callable[[str, int, int], bool]
+) -> Iterator[Publish]:
+    """What the record lacks of the commits that are journaled.
+
+    Args:
+        entries: What was journaled after ``state``.
+        said: Whether the record has this event of this generation and step.
+    """
+    names = ("step_committed", "ledger") if state.config.ledger else ("step_committed",)
     for entry in entries:
         for commit in entry.get("commits", ()):
-            if int(commit["step"]) > published:
-                found += commit_events(state, _vector(commit))
-        state = _replayed(state, entry)
-    return tuple(found)
+            generation, step = int(commit["generation"]), int(commit["step"])
+            missing = [name for name in names if not said(name, generation, step)]
+            if missing == ["ledger"] and said("ledger_mismatch", generation, step):
+                missing = []
+            if missing:
+                events = commit_events(state, vector_of(commit))
+                yield from (e for e in events if e.event != "step_committed" or e.event in missing)
+        state = replayed(state, entry)
 
 
-def _vector(commit: Mapping[str, Any]) -> Vector:
+def vector_of(commit: Mapping[str, Any]) -> Vector:
+    """A commit as it was journaled."""
     return Vector(
         generation=int(commit["generation"]),
         step=int(commit["step"]),
@@ -88,8 +103,11 @@ def _vector(commit: Mapping[str, Any]) -> Vector:
     )
 
 
-def _replayed(state: Control, entry: Mapping[str, Any]) -> Control:
+def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
+    """What the journal tells after one more entry."""
     match entry["kind"]:
+        case "term":
+            return replace(state, term=max(state.term, int(entry["term"])))
         case "serial":
             serial = int(entry["node"])
             empty = Node(key=str(entry["key"]), workers=("",) * state.config.ranks_per_node)
@@ -103,24 +121,19 @@ def _replayed(state: Control, entry: Mapping[str, Any]) -> Control:
             members = tuple(n for n in state.members if n in voters)
             return replace(state, generation=int(entry["generation"]), members=members)
         case "commits":
-            last = entry["commits"][-1]
-            history = state.history
-            for commit in entry["commits"]:
-                lanes = np.frombuffer(base64.b64decode(commit["lanes"]), dtype="<f8")
+            vectors = [vector_of(commit) for commit in entry["commits"]]
+            history, last = state.history, vectors[-1]
+            for vector in vectors:
+                lanes = np.frombuffer(vector.lanes, dtype="<f8")
                 history = advance_history(history, counts_of(state, lanes))
-            base = state.plan if int(last["generation"]) == state.resumed else state.base_plan
-            return replace(
-                state,
-                step=int(last["step"]),
-                base_plan=base,
-                history=history,
-                newest=_vector(last),
-            )
+            base = state.plan if last.generation == state.resumed else state.base_plan
+            return replace(state, step=last.step, base_plan=base, history=history, newest=last)
         case "resume":
             return _resumed(state, entry)
         case "fault":
             key = (str(entry["worker"]), int(entry["number"]))
-            return replace(state, struck=state.struck | {key})
+            specs = state.fired_specs | ({str(entry["spec"])} if "spec" in entry else set())
+            return replace(state, struck=state.struck | {key}, fired_specs=specs)
         case "evaluated":
             return replace(state, evaluated=int(entry["step"]))
         case "manifest":

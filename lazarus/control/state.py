@@ -60,6 +60,7 @@ class ControlConfig:
     run_id: str = ""
     global_batch: int = 32
     seed: int = 0
+    faults: tuple[str, ...] = ()  # scripted; what of them never happens is said at the end
     ledger: bool = False  # record the sample ids of each committed step
     nodes: int = 4
     min_nodes: int = 1
@@ -300,6 +301,7 @@ class Control:
     errors: tuple[tuple[int, ...], ...] = ()  # first complaints of generations without a commit
     fired: Mapping[int, float] = field(default_factory=dict)  # node -> time of its injected fault
     struck: frozenset[tuple[str, int]] = frozenset()  # (worker, number) of the faults on record
+    fired_specs: frozenset[str] = frozenset()  # the scripted faults among them
     doomed: frozenset[int] = frozenset()  # nodes that were told to raise
     deaths: tuple[Death, ...] = ()  # in functions of the user's, of steps not yet committed
     excused: frozenset[str] = frozenset()  # keys of lost nodes that had been struck on purpose

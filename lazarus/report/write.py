@@ -10,7 +10,7 @@ import numpy as np
 
 from lazarus.endings import with_end
 from lazarus.errors import LazarusError
-from lazarus.events import Event, of_kind, read_events
+from lazarus.events import Event, blamed_on_record, of_kind, read_events
 from lazarus.files import replaced
 from lazarus.format import bytes_text, count_text, loss_text, seconds_text
 from lazarus.metrics import Summary, lives
@@ -59,7 +59,7 @@ def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
         RecordError, OSError: See ``write_report``.
     """
     names = _names([Path(folder) for folder in run_dirs])
-    views = [view_of(read_events(d), name=n) for d, n in zip(run_dirs, names, strict=True)]
+    views = [_view(Path(d), name=n) for d, n in zip(run_dirs, names, strict=True)]
     sections = [
         Section(title="Figures", table=_comparison(views), wide=True),
         Section(title="Loss", figure=charts.loss_chart(views), wide=True),
@@ -82,6 +82,12 @@ def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
         title=f"{len(views)} Lazarus runs", subtitle=", ".join(names), tiles=(), sections=sections
     )
     return _written(Path(out), text)
+
+
+def _view(folder: Path, *, name: str) -> RunView:
+    events = with_end(read_events(folder), folder)
+    with blamed_on_record(folder):
+        return view_of(events, name=name)
 
 
 def _written(path: Path, text: str) -> Path:

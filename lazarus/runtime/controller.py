@@ -7,7 +7,6 @@ record.
 from __future__ import annotations
 
 import json
-import math
 import os
 import queue
 import signal
@@ -15,13 +14,11 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace as changed
 
-from lazarus import metrics
-from lazarus.clock import RunClock, now_s
+from lazarus.clock import now_s
 from lazarus.control.commits import end, last_words
 from lazarus.control.machine import decide
 from lazarus.control.messages import (
@@ -47,21 +44,18 @@ from lazarus.control.ports import (
     WorkerSaid,
     WriteManifest,
 )
-from lazarus.control.replay import missing_commits, resumed_state
-from lazarus.control.state import Control
+from lazarus.control.replay import awakened
 from lazarus.errors import LazarusError
-from lazarus.events import FILE_NAME, moment
-from lazarus.journals import read_journal
-from lazarus.runtime import journal as journaling
+from lazarus.runtime.chronicle import Chronicle
 from lazarus.runtime.controller_end import (
     Reserve,
     UnrecordedError,
     failure_of,
-    recording,
     unrecorded_end,
 )
 from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.manifests import ManifestWriter
+from lazarus.runtime.record_log import finite, line_of
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import add_control, bind, endpoint, make_server
 from lazarus.runtime.spec import ControllerSpec
@@ -79,74 +73,16 @@ class _Died:
     problem: BaseException
 
 
-class RecordLog:
-    """events.jsonl: one writer, one object a line, flushed at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.events = _earlier(path)
-        self._out = path.open("ab", buffering=0)
-        self._size = path.stat().st_size
-
-    @property
-    def last_m(self) -> float:
-        """Of the newest line; 0 where there is none."""
-        return moment(self.events[-1]) if self.events else 0.0
-
-    def append(self, event: dict[str, Any]) -> None:
-        """Write an event whole or not at all; it counts as said in any case.
-
-        Raises:
-            OSError: It is not written.
-        """
-        self.events.append(event)
-        left = memoryview((line_of(event) + "\n").encode())
-        try:
-            while left:
-                left = left[self._out.write(left) :]
-        except OSError:
-            os.truncate(self._out.fileno(), self._size)
-            raise
-        self._size = os.fstat(self._out.fileno()).st_size
-
-    def close(self) -> None:
-        self._out.close()
-
-
-def line_of(event: dict[str, Any]) -> str:
-    """An event as a record has it."""
-    return json.dumps(event, separators=(",", ":"), allow_nan=False)
-
-
-def _earlier(path: Path) -> list[dict[str, Any]]:
-    """What an earlier life wrote; half a last line is cut off."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if len(whole) != len(text):
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 class Controller:
     """One life of the controller process."""
 
-    def __init__(
-        self,
-        spec: ControllerSpec,
-        state: Control,
-        journal: journaling.Journal,
-        *,
-        log: RecordLog,
-        clock: RunClock,
-    ) -> None:
+    def __init__(self, spec: ControllerSpec, chronicle: Chronicle) -> None:
         self._spec = spec
-        self._clock = clock
-        self._state = state
-        self._journal = journal
+        self._chronicle = chronicle
+        self._state = awakened(chronicle.told.state, now_s=now_s())
+        self._ended = chronicle.told.end  # how an earlier life ended the run
         self._events: queue.SimpleQueue[Heard | _Died] = queue.SimpleQueue()
         self._streams = Streams(spec.config, post=self._events.put, on_death=self._thread_died)
-        self._ended: Mapping[str, Any] | None = None  # how an earlier life ended the run
         self._done = False
         self._next_tick_s = self._next_pulse_s = now_s()
         self._waiting: int | None = None  # messages to hear before the tick that is due
@@ -154,7 +90,6 @@ class Controller:
         self._reserve = Reserve(spec.run_dir / spec.journal)
         stall_s, bind_host = spec.config.tolerated_stall_s, spec.bind_host or spec.host
         self._store = RendezvousStore(spec.host, bind_host=bind_host, timeout_s=30 * stall_s)
-        self._log = log
         self._manifests = ManifestWriter(
             spec, lambda done: self._events.put((done, None)), on_death=self._thread_died
         )
@@ -172,24 +107,16 @@ class Controller:
         last.daemon = True
         last.start()
 
-    def catch_up(self, entries: list[dict[str, Any]]) -> None:
-        """Publish what an earlier life journaled and did not get to say."""
-        self._ended = next((e for e in reversed(entries) if e["kind"] == "end"), None)
-        if not self._state.resumed:
-            return
-        life = metrics.lives(self._log.events)[-1]
-        said = {(event["event"], event.get("step")) for event in life}
-        last = max(metrics.committed_steps(life), default=0)
-        # One step further back: its ledger may be missing though its commit is said.
-        missing = missing_commits(entries, self._spec.config, published=last - 1, now_s=now_s())
-        for command in missing:
-            if (command.event, command.fields["step"]) not in said:
-                self._publish(command)
+    def begin(self) -> None:
+        """Say what an earlier life did not get to say, and rule."""
+        for command in self._chronicle.unsaid():
+            self._publish(command)
+        self._chronicle.begin(term=self._state.term, port=self.port)
 
     def _end_again(self, entry: Mapping[str, Any]) -> None:
         """An earlier life died while it ended the run: say what it may not have said."""
         event, told = last_words(entry)
-        if not self._log.events or self._log.events[-1]["event"] != event.event:
+        if self._chronicle.last_event != event.event:
             self._publish(event)
         self._carry_out(told)
         self._streams.driver_there.wait(self._spec.config.start_timeout_s)
@@ -207,6 +134,8 @@ class Controller:
         try:
             if self._ended is not None:
                 self._end_again(self._ended)
+            else:
+                self._chronicle.fold()
             self._loop()
         except Exception as problem:
             self._streams.tell_driver(ControllerFailed(failure=failure_of(problem)))
@@ -215,7 +144,7 @@ class Controller:
             raise
         self._server.stop(grace=2.0).wait()
         self._manifests.close()
-        self._log.close()
+        self._chronicle.close()
         self._reserve.release()
 
     def _loop(self) -> None:
@@ -234,6 +163,7 @@ class Controller:
                 self._end_unrecorded(problem)
                 return
             self._state = state
+            self._chronicle.tidy()
 
     def _hears(self, event: WorkerSaid, peer: Peer | None) -> bool:
         """Whether this stream may speak for the worker: with its hello, or once admitted."""
@@ -303,8 +233,7 @@ class Controller:
             case TellDriver(body=body):
                 self._tell_driver(body)
             case Journal(entry=entry):
-                with recording(self._spec.run_dir):
-                    self._journal.append(entry)
+                self._chronicle.note(entry)
             case Publish():
                 self._publish(command)
             case WriteManifest():
@@ -322,45 +251,18 @@ class Controller:
 
     def _tell_driver(self, body: Body) -> None:
         if isinstance(body, RunOver):
-            last = self._log.events[-1]
-            totals = {name: last[name] for name in ("goodput_tokens_per_s", "ettr", "plt")}
-            result = {**json.loads(body.result), **totals}
-            body = changed(body, result=json.dumps(_finite(result)))
+            result = {**json.loads(body.result), **self._chronicle.figures()}
+            body = changed(body, result=json.dumps(finite(result)))
         self._streams.tell_driver(body)
 
     def _publish(self, command: Publish) -> None:
-        event = {**self._clock.stamp(command.t), "event": command.event, **command.fields}
-        if command.event == "run_finished":
-            event["wall_s"] = command.t - self._clock.zero_s
-            event = {**run_totals([*self._log.events, event]), **event}
-        event = _finite(event)
+        event = self._chronicle.event_of(command)
         try:
-            with recording(self._spec.run_dir):
-                self._log.append(event)
+            self._chronicle.say(event)
         except UnrecordedError:
             if not self._is_last_word:
                 raise
         self._tell_driver(Record(line=line_of(event)))
-
-
-def run_totals(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the last event of a record says of the whole run."""
-    return {
-        "goodput_tokens_per_s": metrics.goodput(events),
-        "ettr": metrics.ettr(events),
-        "plt": metrics.plt(events),
-    }
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: such numbers become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def open_controller(spec: ControllerSpec) -> Controller:
@@ -368,21 +270,11 @@ def open_controller(spec: ControllerSpec) -> Controller:
 
     Raises:
         OSError: The port of the earlier life is not to be had.
+        JournalError, RecordError: What the earlier life left cannot be taken for true.
     """
-    folder = spec.run_dir / spec.journal
-    entries = read_journal(folder) if folder.exists() else []
-    journal = journaling.Journal(folder)
-    if not entries:
-        journal.append({"kind": "header", "run": spec.run_id, "format": 1})
-    state = resumed_state(entries, spec.config, now_s=now_s())
-    log = RecordLog(spec.run_dir / FILE_NAME)
-    newest_term = next((e for e in reversed(entries) if e["kind"] == "term"), None)
-    clock = RunClock.going_on(since=newest_term, last_m=log.last_m)
-    port = spec.port or next((int(e["port"]) for e in entries if e["kind"] == "term"), 0)
-    controller = Controller(replace(spec, port=port), state, journal, log=log, clock=clock)
-    controller.catch_up(entries)
-    who = {"term": state.term, "port": controller.port, "pid": os.getpid()}
-    journal.append({"kind": "term", **who, **clock.noted()})
+    chronicle = Chronicle(spec)
+    controller = Controller(replace(spec, port=spec.port or chronicle.told.port), chronicle)
+    controller.begin()
     return controller
 
 

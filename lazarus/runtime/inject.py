@@ -38,8 +38,10 @@ class Observer:
         send: Callable[[FaultFired | LeaveRequest], None],
         node_folder: Path,
         go_timeout_s: float,
+        is_first: Callable[[], bool] = lambda: True,
     ) -> None:
         self.where = Whereabouts()
+        self._is_first = is_first  # whether faults that name no node are this rank's to strike
         self._ledger = ledger
         self._faults = list(faults)
         self._send = send
@@ -59,12 +61,13 @@ class Observer:
         self.announced: FaultFired | None = None  # waits for the controller's Go
         self._slow: tuple[float, int] | None = None  # factor, last step
         self._num_fired = 0
+        self._is_done = False
         self._drawn = ""  # kind of a random fault that is due, on record already
 
     def add_faults(self, specs: Sequence[str], *, node: int, rank: int) -> None:
-        """Take over the scripted faults of this node; most strike in its first rank alone."""
+        """Take over the scripted faults of this node, or of none; most strike in a first rank."""
         for fault in map(parse_fault, specs):
-            mine = fault.node == node if fault.node is not None else node == 0
+            mine = fault.node in (None, node)
             if mine and (rank == 0 or fault.kind in ("slow", "stall")):
                 self._faults.append(fault)
 
@@ -106,6 +109,8 @@ class Observer:
     def _due(self, fault: FaultSpec, phase: str) -> bool:
         if fault.kind == "leave" or phase != (fault.phase or DEFAULT_PHASE):
             return False
+        if fault.node is None and not self._is_first():
+            return False
         between_steps = phase in ("reconfigure", "transfer")
         return self.step >= fault.step if between_steps else self.step == fault.step
 
@@ -120,9 +125,10 @@ class Observer:
         self.waited_s += time.monotonic() - self._waiting_since
         self.progress += 1
 
-    def go(self) -> None:
-        """The controller has the fault on record."""
+    def go(self, *, is_done: bool = False) -> None:
+        """The controller has the fault on record, perhaps from another rank that struck it."""
         self.announced = None
+        self._is_done = is_done
         self._go.set()
 
     def drag(self, own_s: float) -> None:
@@ -152,7 +158,8 @@ class Observer:
         self._fired(fault)
         if not self._go.wait(self._go_timeout_s):
             return  # the controller is gone: an unrecorded fault proves nothing
-        self._act(fault)
+        if not self._is_done:
+            self._act(fault)
 
     def strike(self, kind: str) -> None:
         """A random fault: it happens at the next step's forward pass."""

@@ -351,6 +351,10 @@ class Rank:
         """The lowest rank sends each vector; the others keep theirs until acknowledged."""
         return self._world is not None and self._world.exchange.rank == 0
 
+    @property
+    def may_report(self) -> bool:
+        return self._world is None or self.is_reporter
+
     def compute(self, step: int, *, pause: Callable[[], bool]) -> Lanes:
         return self.step.compute(step, pause=pause, prepared=lambda: self._ledger.prepare(step))
 

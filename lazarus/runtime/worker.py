@@ -109,6 +109,7 @@ class Worker:
             send=self._link.send,
             node_folder=spec.node_folder,
             go_timeout_s=6 * stall_s,
+            is_first=self._is_first,
         )
         self._welcomed = threading.Event()
         self._finite = FiniteWatch(stops=spec.config["train"]["on_nonfinite"] == "stop")
@@ -155,8 +156,8 @@ class Worker:
             case Ack(step=step):
                 self._acked = step
                 self._ledger.acknowledge(step)
-            case Go():
-                self._observer.go()
+            case Go(is_done=is_done):
+                self._observer.go(is_done=is_done)
             case Strike(kind=kind):
                 self._observer.strike(kind)
             case AskStacks():
@@ -273,6 +274,10 @@ class Worker:
                 self._suspect(problem)
             except DataError as problem:
                 raise UserCodeFailure(problem, self._observer.where.now) from problem
+
+    def _is_first(self) -> bool:
+        """Whether this rank speaks for all; while groups are built every one may."""
+        return self._rank is None or self._rank.may_report
 
     def _build(self) -> Rank:
         where = self._observer.where

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lazarus.careful import parse_object, read_text
 from lazarus.errors import ConfigError
 from lazarus.simulate.loads import Floats
 from lazarus.simulate.shapes import Shape
@@ -170,12 +171,12 @@ def read_profile(text: str) -> Costs:
     if not path.is_file():
         raise ConfigError(f"no profile {text!r}: no such file; known names: {', '.join(PROFILES)}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_object(read_text(path))
         data.pop("schema")
         table = tuple((int(n), float(s)) for n, s in data.pop("step_table_s", ()))
         costs = Costs(**data, step_table_s=table)
         _check(costs)
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as problem:
         raise ConfigError(f"{path} holds no cost profile: {problem}") from problem
     return costs
 

@@ -6,7 +6,7 @@ import base64
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lazarus.careful import open_regular
 from lazarus.control.vector import VectorLayout
-from lazarus.errors import ConfigError
+from lazarus.errors import ConfigError, LazarusError
 from lazarus.files import replaced
-from lazarus.journals import read_journal
+from lazarus.journals import LOADS, TRIES, each_entry
+from lazarus.load_history import Row, each_load
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -102,11 +104,11 @@ def load_loads(path: str | Path) -> LoadTrace:
 
 def _arrays_of(place: Path) -> tuple[str, NDArray[Any], NDArray[Any]]:
     """What the load is called in a file, the load, and the numbers of its steps."""
-    data = np.load(place, allow_pickle=False)
-    if isinstance(data, np.ndarray):
-        counts = data[None] if data.ndim == 2 else data
-        return "its array", counts, np.arange(1, len(counts) + 1)
-    with data:
+    with open_regular(place) as file:
+        data = np.load(file, allow_pickle=False)
+        if isinstance(data, np.ndarray):
+            counts = data[None] if data.ndim == 2 else data
+            return "its array", counts, np.arange(1, len(counts) + 1)
         name = next((key for key in _KEYS if key in data), None)
         if name is None:
             raise ConfigError(f"{place} holds {sorted(data)}; wanted one of {list(_KEYS)}")
@@ -121,8 +123,11 @@ def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
     A generation's layout comes from the ``resume`` entry before its commits; a step that was
     rolled back counts as it was committed last.
     """
+    return _trace_of(_rows_of_commits(entries))
+
+
+def _rows_of_commits(entries: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
     layout: VectorLayout | None = None
-    found: dict[int, NDArray[np.float64]] = {}
     for entry in entries:
         if entry["kind"] == "resume":
             layers, experts = entry["shape"]
@@ -131,13 +136,20 @@ def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
             )
         elif entry["kind"] == "commits" and layout is not None:
             for commit in entry["commits"]:
+                if "lanes" not in commit:
+                    continue  # archived: its loads are in a file of their own
                 lanes = np.frombuffer(base64.b64decode(commit["lanes"]), dtype="<f8")
-                if lanes.size == layout.num_lanes:
+                if lanes.size >= layout.num_lanes:  # measures may follow
                     shape = (layout.num_layers, layout.num_experts)
-                    step = int(commit["step"])
-                    while found and next(reversed(found)) >= step:  # done again, or rolled back
-                        found.popitem()
-                    found[step] = lanes[layout.counts].reshape(shape)
+                    yield int(commit["step"]), lanes[layout.counts].reshape(shape)
+
+
+def _trace_of(rows: Iterable[Row]) -> LoadTrace:
+    found: dict[int, Floats] = {}
+    for step, counts_LE in rows:
+        while found and next(reversed(found)) >= step:  # done again, or rolled back
+            found.popitem()
+        found[step] = counts_LE
     steps = list(found)  # ascending
     shape = (0, *next(iter(found.values())).shape) if found else (0, 0, 0)
     counts = np.stack([found[s] for s in steps]) if steps else np.zeros(shape)
@@ -145,28 +157,44 @@ def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
 
 
 def counts_of_journal(folder: str | Path) -> LoadTrace | None:
-    """``counts_of_commits`` of a run's journal folder; None where there is none.
+    """The loads of one life of a run; None where its journal is not there.
+
+    Of a long run some steps only; see ``lazarus.load_history``.
 
     Raises:
-        ValueError: A file is no JSON object.
-        LazarusError: An entry is missing.
+        JournalError: An entry is damaged, or missing.
     """
-    entries = read_journal(Path(folder))
-    return counts_of_commits(entries) if entries else None
+    place = Path(folder)
+    if not (place.is_dir() and any(place.iterdir())):
+        return None
+    return _trace_of_journals([place])
 
 
 def counts_of_run(run_dir: str | Path) -> LoadTrace | None:
-    """``counts_of_commits`` over the journals of all lives of a run; None where there is none.
+    """``counts_of_journal`` over all lives of a run; None where there is none.
 
     What a later life did again counts as it did it.
 
     Raises:
-        ValueError, LazarusError: See ``counts_of_journal``.
+        JournalError: See ``counts_of_journal``.
     """
     journals = journals_of(run_dir)
-    if not journals:
-        return None
-    return counts_of_commits(entry for folder in journals for entry in read_journal(folder))
+    return _trace_of_journals(journals) if journals else None
+
+
+def _trace_of_journals(folders: Sequence[Path]) -> LoadTrace:
+    for _ in range(TRIES):
+        try:
+            return _trace_of(_rows_of_journals(folders))
+        except FileNotFoundError:  # a run under way has archived an entry meanwhile
+            continue
+    raise LazarusError(f"journal {folders[-1]} changes faster than it can be read")
+
+
+def _rows_of_journals(folders: Iterable[Path]) -> Iterator[Row]:
+    for folder in folders:
+        yield from each_load(folder / LOADS)
+        yield from _rows_of_commits(each_entry(folder))
 
 
 def journals_of(run_dir: str | Path) -> list[Path]:

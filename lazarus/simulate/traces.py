@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lazarus.careful import read_text
 from lazarus.errors import ConfigError, Problem
 
 _MOST_PROBLEMS = 10
@@ -63,9 +64,9 @@ def read_trace(path: str | Path, *, time_scale: float = 1.0) -> FleetTrace:
         raise ConfigError(f"time scale {time_scale} must be a finite number > 0")
     place = Path(path)
     try:
-        lines = place.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        reason = getattr(problem, "strerror", None) or "not a UTF-8 text"
+        lines = read_text(place).split("\n")
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem)
         raise ConfigError(f"{place}: cannot be read: {reason}") from problem
     return parse_trace(lines, name=str(place), time_scale=time_scale)
 

@@ -266,7 +266,7 @@ def anybody_is_asked_for_any_expert(patch: Patch) -> None:
 
 @mutant("I10")
 def a_restarted_controller_forgets_its_claims(patch: Patch) -> None:
-    original = replay._replayed
+    original = replay.replayed
 
     def replayed(state: Control, entry: Any) -> Control:
         if entry["kind"] == "claim":
@@ -274,7 +274,7 @@ def a_restarted_controller_forgets_its_claims(patch: Patch) -> None:
         state = original(state, entry)
         return replace(state, generation=max(0, state.resumed - 1))
 
-    patch.setattr(replay, "_replayed", replayed)
+    patch.setattr(replay, "replayed", replayed)
 
 
 @mutant("I15")

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from random import Random
 from typing import Any
 
+import numpy as np
 from control_worker import CLOSED, Barrier, Broken, SimWorker, need
 
-from lazarus.control import machine
+from lazarus.control import machine, replay
 from lazarus.control.commits import last_words
+from lazarus.control.folded import folded_text, unfolded
 from lazarus.control.messages import (
     Align,
     Body,
@@ -48,9 +50,17 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
-from lazarus.control.replay import missing_commits, resumed_state
+from lazarus.control.replay import awakened, blank_state, missing_commits, resumed_state
 from lazarus.control.state import Control, ControlConfig, Phase
 from lazarus.control.suspicion import AGAIN
+
+
+def alike(one: Control, other: Control, name: str) -> bool:
+    """Whether two states have the same in a field."""
+    a, b = getattr(one, name), getattr(other, name)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    return bool(a == b)
 
 
 class World:
@@ -90,13 +100,38 @@ class World:
             self.up = False
             return
         self.state = resumed_state(self.entries, self.config, now_s=self.now)
-        said = max((p.fields["step"] for p in self.commits()), default=0)
-        missing = missing_commits(self.entries, self.config, published=said, now_s=self.now)
-        for publish in missing:
+        base, tail = self._folded_somewhere()
+        told = {(p.event, p.fields["generation"], p.fields.get("step")) for p in self.published}
+        for publish in missing_commits(tail, base, said=lambda *what: what in told):
             self._publish(publish)
         self._journal({"kind": "term", "term": self.state.term, "port": 1})
         news = [item for item in self.driver_box if not isinstance(item, WorkerDied)]
         self.driver_box = deque([*news, *(WorkerDied(worker=name) for name in self.dead)])
+
+    def _folded_somewhere(self) -> tuple[Control, list[dict[str, Any]]]:
+        """The journal as a folded state and a tail; together they must tell the same as all of it.
+
+        What is behind the cut must have been said before: the shell folds between two events.
+        """
+        said = max((p.fields["step"] for p in self.commits()), default=0)
+        state, cut = (
+            blank_state(self.config),
+            Random(len(self.entries)).randrange(len(self.entries) + 1),
+        )
+        for number, entry in enumerate(self.entries):
+            if any(commit["step"] > said for commit in entry.get("commits", ())):
+                cut = min(cut, number)
+            if number < cut:
+                state = replay.replayed(state, entry)
+        base = unfolded(json.loads(folded_text(state, known={})), self.config)
+        tail = self.entries[cut:]
+        again = base
+        for entry in tail:
+            again = replay.replayed(again, entry)
+        again = awakened(again, now_s=self.now)
+        odd = [f.name for f in fields(Control) if not alike(again, self.state, f.name)]
+        need(not odd, "folded", f"a folded journal tells {odd} differently")
+        return base, tail
 
     def commits(self) -> list[Publish]:
         return [p for p in self.published if p.event == "step_committed"]

@@ -23,14 +23,16 @@ def test_after_a_reboot_they_go_on_behind_the_last_line(
 ) -> None:
     """The monotonic clock started anew: no age is negative, and none is absurd."""
     monkeypatch.setattr(clock, "boot_id", lambda: boot and "this one's")
-    ahead = {"kind": "term", "boot": boot, "zero_s": now_s() + 1e6}
+    ahead = {"kind": "term", "boot": boot, "zero_s": now_s() + 1e6, "began_m": 30.0}
     later = RunClock.going_on(since=ahead, last_m=40.0)
     assert later.stamp(now_s())["m"] == pytest.approx(40.0, abs=1.0)
+    assert later.life_s(now_s()) == pytest.approx(10.0, abs=1.0)
 
 
 def test_a_new_life_of_the_run_goes_on_behind_the_last_line() -> None:
     later = RunClock.going_on(since=None, last_m=1234.0)
     assert later.stamp(now_s())["m"] == pytest.approx(1234.0, abs=1.0)
+    assert later.life_s(now_s()) == pytest.approx(0.0, abs=1.0)
 
 
 def test_the_time_of_day_follows_the_wall_clock_and_nothing_else_does(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
+
 import pytest
 from control_play import play
-from control_world import World
+from control_world import World, alike
 
 from lazarus.control import machine
+from lazarus.control.folded import folded_text, unfolded
 from lazarus.control.messages import Fence, Fenced, Hello, Welcome
 from lazarus.control.ports import Tell, Tick, WorkerSaid
-from lazarus.control.replay import missing_commits, resumed_state
+from lazarus.control.replay import blank_state, missing_commits, replayed, resumed_state
 from lazarus.control.state import Control, Phase
 
 
@@ -97,6 +101,37 @@ def test_where_nobody_came_back_the_wait_is_longer(world: World) -> None:
 
 
 def test_commits_that_were_journaled_but_not_said_are_said(world: World) -> None:
-    found = missing_commits(world.entries, world.config, published=2, now_s=0.0)
+    base = blank_state(world.config)
+    found = missing_commits(world.entries, base, said=lambda name, generation, step: step <= 2)
     steps = [p.fields["step"] for p in found if p.event == "step_committed"]
     assert steps == [3, 4]
+
+
+def test_a_step_that_was_said_of_a_generation_rolled_back_is_said_of_the_next(world: World) -> None:
+    base = blank_state(world.config)
+    found = missing_commits(world.entries, base, said=lambda name, generation, step: generation > 1)
+    assert [p.fields["step"] for p in found if p.event == "step_committed"] == [1, 2, 3, 4]
+
+
+def test_a_folded_state_is_written_and_read_as_it_was(world: World) -> None:
+    state = blank_state(world.config)
+    for entry in world.entries:
+        state = replayed(state, entry)
+    again = unfolded(json.loads(folded_text(state, known={})), world.config)
+    assert again.plan is not None and again.plan is again.base_plan
+    assert all(alike(again, state, field.name) for field in fields(Control))
+    assert again.history.any() and again.lineage and again.seats and again.newest
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"step": {"~": "Popen", "v": ["true"]}},
+        {"nodes": {"~": "map", "v": 3}},
+        {"nowhere": 1},
+        {"history": {"~": "array", "of": "<f8", "shape": [7], "v": "AAAA"}},
+    ],
+)
+def test_what_is_no_folded_state_is_refused(world: World, data: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        unfolded(data, world.config)
