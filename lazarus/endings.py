@@ -69,6 +69,12 @@ def _made(failure: Failure) -> LazarusError:
         case "InternalError":
             where = f"; see {failure.report}" if failure.report else ""
             return errors.InternalError(f"{text}{where}", report=failure.report)
+        case "StorageError":
+            storage = errors.StorageError(
+                url=failure.url, operation=failure.operation, reason=message
+            )
+            storage.args = (text,)
+            return storage
         case "CheckpointError":
             return errors.CheckpointError(text)
         case "StoppedError":

@@ -73,11 +73,16 @@ class TransferError(LazarusError):
 
 
 class BadSourceError(TransferError):
-    """A copy of state that was chosen for a restore cannot be used; another one is chosen."""
+    """A copy of state that was chosen for a restore cannot be used; another one is chosen.
 
-    def __init__(self, *, name: str, what: str, source: str, reason: str) -> None:
+    ``url`` and ``operation`` say what storage refused; empty: it was read, and is no good.
+    """
+
+    def __init__(
+        self, *, name: str, what: str, source: str, reason: str, url: str = "", operation: str = ""
+    ) -> None:
         super().__init__(what=what, source=source, reason=reason)
-        self.name = name
+        self.name, self.url, self.operation = name, url, operation
 
 
 class QuorumTimeoutError(LazarusError):
@@ -187,6 +192,15 @@ class DataError(LazarusError):
 
 class CheckpointError(LazarusError):
     """A checkpoint cannot be used: what is missing or damaged, by name."""
+
+
+class StorageError(CheckpointError):
+    """A disk or an object store refused an operation, or did not answer; with its URL."""
+
+    def __init__(self, *, url: str, operation: str, reason: str, is_full: bool = False) -> None:
+        super().__init__(f"{operation} {url}: {reason}")
+        self.url, self.operation, self.reason = url, operation, reason
+        self.is_full = is_full  # no room: another place on the same disk has none either
 
 
 class JournalError(LazarusError):

@@ -65,6 +65,8 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "plan_fallback": {"reason": _TEXT},
         "quorum_lost": {"reason": _TEXT},
         "quorum_regained": {},
+        "rolled_back": {"step": _INT},
+        "run_restarted": {"step": _INT, "from_step": _INT, "checkpoint": _TEXT},
         "expert_restored": {
             "layer": _INT,
             "expert": _INT,

@@ -78,6 +78,12 @@ def _draining(event: Event) -> str:
     return f"! node {event['node']} will leave{within}"
 
 
+def _restarted(event: Event) -> str:
+    again = plural(int(event["from_step"]) - int(event["step"]), "step")
+    place = f"the checkpoint of step {event['step']:,}" if event["checkpoint"] else "its beginning"
+    return f"+ run restarted from {place}, {again} to do again"
+
+
 def _restored(event: Event) -> str:
     behind = plural(int(event["behind_steps"]), "step")
     place = f"L{event['layer']}/E{event['expert']}"
@@ -123,6 +129,7 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
         "node_banned": lambda e: f"! {e['machine']} is left alone: {e['reason']}",
         "quorum_lost": lambda e: f"! holding the state: {e.get('reason', 'below quorum')}",
         "quorum_regained": lambda e: "+ enough nodes again",
+        "run_restarted": _restarted,
         "expert_restored": _restored,
         "rank_slow": lambda e: (
             f"! rank {e['rank']} is {e['slowdown']:.1f}x slower, keeps its place"

@@ -11,9 +11,9 @@ from lazarus.checkpoint.errors import CheckpointError
 from lazarus.checkpoint.manifest import Manifest
 from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.recovery import StoredCheckpoint
+from lazarus.checkpoint.resumable import Resumable, newest_resumable
 from lazarus.checkpoint.storage import is_url, redacted
 from lazarus.checkpoint.store import Found, find_checkpoints
-from lazarus.checkpoint.verify import newest_usable
 from lazarus.config import TrainConfig
 from lazarus.errors import ConfigError
 from lazarus.resume import decisive, resume_problems
@@ -28,6 +28,12 @@ class ResumePoint:
     manifest: Manifest
     next_generation: int
     others: tuple[StoredCheckpoint, ...]
+    warnings: tuple[str, ...] = ()  # what is damaged, and what is used instead
+
+    @property
+    def lives(self) -> tuple[str, ...]:
+        """Ids of the runs that this checkpoint continues, oldest first."""
+        return tuple(str(run) for run in self.manifest.meta.get("lives", (self.manifest.job,)))
 
     @property
     def step(self) -> int:
@@ -101,8 +107,10 @@ def resume_point(places: Sequence[str], *, own_url: str, steps: int) -> ResumePo
     if not there:
         return None
     lineage = max((found.lineage() for found in there.values()), key=lambda pairs: pairs[-1:])
-    url, manifest = _newest(list(there), lineage)
-    if manifest.step >= steps:
+    url, found = _newest(list(there), lineage)
+    manifest = found.manifest
+    is_rescued = url != own_url and own_url in places  # it still has to reach its own place
+    if manifest.step > steps or (manifest.step == steps and not is_rescued):
         raise ConfigError(
             f"the newest checkpoint in {redacted(url)} is of step {manifest.step}, and "
             f"train.steps={steps}; nothing is left to do: ask for more steps"
@@ -114,22 +122,24 @@ def resume_point(places: Sequence[str], *, own_url: str, steps: int) -> ResumePo
         others=tuple(
             StoredCheckpoint(generation=m.generation, step=m.step, is_full=m.kind == "full")
             for m in there[url].on_lineage(lineage)
+            if m.step <= manifest.step
         ),
+        warnings=(*found.passed_over, *(str(version) for version in found.older)),
     )
 
 
-def _newest(places: Sequence[str], lineage: Sequence[tuple[int, int]]) -> tuple[str, Manifest]:
+def _newest(places: Sequence[str], lineage: Sequence[tuple[int, int]]) -> tuple[str, Resumable]:
     """The newest usable checkpoint of all places that belongs to the one true history."""
-    usable: list[tuple[str, Manifest]] = []
+    usable: list[tuple[str, Resumable]] = []
     reasons = []
     for place in places:
         try:
-            usable.append((place, newest_usable(place, lineage=lineage, check="sha256")))
+            usable.append((place, newest_resumable(place, lineage=lineage)))
         except (CheckpointError, OSError) as problem:
             reasons.append(str(problem))
     if not usable:
         raise ConfigError("; ".join(reasons))
-    return max(usable, key=lambda item: item[1].step)
+    return max(usable, key=lambda item: item[1].manifest.step)
 
 
 def check_same_run(

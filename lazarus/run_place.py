@@ -240,8 +240,8 @@ def _start(
         problems = [*problem.problems, *problems]
     if problems:
         raise ConfigError(problems)
-    if warning:
-        say(f"warning: {warning}")
+    for text in (*(() if start is None else start.warnings), *([warning] if warning else ())):
+        say(f"warning: {text}")
     if start is None:
         say(f"no run named {place.config.run.name} has a checkpoint; this one starts at step 1")
     else:

@@ -44,3 +44,8 @@ def derive_timeouts(tolerated_stall_s: float) -> Timeouts:
         controller_restart_s=max(60.0, 6 * stall),
         owner_gone_s=max(10.0, 2 * stall),
     )
+
+
+def storage_patience_s(tolerated_stall_s: float) -> float:
+    """For how long a checkpoint that nothing can replace is tried again while storage refuses."""
+    return 6 * tolerated_stall_s

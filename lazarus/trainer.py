@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,10 @@ from torch import nn
 
 from lazarus import preflight
 from lazarus.callbacks_bus import CallbackBus
+from lazarus.checkpoint.patience import patiently
+from lazarus.checkpoint.place import check_place
 from lazarus.checkpoint.policy import RecoveryPolicy
+from lazarus.checkpoint.retention import sweep
 from lazarus.config import TrainConfig
 from lazarus.control.messages import RunOver
 from lazarus.control_config import control_config
@@ -28,7 +32,7 @@ from lazarus.endings import (
     record_end,
     write_report,
 )
-from lazarus.errors import ConfigError, LazarusError, Problem, StoppedError
+from lazarus.errors import CheckpointError, ConfigError, LazarusError, Problem, StoppedError
 from lazarus.events import of_kind, read_events
 from lazarus.failure import Cause
 from lazarus.faults import FaultSpec, fault_problems, parse_fault
@@ -202,6 +206,9 @@ class _Run:
         self._scratch = Path(tempfile.mkdtemp(prefix="lazarus-"))
         self._bus = CallbackBus(trainer._callbacks, fail=config.metrics.on_callback_error == "fail")
         try:
+            if _keeps_checkpoints(config):
+                patience_s = config.recovery.tolerated_stall_s
+                check_place(self._url, name=f"probe-{self.run_id}", patience_s=patience_s)
             spec = self._spec(trainer)
             place.write_config()
             quiet = config.metrics.progress in ("off", "json")
@@ -236,6 +243,8 @@ class _Run:
                 run_id=self.run_id,
                 faults=trainer._faults,
                 checkpoint_url=self._url,
+                rescue_url=str(self.run_dir / "rescue"),
+                probes_place=_keeps_checkpoints(config),
                 **({} if start is None else start.control()),
             ),
             timeouts=derive_timeouts(config.recovery.tolerated_stall_s),
@@ -251,6 +260,7 @@ class _Run:
                 "seed": config.run.seed,
                 "config": decisive(config),
             },
+            lives=(*(() if start is None else start.lives), self.run_id),
             keep_checkpoints=config.checkpoint.keep,
             keepers=config.checkpoint.every != 0,
             journal=next_journal(self.run_dir),
@@ -326,6 +336,22 @@ class _Run:
                 signal.signal(signal.SIGTERM, previous)
         return stopped
 
+    def _sweep(self) -> None:
+        """Every process has ended: what their writers left half done is nobody's."""
+        if not _keeps_checkpoints(self._place.config):
+            return
+        patience_s = self._place.config.recovery.tolerated_stall_s
+        start = self._place.start
+        runs = (*(() if start is None else start.lives), self.run_id)
+        with suppress(CheckpointError):
+            patiently(
+                lambda: sweep(self._url, runs=runs),
+                for_s=0.0,
+                stuck_s=patience_s,
+                place=self._url,
+                operation="sweep",
+            )
+
     def work(self) -> Result:
         """Run it and make the result of what it left; every end is said alike."""
         try:
@@ -342,6 +368,7 @@ class _Run:
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._bus.close()
+            self._sweep()
             if self._leaves_report:
                 leave_artifacts(self.run_dir)
             self._place.release()
@@ -362,6 +389,10 @@ class _Run:
             if isinstance(problem, LazarusError):
                 failure = replace(failure, message=str(problem))
             return RunOver(status="failed", failure=failure), problem
+
+
+def _keeps_checkpoints(config: TrainConfig) -> bool:
+    return config.checkpoint.every != 0 or config.checkpoint.full_at_end
 
 
 def _check(config: TrainConfig, *, model: Any, data: Any, faults: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lazarus.errors import CheckpointError as CheckpointError
+from lazarus.errors import StorageError as StorageError
 
 
 class DamagedError(CheckpointError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from lazarus.checkpoint.errors import (
     DamagedError,
     IncompleteCheckpointError,
     NoCheckpointError,
+    StorageError,
 )
 from lazarus.checkpoint.image import TensorSpec
 from lazarus.checkpoint.manifest import (
@@ -30,15 +31,20 @@ from lazarus.checkpoint.store import find_checkpoints, load_manifest
 from lazarus.checkpoint.tensors import tensors_of
 from lazarus.checkpoint.verify import newest_usable
 
+ReadFile = Callable[[Storage, str], bytes]
 _MODEL = "model."
 _CACHED_FILES = 4
 
 
 class CheckpointReader:
-    """Reads the tensors of one checkpoint. Keeps a few files in memory, no more."""
+    """Reads the tensors of one checkpoint. Keeps a few files in memory, no more.
 
-    def __init__(self, url: str, manifest: Manifest) -> None:
+    ``read`` gets a file's bytes; whoever can wait passes one that asks storage again.
+    """
+
+    def __init__(self, url: str, manifest: Manifest, *, read: ReadFile = read_file) -> None:
         self.manifest = manifest
+        self._read = read
         self._storage: Storage = open_storage(url)
         self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
@@ -53,7 +59,7 @@ class CheckpointReader:
             return self._cache[path]
         entry = self.manifest.files[path]
         try:
-            data = read_file(self._storage, path)
+            data = self._read(self._storage, path)
         except FileNotFoundError as error:
             raise DamagedError(f"{path} is missing") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -155,6 +161,62 @@ class StoredExpert:
     passed_over: tuple[str, ...]
 
 
+class StoredExperts:
+    """Reads experts from storage, each in its newest sound version that the lineage allows.
+
+    Manifests are read once, so that all experts of one restore come from one look at storage.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        lineage: Sequence[tuple[int, int]],
+        resume_step: int,
+        read: ReadFile = read_file,
+    ) -> None:
+        self._url, self._read = url, read
+        self._manifests = [
+            m for m in find_checkpoints(url).on_lineage(lineage) if m.step <= resume_step
+        ]
+        self._readers: dict[int, CheckpointReader] = {}
+
+    def read(self, layer: int, expert: int, *, upto: int | None = None) -> StoredExpert:
+        """The newest sound version of one expert, of step ``upto`` or before.
+
+        Raises:
+            StorageError: There may be one, but storage refuses.
+            NoCheckpointError: There is none; the message says what is wrong with each.
+        """
+        problems, refused = [], None
+        for manifest, version in expert_versions(self._manifests, layer, expert):
+            oldest = min(version.values(), key=lambda v: v.step)
+            if upto is not None and oldest.step > upto:
+                continue
+            try:
+                tensors = self._reader(manifest).expert(layer, expert)
+            except (DamagedError, StorageError) as error:
+                refused = refused or (error if isinstance(error, StorageError) else None)
+                problems.append(str(error))
+                continue
+            return StoredExpert(
+                tensors=tensors,
+                step=oldest.step,
+                generation=oldest.generation,
+                routed=oldest.routed,
+                passed_over=tuple(problems),
+            )
+        if refused is not None:
+            raise refused
+        what = "; ".join(problems) or "no checkpoint on this run's history has it"
+        raise NoCheckpointError(f"{expert_name(layer, expert)} cannot be read from storage: {what}")
+
+    def _reader(self, manifest: Manifest) -> CheckpointReader:
+        if manifest.step not in self._readers:
+            self._readers[manifest.step] = CheckpointReader(self._url, manifest, read=self._read)
+        return self._readers[manifest.step]
+
+
 def read_newest_expert(
     url: str,
     layer: int,
@@ -168,24 +230,7 @@ def read_newest_expert(
     Raises:
         NoCheckpointError: There is none; the message says what is wrong with each.
     """
-    problems = []
-    manifests = [m for m in find_checkpoints(url).on_lineage(lineage) if m.step <= resume_step]
-    for manifest, version in expert_versions(manifests, layer, expert):
-        try:
-            tensors = CheckpointReader(url, manifest).expert(layer, expert)
-        except DamagedError as error:
-            problems.append(str(error))
-            continue
-        oldest = min(version.values(), key=lambda v: v.step)
-        return StoredExpert(
-            tensors=tensors,
-            step=oldest.step,
-            generation=oldest.generation,
-            routed=oldest.routed,
-            passed_over=tuple(problems),
-        )
-    what = "; ".join(problems) or "no checkpoint on this run's history has it"
-    raise NoCheckpointError(f"{expert_name(layer, expert)} cannot be read from storage: {what}")
+    return StoredExperts(url, lineage=lineage, resume_step=resume_step).read(layer, expert)
 
 
 class LazyState(Mapping[str, Tensor]):

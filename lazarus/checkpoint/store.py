@@ -8,8 +8,10 @@ checkpoint as it was. Readers trust manifests and the checksums in them, never a
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +37,13 @@ from lazarus.checkpoint.storage import (
     Buffer,
     Probe,
     Storage,
+    delete_empty_folder,
+    delete_file,
     file_size,
     folder_sizes,
     list_folder,
     no_probe,
+    no_progress,
     open_storage,
     read_file,
     redacted,
@@ -59,6 +64,17 @@ class Tag:
 
     def __str__(self) -> str:
         return f"{self.job}-{self.term}-{self.generation}"
+
+
+_WRITER = re.compile(
+    r"(?:dense-\d+|L\d+-E\d+(?:\.[wo])?)\.(?P<job>.+?)(?:-full)?-\d+-\d+-[0-9a-f]+\.safetensors"
+)
+
+
+def writer_of(name: str) -> str | None:
+    """Id of the run that gave a data file its name, also a temporary one; None: no name of ours."""
+    found = _WRITER.match(name)
+    return None if found is None else found["job"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,24 +133,68 @@ class Record:
 
 
 def write_files(
-    url: str, records: Iterable[Record], *, tag: Tag, probe: Probe = no_probe
+    url: str,
+    records: Iterable[Record],
+    *,
+    tag: Tag,
+    probe: Probe = no_probe,
+    progress: Callable[[int], None] = no_progress,
 ) -> tuple[WrittenFile, ...]:
     """Write one writer's share of a checkpoint; durable when it returns.
 
     No two calls share a file name, whatever they write: a second checkpoint of one step (the last
     one of a run, one on request) never touches the files of the first. Nothing is a checkpoint
-    until ``commit_manifest`` names it. Probe labels: ``file.open``, ``file.written``,
-    ``file.synced``, ``file.renamed``.
+    until ``commit_manifest`` names it. A share that cannot be written whole is taken away again.
+    Probe labels: ``file.open``, ``file.written``, ``file.synced``, ``file.renamed``.
+
+    Raises:
+        StorageError: One of them cannot be written.
     """
-    storage, attempt = open_storage(url), os.urandom(4).hex()
-    written = []
+    storage, written = open_storage(url), list[WrittenFile]()
+    try:
+        _write_each(storage, records, into=written, tag=tag, probe=probe, progress=progress)
+        sync_folders(storage, [item.path for item in written])
+    except CheckpointError:
+        remove_share(url, [item.path for item in written])
+        raise
+    return tuple(written)
+
+
+def remove_share(url: str, paths: Iterable[str]) -> None:
+    """Delete files that no manifest names and none will, as far as storage allows it."""
+    gone = tuple(paths)
+    with suppress(CheckpointError):
+        storage = open_storage(url)
+        for path in gone:
+            with suppress(CheckpointError):
+                delete_file(storage, path)
+        for folder in sorted({path.rpartition("/")[0] for path in gone}):
+            delete_empty_folder(storage, folder)
+
+
+def _write_each(
+    storage: Storage,
+    records: Iterable[Record],
+    *,
+    into: list[WrittenFile],
+    tag: Tag,
+    probe: Probe,
+    progress: Callable[[int], None],
+) -> None:
+    attempt = os.urandom(4).hex()
     for record in records:
         key = record.key
         path = f"{step_folder(key.step)}/{key.file_name(tag, attempt)}"
         num_bytes, sha256 = write_file(
-            storage, path, record.chunks, probe=probe, kind="file", sync_folder=False
+            storage,
+            path,
+            record.chunks,
+            probe=probe,
+            kind="file",
+            sync_folder=False,
+            progress=progress,
         )
-        written.append(
+        into.append(
             WrittenFile(
                 path=path,
                 num_bytes=num_bytes,
@@ -149,8 +209,6 @@ def write_files(
                 specs=record.specs,
             )
         )
-    sync_folders(storage, [item.path for item in written])
-    return tuple(written)
 
 
 def commit_manifest(
@@ -210,7 +268,7 @@ def commit_manifest(
     if standing is not None:
         return standing
     text = to_text(manifest).encode()
-    write_file(storage, manifest_path(step), [text], probe=probe, kind="manifest")
+    write_file(storage, manifest_path(step), [text], probe=probe, kind="manifest", is_new=False)
     return manifest
 
 
@@ -273,6 +331,13 @@ class Found:
 
     manifests: tuple[Manifest, ...]
     unreadable: tuple[tuple[int, CheckpointError], ...]
+
+    def of_lives(self, lives: Collection[str] | None) -> Found:
+        """Only what these runs wrote; None: what anybody wrote."""
+        if lives is None:
+            return self
+        own = tuple(m for m in self.manifests if m.job in lives)
+        return Found(manifests=own, unreadable=self.unreadable)
 
     def lineage(self) -> tuple[tuple[int, int], ...]:
         """The longest history on record: that of the newest (term, generation)."""

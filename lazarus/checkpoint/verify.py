@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lazarus.careful import NotAFileError
-from lazarus.checkpoint.errors import NoCheckpointError, UnknownFormatError
+from lazarus.checkpoint.errors import NoCheckpointError, StorageError, UnknownFormatError
 from lazarus.checkpoint.manifest import Manifest, manifest_path, step_of_folder
 from lazarus.checkpoint.storage import Storage, hash_file, list_folder, open_storage, redacted
 from lazarus.checkpoint.store import damaged_sizes, find_checkpoints
@@ -31,18 +31,21 @@ class Verification:
 
 def damaged_files(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
     """Files of a manifest whose content is not what it says, each as one sentence."""
-    checks = ((path, _problem(storage, path, manifest)) for path in manifest.files)
+    checks = ((path, file_problem(storage, path, manifest)) for path in manifest.files)
     return tuple(f"{path} {problem}" for path, problem in checks if problem)
 
 
-def _problem(storage: Storage, path: str, manifest: Manifest) -> str | None:
+def file_problem(storage: Storage, path: str, manifest: Manifest) -> str | None:
+    """What is wrong with the content of one file, or None."""
     entry = manifest.files[path]
     try:
         num_bytes, sha256 = hash_file(storage, path)
     except FileNotFoundError:
         return "is missing"
-    except NotAFileError as error:
-        return str(error.strerror)
+    except StorageError as problem:
+        if isinstance(problem.__cause__, NotAFileError):
+            return str(problem.reason)
+        return f"cannot be read: {problem.reason}"
     if num_bytes != entry.num_bytes:
         return f"has {num_bytes} bytes, not {entry.num_bytes} (truncated or replaced)"
     return None if sha256 == entry.sha256 else "sha256 differs (flipped or replaced)"
@@ -61,7 +64,7 @@ def verify(url: str) -> Verification:
         whole = True
         for path, entry in manifest.files.items():
             if path not in checked or checked[path][0] != entry.sha256:
-                checked[path] = (entry.sha256, _problem(storage, path, manifest))
+                checked[path] = (entry.sha256, file_problem(storage, path, manifest))
             if problem := checked[path][1]:
                 bad[path] = problem
                 whole = False
@@ -85,7 +88,11 @@ def verify(url: str) -> Verification:
 
 
 def newest_usable(
-    url: str, *, lineage: Sequence[tuple[int, int]] | None = None, check: str = "sizes"
+    url: str,
+    *,
+    lineage: Sequence[tuple[int, int]] | None = None,
+    check: str = "sizes",
+    lives: Collection[str] | None = None,
 ) -> Manifest:
     """The newest checkpoint that is true and whole.
 
@@ -93,11 +100,12 @@ def newest_usable(
         url: Root of the checkpoints.
         lineage: History known from a journal; None takes the one recorded in the manifests.
         check: ``sizes`` looks at every file's size, ``sha256`` reads every file.
+        lives: Ids of the runs whose checkpoints count; None: all.
 
     Raises:
         NoCheckpointError: None is usable; the message says what is wrong with each.
     """
-    storage, found = open_storage(url), find_checkpoints(url)
+    storage, found = open_storage(url), find_checkpoints(url).of_lives(lives)
     reasons = [str(error) for _, error in found.unreadable]
     checker = {"sizes": damaged_sizes, "sha256": damaged_files}[check]
     for manifest in reversed(found.on_lineage(lineage)):

@@ -35,6 +35,7 @@ _NAME_CHARS = 1024
 _SOURCE_CHARS = 1 << 16
 _DEEPEST = 16  # JSON in a message
 _MOST_STARTED = 1024  # nodes that one injected fault brings
+_ANY_INT = frozenset({"sum"})  # 64 bits of a checksum
 _ANY_FLOAT = frozenset({"loss_sum"})  # a loss may be no number: that is news, not nonsense
 FAULT_KINDS = frozenset(  # ``lazarus.faults`` has them with their options
     {"kill", "stop", "stall", "slow", "leave", "join", "crash", "controller", "cut"}
@@ -108,6 +109,8 @@ def _odd_fields(value: Any) -> str:
 def _odd_field(name: str, item: Any) -> str:
     match item:
         case bool():
+            return ""
+        case int() if name in _ANY_INT:
             return ""
         case int():
             most = _LARGEST_CHECKSUM if name in _CHECKSUMS else MOST
@@ -329,7 +332,7 @@ def _ready(state: Control, worker: str, body: m.Ready) -> str:
     layers, experts = state.shape
     if body.history and (reason := wrong_history(body.history, state.shape)):
         return reason
-    if transition.rollback and not body.history:
+    if transition.rollback and not transition.restarts and not body.history:
         return "no load history, though all state came from a checkpoint"
     return _snaps(body.restored, layers, experts)
 

@@ -87,6 +87,7 @@ def flush(state: Control, *, at_s: float) -> Result:
         newest=last,
         base_plan=state.plan,
         errors=(),
+        gone_s=None,
     )
     state, events = learned(state, sums, at_s=at_s)
     return state, (Journal(entry=entry), *published, *events)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from msgspec.structs import replace as changed
 
+from lazarus.checkpoint.lineage import is_valid
 from lazarus.checkpoint.plt import portion_lost
 from lazarus.checkpoint.policy import ClusterView, Hold, decided_by_setting
 from lazarus.checkpoint.recovery import (
@@ -20,7 +21,7 @@ from lazarus.checkpoint.recovery import (
     Source,
 )
 from lazarus.checkpoint.recovery import Restore as CheckpointRestore
-from lazarus.control.messages import Restore
+from lazarus.control.messages import Ready, Restore, Snapped
 from lazarus.control.ports import Publish
 from lazarus.control.saves import in_flight, worth_waiting
 from lazarus.control.state import Control, Transition
@@ -48,6 +49,8 @@ def restores_for(
     state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert], *, at_s: float
 ) -> WayBack | Fail | Hold:
     """What brings back the experts that nobody holds."""
+    if transition.restarts:
+        return restart(state, transition)
     if not lost:
         return WayBack()
     if not state.resumed:
@@ -59,7 +62,7 @@ def restores_for(
         if (place := place_of_checkpoint(state, decision.step)) in state.bad_sources:
             reason = f"{decision.reason}; but it cannot be read: {place}"
             return Fail(reason=reason, experts=tuple(lost))
-        everything = _everything_from(state, decision.step)
+        everything = _everything_from(state, decision.step, is_exact=True)
         return WayBack(restores=everything, step=decision.step, refused=decision.refused)
     restores = tuple(_restore(state, choice) for choice in decision.experts)
     return WayBack(restores=restores, refused=decision.refused)
@@ -132,23 +135,65 @@ def bad_source_of(restore: Restore) -> str:
 
 def _at_start(state: Control, transition: Transition, expert: Expert) -> Restore:
     """The first generation: from the seed, or from the checkpoint that the run starts from."""
-    layer, name = expert
-    if state.config.resume is None:
-        source = "init"
-    else:
-        source = f"storage:{state.config.resume} {state.config.start_step}"
-    return Restore(layer=layer, expert=name, source=source, generation=0, step=transition.step)
+    config = state.config
+    place = "init" if config.resume is None else f"{config.resume} {config.start_step}"
+    return _from_checkpoint(state, expert, place, step=transition.step, is_exact=False)
 
 
-def _everything_from(state: Control, step: int) -> tuple[Restore, ...]:
+def _everything_from(state: Control, step: int, *, is_exact: bool) -> tuple[Restore, ...]:
+    """All experts of a checkpoint; see ``_from_checkpoint``."""
     layers, experts = state.shape
     place = place_of_checkpoint(state, step)
-    source = place if place == "init" else f"storage:{place}"
     return tuple(
-        Restore(layer=layer, expert=expert, source=source, generation=0, step=step)
+        _from_checkpoint(state, (layer, expert), place, step=step, is_exact=is_exact)
         for layer in range(layers)
         for expert in range(experts)
     )
+
+
+def _from_checkpoint(
+    state: Control, expert: Expert, place: str, *, step: int, is_exact: bool
+) -> Restore:
+    """An expert as a checkpoint has it.
+
+    Where its file is damaged, or cannot be read, an exact restore is no good as a whole; else that
+    expert alone comes from the next older version ("newest:"), as after the loss of its last
+    replica.
+    """
+    layer, name = expert
+    kind = "storage" if is_exact else "newest"
+    source = place if place == "init" else f"{kind}:{place}"
+    upto = min(step, state.readable.get(expert, step))
+    return Restore(layer=layer, expert=name, source=source, generation=0, step=upto)
+
+
+def restart(state: Control, transition: Transition) -> WayBack:
+    """All state of a run whose nodes were gone all at once, from the checkpoint chosen for it."""
+    is_exact = state.config.on_lost_expert != "partial"
+    step = transition.step
+    return WayBack(restores=_everything_from(state, step, is_exact=is_exact), step=step)
+
+
+def restart_step(state: Control) -> int | None:
+    """The committed step that a run goes on from when nobody is left who holds its state.
+
+    The newest checkpoint on its history that can be read, full ones first where the user wants
+    every expert of one step; else where the run started. None: that cannot be read any more.
+    """
+    wants_full = state.config.on_lost_expert != "partial"
+    standing = [
+        c
+        for c in state.checkpoints
+        if is_valid(
+            generation=c.generation, step=c.step, lineage=state.lineage, resume_step=state.step
+        )
+        and place_of_checkpoint(state, c.step) not in state.bad_sources
+    ]
+    best = max(standing, key=lambda c: (c.is_full and wants_full, c.step), default=None)
+    if best is not None:
+        return best.step
+    first = place_of_checkpoint(state, state.config.start_step)
+    return None if first in state.bad_sources else state.config.start_step
 
 
 def _loss(state: Control, transition: Transition, plan: Plan, expert: Expert) -> Loss:
@@ -156,7 +201,8 @@ def _loss(state: Control, transition: Transition, plan: Plan, expert: Expert) ->
     known = [*_in_memory(state, transition, expert), *_on_storage(state, expert)]
     copies = [c for c in known if bad_source_of(_restore_from(state, c)) not in state.bad_sources]
     first = Copy(layer=layer, expert=name, generation=0, step=0, source=Source.INITIAL)
-    if not state.config.resume:
+    # What storage holds and does not give now is not thrown away for initial weights.
+    if not state.config.resume and not any(_is_refused(state, copy) for copy in known):
         copies.append(first)
     per_node = state.config.ranks_per_node
     targets = {plan.node_ids[rank // per_node] for rank in plan.ranks_of(layer, name)}
@@ -167,6 +213,10 @@ def _loss(state: Control, transition: Transition, plan: Plan, expert: Expert) ->
         routed=int(state.routed[layer, name]),
         copies=tuple(copies),
     )
+
+
+def _is_refused(state: Control, copy: Copy) -> bool:
+    return bad_source_of(_restore_from(state, copy)) in state.refused
 
 
 def _in_memory(state: Control, transition: Transition, expert: Expert) -> list[Copy]:
@@ -196,7 +246,7 @@ def _on_storage(state: Control, expert: Expert) -> list[Copy]:
             layer=stored.layer,
             expert=stored.expert,
             generation=stored.generation,
-            step=stored.step,
+            step=min(stored.step, state.readable.get(expert, stored.step)),
             source=Source.STORAGE,
             routed=stored.routed,
         )
@@ -239,17 +289,54 @@ def restored_entry(restore: Restore) -> dict[str, Any]:
     }
 
 
-def _really(restore: Restore, transition: Transition) -> tuple[str, int, int]:
-    """Source, steps behind and count of the version that came back.
+def with_versions_read(transition: Transition) -> Transition:
+    """The transition with what its ranks really read from storage, for the bill and the journal.
 
-    A damaged file on storage is passed over for the next older version; the ranks say so.
+    A file that is damaged or cannot be read is passed over for the next older version.
     """
-    label, behind, version = restore.detail.split(",")
-    for body in transition.ready.values():
-        for read in body.restored:
-            if (read.layer, read.expert) == (restore.layer, restore.expert):
-                return label, transition.step - read.step, read.routed
-    return label, int(behind), int(version)
+    read = {
+        (version.layer, version.expert): version
+        for body in transition.ready.values()
+        for version in body.restored
+    }
+    if not read:
+        return transition
+    restores = tuple(
+        _as_read(transition, restore, read.get((restore.layer, restore.expert)))
+        for restore in transition.restores
+    )
+    return replace(transition, restores=restores)
+
+
+def _as_read(transition: Transition, restore: Restore, version: Snapped | None) -> Restore:
+    if version is None:
+        return restore
+    label = restore.detail.partition(",")[0] or Source.STORAGE.label
+    detail = f"{label},{transition.step - version.step},{version.routed}"
+    return changed(restore, detail=detail)
+
+
+def differently_read(transition: Transition) -> Mapping[Expert, int]:
+    """Experts of which ranks read different versions, each with the oldest step of them.
+
+    Every replica comes from one copy (rule 27): whoever could read a newer one reads that again.
+    """
+    if not any(body.restored for body in transition.ready.values()):
+        return {}
+    plan, odd = transition.plan, dict[Expert, int]()
+    assert plan is not None
+    for restore in transition.restores:
+        expert = (restore.layer, restore.expert)
+        holders = [transition.seats[r].worker for r in plan.ranks_of(*expert)]
+        versions = {_version_of(transition.ready[w], expert) for w in holders}
+        if len(versions) > 1:
+            odd[expert] = min(v[1] for v in versions if v is not None)
+    return odd
+
+
+def _version_of(body: Ready, expert: Expert) -> tuple[int, int, int] | None:
+    found = (v for v in body.restored if (v.layer, v.expert) == expert)
+    return next(((v.generation, v.step, v.routed) for v in found), None)
 
 
 def over_budget(state: Control) -> bool:
@@ -270,16 +357,17 @@ def bill_restores(
     if transition.rollback:
         state = replace(state, plt=state.plt.rolled_back(state.routed.tolist()))
         fields: dict[str, Any] = {"generation": transition.generation, "step": transition.step}
-        return (Publish(t=at_s, event="rolled_back", fields=fields),), state
+        events.append(Publish(t=at_s, event="rolled_back", fields=fields))
     for restore in transition.restores:
         if not restore.detail:
             continue  # the start of a run loses nothing
-        label, behind, version = _really(restore, transition)
+        label, behind, version = restore.detail.split(",")
+        routed = int(state.routed[restore.layer, restore.expert])
         ledger, lost = state.plt.restored(
             layer=restore.layer,
             expert=restore.expert,
-            version_routed=version,
-            routed=int(state.routed[restore.layer, restore.expert]),
+            version_routed=min(int(version), routed),
+            routed=routed,
         )
         state = replace(state, plt=ledger)
         fields = {
@@ -287,7 +375,7 @@ def bill_restores(
             "layer": restore.layer,
             "expert": restore.expert,
             "source": label,
-            "behind_steps": behind,
+            "behind_steps": int(behind),
             "lost_copies": lost,
             "step": transition.step,
         }

@@ -10,6 +10,7 @@ from lazarus.control import (
     blame,
     checks,
     commits,
+    finalizing,
     membership,
     patience,
     resuming,
@@ -24,7 +25,6 @@ from lazarus.control.messages import (
     DriverHello,
     Evaluated,
     FaultFired,
-    Finalize,
     Finalized,
     Go,
     Healed,
@@ -105,6 +105,8 @@ def _react(state: Control, event: Event) -> Result:
             return membership.on_closed(state, worker, at_s=at_s, cause="stream closed")
         case DriverSaid(body=body, at_s=at_s):
             return _driver_said(state, body, at_s=at_s)
+        case ManifestDone(final=True, error=error) if error:
+            return finalizing.on_refused_manifest(replace(state, manifest_pending=False), event)
         case ManifestDone():
             return saves.on_manifest(state, event)
         case Garbled(worker=worker, reason=reason, at_s=at_s):
@@ -154,7 +156,7 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
             return commits.on_digest_part(state, worker, body, at_s=at_s)
         case Finalized():
             state = replace(state, finalized_s=at_s)
-            return saves.on_finalized(state, worker, body, at_s=at_s)
+            return finalizing.on_finalized(state, worker, body, at_s=at_s)
         case Healed():
             fields = {
                 "generation": body.generation,
@@ -214,7 +216,8 @@ def _on_stop(state: Control, body: StopRun, *, at_s: float) -> Result:
     if body.failure is not None:
         return commits.end(state, status="failed", failure=body.failure, at_s=at_s)
     reason = body.reason or "stopped"
-    if body.now or state.phase in (Phase.GATHERING, Phase.HOLDING):
+    nothing_kept = state.phase is Phase.HOLDING and (state.broken or not state.members)
+    if body.now or state.phase is Phase.GATHERING or nothing_kept:
         return commits.end(state, status="short", failure=_stopped(reason), at_s=at_s)
     preempted = state.preempted or body.preempted
     return replace(state, stopping=state.stopping or reason, preempted=preempted), ()
@@ -324,14 +327,17 @@ def _settle(state: Control, *, at_s: float) -> Result:
         case Phase.FINALIZING:
             written = not (state.manifest_pending or saves.last_ones_awaited(state, at_s=at_s))
             if set(state.finalized) >= set(state.seats) and state.digest and written:
-                return _finish(state, at_s=at_s)
+                return finalizing.finish(state, at_s=at_s)
             if patience.manifest_too_long(state, at_s=at_s):
                 return patience.end_without_manifest(state, at_s=at_s)
+            if set(state.finalized) >= set(state.seats) and state.manifest_pending:
+                return state, ()  # whoever wrote the shares is not needed any more
         case Phase.ALIGNING if change.waited_enough(state, at_s=at_s):
             return change.prepare(state, at_s=at_s)
         case _:
             pass
-    if state.resumed and not state.members:
+    restarting = state.transition is not None and state.transition.restarts
+    if state.resumed and not state.members and not restarting:
         return _all_lost(state, at_s=at_s)
     return state, ()
 
@@ -363,7 +369,9 @@ def _waited_for_all(state: Control, *, at_s: float) -> bool:
 
 def _settle_holding(state: Control, *, at_s: float) -> Result:
     if not state.members:
-        return _all_lost(state, at_s=at_s)
+        return _settle_gone(state, at_s=at_s)
+    if state.stopping:
+        return change.begin(state, reason="stop", at_s=at_s, planned=True)
     there = staying(state)
     if not state.broken and len(there) >= state.config.min_nodes and there != state.tried:
         return change.begin(state, reason="quorum", at_s=at_s, planned=True)
@@ -411,14 +419,8 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
         state, more = change.begin(state, reason="lost_vectors", at_s=at_s)  # reports bring them
         return state, commands + more
     if state.step >= state.config.steps or state.stopping:
-        order = Finalize(
-            generation=state.resumed,
-            step=state.step,
-            checkpoint=state.config.final_checkpoint,
-            term=state.term,
-        )
-        state = replace(state, phase=Phase.FINALIZING, phase_s=at_s, finalized={}, digest="")
-        return state, (*commands, TellAll(workers=state.seats, body=order))
+        state, more = finalizing.begin(state, at_s=at_s)
+        return state, commands + more
     if leaving(state, state.members):
         reason = "leave"
     elif candidates(state):
@@ -429,22 +431,36 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
     return state, commands + more
 
 
-def _finish(state: Control, *, at_s: float) -> Result:
-    if state.step >= state.config.steps:
-        return commits.end(state, status="finished", failure=None, at_s=at_s)
-    if state.preempted:
-        reason = _stopped(f"stopped by {state.stopping}")
-        return commits.end(state, status="short", failure=reason, at_s=at_s)
-    return commits.end(state, status="stopped", failure=None, at_s=at_s)
-
-
 def _all_lost(state: Control, *, at_s: float) -> Result:
-    failure = Failure(
-        cause=Cause.NODE,
-        error="StoppedError",
-        message=f"every node is lost at step {state.step}; resume from the newest checkpoint",
-    )
-    return commits.end(state, status="short", failure=failure, at_s=at_s)
+    """Nobody is left: wait for nodes that take the state from the newest checkpoint."""
+    message = f"every node is lost at step {state.step}"
+    if state.stopping:
+        failure = Failure(
+            cause=Cause.NODE,
+            error="StoppedError",
+            message=f"{message}; resume from the newest checkpoint",
+        )
+        return commits.end(state, status="short", failure=failure, at_s=at_s)
+    since = at_s if state.gone_s is None else state.gone_s
+    state = replace(state, gone_s=since, broken=False, paused={}, pause_sent=False)
+    return change.hold(state, reason=message, at_s=at_s)
+
+
+def _settle_gone(state: Control, *, at_s: float) -> Result:
+    """Restart once enough nodes are there, unless a checkpoint is just being written."""
+    if state.gone_s is None:  # the last one went while the run was held
+        return _all_lost(state, at_s=at_s)
+    there, config = candidates(state), state.config
+    waited = at_s - state.gone_s
+    if waited > config.quorum_timeout_s:
+        return _quorum_timeout(state, live=len(there), at_s=at_s)
+    writing = state.writing and waited <= config.tolerated_stall_s
+    if len(there) < config.min_nodes or there == state.tried or writing:
+        return state, ()
+    newest = max(state.nodes[node].joined_s for node in there)
+    if len(there) < config.nodes and at_s - newest < config.tolerated_stall_s:
+        return state, ()  # others are on their way
+    return change.begin(state, reason="restart", at_s=at_s)
 
 
 def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:

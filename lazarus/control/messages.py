@@ -11,6 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from lazarus.errors import StorageError
 from lazarus.failure import Cause, Failure, Status
 
 Int = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]  # what fits in 64 bits
@@ -78,7 +79,9 @@ class Suspicion(Body, frozen=True, kw_only=True):
     step: Int
     phase: str = ""
     error: str = ""
-    bad_source: str = ""  # JSON of the restore whose copy was no good
+    bad_source: str = ""  # name of a copy that is no good
+    storage_url: str = ""  # what storage refused; empty: the copy was read
+    operation: str = ""  # and what was asked of it
     store: bool = False  # the rendezvous store did not answer, which says nothing of any node
 
 
@@ -151,6 +154,22 @@ class Aligned(Body, frozen=True, kw_only=True):
     place: str = ""  # where the user's builder of the model is defined, then as well
 
 
+class StorageProblem(Part, frozen=True, kw_only=True):
+    """What a disk or an object store refused."""
+
+    url: str
+    operation: str
+    reason: str
+    is_full: bool = False
+
+
+def problem_of(error: StorageError) -> StorageProblem:
+    """As it goes over the wire."""
+    return StorageProblem(
+        url=error.url, operation=error.operation, reason=error.reason, is_full=error.is_full
+    )
+
+
 class Ready(Body, frozen=True, kw_only=True):
     """Groups built, digests compared, every staged copy verified."""
 
@@ -161,6 +180,7 @@ class Ready(Body, frozen=True, kw_only=True):
     bytes_received: Int = 0
     restored: tuple[Snapped, ...] = ()  # versions really read from storage
     history: bytes = b""  # load history, where all state came from a checkpoint
+    place: StorageProblem | None = None  # the checkpoint place cannot be used from this node
 
 
 class Paused(Body, frozen=True, kw_only=True):
@@ -204,12 +224,15 @@ class DigestPart(Body, frozen=True, kw_only=True):
 
 
 class Finalized(Body, frozen=True, kw_only=True):
-    """The rank has written its share of the last checkpoint (``files`` is JSON)."""
+    """The rank has written its share of the last checkpoint (``files`` is JSON), or could not."""
 
     generation: Int
     step: Int
     files: str = ""
     wall_s: float = 0.0
+    url: str = ""  # where, as ``Finalize`` said
+    num_bytes: Int = 0  # room that the share needs
+    problem: StorageProblem | None = None
 
 
 class UserError(Body, frozen=True, kw_only=True):
@@ -283,12 +306,17 @@ class Fence(Body, frozen=True, kw_only=True):
 
 
 class Align(Body, frozen=True, kw_only=True):
-    """Stand at committed step ``step``; with ``commit``, by applying ``lanes`` if one behind."""
+    """Stand at committed step ``step``; with ``commit``, by applying ``lanes`` if one behind.
+
+    With ``reload`` ("url step", or "init") this rank's own state does not count: it takes that of
+    the checkpoint.
+    """
 
     generation: Int
     step: Int
     commit: bool = False
     lanes: bytes = b""
+    reload: str = ""
 
 
 class Seat(Part, frozen=True, kw_only=True):
@@ -343,6 +371,7 @@ class Prepare(Body, frozen=True, kw_only=True):
     speeds: tuple[float, ...] = ()
     lineage: str = "[]"
     reload: str = ""  # "url step": take dense state and history from this checkpoint first
+    probe: bool = False  # write to the checkpoint place, and read what the other nodes wrote
 
 
 class Resume(Body, frozen=True, kw_only=True):
@@ -355,6 +384,7 @@ class Resume(Body, frozen=True, kw_only=True):
     k_snapshot: Int = 0  # the schedule of saves from measured rates; 0: as configured
     snapshot_every: Int = 0
     persist_every: Int = 0
+    halt: bool = False  # the run is being stopped: pause at once, before the next step
 
 
 class Pause(Body, frozen=True, kw_only=True):
@@ -383,12 +413,17 @@ class Strike(Body, frozen=True, kw_only=True):
 
 
 class Finalize(Body, frozen=True, kw_only=True):
-    """Digest, and with ``checkpoint`` write your share of a full checkpoint of ``step``."""
+    """Digest, and with ``checkpoint`` write your share of a full checkpoint of ``step``.
+
+    With ``url`` it is written there, after it could not be written where it belongs: the digest is
+    known, and what was written of the first attempt goes.
+    """
 
     generation: Int
     step: Int
     checkpoint: bool = True
     term: Int = 0
+    url: str = ""
 
 
 class Depart(Body, frozen=True, kw_only=True):

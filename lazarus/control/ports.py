@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazarus.control.messages import Body
+from lazarus.control.messages import Body, StorageProblem
 
 # ---- events: what decide() is fed with ---------------------------------------------------------
 
@@ -75,6 +75,7 @@ class ManifestDone:
     standing: tuple[tuple[int, int, bool], ...] = ()  # (generation, step, full) after retention
     final: bool = False
     error: str = ""
+    problem: StorageProblem | None = None  # what storage refused
 
 
 Event = ManifestDone | WorkerSaid | StreamClosed | DriverSaid | DriverGone | Garbled | Tick
@@ -122,7 +123,8 @@ class Publish:
 class WriteManifest:
     """Write the manifest of a checkpoint whose files are durable; answered by ManifestDone.
 
-    ``parts`` are the ranks' reports (JSON); ``final`` ends the run with it.
+    ``parts`` are the ranks' reports (JSON); ``final`` ends the run with it. Without ``url`` it goes
+    where the run's checkpoints are.
     """
 
     step: int
@@ -130,6 +132,14 @@ class WriteManifest:
     parts: tuple[str, ...]
     meta: Mapping[str, Any]
     final: bool = False
+    url: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropFiles:
+    """Delete files of a checkpoint that will not become true; nobody waits for it."""
+
+    paths: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +152,9 @@ class Exit:
     """The controller's work is done."""
 
 
-Command = Tell | TellAll | TellDriver | Journal | Publish | WriteManifest | Disconnect | Exit
+Command = (
+    Tell | TellAll | TellDriver | Journal | Publish | WriteManifest | DropFiles | Disconnect | Exit
+)
 
 
 def each(commands: Iterable[Command]) -> tuple[Command, ...]:

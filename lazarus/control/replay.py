@@ -73,13 +73,14 @@ def awakened(state: Control, *, now_s: float) -> Control:
 def missing_commits(
     entries: Iterable[Mapping[str, Any]], state: Control, *, said: Callable[[str, int, int], bool]
 ) -> Iterator[Publish]:
-    """What the record lacks of the commits that are journaled.
+    """What the record lacks of the commits that are journaled, and of a restart that voids some.
 
     Args:
         entries: What was journaled after ``state``.
         said: Whether the record has this event of this generation and step.
     """
     names = ("step_committed", "ledger") if state.config.ledger else ("step_committed",)
+    found: list[Publish] = []
     for entry in entries:
         for commit in entry.get("commits", ()):
             generation, step = int(commit["generation"]), int(commit["step"])
@@ -88,8 +89,15 @@ def missing_commits(
                 missing = []
             if missing:
                 events = commit_events(state, vector_of(commit))
-                yield from (e for e in events if e.event != "step_committed" or e.event in missing)
+                found += (e for e in events if e.event != "step_committed" or e.event in missing)
+        if entry["kind"] == "resume" and entry["rollback"]:
+            found = []  # of what is void nobody need hear any more
+            fields = {"generation": int(entry["generation"]), "step": int(entry["step"])}
+            if not said("rolled_back", fields["generation"], fields["step"]):
+                at_s = 0.0 if state.newest is None else state.newest.at_s
+                found.append(Publish(t=at_s, event="rolled_back", fields=fields))
         state = replayed(state, entry)
+    return iter(found)
 
 
 def vector_of(commit: Mapping[str, Any]) -> Vector:
@@ -150,16 +158,19 @@ def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
 
 
 def _ledger(state: Control, entry: Mapping[str, Any]) -> PltLedger:
-    """Lost tokens so far, from the restores that RESUME entries name."""
+    """Lost tokens so far, from the restores that RESUME entries name; ``state`` stands there."""
     ledger = state.plt
+    if entry["rollback"]:
+        ledger = ledger.rolled_back(state.routed.tolist())
     for restore in entry["restores"]:
-        if restore["detail"] and not entry["rollback"]:
+        if restore["detail"]:
             layer, expert = int(restore["layer"]), int(restore["expert"])
+            routed = int(state.routed[layer, expert])
             ledger, _ = ledger.restored(
                 layer=layer,
                 expert=expert,
-                version_routed=int(restore["detail"].split(",")[2]),
-                routed=int(state.routed[layer, expert]),
+                version_routed=min(int(restore["detail"].split(",")[2]), routed),
+                routed=routed,
             )
     return ledger
 
@@ -204,7 +215,7 @@ def _resumed(state: Control, entry: Mapping[str, Any]) -> Control:
         base_plan=plan if state.base_plan is None else state.base_plan,
         lineage=(*state.lineage, (generation, step)),
         shape=(layers, experts),
-        plt=_ledger(state, entry),
+        plt=_ledger(replace(state, history=history), entry),
         history=history,
         record_bytes=(int(entry["record_bytes"][0]), int(entry["record_bytes"][1])),
     )

@@ -10,15 +10,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.control import adapting, saves
-from lazarus.control.losses import bill_restores, over_budget, plt_of, restored_entry
-from lazarus.control.messages import Depart, Ready, Resume
+from lazarus.control import adapting, commits, membership, saves
+from lazarus.control.losses import (
+    bill_restores,
+    differently_read,
+    over_budget,
+    place_of_checkpoint,
+    plt_of,
+    restored_entry,
+    with_versions_read,
+)
+from lazarus.control.messages import Depart, Ready, Resume, StorageProblem
 from lazarus.control.planning import adoption
 from lazarus.control.ports import Command, Journal, Publish, TellAll
 from lazarus.control.roster import workers_of
 from lazarus.control.state import Control, Phase, Transition, without
 from lazarus.control.timeline import mark_resume
-from lazarus.control.transition import hold, lineage_text
+from lazarus.control.transition import begin, hold, lineage_text
+from lazarus.failure import Cause, Failure, Status
 from placement import Plan
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -42,7 +51,48 @@ def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result
     missing = len(transition.ready) < len(transition.feeders)
     if missing or not all(seat.worker in transition.ready for seat in transition.feeders):
         return state, ()
+    if troubled := _cannot_store(state, transition):
+        return _without_place(state, transition, troubled, at_s=at_s)
+    if odd := differently_read(transition):
+        state = replace(state, readable={**state.readable, **odd})
+        return begin(state, reason="damaged_copy", at_s=at_s)
+    transition = with_versions_read(transition)
     return _resume(state, transition, plan, at_s=at_s)
+
+
+def _cannot_store(state: Control, transition: Transition) -> dict[int, StorageProblem]:
+    """Nodes that cannot use the checkpoint place, while others can or none has begun."""
+    found = {
+        state.workers[worker].node: body.place
+        for worker, body in transition.ready.items()
+        if body.place is not None
+    }
+    if state.resumed and not set(found) <= set(transition.joiners):
+        return {}  # storage is out of order for members, too: saves say so, training goes on
+    return found
+
+
+def _without_place(
+    state: Control, transition: Transition, troubled: Mapping[int, StorageProblem], *, at_s: float
+) -> Result:
+    """Before the first step that is the end; a joiner alone is not taken in."""
+    first = troubled[min(troubled)]
+    names = " and ".join(str(node) for node in sorted(troubled))
+    what = f"{first.operation} {first.url}: {first.reason}"
+    if state.resumed:
+        cause = f"cannot use the checkpoint place: {what}"
+        return membership.lose(state, tuple(sorted(troubled)), cause=cause, at_s=at_s)
+    failure = Failure(
+        cause=Cause.STORAGE,
+        error="StorageError",
+        message=f"the checkpoint place cannot be used from node {names}: {what}",
+        way_out="set checkpoint.url to a place that every node can write to and read from",
+        node=min(troubled),
+        url=first.url,
+        operation=first.operation,
+    )
+    status: Status = "failed" if state.config.resume is None else "short"
+    return commits.end(state, status=status, failure=failure, at_s=at_s)
 
 
 def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
@@ -50,12 +100,13 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     seats = tuple([seat.worker for seat in transition.seats])
     entry = _entry(state, transition, plan)
     if transition.rollback:
-        state = replace(state, history=_reloaded_history(state, transition))
+        if not transition.restarts:  # ALIGNED brought it
+            state = replace(state, history=_reloaded_history(state, transition))
         entry["history"] = base64.b64encode(state.history.astype("<f8").tobytes()).decode()
     state = mark_resume(state, transition, at_s=at_s)
     adapted = adapting.at_resume(state, plan)
     entry["adapted"] = [] if adapted is None else list(astuple(adapted))
-    before = state.adapted
+    before, from_step = state.adapted, state.step
     lineage = (*state.lineage, (transition.generation, transition.step))
     first, held = not state.resumed, bool(state.hold_reason)
     departed = workers_of(state, transition.leavers)
@@ -86,6 +137,7 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         lineage=lineage,
         adapted=adapted,
         known={},
+        readable={},
         newest=None if transition.rollback else state.newest,
         transition=None,
         doubling=double,
@@ -100,12 +152,21 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         lineage=lineage_text(lineage),
         double_k=double,
         save_all=saves.none_stands(state),
+        halt=bool(state.stopping),
         **({} if adapted is None else asdict(adapted)),
     )
     told = [TellAll(workers=seats, body=order)]
     if departed:
         told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
     events = _resume_events(state, transition, plan, first=first, held=held, at_s=at_s)
+    if transition.restarts:
+        fields = {
+            "generation": transition.generation,
+            "step": transition.step,
+            "from_step": from_step,
+            "checkpoint": place_of_checkpoint(state, transition.step).rpartition(" ")[0],
+        }
+        events = (Publish(t=at_s, event="run_restarted", fields=fields), *events)
     events += adapting.adapted_events(state, before, at_s=at_s)
     return state, (Journal(entry=entry), *told, *events, *bills)
 

@@ -15,8 +15,8 @@ from typing import Any
 from lazarus.checkpoint.lineage import Lineage, is_valid
 from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.control.adapting import on_measured
-from lazarus.control.messages import Finalized, Snapshotted
-from lazarus.control.ports import Command, Journal, ManifestDone, Publish, WriteManifest
+from lazarus.control.messages import Snapshotted
+from lazarus.control.ports import Command, DropFiles, Journal, ManifestDone, Publish, WriteManifest
 from lazarus.control.state import Control, Phase, Save, Transition
 
 Result = tuple[Control, tuple[Command, ...]]
@@ -39,13 +39,26 @@ def on_snapshotted(state: Control, worker: str, body: Snapshotted, *, at_s: floa
     if not persists or save is None:
         return state, commands
     if not record["ok"]:
-        state = replace(state, saves={**state.saves, body.step: replace(save, failed=True)})
+        commands = (*commands, *dropped(save.shares))
+        save = replace(save, shares=dict.fromkeys((*save.shares, worker), ""), failed=True)
+        state = replace(state, saves={**state.saves, body.step: save})
         return _want_all(state), commands
+    if save.failed:  # the others' shares are of no use any more
+        save = replace(save, shares={**save.shares, worker: ""})
+        state = replace(state, saves={**state.saves, body.step: save})
+        return state, (*commands, *dropped({worker: body.record}))
     state = on_measured(state, worker, record)
     save = replace(save, shares={**save.shares, worker: body.record})
     state = replace(state, saves={**state.saves, body.step: save})
     state, more = order_manifests(state, at_s=at_s)
     return state, commands + more
+
+
+def dropped(shares: Mapping[str, str]) -> tuple[DropFiles, ...]:
+    """The files of shares of a checkpoint that will not become true."""
+    reports = [json.loads(share) for share in shares.values() if share]
+    paths = tuple(str(item["path"]) for r in reports for item in r.get("files", ()))
+    return (DropFiles(paths=paths),) if paths else ()
 
 
 def _failed(generation: int, fields: dict[str, Any], *, at_s: float) -> Publish:
@@ -74,16 +87,18 @@ def order_manifests(state: Control, *, at_s: float) -> Result:
     for step, save in sorted(state.saves.items()):
         if step > state.step:
             continue
-        whole = not save.failed and set(save.shares) >= set(save.seats)
+        answered = set(save.shares) >= set(save.seats)
+        whole = answered and not save.failed
         if whole and step > state.ordered:
             commands.append(_order(state, step, save))
             state = replace(state, ordered=step, writing=(*state.writing, step))
-        elif not save.failed and not is_hopeless(state, save):
+        elif not answered and not is_hopeless(state, save):
             continue
         elif not save.failed and not whole:
             gone = [w for w in save.seats if w not in save.shares and w not in state.workers]
             reason = f"{len(gone)} of {len(save.seats)} ranks were lost before they had written"
             commands.append(_failed(save.generation, {"step": step, "reason": reason}, at_s=at_s))
+            commands.extend(dropped(save.shares))
             state = _want_all(state)
         state = replace(state, saves={s: v for s, v in state.saves.items() if s != step})
     return state, tuple(commands)
@@ -91,11 +106,11 @@ def order_manifests(state: Control, *, at_s: float) -> Result:
 
 def _order(state: Control, step: int, save: Save) -> WriteManifest:
     parts = tuple(save.shares[seat] for seat in save.seats)
-    meta = _meta(state, wall_s=0.0)
+    meta = meta_of(state, wall_s=0.0)
     return WriteManifest(step=step, generation=save.generation, parts=parts, meta=meta)
 
 
-def _meta(state: Control, *, wall_s: float) -> dict[str, Any]:
+def meta_of(state: Control, *, wall_s: float) -> dict[str, Any]:
     """What a manifest says of the run: its lost tokens go with the state that lacks them."""
     return {
         "term": state.term,
@@ -173,24 +188,6 @@ def last_ones_awaited(state: Control, *, at_s: float) -> bool:
         and waited <= state.config.tolerated_stall_s
         and in_flight(state, upto=state.step) >= 0
     )
-
-
-def on_finalized(state: Control, worker: str, body: Finalized, *, at_s: float) -> Result:
-    """One rank's share of the last checkpoint is durable; the manifest follows the last one."""
-    if state.phase is not Phase.FINALIZING or body.generation != state.resumed:
-        return replace(state, stale=state.stale + 1), ()
-    state = replace(state, finalized={**state.finalized, worker: body})
-    if set(state.finalized) < set(state.seats):
-        return state, ()
-    parts = tuple(state.finalized[seat].files for seat in state.seats)
-    if not any(parts):
-        return state, ()
-    meta = _meta(state, wall_s=max(body.wall_s for body in state.finalized.values()))
-    order = WriteManifest(
-        step=body.step, generation=state.resumed, parts=parts, meta=meta, final=True
-    )
-    # Never an older one after it: it would point to versions that are newer than itself.
-    return replace(state, manifest_pending=True, ordered=body.step), (order,)
 
 
 def on_manifest(state: Control, event: ManifestDone) -> Result:

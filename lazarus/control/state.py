@@ -23,6 +23,7 @@ from lazarus.control.messages import (
     Report,
     Restore,
     Seat,
+    StorageProblem,
     Vector,
 )
 from lazarus.control.poison import Death
@@ -99,6 +100,8 @@ class ControlConfig:
     start_plt_spent: float = 0.0
     start_lineage: tuple[tuple[int, int], ...] = ()
     checkpoint_url: str = ""
+    rescue_url: str = ""  # another place for the last checkpoint; empty: there is none
+    probes_place: bool = False  # every node tries the checkpoint place before it trains
     checkpoints: tuple[StoredCheckpoint, ...] = ()  # usable ones at the start
     stored: tuple[Stored, ...] = ()  # newest versions on storage at the start
 
@@ -206,6 +209,7 @@ class Transition:
     leavers: tuple[int, ...]
     phase_s: float  # when the current phase began
     reason: str = ""
+    restarts: bool = False  # nobody is left: fresh nodes take all state from a checkpoint
     reports: Mapping[str, Report] = field(default_factory=dict)
     step: int = -1
     aligned: Mapping[str, Aligned] = field(default_factory=dict)
@@ -329,12 +333,21 @@ class Control:
     ordered: int = 0  # newest step whose manifest was ordered
     writing: tuple[int, ...] = ()  # steps of manifests that are being written
     bad_sources: frozenset[str] = frozenset()  # copies that could not be read: never chosen again
+    refused: frozenset[str] = frozenset()  # those of them that storage did not give at all
+    refusal: tuple[str, str, str] = ("", "", "")  # its last: URL, operation, what it said
+    readable: Mapping[tuple[int, int], int] = field(  # newest stored step that all ranks can read
+        default_factory=dict
+    )
+    gone_s: float | None = None  # since when everybody is gone; None: there was a commit since
     checkpoints: tuple[StoredCheckpoint, ...] = ()
     stored: tuple[Stored, ...] = ()
     plt: PltLedger = field(default_factory=PltLedger)
     plt_spent: float = 0.0  # when K was last doubled
     doubling: bool = False  # the newest RESUME told the ranks to double K
     manifest_pending: bool = False  # the final one
+    final_url: str = ""  # where the last checkpoint is written now; empty: where it belongs
+    final_problem: StorageProblem | None = None  # why it is not there
+    final_bytes: int = 0  # room that it needs
     measured: Mapping[str, Measured] = field(default_factory=dict)  # by worker
     adapted: Adapted | None = None  # schedule of saves from measured rates; None: as configured
 

@@ -11,7 +11,7 @@ from lazarus.control.messages import Suspicion
 from lazarus.control.parting import STALLED
 from lazarus.control.ports import Command
 from lazarus.control.state import Control, Phase
-from lazarus.failure import Cause, Failure
+from lazarus.failure import Cause, Failure, Status
 
 MAX_ERRORS = 3  # generations in a row that end in an error without a death and without a commit
 MAX_ATTEMPTS = 10  # the same where no error says anything about a node
@@ -39,13 +39,19 @@ def on_suspicion(state: Control, worker: str, body: Suspicion, *, at_s: float) -
 
 def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Result:
     """A copy that was chosen for a restore cannot be read: choose again without it."""
+    if body.storage_url:
+        refusal = (body.storage_url, body.operation, body.error)
+        state = replace(state, refused=state.refused | {body.bad_source}, refusal=refusal)
     if not state.resumed:
-        failure = Failure(
-            cause=Cause.STORAGE, error="CheckpointError", message=f"cannot start: {body.error}"
+        failure = change.storage_failure(
+            replace(state, refusal=(body.storage_url, body.operation, body.error)),
+            what="cannot start",
         )
-        return commits.end(state, status="failed", failure=failure, at_s=at_s)
+        status: Status = "failed" if state.config.resume is None else "short"
+        return commits.end(state, status=status, failure=failure, at_s=at_s)
     state = replace(state, bad_sources=state.bad_sources | {body.bad_source})
-    if state.phase is not Phase.PREPARING or body.generation != state.generation:
+    reading = state.phase in (Phase.ALIGNING, Phase.PREPARING)
+    if not reading or body.generation != state.generation:
         return state, ()
     return change.begin(state, reason="damaged_copy", at_s=at_s)
 

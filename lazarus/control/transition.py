@@ -16,6 +16,7 @@ from lazarus.control.healing import heals_behind, split_moves
 from lazarus.control.losses import (
     checkpoint_awaited,
     place_of_checkpoint,
+    restart_step,
     restores_for,
 )
 from lazarus.control.messages import (
@@ -56,8 +57,11 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
     state, commands = commits.flush(state, at_s=at_s)
     voters = tuple(sorted(state.members))
     waiting = candidates(state)
-    if not state.resumed:
+    restarts = bool(state.resumed and not voters)
+    if not state.resumed or restarts:
         voters, joiners = waiting, waiting[:0]
+    elif state.stopping:
+        joiners = ()
     elif planned or len(voters) < state.config.min_nodes:
         joiners = waiting[: _room(state, voters)]
     else:
@@ -71,6 +75,7 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         leavers=leavers,
         phase_s=at_s,
         reason=reason,
+        restarts=restarts,
     )
     claim = {
         "kind": "claim",
@@ -137,15 +142,18 @@ def _of_now(state: Control, body: Report) -> Report:
 def _on_history(state: Control, body: Report) -> Report:
     """A rank that did not get the RESUME of a rollback any more stands on a history that is void.
 
-    It has the state to go back to, read before RESUME, and takes it at ALIGN.
+    It has the state to go back to, read before RESUME, and takes it at ALIGN. Whoever sits in a
+    later generation, a joiner that has not entered any, stood where PREPARE of that one put it.
     """
     generation, step = state.rolled
-    if body.entered >= generation:
+    if body.entered >= generation or state.resumed > generation:
         return body
     return changed(body, committed=step, prepared=step, vectors=())
 
 
 def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:
+    if transition.restarts:
+        return _restart(state, transition, at_s=at_s)
     voting = workers_of(state, transition.voters)
     reports = {worker: transition.reports[worker] for worker in voting}
     if failure := parting.ranks_parted(reports, state.seats):
@@ -169,6 +177,20 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Result:
         generation=transition.generation, step=result.step, commit=bool(lanes), lanes=lanes
     )
     return state, (*told, *commands, TellAll(workers=voting, body=order))
+
+
+def _restart(state: Control, transition: Transition, *, at_s: float) -> Result:
+    """Nobody holds the state of the last commit any more: all stand where a checkpoint stands."""
+    step = restart_step(state)
+    if step is None:
+        return commits.end(state, status="failed", failure=storage_failure(state), at_s=at_s)
+    state = mark(state, "release", at_s - transition.phase_s)
+    transition = replace(transition, step=step, phase_s=at_s)
+    state = replace(state, phase=Phase.ALIGNING, phase_s=at_s, transition=transition)
+    order = Align(
+        generation=transition.generation, step=step, reload=place_of_checkpoint(state, step)
+    )
+    return state, (TellAll(workers=workers_of(state, transition.voters), body=order),)
 
 
 def _evidence(state: Control) -> dict[int, Vector]:
@@ -213,7 +235,7 @@ def prepare(state: Control, *, at_s: float) -> Result:
     transition = state.transition
     assert transition is not None
     nodes = transition.next_nodes
-    if len(nodes) < state.config.min_nodes:
+    if len(nodes) < state.config.min_nodes and not state.stopping:
         reason = f"{len(nodes)} of at least {state.config.min_nodes} nodes"
         return hold(state, reason=reason, at_s=at_s)
     try:
@@ -233,7 +255,10 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
     owners = holders(transition.aligned, feeders)
     wanted = needs(plan, num_seats=len(seats))
     moves, lost = schedule_moves(wanted, owners)
-    if lost and checkpoint_awaited(state, transition, plan, lost, at_s=at_s):
+    if lost and state.stopping and len(nodes) < state.config.min_nodes:
+        return _cannot_save(state, transition, lost, at_s=at_s)
+    restarts = transition.restarts
+    if lost and not restarts and checkpoint_awaited(state, transition, plan, lost, at_s=at_s):
         return replace(state, transition=replace(transition, awaits=True)), ()
     decided = restores_for(state, transition, plan, lost, at_s=at_s)
     if isinstance(decided, Fail):
@@ -287,7 +312,8 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         restores=decided.restores,
         speeds=_speeds(state, nodes),
         lineage=lineage_text(state.lineage),
-        reload="" if back is None else place_of_checkpoint(state, back),
+        reload="" if back is None or restarts else place_of_checkpoint(state, back),
+        probe=state.config.probes_place and (not state.resumed or bool(transition.joiners)),
     )
     told = TellAll(workers=tuple([seat.worker for seat in feeders]), body=order)
     return state, (told,)
@@ -327,15 +353,42 @@ def lineage_text(lineage: tuple[tuple[int, int], ...]) -> str:
     return json.dumps([list(pair) for pair in lineage])
 
 
+def _cannot_save(
+    state: Control, transition: Transition, lost: tuple[tuple[int, int], ...], *, at_s: float
+) -> Result:
+    """A run that is stopped while it holds cannot keep what it has in memory: experts are gone."""
+    standing = max((c.step for c in state.checkpoints), default=None)
+    newest = "no checkpoint stands" if standing is None else f"the newest is of step {standing}"
+    experts = f"{len(lost)} experts of it have no live replica"
+    message = f"{state.stopping}; step {transition.step} cannot be saved: {experts}; {newest}"
+    failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=message)
+    return commits.end(state, status="short", failure=failure, at_s=at_s)
+
+
 def give_up(state: Control, decision: Fail, *, at_s: float) -> Result:
     """Experts are lost and nothing that the policy allows brings them back: end resumable."""
+    details = {"experts": [list(expert) for expert in decision.experts]}
     failure = Failure(
-        cause=Cause.NODE,
-        error="LostExpertError",
-        message=decision.reason,
-        details={"experts": [list(expert) for expert in decision.experts]},
+        cause=Cause.NODE, error="LostExpertError", message=decision.reason, details=details
     )
+    if state.refused:
+        failure = replace(
+            storage_failure(state, what=decision.reason), error="LostExpertError", details=details
+        )
     return commits.end(state, status="short", failure=failure, at_s=at_s)
+
+
+def storage_failure(state: Control, *, what: str = "the run cannot go on") -> Failure:
+    """Storage does not give what it holds, and there is no other source."""
+    url, operation, said = state.refusal
+    return Failure(
+        cause=Cause.STORAGE,
+        error="CheckpointError",
+        message=f"{what}: {said}",
+        way_out="see to the storage, then resume the run",
+        url=url,
+        operation=operation,
+    )
 
 
 def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> Result:
@@ -343,7 +396,9 @@ def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> R
 
     After a broken invariant nothing but the user or the quorum time-out ends the wait.
     """
-    asked = state.config.nodes > len(state.nodes)
+    if state.stopping:  # nobody waits for more nodes only to stop
+        failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=state.stopping)
+        return commits.end(state, status="short", failure=failure, at_s=at_s)
     events: tuple[Command, ...] = ()
     if state.hold_reason != reason:
         fields = {
@@ -354,7 +409,7 @@ def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> R
             "broken": broken,
         }
         events = (Publish(t=at_s, event="quorum_lost", fields=fields),)
-        if asked:
+        if state.config.nodes > len(state.nodes):
             events += (TellDriver(body=StartNode(reason=reason)),)
     since = state.phase_s if state.phase is Phase.HOLDING else at_s
     state = replace(

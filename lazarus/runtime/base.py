@@ -20,6 +20,7 @@ from lazarus.checkpoint.reader import CheckpointReader
 from lazarus.checkpoint.store import load_manifest
 from lazarus.checkpoint.tensors import specs_of
 from lazarus.errors import CheckpointError
+from lazarus.runtime.fetching import PatientReader
 from lazarus.runtime.finals import layer_entry
 from lazarus.runtime.images import as_bytes
 from lazarus.runtime.replica import Replica
@@ -52,15 +53,16 @@ class Base:
         return xxhash.xxh3_128_hexdigest(self.history.tobytes())
 
 
-def read_base(place: str, replica: Replica) -> Base:
+def read_base(place: str, replica: Replica, *, read: PatientReader | None = None) -> Base:
     """Read what a replica needs from a checkpoint, given as "url step".
 
     Raises:
         CheckpointError: It lacks a tensor, has one of another shape, or is damaged.
     """
+    read = read or PatientReader(patience_s=1.0)
     url, _, step = place.rpartition(" ")
-    manifest = load_manifest(url, int(step))
-    reader = CheckpointReader(url, manifest)
+    manifest = read.ask(lambda: load_manifest(url, int(step)), place=place)
+    reader = CheckpointReader(url, manifest, read=read)
     entries = [layer_entry(replica, layer) for layer in range(len(replica.layers))]
     reader.require(
         dense=specs_of(dict(replica.dense_tensors())),

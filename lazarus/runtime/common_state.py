@@ -13,10 +13,11 @@ import torch
 import xxhash
 
 from lazarus.control.messages import Prepare
-from lazarus.errors import BadSourceError, CheckpointError
+from lazarus.errors import CheckpointError
 from lazarus.runtime.base import Base, read_base
 from lazarus.runtime.boundary import Boundary
 from lazarus.runtime.context import WorkerContext
+from lazarus.runtime.fetching import PatientReader, bad_source
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.reading import Reading
 from lazarus.runtime.replica import Replica
@@ -79,7 +80,7 @@ class CommonState:
             return _digest(self._replica.history_digest(), schedule)
         return _digest(base.history_digest(), str(json.loads(base.scalars)["save"] or ""))
 
-    def read_base(self, place: str, context: WorkerContext) -> Base:
+    def read_base(self, place: str, context: WorkerContext, *, read: PatientReader) -> Base:
         """The state of a checkpoint ("url step") or of the first step ("init").
 
         Experts come with PREPARE. Nothing of this rank's own state is touched yet (rule 23).
@@ -90,13 +91,11 @@ class CommonState:
         if place == "init":
             return Base.of(self._workshop.replica(context), step=0, scalars=self._first)
         try:
-            return read_base(place, self._replica)
+            return read_base(place, self._replica, read=read)
         except CheckpointError as problem:
             url, _, step = place.rpartition(" ")
             what = f"the checkpoint of step {step}"
-            raise BadSourceError(
-                name=place, what=what, source=url, reason=str(problem)
-            ) from problem
+            raise bad_source(problem, name=place, what=what, source=url) from problem
 
     def take_base(self, base: Base) -> None:
         """Stand at another step: all that this rank held belongs to a history that is over."""

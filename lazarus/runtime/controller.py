@@ -35,6 +35,7 @@ from lazarus.control.ports import (
     Command,
     Disconnect,
     DriverGone,
+    DropFiles,
     Exit,
     Journal,
     Publish,
@@ -236,7 +237,7 @@ class Controller:
                 self._chronicle.note(entry)
             case Publish():
                 self._publish(command)
-            case WriteManifest():
+            case WriteManifest() | DropFiles():
                 self._manifests.order(command)
             case Disconnect(worker=worker):
                 self._streams.disconnect(worker)

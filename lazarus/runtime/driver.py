@@ -111,6 +111,7 @@ class Driver:
             config=spec.control,
             checkpoint_url=spec.checkpoint_url,
             checkpoint=spec.checkpoint,
+            lives=spec.lives,
             keep_checkpoints=spec.keep_checkpoints,
             journal=spec.journal,
         )

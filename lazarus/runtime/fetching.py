@@ -4,35 +4,117 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
-from lazarus.checkpoint.reader import CheckpointReader, read_newest_expert
+from lazarus.checkpoint.patience import patiently
+from lazarus.checkpoint.reader import CheckpointReader, StoredExpert, StoredExperts
+from lazarus.checkpoint.storage import Storage, read_file
 from lazarus.checkpoint.store import Tag, load_manifest
 from lazarus.checkpoint.tensors import tensors_of
 from lazarus.control.losses import bad_source_of
 from lazarus.control.messages import Prepare, Restore, Snapped
-from lazarus.errors import BadSourceError, CheckpointError
+from lazarus.errors import BadSourceError, CheckpointError, FencedError, StorageError
+from lazarus.runtime.inject import Observer
 from lazarus.runtime.keeper_client import KeeperClient
+from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.replica import Replica
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.transfer import Feed
 from placement import Plan
+
+_Found = TypeVar("_Found")
+
+
+def still_wanted(observer: Observer, ledger: StepLedger, generation: int) -> Callable[[], None]:
+    """What a wait for storage calls all the time: this rank is alive, and not fenced."""
+
+    def waiting() -> None:
+        observer.progress += 1
+        if ledger.fence > generation:
+            raise FencedError(generation=generation, fence=ledger.fence)
+
+    return waiting
+
+
+class PatientReader:
+    """Reads from storage for one rank, asking again while it refuses.
+
+    Args:
+        patience_s: For how long it asks again, and how long a read may stand still.
+        waiting: Called all the time while it waits.
+    """
+
+    def __init__(self, *, patience_s: float, waiting: Callable[[], None] = lambda: None) -> None:
+        self._for_s = self._stuck_s = patience_s
+        self._waiting = waiting
+        self._moved = 0
+
+    def __call__(self, storage: Storage, path: str) -> bytes:
+        """The bytes of a file."""
+        return self.ask(
+            lambda: read_file(storage, path, progress=self._count), place=storage.place(path)
+        )
+
+    def ask(self, work: Callable[[], _Found], *, place: str) -> _Found:
+        """Whatever is to be read from storage.
+
+        Raises:
+            StorageError: It still refuses.
+        """
+        try:
+            return patiently(
+                work,
+                for_s=self._for_s,
+                stuck_s=self._stuck_s,
+                waiting=self._waiting,
+                moved=lambda: self._moved,
+                place=place,
+                operation="read",
+            )
+        except StorageError:
+            self._for_s = 0.0  # what is down is down for all files: each is asked for once
+            raise
+
+    def _count(self, num_bytes: int) -> None:
+        self._moved += num_bytes
+
+
+def bad_source(problem: CheckpointError, *, name: str, what: str, source: str) -> BadSourceError:
+    """What the controller must hear: which copy is no good, and whether storage refused it."""
+    refused = problem if isinstance(problem, StorageError) else None
+    return BadSourceError(
+        name=name,
+        what=what,
+        source=source,
+        reason=str(problem),
+        url="" if refused is None else refused.url,
+        operation="" if refused is None else refused.operation,
+    )
 
 
 class Fetcher:
     """The restores of one PREPARE, for one rank.
 
     Attributes:
-        versions: What came from storage, where a damaged file is passed over for an older one.
+        versions: What came from storage where that may differ from what was asked for: a file that
+            is damaged or cannot be read is passed over for an older one.
     """
 
     def __init__(
-        self, order: Prepare, replica: Replica, *, credentials: Credentials, tag: Tag
+        self,
+        order: Prepare,
+        replica: Replica,
+        *,
+        credentials: Credentials,
+        tag: Tag,
+        read: PatientReader,
     ) -> None:
         self._order, self._replica = order, replica
-        self._credentials, self._tag = credentials, tag
+        self._credentials, self._tag, self._read = credentials, tag, read
         self._readers: dict[str, CheckpointReader] = {}
+        self._stored: dict[tuple[str, int], StoredExperts] = {}
         self.versions: list[Snapped] = []
 
     def fetch(self, plan: Plan, seat: int, into: Feed, *, entering: Callable[[], None]) -> None:
@@ -51,22 +133,20 @@ class Fetcher:
                 place = restore.source.partition(":")[2]
                 name = bad_source_of(restore) if restore.detail else place
                 what = f"L{restore.layer}/E{restore.expert}"
-                raise BadSourceError(
-                    name=name, what=what, source=place, reason=str(problem)
-                ) from problem
+                raise bad_source(problem, name=name, what=what, source=place) from problem
             record = self._replica.record_of(restore.layer, restore.expert, tensors)
             into.staged[(restore.layer, restore.expert)] = record
             into.bytes_received += record.numel()
 
     def _tensors(self, restore: Restore) -> Mapping[str, torch.Tensor]:
         kind, _, place = restore.source.partition(":")
-        if kind == "storage" and restore.detail:
-            return self._newest_stored(restore, place.rpartition(" ")[0])
-        if kind == "storage":
-            if place not in self._readers:
-                url, _, step = place.rpartition(" ")
-                self._readers[place] = CheckpointReader(url, load_manifest(url, int(step)))
-            return self._readers[place].expert(restore.layer, restore.expert)
+        match kind:
+            case "storage" if restore.detail:
+                return self._older(restore, place.rpartition(" ")[0], upto=self._order.step)
+            case "storage":
+                return self._reader(place).expert(restore.layer, restore.expert)
+            case "newest":
+                return self._newest(restore, place)
         client = KeeperClient(place, credentials=self._credentials, tag=self._tag)
         try:
             _, image = client.fetch(
@@ -79,19 +159,42 @@ class Fetcher:
             client.close()
         return tensors_of(image, where=f"L{restore.layer}/E{restore.expert} from {place}")
 
-    def _newest_stored(self, restore: Restore, url: str) -> Mapping[str, torch.Tensor]:
-        """From storage, passing over damaged files: the same version on every rank."""
-        lineage = [(int(g), int(b)) for g, b in json.loads(self._order.lineage)]
-        found = read_newest_expert(
-            url, restore.layer, restore.expert, lineage=lineage, resume_step=self._order.step
-        )
-        self.versions.append(
-            Snapped(
-                layer=restore.layer,
-                expert=restore.expert,
-                generation=found.generation,
-                step=found.step,
-                routed=found.routed,
+    def _reader(self, place: str) -> CheckpointReader:
+        if place not in self._readers:
+            url, _, step = place.rpartition(" ")
+            manifest = self._read.ask(lambda: load_manifest(url, int(step)), place=place)
+            self._readers[place] = CheckpointReader(url, manifest, read=self._read)
+        return self._readers[place]
+
+    def _newest(self, restore: Restore, place: str) -> Mapping[str, torch.Tensor]:
+        """As the checkpoint has it, or where that is no good from an older version; and say so."""
+        url, _, step = place.rpartition(" ")
+        if restore.step >= int(step):
+            try:
+                return self._reader(place).expert(restore.layer, restore.expert)
+            except CheckpointError:
+                pass  # an older version may be sound, and says what is wrong if there is none
+        return self._older(restore, url, upto=int(step))
+
+    def _older(self, restore: Restore, url: str, *, upto: int) -> Mapping[str, torch.Tensor]:
+        """The newest sound version at a checkpoint or before; the same one on every rank."""
+        if (url, upto) not in self._stored:
+            lineage = [(int(g), int(b)) for g, b in json.loads(self._order.lineage)]
+            self._stored[url, upto] = self._read.ask(
+                lambda: StoredExperts(url, lineage=lineage, resume_step=upto, read=self._read),
+                place=url,
             )
-        )
+        stored = self._stored[url, upto]
+        found = stored.read(restore.layer, restore.expert, upto=restore.step)
+        self.versions.append(_version(restore, found))
         return found.tensors
+
+
+def _version(restore: Restore, found: StoredExpert) -> Snapped:
+    return Snapped(
+        layer=restore.layer,
+        expert=restore.expert,
+        generation=found.generation,
+        step=found.step,
+        routed=found.routed,
+    )

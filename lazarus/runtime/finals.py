@@ -2,41 +2,99 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from lazarus.checkpoint.errors import StorageError
+from lazarus.checkpoint.manifest import WrittenFile
+from lazarus.checkpoint.patience import patiently
+from lazarus.checkpoint.storage import redacted
 from lazarus.checkpoint.store import Record, RecordKey, Tag, write_files
 from lazarus.checkpoint.tensors import record_of, specs_of
+from lazarus.control.messages import Finalize, Finalized, problem_of
 from lazarus.runtime.replica import Replica
 from placement import Plan
 
 
-def write_share(
-    url: str,
-    replica: Replica,
-    plan: Plan,
-    *,
-    rank: int,
-    size: int,
-    tag: Tag,
-    step: int,
-    scalars: str,
-) -> dict[str, Any]:
-    """Write this rank's share: experts at home here, and every size-th dense tensor.
+class FinalWriter:
+    """Writes this rank's share of the last checkpoint, for as long as it takes within a bound.
 
-    Returns:
-        JSON-able report for the manifest.
+    Args:
+        url: Where the run's checkpoints are.
+        patience_s: For how long storage that refuses is asked again, and a write may stand still.
+        waiting: Called all the time meanwhile: this rank is alive, and not fenced.
     """
+
+    def __init__(self, url: str, *, patience_s: float, waiting: Callable[[], None]) -> None:
+        self._url, self._patience_s, self._waiting = url, patience_s, waiting
+        self._moved = 0
+
+    def write(
+        self,
+        order: Finalize,
+        replica: Replica,
+        plan: Plan,
+        *,
+        rank: int,
+        size: int,
+        tag: Tag,
+        scalars: str,
+    ) -> Finalized:
+        """Experts at home here, and every size-th dense tensor; or what storage refused."""
+        started = time.monotonic()
+        records = share_of(replica, plan, rank=rank, size=size, tag=tag, step=order.step)
+        url = order.url or self._url
+        # A name of its own: a partial checkpoint of the same step may be under way.
+        own = replace(tag, job=f"{tag.job}-full")
+        files, problem = "", None
+        try:
+            written = patiently(
+                lambda: write_files(url, records, tag=own, progress=self._count),
+                for_s=0.0 if order.url else self._patience_s,
+                stuck_s=self._patience_s,
+                waiting=self._waiting,
+                moved=lambda: self._moved,
+                place=redacted(url),
+                operation="write",
+            )
+            files = json.dumps(share_report(replica, written, rank=rank, scalars=scalars))
+        except StorageError as error:
+            problem = problem_of(error)
+        return Finalized(
+            generation=order.generation,
+            step=order.step,
+            files=files,
+            wall_s=time.monotonic() - started,
+            url=order.url,
+            num_bytes=sum(memoryview(c).nbytes for record in records for c in record.chunks),
+            problem=problem,
+        )
+
+    def _count(self, num_bytes: int) -> None:
+        self._moved += num_bytes
+
+
+def share_of(
+    replica: Replica, plan: Plan, *, rank: int, size: int, tag: Tag, step: int
+) -> list[Record]:
+    """What this rank writes of a full checkpoint; the tensors must not change meanwhile."""
     records = [_dense_record(replica, rank=rank, size=size, tag=tag, step=step)]
     for layer in range(len(replica.layers)):
         for expert in range(replica.num_experts):
             if plan.home[layer, expert] == rank:
                 records.append(_expert_record(replica, layer, expert, tag=tag, step=step))
-    # A name of its own: a partial checkpoint of the same step may be under way.
-    own = replace(tag, job=f"{tag.job}-full")
-    files = write_files(url, [record for record in records if record.specs], tag=own)
+    return [record for record in records if record.specs]
+
+
+def share_report(
+    replica: Replica, files: Sequence[WrittenFile], *, rank: int, scalars: str
+) -> dict[str, Any]:
+    """JSON-able report of a written share, for the manifest."""
     report: dict[str, Any] = {"files": [file.to_json() for file in files]}
     if rank == 0:
         report |= {

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import queue
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from lazarus.checkpoint.errors import CheckpointError
+from lazarus.checkpoint.errors import CheckpointError, StorageError
 from lazarus.checkpoint.manifest import LayerEntry, Manifest, WrittenFile
+from lazarus.checkpoint.patience import patiently
 from lazarus.checkpoint.retention import retain
-from lazarus.checkpoint.store import Tag, commit_manifest
+from lazarus.checkpoint.storage import redacted
+from lazarus.checkpoint.store import Tag, commit_manifest, remove_share
 from lazarus.checkpoint.verify import newest_usable
 from lazarus.clock import now_s
-from lazarus.control.ports import ManifestDone, Stored, WriteManifest
+from lazarus.control.messages import problem_of
+from lazarus.control.ports import DropFiles, ManifestDone, Stored, WriteManifest
+from lazarus.errors import LazarusError
 from lazarus.runtime.spec import ControllerSpec
 from lazarus.runtime.threads import OnDeath, spawn
+from lazarus.timeouts import storage_patience_s
 
 
 class ManifestWriter:
@@ -30,10 +36,10 @@ class ManifestWriter:
     ) -> None:
         self._spec = spec
         self._on_done = on_done
-        self._orders: queue.SimpleQueue[WriteManifest | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[WriteManifest | DropFiles | None] = queue.SimpleQueue()
         self._thread = spawn("manifests", self._run, on_death=on_death)
 
-    def order(self, command: WriteManifest) -> None:
+    def order(self, command: WriteManifest | DropFiles) -> None:
         self._orders.put(command)
 
     def close(self) -> None:
@@ -42,20 +48,27 @@ class ManifestWriter:
 
     def _run(self) -> None:
         while (command := self._orders.get()) is not None:
-            self._on_done(self._done(command))
+            if isinstance(command, DropFiles):
+                remove_share(self._spec.checkpoint_url, command.paths)
+            else:
+                self._on_done(self._done(command))
 
     def _done(self, command: WriteManifest) -> ManifestDone:
-        started = now_s()
+        """Write it, a final one again and again while storage refuses; what came of it."""
+        started, url = now_s(), command.url or self._spec.checkpoint_url
+        patience_s = storage_patience_s(self._spec.config.tolerated_stall_s)
         try:
-            manifest, num_bytes, kept = write_manifest(self._spec, command)
-        except Exception as problem:  # noqa: BLE001 - whatever storage or a share may bring
-            return ManifestDone(
-                generation=command.generation,
-                step=command.step,
-                at_s=now_s(),
-                final=command.final,
-                error=f"{type(problem).__name__}: {problem}".splitlines()[0],
+            manifest, num_bytes, kept = patiently(
+                lambda: write_manifest(self._spec, command),
+                for_s=patience_s if command.final and not command.url else 0.0,
+                stuck_s=patience_s,
+                place=redacted(url),
+                operation="write the manifest to",
             )
+        except Exception as problem:  # noqa: BLE001 - storage may raise anything; it is reported
+            with suppress(ValueError, KeyError, TypeError):  # a report that is none names no file
+                remove_share(url, _paths(command))
+            return self._failed(command, problem)
         return ManifestDone(
             generation=command.generation,
             step=command.step,
@@ -67,6 +80,25 @@ class ManifestWriter:
             stored=stored_of(manifest),
             standing=tuple((m.generation, m.step, m.kind == "full") for m in kept),
         )
+
+    def _failed(self, command: WriteManifest, problem: Exception) -> ManifestDone:
+        told = str(problem) if isinstance(problem, LazarusError) else repr(problem)
+        refused = None
+        if isinstance(problem, StorageError):
+            refused = problem_of(problem)
+        return ManifestDone(
+            generation=command.generation,
+            step=command.step,
+            at_s=now_s(),
+            final=command.final,
+            error=(told.splitlines() or [type(problem).__name__])[0],
+            problem=refused,
+        )
+
+
+def _paths(command: WriteManifest) -> list[str]:
+    reports = [json.loads(part) for part in command.parts if part]
+    return [str(item["path"]) for report in reports for item in report["files"]]
 
 
 def stored_of(manifest: Manifest) -> tuple[Stored, ...]:
@@ -102,12 +134,13 @@ def write_manifest(
     head = _head(reports)
     files = [WrittenFile.from_json(item) for report in reports for item in report["files"]]
     lineage = [(int(g), int(b)) for g, b in command.meta["lineage"]]
+    url, lives = command.url or spec.checkpoint_url, spec.lives or (spec.run_id,)
     try:
-        previous = newest_usable(spec.checkpoint_url, lineage=lineage)
+        previous = newest_usable(url, lineage=lineage, lives=lives)
     except CheckpointError:
         previous = None
     manifest = commit_manifest(
-        spec.checkpoint_url,
+        url,
         files,
         tag=Tag(job=spec.run_id, term=int(command.meta["term"]), generation=command.generation),
         step=command.step,
@@ -116,6 +149,7 @@ def write_manifest(
         lineage=lineage,
         meta={
             **spec.checkpoint,
+            "lives": list(lives),
             "scalars": head["scalars"],
             "history": head["history"],
             "routed": head["routed"],
@@ -124,8 +158,12 @@ def write_manifest(
         },
         previous=None if command.final else previous,
     )
-    kept = retain(spec.checkpoint_url, keep=spec.keep_checkpoints, lineage=lineage)
-    return manifest, sum(file.num_bytes for file in files), kept.manifests
+    num_bytes = sum(file.num_bytes for file in files)
+    try:
+        kept = retain(url, keep=spec.keep_checkpoints, lineage=lineage, lives=lives)
+    except StorageError:  # the checkpoint stands; the next retention does what is left to do
+        return manifest, num_bytes, (manifest,)
+    return manifest, num_bytes, kept.manifests
 
 
 def _head(reports: list[dict[str, Any]]) -> dict[str, Any]:

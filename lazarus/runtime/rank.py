@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import cloudpickle
 import torch
@@ -37,12 +36,13 @@ from lazarus.runtime.base import Base
 from lazarus.runtime.common_state import CommonState
 from lazarus.runtime.compare import require_equal, tensor_sums
 from lazarus.runtime.context import WorkerContext
-from lazarus.runtime.fetching import Fetcher
-from lazarus.runtime.finals import write_share
+from lazarus.runtime.fetching import Fetcher, PatientReader, still_wanted
+from lazarus.runtime.finals import FinalWriter
 from lazarus.runtime.guard import GuardedExchange
 from lazarus.runtime.hooks import Hooks
 from lazarus.runtime.inject import Observer
 from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.place_probe import PlaceProbe
 from lazarus.runtime.rank_groups import RankGroups
 from lazarus.runtime.refill import Refill
 from lazarus.runtime.saver import Saver
@@ -53,6 +53,7 @@ from lazarus.runtime.transfer import Feed
 from lazarus.runtime.workshop import Workshop
 from lazarus.runtime.world import World
 from lazarus.sections import DispatchConfig
+from lazarus.timeouts import storage_patience_s
 from placement import Plan
 
 
@@ -174,7 +175,9 @@ class Rank:
         self._term = term
         if not self._loaded:
             assert self._spec.resume is not None
-            self.common.take_base(self.common.read_base(self._spec.resume, self.context))
+            self.common.take_base(
+                self.common.read_base(self._spec.resume, self.context, read=self._patient())
+            )
             self._loaded = True
         replica = self.replica
         snapshots: tuple[Snapped, ...] = ()
@@ -198,6 +201,17 @@ class Rank:
             place=self._observer.where.places.get("build", ""),
         )
 
+    def _patient(self) -> PatientReader:
+        """Reads from storage, for as long as this rank is not fenced by a newer generation."""
+        waiting = still_wanted(self._observer, self._ledger, self._ledger.fence)
+        return PatientReader(patience_s=self._config.recovery.tolerated_stall_s, waiting=waiting)
+
+    def reload(self, place: str) -> None:
+        """All state of another step, with the experts to come: nobody holds the present one."""
+        self._pending = None
+        self.common.take_base(self.common.read_base(place, self.context, read=self._patient()))
+        self._loaded = True
+
     def prepare(self, order: Prepare, term: int) -> Ready:
         """Groups, transfers into staging, comparison of digests (rules 23 and 24)."""
         self._close_groups()
@@ -206,6 +220,7 @@ class Rank:
         plan = Plan.from_json(order.plan)
         own = self._spec.worker
         seat = next((i for i, s in enumerate(order.seats) if s.worker == own), None)
+        probe = self._place_probe(order) if order.probe and seat is not None else None
         started = time.monotonic()
         exchange = self._groups.build(order.seats, order, "train") if seat is not None else None
         feeding = exchange
@@ -213,7 +228,13 @@ class Rank:
             feeding = self._groups.build(order.feeders, order, "feed")
         assert feeding is not None
         built = time.monotonic()
-        base = self.common.read_base(order.reload, self.context) if order.reload else None
+        if probe is not None:
+            probe.read(order.seats)
+        base = (
+            self.common.read_base(order.reload, self.context, read=self._patient())
+            if order.reload
+            else None
+        )
         feed = Feed(
             order,
             feeding,
@@ -231,6 +252,8 @@ class Rank:
             self._loaded = True
         self._boundary.agree(order.scalars)
         self._compare(order, plan, feeding, base)
+        if probe is not None:
+            probe.close()
         self._pending = Pending(order=order, plan=plan, exchange=exchange, feed=feed, base=base)
         return Ready(
             generation=order.generation,
@@ -240,11 +263,27 @@ class Rank:
             bytes_received=feed.bytes_received,
             restored=tuple(fetcher.versions),
             history=b"" if base is None else base.history.astype("<f8").tobytes(),
+            place=None if probe is None else probe.problem,
         )
+
+    def _place_probe(self, order: Prepare) -> PlaceProbe | None:
+        """One rank of each node tries the checkpoint place."""
+        if self._spec.local_rank:
+            return None
+        probe = PlaceProbe(
+            self._spec.checkpoint_url,
+            run=self._spec.run_id,
+            node=self.context.node,
+            patience_s=self._config.recovery.tolerated_stall_s,
+            waiting=still_wanted(self._observer, self._ledger, order.generation),
+        )
+        probe.write()
+        return probe
 
     def _fetcher(self, order: Prepare) -> Fetcher:
         tag = Tag(job=self._spec.run_id, term=self._term, generation=order.generation)
-        return Fetcher(order, self.replica, credentials=self._spec.credentials, tag=tag)
+        read = self._patient()
+        return Fetcher(order, self.replica, credentials=self._spec.credentials, tag=tag, read=read)
 
     def _compare(
         self, order: Prepare, plan: Plan, exchange: GuardedExchange, base: Base | None
@@ -413,31 +452,26 @@ class Rank:
 
     def finalize(self, order: Finalize) -> list[Body]:
         """Last digest, and this rank's share of the last checkpoint."""
-        started = time.monotonic()
-        files = ""
-        if order.checkpoint:
-            files = json.dumps(self._write_checkpoint(order))
-        done = Finalized(
-            generation=order.generation,
-            step=order.step,
-            files=files,
-            wall_s=time.monotonic() - started,
-        )
-        return [self._digest_part(order.step), done]
-
-    def _write_checkpoint(self, order: Finalize) -> dict[str, Any]:
         world = self._world
         assert world is not None
-        return write_share(
+        digest = [] if order.url else [self._digest_part(order.step)]
+        if not order.checkpoint:
+            return [*digest, Finalized(generation=order.generation, step=order.step)]
+        writer = FinalWriter(
             self._spec.checkpoint_url,
+            patience_s=storage_patience_s(self._config.recovery.tolerated_stall_s),
+            waiting=still_wanted(self._observer, self._ledger, order.generation),
+        )
+        done = writer.write(
+            order,
             self.replica,
             world.plan,
             rank=world.exchange.rank,
             size=world.exchange.size,
             tag=Tag(job=self._spec.run_id, term=order.term, generation=world.generation),
-            step=order.step,
             scalars=self.common.scalars(),
         )
+        return [*digest, done]
 
     def close(self) -> None:
         self.reading.close()

@@ -31,6 +31,7 @@ class RunSpec:
     ranks_per_node: int
     credentials: Credentials
     checkpoint: Mapping[str, Any]
+    lives: tuple[str, ...] = ()  # ids of the runs that this one continues, and its own
     keep_checkpoints: int = 3
     keepers: bool = True  # one per node, for snapshots
     journal: str = "journal"
@@ -89,6 +90,7 @@ class ControllerSpec:
     config: ControlConfig
     checkpoint_url: str = ""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    lives: tuple[str, ...] = ()  # ids of the runs that this one continues, and its own
     keep_checkpoints: int = 3
     journal: str = "journal"  # folder below run_dir; one for each life of the run
     bind_host: str = ""  # what it listens on; empty: host

@@ -309,7 +309,7 @@ class Worker:
                 self._acked = min(self._acked, order.step)  # a rollback does steps again
                 rank.resume(order)
                 if self._ledger.enter(order.generation):
-                    self._train(rank, order.step + 1)
+                    self._train(rank, order.step + 1, halt=order.halt)
             case Finalize():
                 for body in rank.finalize(order):
                     self._link.send(body)
@@ -324,11 +324,14 @@ class Worker:
         else:
             self._ledger.withdraw()
             rank.redo()
+        if order.reload:
+            self._acked = order.step
+            rank.reload(order.reload)
         return rank.aligned(order.generation, self._term, step=order.step)
 
-    def _train(self, rank: Rank, first: int) -> None:
+    def _train(self, rank: Rank, first: int, *, halt: bool = False) -> None:
         step = first
-        steps = int(self._spec.config["train"]["steps"])
+        steps = 0 if halt else int(self._spec.config["train"]["steps"])
         with self._user_code():
             rank.before_training(first - 1, self._link.send)
         while step <= steps:
@@ -386,7 +389,7 @@ class Worker:
                 step=self._observer.step,
                 phase=self._observer.phase,
                 error=str(problem),
-                bad_source=problem.name if isinstance(problem, BadSourceError) else "",
+                **_bad_source(problem),
                 store=isinstance(problem, CollectiveError) and problem.label == STORE,
             )
         )
@@ -412,6 +415,14 @@ class Worker:
         """Ask to go (SIGTERM, a notice from the machine)."""
         self._observer.leaving = True
         self._link.send(LeaveRequest(generation=self._ledger.gen, cause=cause))
+
+
+def _bad_source(problem: CollectiveError | TransferError) -> dict[str, str]:
+    """What a suspicion says of a copy that is no good."""
+    if not isinstance(problem, BadSourceError):
+        return {}
+    found = {"storage_url": problem.url, "operation": problem.operation}
+    return {"bad_source": problem.name, **found}
 
 
 def run_worker(spec: WorkerSpec) -> int:

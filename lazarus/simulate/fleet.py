@@ -152,6 +152,11 @@ class VirtualRun:
                     self.training.billed(float(fields["lost_copies"]))
                 if self._on_event is not None:
                     self._on_event({"t": t, "event": name, **fields})
+                if name == "quorum_lost" and not fields["nodes"]:
+                    # Nobody is left. What the controller would do then is timed here.
+                    self.state = replace(self.state, phase=Phase.ENDED)
+                    self._over = True
+                    self._reborn_if_possible()
             case _:
                 pass
 

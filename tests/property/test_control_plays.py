@@ -78,6 +78,15 @@ def test_every_fault_is_survived_alone_and_leaves_its_trace(kind: str) -> None:
         assert any(world.state.generation > 1 for world in worlds)
 
 
+def test_a_run_whose_nodes_are_all_gone_goes_on_from_what_is_stored() -> None:
+    worlds = [play(s, faults=("everybody", "persist"), num_faults=4, turns=400) for s in range(20)]
+    restarts = [p for w in worlds for p in w.published if p.event == "run_restarted"]
+    assert any(p.fields["step"] == 0 and p.fields["checkpoint"] == "" for p in restarts)
+    assert any(p.fields["step"] > 0 and p.fields["checkpoint"] == "/ckpt" for p in restarts)
+    assert any(p.fields["step"] < p.fields["from_step"] for p in restarts)
+    assert all(w.over is not None and w.over.status == "finished" for w in worlds)
+
+
 @settings(max_examples=150)
 @given(seed=st.integers(0, 2**32))
 def test_no_event_however_odd_raises(seed: int) -> None:
@@ -346,6 +355,17 @@ def the_excluded_are_still_heard(patch: Patch) -> None:
         return original(state, worker, body, at_s=at_s)
 
     patch.setattr(machine, "_worker_said", said)
+
+
+@mutant("I12", "I14", faults=("kill", "everybody"))
+def a_run_restarts_although_somebody_is_left(patch: Patch) -> None:
+    original = transition._judge
+
+    def judge(state: Control, now: Any, *, at_s: float) -> Any:
+        now = replace(now, restarts=bool(state.resumed))
+        return original(replace(state, transition=now), now, at_s=at_s)
+
+    patch.setattr(transition, "_judge", judge)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

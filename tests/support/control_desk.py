@@ -44,7 +44,9 @@ EXPERTS = 3  # one slot a node: each expert lives on one node alone
 class Desk:
     """Workers that answer every order at once, except where a test holds an answer back."""
 
-    def __init__(self, *, nodes: int = 3, **config: Any) -> None:
+    def __init__(
+        self, *, nodes: int = 3, deaf_at_first: tuple[str, ...] = (), **config: Any
+    ) -> None:
         options: dict[str, Any] = {
             "steps": 100,
             "nodes": nodes,
@@ -62,7 +64,7 @@ class Desk:
         self.held: dict[str, tuple[int, ...]] = dict.fromkeys(self.committed, ())
         self.plans: dict[str, Plan] = {}
         self.snaps: dict[str, tuple[Snapped, ...]] = {}  # what each node's keeper holds
-        self.deaf: set[str] = set()  # orders by type that nobody answers
+        self.deaf: set[str] = set(deaf_at_first)  # orders by type that nobody answers
         for worker in self.committed:
             self.say(worker, self.hello(worker))
 
@@ -201,6 +203,10 @@ class Desk:
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [dict(c.fields) for c in self.of(Publish) if c.event == name]
+
+    def last_resume(self) -> Resume:
+        found: Resume = self.told(Resume)[-1]
+        return found
 
     def told(self, kind: type) -> list[Any]:
         return [c.body for c in self.of(Tell) if isinstance(c.body, kind)]

@@ -243,7 +243,9 @@ class SimWorker:
     def _align(self, order: Align) -> None:
         self.last_words = None
         ledger = self.ledger
-        if order.commit and ledger.decided < order.step:
+        if order.reload:
+            self._reload(order)
+        elif order.commit and ledger.decided < order.step:
             need(ledger.prepared == order.step, "I7", f"{self.name} told to commit unprepared")
             vector = Vector(generation=ledger.gen, step=order.step, lanes=order.lanes)
             ledger.accept(vector)
@@ -253,6 +255,13 @@ class SimWorker:
             ledger.withdraw()
         self.pending = None
         self.say(self._aligned(order))
+
+    def _reload(self, order: Align) -> None:
+        """Stand where a checkpoint stands, with nothing that was held before."""
+        chains, history = self.world.stored[order.step][1:]
+        self.chains, self.history, self.experts = dict(chains), history.copy(), {}
+        self.acked = order.step
+        self.ledger.stand(order.step)
 
     def _aligned(self, order: Align) -> Aligned:
         held = tuple(
@@ -328,7 +337,11 @@ class SimWorker:
         self.experts = {key: have[key] for key in wanted}
         need(self.ledger.committed == order.step, "I5", f"{self.name} resumes at another step")
         self.world.compare(self, order.generation)
-        if self.ledger.enter(order.generation):
+        if not self.ledger.enter(order.generation):
+            return
+        if order.halt:
+            self._pause()
+        else:
             self._begin(order.step + 1)
 
     def _begin(self, step: int) -> None:

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from control_worker import CLOSED, Barrier, Broken, SimWorker, need
+from control_worker import CLOSED, EXPERTS, LAYERS, Barrier, Broken, SimWorker, digest, need
 
 from lazarus.control import machine, replay
 from lazarus.control.commits import last_words
@@ -43,6 +43,7 @@ from lazarus.control.ports import (
     Event,
     Exit,
     Journal,
+    ManifestDone,
     Publish,
     StreamClosed,
     Tell,
@@ -53,6 +54,7 @@ from lazarus.control.ports import (
 from lazarus.control.replay import awakened, blank_state, missing_commits, resumed_state
 from lazarus.control.state import Control, ControlConfig, Phase
 from lazarus.control.suspicion import AGAIN
+from lazarus.control.vector import start_history
 
 
 def alike(one: Control, other: Control, name: str) -> bool:
@@ -78,8 +80,11 @@ class World:
         self.to_start = config.nodes
         self.broken_links: list[frozenset[str]] = []
         self.entries: list[dict[str, Any]] = []
+        self.restarted_at = (0, 0)  # entries before the newest restart, and its step
         self.published: list[Publish] = []
         self.evidence: dict[int, str] = {}
+        # Checkpoints on storage: generation, chains and load history by step. 0 is the seed.
+        self.stored: dict[int, Any] = {0: (0, {0: digest("init")}, start_history(LAYERS, EXPERTS))}
         self.over: RunOver | None = None
         self.up = True
         self.crash_after: int | None = None  # commands that the controller still carries out
@@ -134,7 +139,29 @@ class World:
         return base, tail
 
     def commits(self) -> list[Publish]:
-        return [p for p in self.published if p.event == "step_committed"]
+        """Commits that count: what a restart voids is done again."""
+        found: list[Publish] = []
+        for p in self.published:
+            if p.event == "step_committed":
+                found.append(p)
+            elif p.event == "rolled_back":
+                found = [c for c in found if c.fields["step"] <= p.fields["step"]]
+        return found
+
+    def persist(self) -> None:
+        """A checkpoint of the newest journaled commit stands, if anybody still has its state."""
+        step, members = self.journaled(), self.voters()
+        at = [w for w in members if w.ledger.committed == step and w.ledger.gen]
+        if not self.up or not at or not step or self.state.phase is not Phase.RUNNING:
+            return
+        owner = at[0]
+        chains = {t: c for t, c in owner.chains.items() if t <= step}
+        self.stored[step] = (owner.ledger.gen, chains, owner.history.copy())
+        standing = tuple((g, t, True) for t, (g, _, _) in sorted(self.stored.items()) if t)
+        done = ManifestDone(
+            generation=owner.ledger.gen, step=step, at_s=self.now, standing=standing
+        )
+        self.feed(done)
 
     def feed(self, event: Event) -> None:
         """One event into the machine; its commands out, unless the controller dies between two."""
@@ -173,7 +200,8 @@ class World:
         after = self.state
         need(after.generation >= before.generation, "I10", "the generation went back")
         need(after.resumed >= before.resumed, "I10", "the resumed generation went back")
-        need(after.step >= before.step, "I14", "the journaled commit went back")
+        restarted = after.rolled != before.rolled and not before.members
+        need(after.step >= before.step or restarted, "I14", "the journaled commit went back")
         need(not after.broken, "I7", f"the controller gave up: {after.hold_reason}")
         need(set(after.members) <= set(after.nodes), "total", "a member is no node")
         stranger = isinstance(event, WorkerSaid) and event.worker not in before.workers
@@ -217,15 +245,31 @@ class World:
         if entry["kind"] == "resume":
             newest = [e for e in self.entries if e["kind"] == "claim"][-1]
             need(entry["generation"] == newest["generation"], "I10", "resumes an older claim")
+            if entry["rollback"]:
+                self._check_restart(entry)
             need(entry["step"] >= self.journaled(), "I14", f"resumes before a commit: {entry}")
             seated = [self.workers[name] for name in entry["seats"]]
             chains = {w.chains.get(entry["step"]) for w in seated if w.alive}
             need(len(chains) <= 1, "I5", f"members resume with different states: {chains}")
         self.entries.append(entry)
 
+    def _check_restart(self, entry: dict[str, Any]) -> None:
+        """Only where nobody is left; then what was decided above the checkpoint is void."""
+        before = [e for e in self.entries if e["kind"] == "resume"][-1]
+        left = set(entry["nodes"]) & set(before["nodes"])
+        need(not left, "I14", f"restarts although {left} hold the state")
+        newest = max(t for t in self.stored if t <= self.journaled())
+        need(entry["step"] == newest, "I14", f"restarts at {entry['step']}, not at {newest}")
+        self.restarted_at = (len(self.entries), entry["step"])
+        for table in (self.evidence, self.decided, self.stored):
+            for step in [t for t in table if t > entry["step"]]:
+                del table[step]
+
     def journaled(self) -> int:
-        steps = [c["step"] for e in self.entries for c in e.get("commits", ())]
-        return max(steps, default=0)
+        """Newest journaled commit that counts."""
+        first, step = self.restarted_at
+        steps = [c["step"] for e in self.entries[first:] for c in e.get("commits", ())]
+        return max(steps, default=step)
 
     def _publish(self, publish: Publish) -> None:
         if publish.event == "step_committed":
@@ -258,6 +302,9 @@ class World:
             case Resume(generation=generation):
                 resumes = {e["generation"] for e in self.entries if e["kind"] == "resume"}
                 need(generation in resumes, "I10", f"resume {generation} before its entry")
+            case Align(step=step, reload=place) if place:
+                need(not self.state.members, "I12", f"state is thrown away at {step}")
+                need(step in self.stored, "I14", f"restarts at {step}, where nothing stands")
             case Align(step=step):
                 newest = max(self.evidence, default=0)
                 need(step >= newest, "I7", f"redo of {step + 1} although {newest} is decided")

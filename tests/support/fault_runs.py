@@ -120,6 +120,7 @@ def watch(
     settings: Sequence[str] = (),
     acts: Sequence[Act] = (),
     on_event: Callable[[Watched, Event], None] | None = None,
+    resume: Path | None = None,
 ) -> Watched:
     """Run to the end; each act happens once, in the driver, when its event comes."""
     watched = Watched(folder=folder)
@@ -144,7 +145,7 @@ def watch(
         ]
     )
     trainer = ElasticTrainer(config, faults=faults, callbacks=[Bus()])
-    watched.handle = trainer.start()
+    watched.handle = trainer.start(resume=resume)
     try:
         result = watched.handle.wait()
         watched.digest, watched.status = result.state_digest, result.status

@@ -23,9 +23,10 @@ from lazarus.control.messages import (
     Report,
     Snapped,
     Snapshotted,
+    StopRun,
     Vector,
 )
-from lazarus.control.ports import Disconnect, Garbled, Publish, Tell
+from lazarus.control.ports import Disconnect, DriverSaid, Garbled, Publish, Tell
 from lazarus.control.state import Control, Phase
 from lazarus.faults import KINDS
 
@@ -209,5 +210,6 @@ def test_many_refusals_are_counted_and_the_first_are_on_record() -> None:
     assert desk.state.num_refused == 500
     assert len(desk.events("message_refused")) == 20
     desk.lose("w0", "w1", "w2")
+    desk.feed(DriverSaid(body=StopRun(now=True), at_s=desk.now_s))
     (end,) = desk.events("run_finished")
     assert end["refused_messages"] == 500 and end["stale_messages"] >= 0

@@ -97,7 +97,7 @@ def test_where_nobody_came_back_the_wait_is_longer(world: World) -> None:
     assert state.phase is Phase.RECONNECTING and state.members == (0, 1, 2)
     for _ in range(2):
         state, _ = machine.decide(state, Tick(at_s=100.0 + world.config.comeback_s + 0.1))
-    assert state.phase is Phase.ENDED
+    assert state.phase is Phase.HOLDING and not state.members and state.step == 4
 
 
 def test_commits_that_were_journaled_but_not_said_are_said(world: World) -> None:

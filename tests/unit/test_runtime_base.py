@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lazarus.checkpoint.manifest import LayerEntry, WrittenFile
-from lazarus.checkpoint.store import Tag, commit_manifest
+from lazarus.checkpoint.store import Tag, commit_manifest, write_files
 from lazarus.config import TrainConfig
 from lazarus.errors import CheckpointError
 from lazarus.runtime import builtin
 from lazarus.runtime.base import Base, read_base
-from lazarus.runtime.finals import write_share
+from lazarus.runtime.finals import share_of, share_report
 from lazarus.runtime.replica import Replica
 from placement import PlacementRequest, plan
 
@@ -55,9 +54,9 @@ def stored(url: str, replica: Replica, *, step: int = 7) -> None:
     alone = plan(
         PlacementRequest(load=load, num_nodes=1, slots_per_node=replica.num_experts, min_replicas=1)
     )
-    share: dict[str, Any] = write_share(
-        url, replica, alone, rank=0, size=1, tag=TAG, step=step, scalars='{"optimizer": ""}'
-    )
+    records = share_of(replica, alone, rank=0, size=1, tag=TAG, step=step)
+    files = write_files(url, records, tag=TAG)
+    share = share_report(replica, files, rank=0, scalars='{"optimizer": ""}')
     commit_manifest(
         url,
         [WrittenFile.from_json(item) for item in share["files"]],
