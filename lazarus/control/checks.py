@@ -27,16 +27,22 @@ from lazarus.control.vector import VectorLayout, decode
 from lazarus.errors import BrokenInvariantError
 
 MOST = 1 << 53  # no count is larger: beyond, float64 does not hold it
-_CHECKSUMS = frozenset({"sum"})  # no counts: any bits are good
-_LARGEST_CHECKSUM = (1 << 63) - 1
 _LARGEST_SHAPE = 1 << 24  # layers times experts
 _AHEAD = 1 << 16  # steps whose vectors are kept before those below have come
 _NAME_CHARS = 1024
 _SOURCE_CHARS = 1 << 16
 _DEEPEST = 16  # JSON in a message
 _MOST_STARTED = 1024  # nodes that one injected fault brings
-_ANY_INT = frozenset({"sum"})  # 64 bits of a checksum
-_ANY_FLOAT = frozenset({"loss_sum"})  # a loss may be no number: that is news, not nonsense
+# Fields that count something, in whichever message; other numbers (checksums, losses) may be any.
+_COUNTS = frozenset(
+    {
+        *("generation", "step", "term", "fence", "committed", "prepared", "entered", "acked"),
+        *("progress", "pid", "layer", "expert", "routed", "num_bytes", "bytes_received", "pending"),
+        *("number", "local_rank", "ranks_per_node", "memory_bytes", "dense_bytes", "expert_bytes"),
+        *("num_layers", "num_experts", "top_k", "rank", "nodes"),
+    }
+)
+_AMOUNTS = frozenset({"wall_s", "step_s", "groups_s", "transfer_s", "notice_s", "count"})
 FAULT_KINDS = frozenset(  # ``lazarus.faults`` has them with their options
     {"kill", "stop", "stall", "slow", "leave", "join", "crash", "controller", "cut"}
 )
@@ -110,13 +116,10 @@ def _odd_field(name: str, item: Any) -> str:
     match item:
         case bool():
             return ""
-        case int() if name in _ANY_INT:
-            return ""
-        case int():
-            most = _LARGEST_CHECKSUM if name in _CHECKSUMS else MOST
-            return "" if -1 <= item <= most else str(item)
-        case float():
-            return "" if name in _ANY_FLOAT or (isfinite(item) and item >= 0) else str(item)
+        case int() if name in _COUNTS:
+            return "" if -1 <= item <= MOST else str(item)
+        case float() if name in _AMOUNTS:
+            return "" if isfinite(item) and item >= 0 else str(item)
         case str() if name in _NAMES and len(item) > _NAME_CHARS:
             return f"a text of {len(item)} characters"
     return ""

@@ -115,7 +115,7 @@ def test_no_bytes_break_the_controller_or_make_it_grow(tmp_path: Path, messages:
     finally:
         launcher.close(grace_s=0.0)
     record = read_events(tmp_path / "events.jsonl")
-    assert [event["event"] for event in record] == ["message_refused"] * 20
+    assert sum(event["event"] == "message_refused" for event in record) == 20
 
 
 def _ends(body: object) -> bool:
