@@ -53,6 +53,7 @@ def control_config(
         quorum_timeout_s=config.cluster.quorum_timeout_s,
         final_checkpoint=config.checkpoint.full_at_end,
         on_lost_expert=config.recovery.on_lost_expert,
+        on_mismatch=config.recovery.on_mismatch,
         partial_checkpoints=config.checkpoint.select != "full",
         saves=_save_settings(config),
         plt_budget=config.checkpoint.plt_budget,

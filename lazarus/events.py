@@ -89,6 +89,15 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "message_refused": {"worker": _TEXT, "message": _TEXT, "reason": _TEXT},
         "state_digest": {"step": _INT, "digest": _TEXT},
         "replica_mismatch": {"layer": _INT, "expert": _INT},
+        "replica_repaired": {
+            "step": _INT,
+            "what": _TEXT,
+            "layer": _INT,
+            "expert": _INT,
+            "rank": _INT,
+            "node": _INT,
+        },
+        "node_suspect": {"node": _INT, "times": _INT, "reason": _TEXT},
         "callback_failed": {"callback": _TEXT, "error": _TEXT},
         "user_error": {
             "where": _TEXT,

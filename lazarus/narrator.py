@@ -115,6 +115,19 @@ def _stalled(event: Event) -> str:
     return f"! all ranks waited at {event['where']}{link}: groups are built anew"
 
 
+def _mismatch(event: Event) -> str:
+    return f"! {event['what']}" if "what" in event else f"! replicas of {_place(event)} differ"
+
+
+def _repaired(event: Event) -> str:
+    source = "a checkpoint" if event.get("source") == "checkpoint" else "the majority"
+    return f"+ {event['what']} of node {event['node']} repaired from {source}"
+
+
+def _place(event: Event) -> str:
+    return "the dense state" if event["layer"] < 0 else f"L{event['layer']}/E{event['expert']}"
+
+
 _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
     {
         "fault_injected": _fault,
@@ -143,12 +156,14 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = MappingProxyType(
         "message_refused": lambda e: (
             f"! {e['message']} of {e['worker'] or 'a stranger'} refused: {e['reason']}"
         ),
-        "replica_mismatch": lambda e: f"! replicas of L{e['layer']}/E{e['expert']} differ",
         "user_error": _user_error,
         "internal_error": lambda e: f"! Lazarus failed on node {e['node']}: {e['error']}",
         "worker_died": _worker_died,
         "step_skipped": lambda e: f"! step {e['step']:,} changed nothing: {e['reason']}",
         "collective_stalled": _stalled,
+        "replica_mismatch": _mismatch,
+        "replica_repaired": _repaired,
+        "node_suspect": lambda e: f"! node {e['node']} is suspect and leaves: {e['reason']}",
         "callback_failed": lambda e: f"! callback {e['callback']} is off: {e['error']}",
         "evaluated": lambda e: f"  held-out loss {loss_text(e['loss'])} at step {e['step']:,}",
     }

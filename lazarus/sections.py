@@ -150,6 +150,11 @@ class LoopConfig:
         "a step whose loss or gradient norm is not finite: leave its update out, until ten in a "
         "row end the run, or end the run at once",
     )
+    scratch_buffers: tuple[str, ...] = setting(
+        (),
+        "names or patterns (`blocks.*.seen`) of persistent buffers that are each rank's own: never "
+        "averaged, compared, sent or saved",
+    )
 
     def __post_init__(self) -> None:
         require(self)
@@ -270,6 +275,11 @@ class RecoveryConfig:
     )
     compare_every: int = setting(
         0, "steps between comparisons of all replicas, bit for bit; 0: none", ge=0
+    )
+    on_mismatch: Literal["repair", "stop"] = setting(
+        "repair",
+        "replicas differ: take what the others outvote from them (without a majority: from the "
+        "newest checkpoint), or end the run",
     )
     policy: str | None = setting(
         None, "own policy: `package.module:Name`, or an entry point's name"

@@ -48,9 +48,11 @@ class WayBack:
 def restores_for(
     state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert], *, at_s: float
 ) -> WayBack | Fail | Hold:
-    """What brings back the experts that nobody holds."""
+    """What brings back the experts that nobody holds, or all state where that has to go back."""
     if transition.restarts:
         return restart(state, transition)
+    if transition.goes_back and not lost:
+        lost = ((0, 0),)
     if not lost:
         return WayBack()
     if not state.resumed:
@@ -75,6 +77,8 @@ def _decide(
     config = state.config
     losses = [_loss(state, transition, plan, expert) for expert in lost]
     view = _view(state, transition, at_s=at_s)
+    if transition.goes_back:
+        return decided_by_setting(losses, view, "rollback")
     if config.recovery is not None and view.waited_s <= config.start_timeout_s:
         return config.recovery(losses, view, now_s=at_s)
     return decided_by_setting(losses, view, config.on_lost_expert)

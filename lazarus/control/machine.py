@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import assert_never
 
@@ -13,6 +12,7 @@ from lazarus.control import (
     finalizing,
     membership,
     patience,
+    repair,
     resuming,
     saves,
     suspicion,
@@ -41,6 +41,7 @@ from lazarus.control.messages import (
     Pause,
     Paused,
     Ready,
+    Repaired,
     Report,
     Snapshotted,
     StartNode,
@@ -171,8 +172,9 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
         case Evaluated():
             return commits.on_evaluated(state, body, at_s=at_s)
         case Odd():
-            fields = {"generation": body.generation, "step": body.step, **json.loads(body.what)}
-            return state, (Publish(t=at_s, event="replica_mismatch", fields=fields),)
+            return repair.on_odd(state, body, at_s=at_s)
+        case Repaired():
+            return repair.on_repaired(state, worker, body, at_s=at_s)
     return state, ()
 
 
@@ -385,12 +387,26 @@ def _settle_running(state: Control, *, at_s: float) -> Result:
         return _all_lost(state, at_s=at_s)
     if suspicion.is_due(state, at_s=at_s):
         return suspicion.settle(state, at_s=at_s)
+    if state.undecided:
+        return change.begin(state, reason="replica_mismatch", at_s=at_s)
+    if (node := repair.suspect(state)) is not None:
+        return _evict_suspect(state, node, at_s=at_s)
     if len(state.paused) >= len(state.seats) and set(state.paused) >= set(state.seats):
         return _all_paused(state, at_s=at_s)
     if not state.pause_sent and _pause_reason(state, at_s=at_s):
         order = Pause(generation=state.resumed)
         return replace(state, pause_sent=True), (TellAll(workers=state.seats, body=order),)
     return state, ()
+
+
+def _evict_suspect(state: Control, node: int, *, at_s: float) -> Result:
+    """A node that computes wrongly again and again goes, unless another one just did."""
+    state, event = repair.on_suspect(state, node, at_s=at_s)
+    if event is None:
+        return repair.end_by_user_code(state, node, at_s=at_s)
+    cause = f"suspect: {event.fields['reason']}"
+    state, commands = membership.lose(state, (node,), cause=cause, at_s=at_s)
+    return state, (event, *commands)
 
 
 def _pause_reason(state: Control, *, at_s: float) -> str:

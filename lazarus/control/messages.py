@@ -113,6 +113,7 @@ class Held(Part, frozen=True, kw_only=True):
 
     layer: Int
     experts: tuple[Int, ...]
+    sums: tuple[Int, ...] = ()  # checksum of each; 0 or none: not made
 
 
 class Snapped(Part, frozen=True, kw_only=True):
@@ -152,6 +153,7 @@ class Aligned(Body, frozen=True, kw_only=True):
     snapshots: tuple[Snapped, ...] = ()
     tensors: tuple[TensorSum, ...] = ()  # before a rank's first step only
     place: str = ""  # where the user's builder of the model is defined, then as well
+    settings_digest: str = ""  # of the optimizer's settings: they are no state, and yet equal
 
 
 class StorageProblem(Part, frozen=True, kw_only=True):
@@ -270,6 +272,16 @@ class Odd(Body, frozen=True, kw_only=True):
     generation: Int
     step: Int
     what: str = ""
+
+
+class Repaired(Body, frozen=True, kw_only=True):
+    """What the run-time comparison outvoted has the bits of the majority again."""
+
+    generation: Int
+    step: Int
+    layer: Int = -1  # and expert -1: the dense state
+    expert: Int = -1
+    ranks: tuple[Int, ...] = ()
 
 
 class Evaluated(Body, frozen=True, kw_only=True):
@@ -597,6 +609,7 @@ class FromWorker(Struct, frozen=True):
         | UserError
         | Snapshotted
         | Odd
+        | Repaired
         | Evaluated
         | Healed
         | Stacks

@@ -57,10 +57,16 @@ def verdict(
     return Verdict(step=decided, vector=vectors.get(decided))
 
 
-def aligned_alike(aligned: Mapping[str, Aligned]) -> str:
-    """Empty if all aligned ranks agree bit for bit, else what differs and on whom."""
+def aligned_alike(aligned: Mapping[str, Aligned], *, at_start: bool = True) -> str:
+    """Empty if all aligned ranks agree, else what differs and on whom.
+
+    Args:
+        at_start: Nothing has been trained, so state that differs was made so; later on it can be
+            repaired.
+    """
     bodies = {id(body): body for body in aligned.values()}.values()  # each object once
-    for what in ("step", "dense_digest", "history_digest", "num_layers", "num_experts"):
+    state = ("dense_digest", "history_digest") if at_start else ()
+    for what in ("step", *state, "num_layers", "num_experts"):
         if len({getattr(body, what) for body in bodies}) > 1:
             groups: dict[object, list[str]] = {}
             for worker, body in aligned.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.control import adapting, commits, membership, saves
+from lazarus.control import adapting, commits, membership, repair, saves
 from lazarus.control.losses import (
     bill_restores,
     differently_read,
@@ -111,6 +111,7 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     first, held = not state.resumed, bool(state.hold_reason)
     departed = workers_of(state, transition.leavers)
     bills, state = bill_restores(state, transition, at_s=at_s)
+    state, repaired = repair.at_resume(state, transition, at_s=at_s)
     over = bool(bills) and over_budget(state)
     if over:
         state = replace(state, plt_spent=plt_of(state))
@@ -168,7 +169,7 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         }
         events = (Publish(t=at_s, event="run_restarted", fields=fields), *events)
     events += adapting.adapted_events(state, before, at_s=at_s)
-    return state, (Journal(entry=entry), *told, *events, *bills)
+    return state, (Journal(entry=entry), *told, *events, *bills, *repaired)
 
 
 def _has_committed(state: Control, transition: Transition) -> bool:

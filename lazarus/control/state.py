@@ -77,6 +77,7 @@ class ControlConfig:
     quorum_timeout_s: float = 3600.0
     final_checkpoint: bool = True
     on_lost_expert: str = "partial"
+    on_mismatch: str = "repair"
     partial_checkpoints: bool = True  # a checkpoint may point to files of older ones
     saves: SaveSettings = field(default_factory=SaveSettings)
     plt_budget: float = 0.0375
@@ -200,6 +201,21 @@ class Save:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Outvoted:
+    """State that the majority of its holders contradicts, and that is not repaired yet."""
+
+    workers: frozenset[str] = frozenset()  # whose dense state it is
+    copies: frozenset[tuple[str, int, int]] = frozenset()  # (worker, layer, expert)
+
+    def __bool__(self) -> bool:
+        return bool(self.workers or self.copies)
+
+    def less(self, known: Outvoted) -> Outvoted:
+        """What is not known yet."""
+        return Outvoted(workers=self.workers - known.workers, copies=self.copies - known.copies)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Transition:
     """One attempt to reach RESUME of one generation. A loss discards it whole."""
 
@@ -219,6 +235,9 @@ class Transition:
     moves: tuple[Move, ...] = ()
     moves_behind: tuple[Move, ...] = ()
     restores: tuple[Restore, ...] = ()
+    outvoted: frozenset[str] = frozenset()  # workers that take the dense state of the others
+    goes_back: bool = False  # nobody knows whose dense state is right: back to a checkpoint
+    is_tied: bool = False  # of the dense state or an expert, nobody has a majority
     rollback: bool = False
     refused: str = ""  # why the user's recovery policy did not decide what is restored
     awaits: bool = False  # a checkpoint in flight that the lost experts may come back from
@@ -320,6 +339,11 @@ class Control:
     hold_reason: str = ""
     tried: tuple[int, ...] = ()  # nodes that did not suffice for a generation
     broken: bool = False  # an invariant failed: never resume by itself
+    outvoted: Outvoted = field(default_factory=Outvoted)
+    outvotes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # node -> steps
+    suspects: tuple[tuple[int, int], ...] = ()  # (node, step) of those evicted for it
+    ties: tuple[int, ...] = ()  # steps at which state differed without a majority
+    undecided: bool = False  # a comparison without a majority waits for a change of members
     stale: int = 0  # messages of older generations, dropped
     awaited: NodesAwaited | None = None  # what the driver last said of nodes that are not there
     awaited_told: int = 0  # the most of them that the record names, since all were there

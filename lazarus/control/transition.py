@@ -10,7 +10,7 @@ from msgspec.structs import replace as changed
 
 from lazarus.checkpoint.policy import Hold
 from lazarus.checkpoint.recovery import Fail
-from lazarus.control import commits, parting, saves
+from lazarus.control import commits, parting, repair, saves
 from lazarus.control.exactly_once import num_samples_in
 from lazarus.control.healing import heals_behind, split_moves
 from lazarus.control.losses import (
@@ -98,6 +98,7 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         complaints=(),
         finalized={},
         digests={},
+        undecided=False,
     )
     order = Fence(generation=generation)
     told = TellAll(workers=workers_of(state, voters + joiners), body=order)
@@ -216,8 +217,14 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
         own = workers_of(state, transition.voters)
         if failure := parting.models_differ(transition.aligned, own):
             return commits.end(state, status="failed", failure=failure, at_s=at_s)
-    if odd := aligned_alike(transition.aligned):
+    if odd := aligned_alike(transition.aligned, at_start=not state.resumed):
         return hold(state, reason=odd, at_s=at_s, broken=True)
+    state, commands = repair.judge(state, transition, at_s=at_s)
+    if state.phase is Phase.ENDED:
+        return state, commands
+    assert state.transition is not None
+    transition = state.transition
+    body = next(iter(transition.aligned.values()))
     state = mark(state, "align", at_s - transition.phase_s)
     state = replace(
         state,
@@ -227,7 +234,8 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Re
         num_samples=num_samples_in(body.scalars),
         record_bytes=(body.dense_bytes, body.expert_bytes),
     )
-    return prepare(state, at_s=at_s)
+    state, more = prepare(state, at_s=at_s)
+    return state, commands + more
 
 
 def prepare(state: Control, *, at_s: float) -> Result:
@@ -279,8 +287,10 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         moves, behind = split_moves(moves, owners=owners, wanted=wanted)
     place = {seat.worker: i for i, seat in enumerate(seats)} if transition.joiners else {}
     joining = tuple(sorted(place[w] for w in workers_of(state, transition.joiners)))
-    standing = tuple(sorted(set(range(len(feeders))).difference(joining)))
-    moved = len(moves) * state.record_bytes[1] + len(joining) * state.record_bytes[0]
+    odd = [i for i, seat in enumerate(feeders) if seat.worker in transition.outvoted]
+    fed = tuple(sorted({*joining, *odd}))
+    standing = tuple(sorted(set(range(len(feeders))).difference(fed)))
+    moved = len(moves) * state.record_bytes[1] + len(fed) * state.record_bytes[0]
     transition = replace(
         transition,
         plan=plan,
@@ -306,7 +316,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         moves=transition.moves,
         moves_behind=transition.moves_behind,
         dense_sources=standing,
-        dense_targets=joining if back is None else (),
+        dense_targets=fed if back is None else (),
         scalars=any_aligned.scalars,
         history=any_aligned.history,
         restores=decided.restores,

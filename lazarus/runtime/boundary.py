@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazarus.control.messages import Body, Evaluated, Odd
-from lazarus.runtime.compare import compare
+from lazarus.runtime.compare import MOST_REPORTED, compare
 from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.evaluating import Evaluator
 from lazarus.runtime.hooks import Hooks
+from lazarus.runtime.repairing import repair
 from lazarus.runtime.replica import Replica
 from lazarus.runtime.world import World
+
+if TYPE_CHECKING:
+    from lazarus.runtime.common_state import CommonState
 
 Send = Callable[[Body], None]
 
@@ -30,10 +34,13 @@ class Boundary:
         *,
         evaluator: Evaluator | None,
         compare_every: int,
+        last_step: int,
+        repairs: bool,
         hooks: Hooks,
     ) -> None:
+        """``repairs``: what a comparison finds outvoted takes the bits of the others at once."""
         self._replica, self._evaluator, self._hooks = replica, evaluator, hooks
-        self._compare_every = compare_every
+        self._compare_every, self._last_step, self._repairs = compare_every, last_step, repairs
         self._evaluated: tuple[int, float, float] | None = None  # step, loss sum, count
         self._has_trained = False
         self.told: Evaluated | None = None  # the last one; a new controller must hear it too
@@ -59,22 +66,50 @@ class Boundary:
             return  # an earlier life of the run has told it
         self._evaluate(step, world, send)
 
-    def after_commit(
-        self, step: int, world: World, send: Send, *, context: WorkerContext, nodes: Sequence[int]
+    def check(
+        self,
+        step: int,
+        world: World,
+        send: Send,
+        *,
+        context: WorkerContext,
+        nodes: Sequence[int],
+        common: CommonState,
     ) -> None:
-        """``step`` is applied here.
+        """``step`` is applied here: hooks, and the comparison where one is due.
+
+        It comes before anything is saved, so that no snapshot is taken of what is outvoted.
 
         Args:
             nodes: The node of each rank.
         """
         self._has_trained = True
         self._hooks.commit(context, step)
-        if self._compare_every and step % self._compare_every == 0:
-            found = compare(self._replica, world.exchange)
-            if world.exchange.rank == 0:
-                for difference in found:
-                    what = difference.to_json(step=step, nodes=nodes)
-                    send(Odd(generation=world.generation, step=step, what=what))
+        if self._hooks.watch_commits:  # a hook may keep statistics in a buffer
+            self._replica.keep_buffers()
+        if not self._compare_every or (step % self._compare_every and step != self._last_step):
+            return
+        found = compare(self._replica, world.exchange, common=common.checksum())
+        is_speaker = world.exchange.rank == 0
+        for difference in found[:MOST_REPORTED] if is_speaker else ():
+            what = difference.to_json(step=step, nodes=nodes)
+            send(Odd(generation=world.generation, step=step, what=what))
+        clear = [difference for difference in found if difference.is_majority]
+        if not (clear and self._repairs):
+            return
+        repair(
+            clear,
+            self._replica,
+            world.exchange,
+            common=common,
+            generation=world.generation,
+            step=step,
+        )
+        for difference in clear[:MOST_REPORTED] if is_speaker else ():
+            send(difference.repaired(generation=world.generation, step=step))
+
+    def evaluate(self, step: int, world: World, send: Send) -> None:
+        """The held-out loss after ``step``, where one is due."""
         self._evaluate(step, world, send)
 
     def _evaluate(self, step: int, world: World, send: Send) -> None:

@@ -8,14 +8,17 @@ from a checkpoint, and ranks compare it at every change of members.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
-import torch
+import numpy as np
 import xxhash
+from torch import Tensor
 
 from lazarus.control.messages import Prepare
 from lazarus.errors import CheckpointError
 from lazarus.runtime.base import Base, read_base
 from lazarus.runtime.boundary import Boundary
+from lazarus.runtime.checksums import text_checksum
 from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.fetching import PatientReader, bad_source
 from lazarus.runtime.ledger import StepLedger
@@ -56,6 +59,7 @@ class CommonState:
                 "save": save,
                 "data": self._reading.state(),
                 "evaluated": self._boundary.state(),
+                "settings": self._replica.settings(),
             }
         )
 
@@ -68,6 +72,21 @@ class CommonState:
             self._reading.take_state(found["data"])
         if self.saver is not None and found["save"] is not None:
             self.saver.schedule.take_text(found["save"])
+
+    def agree(self, text: str) -> None:
+        """Before RESUME every rank takes the same member's word for what is no state.
+
+        Settings are not taken from a checkpoint: a resumed run may have others.
+        """
+        self._boundary.agree(text)
+        found = json.loads(text) if text else {}
+        if "settings" in found:
+            self._replica.take_settings(found["settings"])
+
+    def checksum(self) -> int:
+        """Of all of it; never 0."""
+        replica = self._replica
+        return text_checksum(replica.dense_digest(), self.history_digest(), replica.settings())
 
     def history_digest(self, base: Base | None = None) -> str:
         """Fast checksum of what committed steps have counted: loads, and the schedule of saves.
@@ -106,15 +125,25 @@ class CommonState:
         self._replica.forget_experts()
         self._ledger.stand(base.step)
 
-    def take_over(self, order: Prepare) -> None:
+    def join(self, order: Prepare) -> None:
         """A joiner has the dense tensors: make the rest its own."""
-        replica = self._replica
-        history = torch.frombuffer(bytearray(order.history), dtype=torch.float64)
-        replica.history = history.numpy().reshape(replica.history.shape).copy()
-        self.take_scalars(order.scalars)
-        replica.keep_buffers()
-        replica.forget_experts()
+        self.take_numbers(order.scalars, order.history)
+        self._replica.keep_buffers()
+        self._replica.forget_experts()
         self._ledger.stand(order.step)
+
+    def repair(self, dense: Mapping[str, Tensor], order: Prepare) -> None:
+        """A member whose state was outvoted has received that of the majority; experts stay."""
+        self.stand_still()
+        self._replica.load_dense(dense)
+        self.take_numbers(order.scalars, order.history)
+
+    def take_numbers(self, scalars: str, history: bytes) -> None:
+        """What another rank says beside its dense tensors; ``history`` is float64 [3, L, E]."""
+        found = np.frombuffer(history, dtype="<f8")
+        self._replica.history = found.reshape(self._replica.history.shape).astype(np.float64)
+        self.take_scalars(scalars)
+        self.agree(scalars)
 
     def stand_still(self) -> None:
         """Before anything writes training tensors: no snapshot reads them any more."""

@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from dispatcher.exchange import Exchange
-from lazarus.control.messages import TensorSum
+from lazarus.control.messages import Repaired, TensorSum
 from lazarus.errors import LazarusError
-from lazarus.runtime.images import as_bytes
+from lazarus.runtime.checksums import checksum_of
 from lazarus.runtime.replica import Replica
 
-MOST_REPORTED = 16  # differences in one comparison; the first says enough
+MOST_REPORTED = 16  # differences of one comparison in the record; the first says enough
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +37,12 @@ class Difference:
     odd: tuple[int, ...]
     holders: tuple[int, ...]
     is_majority: bool
+
+    def repaired(self, *, generation: int, step: int) -> Repaired:
+        """What the controller is told when the odd copies have the majority's bits."""
+        return Repaired(
+            generation=generation, step=step, layer=self.layer, expert=self.expert, ranks=self.odd
+        )
 
     def to_json(self, *, step: int, nodes: Sequence[int]) -> str:
         """The fields of the record's event; ``nodes`` by rank."""
@@ -55,19 +60,19 @@ class Difference:
         return json.dumps(fields)
 
 
-def checksums(replica: Replica) -> NDArray[np.int64]:
-    """int64 [N]: of the dense state, then of each expert's record; 0 where it is not held."""
+def checksums(replica: Replica, *, common: int) -> NDArray[np.int64]:
+    """int64 [N]: of the dense state, then of each expert's record; 0 where it is not held.
+
+    Args:
+        common: Checksum of what all ranks have in common.
+    """
     sums = np.zeros(1 + len(replica.layers) * replica.num_experts, dtype=np.int64)
-    sums[0] = _nonzero(bytes.fromhex(replica.dense_digest()) + replica.history.tobytes())
+    sums[0] = common
     for layer, bank in enumerate(replica.banks):
         for expert in (e for e in bank.expert_of_slot if e >= 0):
-            record = replica.read_record(layer, expert).numpy()
-            sums[1 + layer * replica.num_experts + expert] = _nonzero(record)
+            at = 1 + layer * replica.num_experts + expert
+            sums[at] = replica.record_checksum(layer, expert)
     return sums
-
-
-def _nonzero(content: Any) -> int:
-    return (int(xxhash.xxh3_64_intdigest(content)) >> 2) + 1
 
 
 def tensor_sums(replica: Replica) -> tuple[TensorSum, ...]:
@@ -76,16 +81,16 @@ def tensor_sums(replica: Replica) -> tuple[TensorSum, ...]:
         TensorSum(
             name=name.removeprefix("model."),
             kind=f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}",
-            sum=_nonzero(as_bytes(tensor).cpu().numpy().data),
+            sum=checksum_of([tensor]),
         )
         for name, tensor in replica.dense_tensors()
         if name.startswith("model.")
     )
 
 
-def compare(replica: Replica, exchange: Exchange) -> list[Difference]:
+def compare(replica: Replica, exchange: Exchange, *, common: int) -> list[Difference]:
     """All ranks gather all checksums, and each finds the same differences."""
-    own = torch.from_numpy(checksums(replica)).to(replica.device)
+    own = torch.from_numpy(checksums(replica, common=common)).to(replica.device)
     gathered = torch.empty(exchange.size * own.numel(), dtype=torch.int64, device=replica.device)
     exchange.all_gather(gathered, own, label="digest")
     rows = gathered.cpu().view(exchange.size, own.numel()).numpy()
@@ -101,7 +106,7 @@ def differences(sums_RN: NDArray[np.int64], *, num_experts: int) -> list[Differe
     highest = sums_RN.max(axis=0)
     lowest = np.where(sums_RN == 0, highest, sums_RN).min(axis=0)
     found = []
-    for index in np.flatnonzero(lowest != highest)[:MOST_REPORTED].tolist():
+    for index in np.flatnonzero(lowest != highest).tolist():
         column = sums_RN[:, index].tolist()
         holders = tuple(rank for rank, value in enumerate(column) if value)
         (usual, votes), *_ = Counter(column[rank] for rank in holders).most_common(1)

@@ -66,6 +66,7 @@ class Evaluator:
             for first in range(0, count, batch):
                 ids = np.arange(first, min(first + batch, count), dtype=np.int64)
                 sums += self._global_batch(step, ids, world)
+            self._replica.restore_scratch()  # what evaluation writes into buffers is no state
             world.meet()
         sums = sums.to(self._replica.device)
         world.exchange.all_reduce(sums, label="digest")

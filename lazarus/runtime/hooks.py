@@ -56,6 +56,11 @@ class Hooks:
             hook.on_gradients(ctx, found)
         self._where.leave()
 
+    @property
+    def watch_commits(self) -> bool:
+        """Whether any hook is called after a commit."""
+        return any(hasattr(hook, "on_commit") for hook in self._hooks)
+
     def commit(self, ctx: WorkerContext, step: int) -> None:
         for hook in self._hooks:
             if hasattr(hook, "on_commit"):

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_NO_SETTINGS = frozenset({"params", "lr"})  # the rate is a function of the step
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -86,6 +89,34 @@ def write_scalars(
                 value.fill_(number)
             else:
                 optimizer.state[param][key] = type(value)(number)
+
+
+def read_settings(optimizer: Optimizer, *, base_lr: Sequence[float]) -> str:
+    """JSON of the numbers that each parameter group is set to; rates before the schedule."""
+    groups = [
+        {
+            key: group[key]
+            for key in sorted(group)
+            if key not in _NO_SETTINGS and _is_number(group[key])
+        }
+        for group in optimizer.param_groups
+    ]
+    return json.dumps({"groups": groups, "base_lr": list(base_lr)})
+
+
+def write_settings(optimizer: Optimizer, text: str) -> list[float]:
+    """Take over what ``read_settings`` gave on another rank. Returns the rates."""
+    found = json.loads(text)
+    for group, settings in zip(optimizer.param_groups, found["groups"], strict=True):
+        for key, value in settings.items():
+            group[key] = tuple(value) if isinstance(value, list) else value
+    return [float(rate) for rate in found["base_lr"]]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return bool(value) and all(_is_number(part) for part in value)
+    return isinstance(value, int | float)
 
 
 class DenseImage:

@@ -33,13 +33,16 @@ from lazarus.control.vector import Lanes, StepSums, VectorLayout, decode
 from lazarus.errors import FencedError
 from lazarus.runtime import builtin
 from lazarus.runtime.base import Base
+from lazarus.runtime.checksums import text_checksum
 from lazarus.runtime.common_state import CommonState
 from lazarus.runtime.compare import require_equal, tensor_sums
 from lazarus.runtime.context import WorkerContext
+from lazarus.runtime.digests import digest_items
 from lazarus.runtime.fetching import Fetcher, PatientReader, still_wanted
 from lazarus.runtime.finals import FinalWriter
 from lazarus.runtime.guard import GuardedExchange
 from lazarus.runtime.hooks import Hooks
+from lazarus.runtime.images import DenseImage
 from lazarus.runtime.inject import Observer
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.place_probe import PlaceProbe
@@ -104,6 +107,8 @@ class Rank:
         self._workshop = Workshop(self._config, self.user, device=self.device, observer=observer)
         self._term = 0
         self._loaded = spec.resume is None
+        self._aligned = 0  # the newest generation that this rank stood by as a member
+        self._plan: Plan | None = None  # of the newest RESUME
         self.saver: Saver | None = None
         self._refill: Refill | None = None
         self._make()
@@ -168,6 +173,7 @@ class Rank:
         self._close_groups()
         if self.saver is not None:
             self.saver.aligned(self._ledger.gen)
+        self._aligned = generation
         base = None if self._pending is None else self._pending.base
         self._pending = None
         if base is not None and base.step == step != self._ledger.committed:
@@ -189,7 +195,8 @@ class Rank:
             dense_digest=replica.dense_digest(),
             history_digest=self.common.history_digest(),
             history=replica.history.astype("<f8").tobytes(),
-            held=replica.held(),
+            held=replica.held(self._plan),
+            settings_digest=f"{text_checksum(replica.settings()):x}",
             scalars=self.common.scalars(),
             top_k=replica.layers[0].top_k,
             snapshots=snapshots,
@@ -235,11 +242,16 @@ class Rank:
             if order.reload
             else None
         )
+        own_seat = next(i for i, s in enumerate(order.feeders) if s.worker == own)
+        is_fed = own_seat in order.dense_targets
+        repaired = {}
+        if is_fed and self._aligned == order.generation:  # outvoted: nothing is written before
+            repaired = {name: torch.empty_like(t) for name, t in self.replica.dense_tensors()}
         feed = Feed(
             order,
             feeding,
             read_record=self.replica.read_record,
-            dense=self.replica.dense_image(),
+            dense=DenseImage(list(repaired.values())) if repaired else self.replica.dense_image(),
             record_bytes=self.replica.record_bytes,
             device=self.device,
         )
@@ -247,10 +259,12 @@ class Rank:
         fetcher = self._fetcher(order)
         if seat is not None:
             fetcher.fetch(plan, seat, feed, entering=lambda: self._observer.enter("transfer"))
-        if seat in order.dense_targets:
-            self.common.take_over(order)
+        if repaired:
+            self.common.repair(repaired, order)
+        elif is_fed:
+            self.common.join(order)
             self._loaded = True
-        self._boundary.agree(order.scalars)
+        self.common.agree(order.scalars)
         self._compare(order, plan, feeding, base)
         if probe is not None:
             probe.close()
@@ -320,7 +334,12 @@ class Rank:
         self._refill = Refill(pending.order, pending.plan, pending.feed, replica)
         self._exchange = exchange
         self._speeds = pending.order.speeds
+        self._plan = plan
         plan = self._refill.plan
+        for restore in pending.order.restores:
+            replica.drop(restore.layer, restore.expert)
+        for key in pending.feed.staged:  # an outvoted copy gives way to a sound one
+            replica.drop(*key)
         for layer in range(len(replica.layers)):
             experts = [int(e) for e in plan.expert_of_slot[layer, exchange.rank] if e >= 0]
             replica.place(layer, experts, pending.feed.staged)
@@ -395,6 +414,14 @@ class Rank:
         return self._world is None or self.is_reporter
 
     def compute(self, step: int, *, pause: Callable[[], bool]) -> Lanes:
+        lanes = self._attempt(step, pause)
+        if self.step.must_repeat:  # all ranks know: what was not exchanged cannot be committed
+            self._ledger.withdraw()
+            self.replica.restore_scratch()
+            lanes = self._attempt(step, pause)
+        return lanes
+
+    def _attempt(self, step: int, pause: Callable[[], bool]) -> Lanes:
         return self.step.compute(step, pause=pause, prepared=lambda: self._ledger.prepare(step))
 
     def apply(self, sums: StepSums) -> None:
@@ -424,22 +451,22 @@ class Rank:
         """What follows a commit at its boundary: a snapshot, a digest now and then."""
         if self._refill is not None and not self._refill.is_over:
             self._heal_on(self._refill, step, send)
-        world = self._world
-        if saves and self.saver is not None and world is not None:
+        world, boundary = self._world, self._boundary
+        assert world is not None
+        nodes = [seat.node for seat in self._seats]
+        boundary.check(step, world, send, context=self.context, nodes=nodes, common=self.common)
+        if saves and self.saver is not None:
             self.saver.after_commit(
                 step,
                 plan=world.plan,
                 rank=world.exchange.rank,
-                nodes=[seat.node for seat in self._seats],
+                nodes=nodes,
                 keepers=[seat.keeper for seat in self._seats],
                 generation=world.generation,
                 term=self._term,
                 published=published,
             )
-        assert world is not None
-        self._boundary.after_commit(
-            step, world, send, context=self.context, nodes=[seat.node for seat in self._seats]
-        )
+        boundary.evaluate(step, world, send)
         every = self._config.run.digest_every
         if every and step % every == 0:
             send(self._digest_part(step))
@@ -447,7 +474,7 @@ class Rank:
     def _digest_part(self, step: int) -> DigestPart:
         world = self._world
         assert world is not None
-        items = self.replica.digest_items(world.plan.home, world.exchange.rank)
+        items = digest_items(self.replica, world.plan.home, world.exchange.rank)
         return DigestPart(generation=world.generation, step=step, items=items)
 
     def finalize(self, order: Finalize) -> list[Body]:

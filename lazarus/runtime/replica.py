@@ -5,7 +5,6 @@ Shapes: L MoE layers, E experts, S slots on this rank, P parameters of one exper
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,23 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lazarus.control.messages import DigestItem, Held
+from lazarus.control.messages import Held
 from lazarus.control.vector import StepSums, advance_history, start_history
 from lazarus.model.balance import updated_bias
 from lazarus.model.experts import ExpertBank, deferred_experts
 from lazarus.model.moe import MoELayer
 from lazarus.runtime.banks import gradients
+from lazarus.runtime.buffers import Buffers
+from lazarus.runtime.checksums import checksum_of
 from lazarus.runtime.dense_sync import DenseSync
 from lazarus.runtime.images import (
     DenseImage,
     as_bytes,
     fill_state,
     read_scalars,
+    read_settings,
     state_tensors,
     write_scalars,
+    write_settings,
 )
 from lazarus.runtime.norms import square_sums
 from lazarus.runtime.rates import Rates, Schedule
+from placement import Plan
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 Expert = tuple[int, int]
@@ -52,6 +56,7 @@ class Replica:
         device: torch.device,
         num_slots: int = 1,
         overlaps: bool = False,
+        scratch_buffers: Sequence[str] = (),
     ) -> None:
         torch.manual_seed(seed)
         with deferred_experts():
@@ -79,7 +84,8 @@ class Replica:
         self.dense_sync = DenseSync(dense, self.flat_grad, overlaps=overlaps)
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)
-        self.keep_buffers()
+        routers = [f"{name}.router_bias" for name in self.layer_names]
+        self.buffers = Buffers(self.model, scratch=scratch_buffers, own=routers)
 
     # ---- building ------------------------------------------------------------------------------
 
@@ -125,12 +131,29 @@ class Replica:
     def slot_of(self, layer: int, expert: int) -> int:
         return self.banks[layer].expert_of_slot.index(expert)
 
-    def held(self) -> tuple[Held, ...]:
-        """Live copies on this rank."""
-        return tuple(
-            Held(layer=layer, experts=tuple(sorted(e for e in bank.expert_of_slot if e >= 0)))
-            for layer, bank in enumerate(self.banks)
-        )
+    def held(self, plan: Plan | None = None) -> tuple[Held, ...]:
+        """Live copies on this rank.
+
+        Args:
+            plan: In force so far: copies that others hold too come with their checksums.
+        """
+        return tuple(self._held(layer, plan) for layer in range(len(self.banks)))
+
+    def _held(self, layer: int, plan: Plan | None) -> Held:
+        experts = tuple(sorted(e for e in self.banks[layer].expert_of_slot if e >= 0))
+        sums: tuple[int, ...] = ()
+        if plan is not None:
+            sums = tuple(
+                self.record_checksum(layer, e) if len(plan.ranks_of(layer, e)) > 1 else 0
+                for e in experts
+            )
+        return Held(layer=layer, experts=experts, sums=sums)
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Hold this expert no longer, if it is held: another copy takes its place."""
+        bank = self.banks[layer]
+        if expert in bank.expert_of_slot:
+            bank.assign(self.slot_of(layer, expert), -1)
 
     def _rows(self, layer: int, slot: int) -> list[Tensor]:
         weight = self.banks[layer].weight
@@ -147,6 +170,10 @@ class Replica:
         """One expert's record, uint8 on the host."""
         rows = self._rows(layer, self.slot_of(layer, expert))
         return torch.cat([as_bytes(row).cpu() for row in rows])
+
+    def record_checksum(self, layer: int, expert: int) -> int:
+        """Fast checksum of one expert's record; never 0."""
+        return checksum_of(self._rows(layer, self.slot_of(layer, expert)))
 
     def write_record(self, layer: int, slot: int, record: Tensor) -> None:
         start = 0
@@ -246,7 +273,7 @@ class Replica:
             if param.requires_grad:
                 for key, value in state_tensors(self.optimizer, param):
                     found.append((f"optimizer.{key}.{name}", value))
-        found += [(f"model.{name}", value) for name, value in self.model.named_buffers()]
+        found += [(f"model.{name}", value) for name, value in self.buffers.state()]
         return found
 
     def dense_image(self) -> DenseImage:
@@ -257,6 +284,13 @@ class Replica:
 
     def take_scalars(self, text: str) -> None:
         write_scalars(self.optimizer, self._trained, text)
+
+    def settings(self) -> str:
+        """The optimizer's settings: no state, and yet equal on all ranks."""
+        return read_settings(self.optimizer, base_lr=self._base_lr)
+
+    def take_settings(self, text: str) -> None:
+        self._base_lr = write_settings(self.optimizer, text)
 
     def dense_digest(self) -> str:
         """Fast checksum of all dense state, compared between ranks at every ALIGN."""
@@ -302,8 +336,10 @@ class Replica:
             The global gradient norm, before clipping.
         """
         norm = float(np.sqrt(dense_square + sums.squares.sum())) / max(sums.count, 1.0)
-        if not sums.skips and np.isfinite(norm) and sums.count > 0:
+        is_taken = not sums.skips and bool(np.isfinite(norm)) and sums.count > 0
+        if is_taken:
             self._descend(sums, norm)
+        self.buffers.fold(is_taken=is_taken)
         self.history = advance_history(self.history, sums.counts)
         for layer, counts in zip(self.layers, sums.counts, strict=True):
             if layer.router_bias is not None:
@@ -328,13 +364,12 @@ class Replica:
         self.optimizer.step()
 
     def keep_buffers(self) -> None:
-        self._buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        """What buffers hold now belongs to the last committed step."""
+        self.buffers.keep()
 
     def restore_scratch(self) -> None:
         """Undo what an abandoned attempt changed outside the optimizer (rule 6)."""
-        with torch.no_grad():
-            for buffer, kept in self._buffers:
-                buffer.copy_(kept)
+        self.buffers.restore()
 
     def expected_fractions(self, layer: int) -> Tensor:
         """Expert fractions of the last committed step, f32 [E]; uniform before the first."""
@@ -361,8 +396,7 @@ class Replica:
 
         A forward pass may write buffers (scratch of an attempt) while a snapshot reads.
         """
-        kept = {id(buffer): copy for buffer, copy in self._buffers}
-        names = {f"model.{name}": kept[id(b)] for name, b in self.model.named_buffers()}
+        names = {f"model.{name}": kept for name, kept in self.buffers.kept().items()}
         return [(name, names.get(name, tensor)) for name, tensor in self.dense_tensors()]
 
     def expert_names(self, layer: int) -> Iterator[tuple[str, Tensor]]:
@@ -374,27 +408,3 @@ class Replica:
         for kind, row in rows:
             for field, view in bank.field_views(row).items():
                 yield f"{kind}.{path}.{field}", view
-
-    def digest_items(self, home_LE: NDArray[np.int32], rank: int) -> tuple[DigestItem, ...]:
-        """This rank's items of the state digest: experts at home here; dense state on rank 0."""
-        items: list[DigestItem] = []
-        if rank == 0:
-            items += [_item(name, tensor) for name, tensor in self.dense_tensors()]
-            scalars = self.scalars().encode()
-            items.append(
-                DigestItem(name="optimizer.scalars", sha256=hashlib.sha256(scalars).digest())
-            )
-            items.append(_item("load_history", torch.from_numpy(self.history)))
-        for layer in range(len(self.layers)):
-            for expert in range(self.num_experts):
-                if home_LE[layer, expert] == rank:
-                    items += [_item(n, t) for n, t in self.expert_tensors(layer, expert)]
-        return tuple(items)
-
-
-def _item(name: str, tensor: Tensor) -> DigestItem:
-    """SHA-256 over name, dtype, shape and little-endian bytes."""
-    head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|"
-    digest = hashlib.sha256(head.encode())
-    digest.update(as_bytes(tensor.contiguous()).cpu().numpy().data)
-    return DigestItem(name=name, sha256=digest.digest())

@@ -77,6 +77,7 @@ class Step:
         self._hooks = hooks
         self._observer.where.generation = world.generation
         self._observer.where.rank = world.exchange.rank
+        self.must_repeat = False  # a buffer was written that no rank has exchanged: not committed
         self._must_agree = True  # on the names of measures, before the next commit
         self._summed: set[int] = set()  # layers whose replicas have equal gradients in this step
         self.dense_square = 0.0
@@ -117,6 +118,12 @@ class Step:
         rank = world.exchange.rank
         self.dense_square = replica.dense_square_sum()
         squares = replica.expert_square_sums(world.plan.home, rank)
+        replica.buffers.exchange(
+            world.exchange,
+            samples=len(shared.mine),
+            total=len(shared.ids_B),
+            agree=self._must_agree,
+        )
         if self._must_agree:
             replica.dense_sync.agree(world.exchange)
             self._agree()
@@ -180,18 +187,21 @@ class Step:
         self._measures.agree(found | set(self._measures.names))
 
     def _commit_barrier(self, lanes: Lanes) -> Lanes:
-        """The sum over all ranks on the host: fixed lanes, whether somebody logged a name that is
-        not agreed on, whether all ran the same exchanges, and the measures (rule 10)."""
-        measures = self._measures
-        unknown, same = [float(measures.has_unknown)], self._world.trail_lanes()
+        """The sum over all ranks on the host: fixed lanes, whether somebody logged a name or wrote
+        a buffer that is not agreed on, whether all ran the same exchanges, and the measures
+        (rule 10)."""
+        measures, buffers = self._measures, self._replica.buffers
+        unknown = [float(measures.has_unknown), float(buffers.has_unknown)]
+        same = self._world.trail_lanes()
         own = torch.from_numpy(np.concatenate([lanes, unknown, same, measures.lanes()]))
         summed = own.to(self._replica.device)
         self._world.exchange.all_reduce(summed, label="commit")
         found: Lanes = summed.cpu().numpy()
         fixed = self._world.layout.num_lanes
-        self._must_agree = bool(found[fixed] > 0)
-        self._world.require_one_trail(found[fixed + 1 : fixed + 3])
-        return with_measures(found[:fixed], measures.names, found[fixed + 3 :])
+        self.must_repeat = bool(found[fixed + 1] > 0)
+        self._must_agree = bool(found[fixed] > 0) or self.must_repeat
+        self._world.require_one_trail(found[fixed + 2 : fixed + 4])
+        return with_measures(found[:fixed], measures.names, found[fixed + 4 :])
 
     def check(self, lanes: Lanes, *, step: int) -> StepSums:
         """Decode the vector and hold it against what the step must contain (rule 12, I9).
@@ -235,7 +245,8 @@ class Step:
             self._world.start_round(number)
             if number + 1 == len(sizes):
                 self._overlap()
-            totals += self._round(step, shared, first=first, size=size)
+            with self._replica.buffers.untouched() if not size else nullcontext():
+                totals += self._round(step, shared, first=first, size=size)
             first += size
             if number == 0:
                 self._reading.read_ahead(step, self._sizes)

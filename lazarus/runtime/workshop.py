@@ -46,6 +46,7 @@ class Workshop:
             seed=config.run.seed,
             device=self._device,
             overlaps=_overlaps(config.dispatch.overlap, self._device),
+            scratch_buffers=config.train.scratch_buffers,
         )
 
     def reading(self, context: WorkerContext) -> Reading:
@@ -68,6 +69,8 @@ class Workshop:
             replica,
             evaluator=self._evaluator(replica, context) if self._config.eval.every else None,
             compare_every=self._config.recovery.compare_every,
+            last_step=self._config.train.steps,
+            repairs=self._config.recovery.on_mismatch == "repair",
             hooks=hooks,
         )
 

@@ -12,8 +12,13 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import pytest
+import torch
 from fault_runs import Event, Watched, watch
+from torch import Tensor, nn
+from torch.nn import functional
 
+from lazarus import LossSum, MoELayer
+from lazarus.checkpoint.reader import CheckpointReader
 from lazarus.checkpoint.store import load_manifest
 from lazarus.checkpoint.verify import verify
 from lazarus.runtime.ledger import StepLedger
@@ -171,3 +176,101 @@ def test_an_expert_that_only_newcomers_shall_hold_moves_before_training_goes_on(
         placement=Moves(),
     )
     assert before.digest == behind.digest
+
+
+class Turning(nn.Module):
+    """Positions that make their table anew where a batch needs it, as rotary embeddings do."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("inv_freq", torch.ones(dim), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        self.inv_freq = 1.0 / (10.0 ** (torch.arange(self.dim) / self.dim + x.shape[0]))
+        return x + torch.sin(places[:, None] * self.inv_freq)
+
+
+class Running(nn.Module):
+    """A small model with everything that writes buffers in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, 32)
+        self.turn = Turning(32)
+        self.norm = nn.BatchNorm1d(32)
+        self.moe = MoELayer(dim=32, hidden=32, num_experts=6, top_k=2)
+        self.head = nn.Linear(32, 256)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("ema", torch.zeros(32))
+        self.register_buffer("own", torch.zeros(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.turn(self.embed(tokens))
+        if self.training:
+            self.seen += len(tokens)
+            self.own += len(tokens)
+            self.ema = 0.9 * self.ema + 0.1 * x.detach().mean((0, 1))
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(x + self.moe(x))
+
+
+def next_token(model: nn.Module, batch: Any) -> LossSum:
+    tokens = batch["tokens"] if isinstance(batch, dict) else batch
+    logits = model(tokens[:, :-1])
+    targets = tokens[:, 1:].reshape(-1)
+    loss = functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+    return LossSum(loss, targets.numel())
+
+
+BUFFERS = {
+    "steps": 12,
+    "model": lambda ctx: Running(),
+    "loss": next_token,
+    "settings": [
+        "recovery.compare_every=1",
+        "checkpoint.every=4",
+        "checkpoint.full_at_end=true",
+        'train.scratch_buffers=["own"]',
+        "placement.slots_per_node=4",
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", ["kill:2@5", pytest.param("leave:2@5", marks=pytest.mark.slow)])
+def test_buffers_that_a_forward_writes_are_equal_on_all_ranks_after_every_step(
+    run: Any, fault: str
+) -> None:
+    """D1: such a model stopped at its first change of members with "dense_digest differs"."""
+    outcome = run(fault, nodes=3, **BUFFERS)
+    outcome.assert_exactly_once(12)
+    assert [e["node"] for e in outcome.of("node_lost", "node_left")] == [2]
+    assert not outcome.of("replica_mismatch"), "compared after every step"
+    newest = outcome.folder / "checkpoints"
+    reader = CheckpointReader(str(newest), load_manifest(str(newest), 12))
+    dense = reader.dense()
+    assert not {"model.turn.inv_freq", "model.own"} & set(dense)
+    assert int(dense["model.seen"]) > 0
+    for name in ("model.ema", "model.norm.running_mean", "model.norm.running_var"):
+        assert torch.isfinite(dense[name]).all() and dense[name].abs().sum() > 0
+    # 11 samples over 3 ranks in rounds of 2, then over 2 ranks: the most rounds of any rank.
+    rounds = 2 * outcome.resumed_at(2) + 3 * (12 - outcome.resumed_at(2))
+    assert int(dense["model.norm.num_batches_tracked"]) == rounds
+
+
+@pytest.mark.slow
+def test_a_joiner_gets_buffers_with_the_rest_of_the_state(tmp_path: Path) -> None:
+    """D1, joins."""
+    after: list[int] = []
+
+    def watching(run: Watched, event: Event) -> None:
+        if event["event"] == "node_joined" or (after and event["event"] == "step_committed"):
+            after.append(1)
+        if len(after) == 6:
+            run.stop()
+
+    options = {**BUFFERS, "steps": MANY}
+    run = watch(tmp_path, "join@3", nodes=2, on_event=watching, **options)  # type: ignore[arg-type]
+    assert [e["node"] for e in run.of("node_joined")] == [2]
+    assert not run.of("replica_mismatch") and not run.of("quorum_lost")

@@ -60,6 +60,27 @@ def test_no_long_play_breaks_an_invariant(seed: int, num_faults: int, min_nodes:
     play(seed, num_faults=num_faults, turns=600, min_nodes=min_nodes)
 
 
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), nodes=st.integers(3, 5), flips=st.integers(1, 2))
+def test_silent_corruption_never_spreads_whatever_else_happens(
+    seed: int, nodes: int, flips: int
+) -> None:
+    """I5 and I12 hold with copies that are wrong: what is outvoted is repaired, never a source."""
+    faults = ("kill", "leave", "join", "controller", "link")
+    play(seed, nodes=nodes, num_faults=4, faults=faults, flips=flips)
+
+
+def test_flips_are_seen_and_repaired_in_plays() -> None:
+    seen = repaired = 0
+    for seed in range(12):
+        world = play(seed, nodes=4, num_faults=3, faults=("leave", "join"), flips=1)
+        assert world.over is not None and world.over.status == "finished"
+        names = [p.event for p in world.published]
+        seen += "replica_mismatch" in names
+        repaired += "replica_repaired" in names
+    assert seen >= 4 and repaired >= 3
+
+
 def test_an_undisturbed_run_has_one_generation_and_all_its_steps() -> None:
     world = play(1, faults=(), steps=5)
     assert world.state.generation == 1

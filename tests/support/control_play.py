@@ -7,7 +7,16 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from control_worker import EXPERTS, LAYERS, Broken, SimWorker, counts_of, need, vector_of
+from control_worker import (
+    EXPERTS,
+    LAYERS,
+    Broken,
+    SimWorker,
+    counts_of,
+    digest,
+    need,
+    vector_of,
+)
 from control_world import World
 
 from lazarus.control import machine
@@ -73,11 +82,16 @@ def play(
     num_faults: int = 4,
     turns: int = 500,
     min_nodes: int = 1,
+    flips: int = 0,
 ) -> World:
-    """One run to its end; raises ``Broken`` where an invariant does not hold."""
+    """One run to its end; raises ``Broken`` where an invariant does not hold.
+
+    ``flips``: copies of experts that are corrupted silently meanwhile; two at most.
+    """
     rng = Random(seed)
     world = World(rng, config_of(nodes=nodes, steps=steps, min_nodes=min_nodes))
     when = {rng.randrange(turns): rng.choice(faults) for _ in range(num_faults)} if faults else {}
+    world.ambushes += [flip] * flips
     for turn in range(turns):
         if turn in when:
             strike(world, when[turn])
@@ -131,6 +145,23 @@ def strike(world: World, kind: str) -> None:
     elif kind == "leave":
         victim.leaving = True
         victim.say(LeaveRequest(generation=victim.ledger.gen))
+
+
+def flip(world: World) -> bool:
+    """A bit flips in one copy of an expert, between two changes of members; an ambush."""
+    state = world.state
+    seated = [world.workers[name] for name in state.seats]
+    calm = state.phase is Phase.RUNNING and all(
+        w.alive and w.ledger.gen == w.ledger.fence == state.resumed for w in seated
+    )
+    victims = [w for w in seated if w.experts]
+    if not calm or not victims or world.rng.random() < 0.7:
+        return False
+    victim = world.rng.choice(victims)
+    key = world.rng.choice(sorted(victim.experts))
+    victim.experts[key] = digest("flipped", victim.experts[key])
+    world.flipped.append((victim.name, key))
+    return True
 
 
 def kill_who_decided(world: World) -> bool:

@@ -136,6 +136,7 @@ class SimWorker:
         self.leaving = False
         self.progress = 0
         self.acked = 0
+        self.aligned = 0
         self.reported = 0
         self.beat_s = -1.0
         self.last_words: Body | None = None
@@ -254,6 +255,7 @@ class SimWorker:
             self.world.check_redo(self, order)
             ledger.withdraw()
         self.pending = None
+        self.aligned = order.generation
         self.say(self._aligned(order))
 
     def _reload(self, order: Align) -> None:
@@ -265,7 +267,11 @@ class SimWorker:
 
     def _aligned(self, order: Align) -> Aligned:
         held = tuple(
-            Held(layer=at, experts=tuple(e for x, e in sorted(self.experts) if x == at))
+            Held(
+                layer=at,
+                experts=tuple(e for x, e in sorted(self.experts) if x == at),
+                sums=tuple(1 + int(self.experts[k][:14], 16) for k in sorted(self.experts)),
+            )
             for at in range(LAYERS)
         )
         return Aligned(
@@ -299,8 +305,9 @@ class SimWorker:
         if self.name in {names[i] for i in order.dense_targets}:
             _, chains, history = group.entered[names[order.dense_sources[0]]]
             self.chains, self.history = dict(chains), history.copy()
-            self.experts = {}
-            self.ledger.stand(order.step)
+            if self.aligned != order.generation:  # a joiner: what was outvoted keeps its experts
+                self.experts = {}
+                self.ledger.stand(order.step)
         self._idle()
         self.pending = (order, plan, staged)
         self.say(Ready(generation=order.generation, plan_digest=plan.digest))
@@ -332,7 +339,7 @@ class SimWorker:
         self.seats = tuple(seat.worker for seat in prepare.seats)
         ranks = plan.expert_of_slot[:, self.seats.index(self.name)]
         wanted = {(at, int(e)) for at in range(LAYERS) for e in ranks[at] if e >= 0}
-        have = {**staged, **self.experts}
+        have = {**self.experts, **staged}  # an outvoted copy gives way to a sound one
         need(wanted <= set(have), "I12", f"{self.name} resumes without {wanted - set(have)}")
         self.experts = {key: have[key] for key in wanted}
         need(self.ledger.committed == order.step, "I5", f"{self.name} resumes at another step")

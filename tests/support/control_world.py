@@ -89,6 +89,7 @@ class World:
         self.up = True
         self.crash_after: int | None = None  # commands that the controller still carries out
         self.ambushes: list[Callable[[World], bool]] = []  # faults that wait for their moment
+        self.flipped: list[tuple[str, tuple[int, int]]] = []  # copies that were corrupted
         self.start_controller()
 
     # ---- controller ----------------------------------------------------------------------------
@@ -315,7 +316,9 @@ class World:
                 for restore in restores:
                     key = (restore.layer, restore.expert)
                     holders = [name for name in members if key in self.workers[name].experts]
-                    need(not holders, "I12", f"{key} is restored although {holders} hold it")
+                    doubtful = any(key == bad for _, bad in self.flipped)  # without a majority
+                    missing = doubtful or not holders
+                    need(missing, "I12", f"{key} is restored although {holders} hold it")
 
     # ---- checks across workers -----------------------------------------------------------------
 

@@ -121,8 +121,12 @@ def watch(
     acts: Sequence[Act] = (),
     on_event: Callable[[Watched, Event], None] | None = None,
     resume: Path | None = None,
+    **options: Any,
 ) -> Watched:
-    """Run to the end; each act happens once, in the driver, when its event comes."""
+    """Run to the end; each act happens once, in the driver, when its event comes.
+
+    ``options`` are ElasticTrainer's.
+    """
     watched = Watched(folder=folder)
     waiting = list(acts)
 
@@ -144,7 +148,7 @@ def watch(
             *settings,
         ]
     )
-    trainer = ElasticTrainer(config, faults=faults, callbacks=[Bus()])
+    trainer = ElasticTrainer(config, faults=faults, callbacks=[Bus()], **options)
     watched.handle = trainer.start(resume=resume)
     try:
         result = watched.handle.wait()
