@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
-from math import isfinite
 from typing import Any, get_args, get_type_hints
 
 import msgspec
@@ -119,7 +118,7 @@ def _odd_field(name: str, item: Any) -> str:
         case int() if name in _COUNTS:
             return "" if -1 <= item <= MOST else str(item)
         case float() if name in _AMOUNTS:
-            return "" if isfinite(item) and item >= 0 else str(item)
+            return "" if 0 <= item <= MOST else str(item)
         case str() if name in _NAMES and len(item) > _NAME_CHARS:
             return f"a text of {len(item)} characters"
     return ""

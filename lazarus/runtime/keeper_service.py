@@ -47,6 +47,7 @@ from lazarus.runtime.rpc.keeper_messages import (
 from lazarus.runtime.threads import OnDeath, say_so, spawn
 
 PID_HEADER = "lazarus-pid"
+_FURTHEST = 1 << 20  # terms or generations at once; what claims more would shut out everybody else
 
 
 @dataclass(eq=False)
@@ -333,6 +334,9 @@ class KeeperService:
                 f"(term {tag.term}, generation {tag.generation}) is over: this keeper is at "
                 f"({newest.term}, {newest.generation})"
             )
+        if max(tag.term - newest.term, tag.generation - newest.generation) > _FURTHEST:
+            self._stale += 1
+            return f"(term {tag.term}, generation {tag.generation}) cannot have come so soon"
         self._newest = tag
         return ""
 
