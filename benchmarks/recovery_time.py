@@ -1,6 +1,7 @@
 """How long from SIGKILL of one of 8 ranks to the next committed step? Ours, torchft, torchrun.
 
     python benchmarks/recovery_time.py [--quick] [--json FILE] [--kills K] [--ft-python PYTHON]
+    python benchmarks/recovery_time.py --against CHECKOUT [--rounds N] [--kills K]
 
 Ours: one run of 8 nodes; node after node is killed, in phase after phase of the step, and a
 new one joins after each kill. Times come from the run's record: from ``fault_injected`` (written
@@ -10,6 +11,8 @@ with its defaults and tuned, killed at a step boundary and inside the all-reduce
 restarts all ranks from a checkpoint. Peers train a small transformer of their own, so each figure
 is also given minus one step of its own system. On a loaded machine steps differ several times
 over; "until redo" (detect, release, align, plan, groups, transfer) leaves the redone step out.
+``--against`` compares this checkout with another one of Lazarus (a git worktree of an older
+revision): their runs alternate, round by round, and the order within a round alternates too.
 """
 
 from __future__ import annotations
@@ -333,6 +336,49 @@ def peers(args: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
+# ---- another checkout --------------------------------------------------------------------------
+
+
+def kills_of(checkout: Path, args: argparse.Namespace, out: Path) -> list[Kill]:
+    """What the code of one checkout does, in a process of its own."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "recovery_time.py"), "--no-peers"]
+    for name in ("kills", "ranks", "gap"):
+        command += [f"--{name}", str(getattr(args, name))]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    subprocess.run(
+        [*command, "--json", str(out)], env=environment, cwd=checkout, check=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return [Kill(**kill) for kill in json.loads(out.read_text())["kills"]]
+
+
+def against(args: argparse.Namespace, folder: Path) -> None:
+    """Both checkouts in turn; every round's medians, then all kills together."""
+    trees = {"old": args.against.resolve(), "new": ROOT}
+    found: dict[str, list[Kill]] = {name: [] for name in trees}
+    for number in range(args.rounds):
+        order = list(trees) if number % 2 == 0 else list(reversed(trees))
+        for name in order:
+            kills = kills_of(trees[name], args, folder / f"{name}-{number}.json")
+            kills = [kill for kill in kills if kill.num_ranks == args.ranks]
+            found[name] += kills
+            print(f"round {number + 1}  {compared(name, kills)}", flush=True)
+    for name, kills in found.items():
+        print(f"all      {compared(name, kills)}")
+        print(f"         {timeline_text(kills)}")
+
+
+def compared(name: str, kills: Sequence[Kill]) -> str:
+    """One line: how long it takes to be back, beside a step of the same run."""
+    beyond = [kill.back_s - kill.step_s for kill in kills]
+    ahead = [sum(v for n, v in k.timeline.items() if n in TIMELINE[:-1]) for k in kills]
+    return (
+        f"{name:4} {len(kills):3} kills  minus a step {statistics.median(beyond):7.3f} s "
+        f"(worst {max(beyond):.3f})  until redo {statistics.median(ahead):7.3f} s "
+        f"(worst {max(ahead):.3f})  step {statistics.median(k.step_s for k in kills) * 1e3:5.0f} ms"
+    )
+
+
 def main() -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -344,6 +390,8 @@ def main() -> int:
     parser.add_argument("--peer-kills", type=int, default=3, help="of each peer and place")
     parser.add_argument("--ft-python", type=Path, default=ROOT / ".venv-torchft/bin/python")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another one of Lazarus")
+    parser.add_argument("--rounds", type=int, default=3, help="of both, with --against")
     args = parser.parse_args()
     if args.quick:
         args.kills, args.ranks, args.gap, args.no_peers = 4, 4, 20, True
@@ -351,6 +399,9 @@ def main() -> int:
     load = os.getloadavg()
     print(f"{os.cpu_count()} cores, load before {load[0]:.1f}, {args.ranks} ranks", flush=True)
     try:
+        if args.against is not None:
+            against(args, folder)
+            return 0
         kills: list[Kill] = []
         rows: list[Row] = []
         if args.kills:
