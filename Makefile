@@ -20,7 +20,7 @@ help:
 	@echo "make demo         a small MoE trains, loses a node in plain sight, and goes on"
 	@echo "make test         unit, property, fault and integration tests, under 6 minutes"
 	@echo "make test-slow    the long ones, the fault matrix among them"
-	@echo "make soak         thirty losses and thirty joins in one run; part of test-slow"
+	@echo "make soak         runs under faults for minutes, 25 in all; test-slow has shorter ones"
 	@echo "make lint         ruff, mypy --strict, import contracts"
 	@echo "make bench-quick  real runs under faults against baselines, up to 12 minutes"
 
@@ -40,6 +40,8 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow $(ARGS)
 
+# Seconds of each of the two runs under mixed faults.
+soak: export LAZARUS_SOAK_S ?= 600
 soak: $(STAMP)
 	$(PYTEST) -m soak $(ARGS)
 

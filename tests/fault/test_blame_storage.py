@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ("url", "reason"),
     [
         ("foo://bucket/run", "Protocol not known"),
-        ("s3://bucket/run", "s3fs"),
+        ("gs://bucket/run", "gcsfs"),
         ("/proc/lazarus", "/proc/lazarus"),
     ],
 )

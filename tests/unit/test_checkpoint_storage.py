@@ -76,7 +76,7 @@ def test_whatever_a_backend_raises_names_the_url_and_what_was_asked(moody: str) 
         read_file(storage, "a/b")  # that it is not there is an answer
 
 
-@pytest.mark.parametrize("url", ["foo://bucket/x", "s3://bucket/x"])
+@pytest.mark.parametrize("url", ["foo://bucket/x", "gs://bucket/x"])
 def test_a_protocol_that_cannot_be_spoken_is_bad_input(url: str) -> None:
     with pytest.raises(ConfigError, match=url):
         check_place(url, name="probe", patience_s=1.0)
