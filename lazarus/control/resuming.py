@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.control import adapting, commits, membership, repair, saves
+from lazarus.control import adapting, commits, repair, saves
 from lazarus.control.losses import (
     bill_restores,
     differently_read,
@@ -61,27 +61,23 @@ def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result
 
 
 def _cannot_store(state: Control, transition: Transition) -> dict[int, StorageProblem]:
-    """Nodes that cannot use the checkpoint place, while others can or none has begun."""
-    found = {
+    """Nodes that cannot use the checkpoint place, as they say before the first step."""
+    if state.resumed:
+        return {}
+    return {
         state.workers[worker].node: body.place
         for worker, body in transition.ready.items()
         if body.place is not None
     }
-    if state.resumed and not set(found) <= set(transition.joiners):
-        return {}  # storage is out of order for members, too: saves say so, training goes on
-    return found
 
 
 def _without_place(
     state: Control, transition: Transition, troubled: Mapping[int, StorageProblem], *, at_s: float
 ) -> Result:
-    """Before the first step that is the end; a joiner alone is not taken in."""
+    """The run ends before its first step."""
     first = troubled[min(troubled)]
     names = " and ".join(str(node) for node in sorted(troubled))
     what = f"{first.operation} {first.url}: {first.reason}"
-    if state.resumed:
-        cause = f"cannot use the checkpoint place: {what}"
-        return membership.lose(state, tuple(sorted(troubled)), cause=cause, at_s=at_s)
     failure = Failure(
         cause=Cause.STORAGE,
         error="StorageError",

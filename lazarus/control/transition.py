@@ -323,7 +323,8 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         speeds=_speeds(state, nodes),
         lineage=lineage_text(state.lineage),
         reload="" if back is None or restarts else place_of_checkpoint(state, back),
-        probe=state.config.probes_place and (not state.resumed or bool(transition.joiners)),
+        # Not for a joiner: whom storage keeps waiting would keep everybody who trains.
+        probe=state.config.probes_place and not state.resumed,
     )
     told = TellAll(workers=tuple([seat.worker for seat in feeders]), body=order)
     return state, (told,)

@@ -48,8 +48,10 @@ class PlaceProbe:
             )
 
     def close(self) -> None:
-        """Every node has read."""
-        remove_probe(self._url, self._name(self._node))
+        """Every node has read. What cannot be removed now is swept when the run is over."""
+        found = self.problem
+        self._try(lambda: remove_probe(self._url, self._name(self._node)), "delete")
+        self.problem = found
 
     def _try(self, work: Callable[[], None], operation: str) -> None:
         try:

@@ -12,6 +12,7 @@ from lazarus.control.messages import (
     Finalize,
     Finalized,
     Paused,
+    Prepare,
     Ready,
     RunOver,
     StopRun,
@@ -176,3 +177,18 @@ def test_a_stop_below_quorum_saves_what_the_survivors_hold() -> None:
     for worker in desk.state.seats:
         desk.say(worker, Paused(generation=desk.state.resumed, step=8))
     assert desk.state.phase is Phase.FINALIZING and desk.state.step == 8
+
+
+def test_only_the_first_nodes_try_the_place() -> None:
+    """A joiner may come while storage does not answer: nobody who trains waits for it."""
+    desk = running(probes_place=True, steps=100, join_debounce_s=0.0)
+    desk.committed["w3"] = desk.entered["w3"] = 0
+    desk.held["w3"] = ()
+    desk.say("w3", desk.hello("w3"))
+    desk.commit(9)
+    for seat in desk.state.seats:
+        desk.say(seat, Paused(generation=desk.state.resumed, step=9))
+    orders = desk.told(Prepare)
+    assert {order.probe for order in orders if order.generation == 1} == {True}
+    assert {order.probe for order in orders if order.generation == 2} == {False}
+    assert any(order.dense_targets for order in orders), "nobody joined"
