@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class WorkerActor:
 
 
 class ControllerActor:
-    """The controller; Ray makes it again where it died, and its journal tells it the rest."""
+    """One life of the controller. The driver starts the next, which reads the journal."""
 
     def __init__(self, spec: ControllerSpec) -> None:
         from lazarus.runtime.controller import open_controller
@@ -36,8 +37,9 @@ class ControllerActor:
         self._thread = threading.Thread(target=self._controller.run, name="controller")
         self._thread.start()
 
-    def port(self) -> int:
-        return int(self._controller.port)
+    def place(self) -> tuple[int, int]:
+        """The port it listens on, and its process."""
+        return int(self._controller.port), os.getpid()
 
     def wait(self) -> None:
         """Until the controller's work is done."""

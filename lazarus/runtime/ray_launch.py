@@ -11,6 +11,7 @@ without being asked, who is drained is told of.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import uuid
@@ -57,6 +58,7 @@ _WISHES_EVERY = 10  # looks at the cluster's machines between two at what other 
 class _Running:
     actor: Any
     life: Any  # reference that resolves when the process's work ends
+    pid: int = 0  # of the controller: it lives on the driver's machine
 
 
 class RayLauncher:
@@ -273,18 +275,19 @@ class RayLauncher:
 
     def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
         here = ray.get_runtime_context().get_node_id()
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 8}
+        # Not made again by Ray: whether and when is decided by the driver, as on every launcher.
+        options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 8}
         actor = _remote(ControllerActor).options(**options, **_on(here)).remote(spec)
         try:
-            port = int(ray.get(actor.port.remote(), timeout=timeout_s))
+            port, pid = ray.get(actor.place.remote(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise StartupError(f"the controller did not come up within {timeout_s:.0f} s") from None
         except ray.exceptions.RayError as problem:
             raise StartupError(
                 f"the controller did not come up: {_first_line(problem)}"
             ) from problem
-        self._keep("controller", actor, actor.wait.remote())
-        return port
+        self._keep("controller", actor, actor.wait.remote(), pid=pid)
+        return int(port)
 
     def start_workers(self, specs: Sequence[WorkerSpec]) -> None:
         """Start the ranks of one node, and wait until their processes are there.
@@ -314,9 +317,9 @@ class RayLauncher:
             options |= {"num_cpus": 0, **_on(home)}
         return [_remote(WorkerActor).options(**options).remote() for _ in range(self._ranks)]
 
-    def _keep(self, name: str, actor: Any, life: Any) -> None:
+    def _keep(self, name: str, actor: Any, life: Any, *, pid: int = 0) -> None:
         with self._lock:
-            self._running[name] = _Running(actor, life)
+            self._running[name] = _Running(actor, life, pid)
 
     def _watch(self) -> None:
         while not self._closing.is_set():
@@ -349,8 +352,12 @@ class RayLauncher:
     def kill(self, name: str) -> None:
         with self._lock:
             running = self._running.get(name)
-        if running is not None:
-            ray.kill(running.actor, no_restart=name != "controller")
+        if running is None:
+            return
+        if running.pid:  # on this machine; one that is stopped does not hear Ray
+            with suppress(ProcessLookupError):
+                os.kill(running.pid, signal.SIGKILL)
+        ray.kill(running.actor)
 
     def close(self, *, grace_s: float) -> None:
         with self._lock:

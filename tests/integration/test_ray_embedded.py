@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from lazarus.events import read_events
+from lazarus.journals import read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -62,6 +64,34 @@ def test_a_node_is_killed_and_the_run_ends_with_nothing_left(
     assert ray_folders(short_folder) == []
     assert list(short_folder.glob("lazarus-*")) == []
     assert not (short_folder / ".ray").exists()
+
+
+def test_a_stopped_controller_is_replaced_here_too(
+    books: Any, short_folder: Path, quick: list[str], poll: Any
+) -> None:
+    """A4: Ray does not end a process that does not run; the driver does."""
+    record = short_folder / "r"
+    settings = ("--set", "recovery.tolerated_stall_s=10", "--steps", "100000")
+    run = start(books, short_folder, *quick, *settings, "--run-dir", str(record))
+    assert poll(lambda: len(committed(record)) > 2 or run.poll() is not None, timeout_s=300)
+    stopped = controllers(record)[-1]
+    os.kill(stopped, signal.SIGSTOP)
+    assert poll(lambda: len(controllers(record)) == 2, timeout_s=120), (
+        short_folder / "err"
+    ).read_text()
+    at = max(committed(record))
+    assert poll(lambda: max(committed(record)) > at + 2, timeout_s=120)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) == 130, (short_folder / "err").read_text()
+    lost = [e for e in read_events(record) if e["event"] == "node_lost"]
+    assert [(e["node"], e["cause"]) for e in lost] == []
+    assert committed(record) == list(range(1, max(committed(record)) + 1))
+    assert books.wait_until_empty(15) == {}
+
+
+def controllers(record: Path) -> list[int]:
+    """The controller's process in each of its lives."""
+    return [int(e["pid"]) for e in read_journal(record / "journal") if e["kind"] == "term"]
 
 
 def test_ctrl_c_ends_the_run_in_seconds_and_a_killed_driver_takes_all_along(

@@ -17,6 +17,10 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
+    # A controller that is replaced is back within seconds: whoever knocks more and more seldom, as
+    # gRPC does by itself, comes too late and is taken for lost.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
     # A cut link closes no socket: without pings a process behind it would wait for ever.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),
