@@ -129,6 +129,9 @@ _LATER: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "run_started": ("schema",),
         "run_finished": ("status", "cause", "goodput_tokens_per_s", "ettr", "plt"),
+        "rank_slow": ("rank",),
+        "user_error": ("where", "node", "rank", "step", "phase", "sample_ids"),
+        "replica_mismatch": ("layer", "expert"),
     }
 )
 _LATEST_S = 1e11  # what is later is no time

@@ -97,6 +97,7 @@ def _slow_event(state: Control, node: int, weight: float, usual: float, *, at_s:
     fields = {
         "generation": state.resumed,
         "node": node,
+        "rank": state.seat_nodes.index(node),  # the first of its ranks
         "slowdown": round(state.pace[node] / usual, 3),
         "weight": weight,
     }

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+from record_checks import check_event
 
 from lazarus.control.machine import decide
 from lazarus.control.messages import (
@@ -79,6 +80,8 @@ class Desk:
         self.state, commands = decide(self.state, event)
         self.log += commands
         for command in commands:
+            if isinstance(command, Publish):
+                check_event(command)
             if isinstance(command, Tell) and type(command.body).__name__ not in self.deaf:
                 self._answer(command.worker, command.body)
 

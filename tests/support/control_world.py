@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from control_worker import CLOSED, EXPERTS, LAYERS, Barrier, Broken, SimWorker, digest, need
+from record_checks import check_event
 
 from lazarus.control import machine, replay
 from lazarus.control.commits import last_words
@@ -273,6 +274,7 @@ class World:
         return max(steps, default=step)
 
     def _publish(self, publish: Publish) -> None:
+        check_event(publish)
         if publish.event == "step_committed":
             step = publish.fields["step"]
             need(step == len(self.commits()) + 1, "I6", f"published {step} out of turn")
