@@ -229,11 +229,11 @@ def _preset_layers(layers: Sequence[settings.Layer]) -> list[settings.Layer]:
         chosen.update({k: layer[k] for k in ("preset", "model.preset") if k in layer})
     out: list[settings.Layer] = []
     top = chosen.get("preset")
-    if top is not None and top.value in PRESETS:
+    if top is not None and isinstance(top.value, str) and top.value in PRESETS:
         where = f"preset {top.value}"
         out.append({k: Given(v, where) for k, v in PRESETS[top.value].items()})
     shape = chosen.get("model.preset")
-    if shape is not None and shape.value in MODEL_SHAPES:
+    if shape is not None and isinstance(shape.value, str) and shape.value in MODEL_SHAPES:
         where = f"model.preset {shape.value}"
         out.append({f"model.{k}": Given(v, where) for k, v in MODEL_SHAPES[shape.value].items()})
     return out

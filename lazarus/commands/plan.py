@@ -183,7 +183,11 @@ def read_load(text: str, *, experts: int | None, layers: int | None) -> np.ndarr
             raise ValueError(f"--load {text} needs --experts")
         _bounded((layers or 1) * experts, "layers x experts")
         return _made_up(text, experts, layers or 1)
-    load = np.asarray(as_load(_from_file(Path(text))))
+    found = _from_file(Path(text))
+    try:
+        load = np.asarray(as_load(found))
+    except ValueError as error:
+        raise ValueError(f"--load {text}: {error}") from error
     if experts is not None and load.shape[1] != experts:
         raise ValueError(f"{text} has {load.shape[1]} experts per layer, not --experts={experts}")
     if layers is not None and load.shape[0] != layers:

@@ -42,13 +42,14 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
     """
     folder = Path(run_dir)
     events = with_end(read_events(folder), folder)
-    view = view_of(events, name=folder.name)
-    text = page(
-        title=f"Lazarus run {folder.absolute().name}",
-        subtitle=_subtitle(view) + _ending(events),
-        tiles=_tiles(view.summary),
-        sections=_sections(view, events, _loads(folder)),
-    )
+    with blamed_on_record(folder):
+        view = view_of(events, name=folder.name)
+        text = page(
+            title=f"Lazarus run {folder.absolute().name}",
+            subtitle=_subtitle(view) + _ending(events),
+            tiles=_tiles(view.summary),
+            sections=_sections(view, events, _loads(folder)),
+        )
     return _written(folder / FILE_NAME if out is None else Path(out), text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ Floats = NDArray[np.float64]
 # What numpy raises for a file that is not what its name says, or is cut short.
 UNREADABLE = (
     OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error,
-    NotImplementedError, RuntimeError, MemoryError,
+    NotImplementedError, RuntimeError, MemoryError, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 _KEYS = ("expert_load", "load", "counts")
 _FINE = 1e9  # the largest count of a load that came in fractions
