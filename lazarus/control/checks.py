@@ -28,7 +28,7 @@ from lazarus.errors import BrokenInvariantError
 MOST = 1 << 53  # no count is larger: beyond, float64 does not hold it
 _LARGEST_SHAPE = 1 << 24  # layers times experts
 _AHEAD = 1 << 16  # steps whose vectors are kept before those below have come
-_NAME_CHARS = 1024
+_NAME_CHARS = 1 << 14
 _SOURCE_CHARS = 1 << 16
 _DEEPEST = 16  # JSON in a message
 _MOST_STARTED = 1024  # nodes that one injected fault brings

@@ -82,7 +82,9 @@ class ManifestWriter:
         )
 
     def _failed(self, command: WriteManifest, problem: Exception) -> ManifestDone:
-        told = str(problem) if isinstance(problem, LazarusError) else repr(problem)
+        told = str(problem)
+        if not isinstance(problem, LazarusError):
+            told = f"{type(problem).__name__}: {problem}"
         refused = None
         if isinstance(problem, StorageError):
             refused = problem_of(problem)

@@ -44,6 +44,7 @@ def when_persisted(step: int) -> object:
     return lambda e: e["event"] == "checkpoint_persisted" and e["step"] >= step
 
 
+@pytest.mark.slow
 def test_a_run_whose_nodes_are_all_gone_restarts_from_its_newest_checkpoint(
     tmp_path: Path,
 ) -> None:

@@ -81,6 +81,7 @@ class DecidesLate:
         StepLedger.decide = late  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_rank_that_decides_late_saves_what_the_others_save(run: Any) -> None:
     """D3: a late decision at a snapshot step made the ranks' schedules differ for good.
 

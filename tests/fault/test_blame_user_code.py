@@ -39,6 +39,7 @@ def assert_user_error(left: Left, *, line: str, phase: str, step: int | None = N
     left.assert_tail_names(line)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_divides_by_zero_is_the_users_error_at_its_step(tmp_path: Path) -> None:
     """C3: ``schedule=lambda s: 1/(3-s)``."""
     left = run_script(tmp_path, 'options["schedule"] = lambda s: 1/(3-s)')
@@ -198,12 +199,15 @@ def test_a_native_crash_is_a_poisoned_step_at_the_second_death(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_process_that_kills_itself_is_poison_at_the_third_attempt(tmp_path: Path) -> None:
-    """C3: SIGKILL could come from outside; three attempts in a row at one step it does not."""
+    """C3: SIGKILL could come from outside; three times in a row at one step it does not.
+
+    A stream's end is heard before the launcher's word for it, so a quick fourth node may go too.
+    """
     left = run_script(tmp_path, at_one_sample("os.kill(os.getpid(), 9)"), nodes=4)
     assert left.code == 1
     (error,) = left.of("user_error")
     assert "poisoned step" in error["error"] and 23 in error["sample_ids"]
-    assert len(left.of("node_lost")) <= 3
+    assert len(left.of("node_lost")) >= 3
     assert left.script.name in "".join(left.tail)
 
 

@@ -131,7 +131,11 @@ def manifests(draw: st.DrawFn) -> Manifest:
         ),
         experts=tuple(tuple(draw(versions) for _ in range(n)) for n in counts),
         files=files,
-        meta=draw(st.dictionaries(names, st.integers() | st.lists(st.floats(-1, 1)), max_size=3)),
+        meta=draw(
+            st.dictionaries(
+                names, st.integers(-(2**63), 2**63 - 1) | st.lists(st.floats(-1, 1)), max_size=3
+            )
+        ),
     )
 
 

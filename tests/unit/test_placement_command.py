@@ -118,7 +118,7 @@ FILES = [
     ("a.json", "{]", "not JSON"),
     ("a.json", '{"a": 1}', "JSON dict"),
     ("a.json", "[[1, -2]]", "-2.0"),
-    ("a.json", "[[1, NaN]]", "nan"),
+    ("a.json", "[[1, NaN]]", "NaN is no number"),
     ("a.json", "[[1, 2], [3]]", "unequal"),
     ("a.json", '[["x"]]', "not an array of numbers"),
     ("a.json", "[]", "shape"),
