@@ -69,7 +69,7 @@ def test_a_hello_from_a_place_that_does_not_exist_is_sent_away() -> None:
         (Hello(worker="", node_key="n8"), "a hello without a name"),
         (Hello(worker="w8", node_key="n8", memory_bytes=-1), "a number below 0: -1"),
         (Hello(worker="w8", node_key="n8", pid=1 << 60), "Hello.pid is 1152921504606846976"),
-        (Hello(worker="w8", node_key="n8", host="h" * 20_000), "Hello.host is a text of 20000 char"),
+        (Hello(worker="w8", node_key="n8", host="h" * 20_000), "Hello.host is a text of 20000"),
     ],
 )
 def test_a_hello_that_takes_anothers_name_or_place_is_sent_away(hello: Hello, reason: str) -> None:
