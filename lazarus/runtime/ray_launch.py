@@ -50,6 +50,7 @@ _POLL_S = 0.5  # between two looks at the cluster's machines
 _JOIN_S = 5.0
 _ZONE_LABEL = "ray.io/availability-zone"
 _RESERVE_S = 5.0  # for a machine's free resources to become ours; doubles where it was too short
+_SILENT_S = 20.0  # for a machine that has room to start a small actor
 _REACH_S = 60.0  # for Ray to start a small actor on a busy machine, at least
 _WISHES_EVERY = 10  # looks at the cluster's machines between two at what other runs want
 
@@ -230,7 +231,7 @@ class RayLauncher:
             RoomTakenError: Others seem to have the room, and another machine has some.
             StartupError: The room is free and is not given, or nothing answers in the time.
         """
-        deadline_s = now_s() + self._reach_s
+        asked_s = now_s()
         while True:
             with self._lock:
                 patience_s = self._patience_s
@@ -238,8 +239,10 @@ class RayLauncher:
             if done:
                 place: NodePlace = ray.get(opened)
                 return place
-            room = self._room_beside(key)
-            if room.get(node.id) or now_s() > deadline_s:
+            room, waited_s = self._room_beside(key), now_s() - asked_s
+            if room.get(node.id) and waited_s < _SILENT_S:
+                continue  # it may be slow to start a process
+            if room.get(node.id) or waited_s > self._reach_s:
                 raise StartupError(f"{key}: {node.host} does not answer")
             if any(room.values()):
                 with self._lock:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lazarus.events import read_events
+from lazarus.journals import read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -64,11 +65,7 @@ def test_a_submitted_job_trains_and_survives_its_controllers_death(
     assert "controller_restarted" in names
     assert [e["node"] for e in events if e["event"] == "node_lost"] == [1]
     assert events[-1]["event"] == "run_finished"
-    terms = [
-        json.loads(path.read_text())
-        for path in sorted((record / "journal").glob("*.json"))
-        if '"kind":"term"' in path.read_text()
-    ]
+    terms = [entry for entry in read_journal(record / "journal") if entry["kind"] == "term"]
     assert len(terms) >= 2
     assert len({entry["port"] for entry in terms}) == 1  # it came back where workers look for it
     assert len({entry["pid"] for entry in terms}) == len(terms)
