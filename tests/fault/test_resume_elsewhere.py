@@ -131,29 +131,39 @@ def test_the_commands_read_a_real_runs_storage(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["dense", "expert"])
 def test_a_flipped_byte_in_the_newest_checkpoint_is_found_before_a_resume(
-    run: Any, first: Ended, tmp_path: Path
+    run: Any, first: Ended, tmp_path: Path, part: str
 ) -> None:
-    """An older sound one is taken; without any the run does not begin, and says which file."""
+    """Damaged dense state costs the newest checkpoint, a damaged expert that expert's newest steps.
+
+    Without an older checkpoint the run does not begin, and the error names the file.
+    """
     url = first.url
     folder = Path(url.removeprefix("file://"))
     newest = newest_usable(url)
-    victims = [folder / path for path in newest.files if path.startswith(f"step-{first.step:08d}")]
-    before = {path: path.read_bytes() for path in victims}
+    own = f"step-{first.step:08d}"
+    dense = {entry.file for entry in newest.dense.values()}
+    victim = next(
+        folder / path
+        for path in newest.files
+        if path.startswith(own) and (path in dense) == (part == "dense")
+    )
+    before = victim.read_bytes()
     try:
-        data = bytearray(before[victims[0]])
-        data[-1] ^= 1
-        victims[0].write_bytes(data)
+        victim.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         events = go_on(run.small, tmp_path / "a", first, nodes=3)
         (started,) = [e for e in events if e["event"] == "run_started"]
-        assert started["start_step"] < first.step
+        assert (started["start_step"] == first.step) == (part == "expert")
+        restored = [e for e in events if e["event"] == "expert_restored"]
+        assert bool(restored) == (part == "expert")
+        assert all(e["behind_steps"] > 0 for e in restored)
         for manifest in folder.glob("step-*/manifest.json"):
-            if f"{first.step:08d}" not in str(manifest):
+            if own not in str(manifest):
                 manifest.rename(manifest.with_suffix(".away"))
-        with pytest.raises(ConfigError, match=victims[0].name):
+        with pytest.raises(ConfigError, match=victim.name):
             go_on(run.small, tmp_path / "b", first, nodes=3)
     finally:
-        for path, content in before.items():
-            path.write_bytes(content)
+        victim.write_bytes(before)
         for manifest in folder.glob("step-*/manifest.away"):
             manifest.rename(manifest.with_suffix(".json"))
