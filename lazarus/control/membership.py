@@ -259,9 +259,7 @@ def settle_reconnecting(state: Control, *, at_s: float) -> Result:
     """Adopt the newest generation if all of it is back undisturbed, else claim (rule 38)."""
     missing = tuple(n for n in state.members if not state.nodes[n].complete)
     if missing:
-        nobody = missing == state.members
-        allowed = state.config.comeback_s if nobody else state.config.reconnect_s
-        if at_s - state.phase_s <= allowed:
+        if at_s <= _back_by_s(state, missing):
             return state, ()
         return lose(state, missing, cause="did not come back to the controller", at_s=at_s)
     fields = {"generation": state.resumed, "term": state.term, "nodes": list(state.members)}
@@ -271,6 +269,19 @@ def settle_reconnecting(state: Control, *, at_s: float) -> Result:
         return replace(state, phase=Phase.RUNNING, phase_s=at_s), (event,)
     state, commands = change.begin(state, reason="controller", at_s=at_s)
     return state, (event, *commands)
+
+
+def _back_by_s(state: Control, missing: tuple[int, ...]) -> float:
+    """Until when members that are missing after a restart may come back.
+
+    What kept everybody away, a machine that is busy starting the controller for example, says
+    nothing about any of them: the others have their time from when the first one is back.
+    """
+    back = [state.nodes[n].joined_s for n in state.members if n not in missing]
+    if not back:
+        return state.phase_s + state.config.comeback_s
+    first_s = min(min(back), state.phase_s + state.config.comeback_s)
+    return max(state.phase_s, first_s) + state.config.reconnect_s
 
 
 def excuse(state: Control, *, slept_s: float) -> Control:

@@ -16,7 +16,8 @@ any phase, is lost (``membership.silent``). Only progress counts: who moves is n
 | PREPARING    | transfers                           | S                     | node lost          |
 | RUNNING      | ranks that all wait in a collective | S                     | asked by a fence   |
 | PREPARING    | ranks that all wait in a collective | 3 S                   | asked by a fence   |
-| RECONNECTING | members to come back                | S; 6 S if none does   | nodes lost         |
+| RECONNECTING | a first member to come back         | 6 S                   | nodes lost         |
+| RECONNECTING | the others, from then on            | S                     | nodes lost         |
 | HOLDING      | nodes to come                       | quorum timeout        | ends short         |
 | FINALIZING   | a rank's last share and digest      | standstill_s          | node lost          |
 | FINALIZING   | the last manifest                   | standstill_s          | ends without it    |

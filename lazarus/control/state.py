@@ -114,7 +114,7 @@ class ControlConfig:
 
     @property
     def reconnect_s(self) -> float:
-        """After the controller came back, workers that are alive say hello within this."""
+        """After the first worker is back at a new controller, the others that live follow in this."""
         return self.tolerated_stall_s
 
     @property

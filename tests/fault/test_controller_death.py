@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fault_runs import Watched, at_step, journal_of, watch
+
+from lazarus.clock import now_s
 
 STEPS = 8
 
@@ -84,3 +87,33 @@ def test_the_controller_may_die_again_and_again(tmp_path: Path) -> None:
     assert terms(tmp_path) == [1, 2, 3, 4]
     assert run.steps == list(range(1, 201))
     assert not run.of("node_lost")
+
+
+def test_what_keeps_all_workers_away_costs_none_of_them(tmp_path: Path) -> None:
+    """A4: the first one is back later than the stall after its start, the others behind it."""
+    stall_s = 2.0
+    threads: list[threading.Thread] = []
+
+    def wake(watched: Watched, pids: list[int]) -> None:
+        pause, deadline_s = threading.Event(), now_s() + 60
+        while len(terms(watched.folder)) < 2 and now_s() < deadline_s:
+            pause.wait(0.05)
+        pause.wait(2 * stall_s)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    def keep_away(watched: Watched) -> None:
+        pids = [pid for node in watched.node_names() for pid in watched.pids(node)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(watched.controller_pid(), signal.SIGKILL)
+        threads.append(threading.Thread(target=wake, args=(watched, pids)))
+        threads[0].start()
+
+    acts = [at_step(3, keep_away), (lambda e: e["event"] == "controller_restarted", Watched.stop)]
+    settings = [f"recovery.tolerated_stall_s={stall_s}"]
+    run = watch(tmp_path, nodes=3, steps=100_000, settings=settings, acts=acts)
+    threads[0].join()
+    assert terms(tmp_path) == [1, 2]
+    assert not run.of("node_lost")
+    assert run.steps == list(range(1, len(run.steps) + 1))
