@@ -32,7 +32,7 @@ if ! usable; then
     exit 1
   fi
 fi
-echo "installing the tested versions (torch and Ray among them: about 1.5 GB, a minute or two)"
+echo "installing the tested versions (about 2 GB with a CPU build of torch, several more with CUDA; minutes)"
 "$venv/bin/python" -m pip install --quiet --prefer-binary -c constraints.txt -e '.[dev]'
 "$venv/bin/python" -c 'import lazarus, placement, dispatcher, torch, ray'
 echo "ready: $("$venv/bin/python" -c 'import torch, ray; print("torch", torch.__version__, "ray", ray.__version__)')"

@@ -141,8 +141,24 @@ def test_the_ray_job_keeps_driver_and_controller_off_spot_and_can_resume() -> No
 
 def test_the_network_policy_lets_only_pods_of_the_cluster_talk() -> None:
     (policy,) = yaml.safe_load_all((DEPLOY / "networkpolicy.yaml").read_text())
-    (source,) = policy["spec"]["ingress"][0]["from"]
+    (own, _) = policy["spec"]["ingress"]
+    (source,) = own["from"]
     assert source["podSelector"]["matchLabels"] == policy["spec"]["podSelector"]["matchLabels"]
+    assert "ports" not in own
+
+
+def test_the_network_policy_lets_kuberays_operator_and_submitter_reach_the_dashboard_only() -> None:
+    (policy,) = yaml.safe_load_all((DEPLOY / "networkpolicy.yaml").read_text())
+    (job,) = yaml.safe_load_all((DEPLOY / "kuberay" / "rayjob.yaml").read_text())
+    (_, door) = policy["spec"]["ingress"]
+    operator, submitter = door["from"]
+    assert operator["podSelector"]["matchLabels"] == {
+        "app.kubernetes.io/component": "kuberay-operator"
+    }
+    assert operator["namespaceSelector"] == {}  # it has a namespace of its own
+    names = submitter["podSelector"]["matchLabels"]
+    assert names == {"ray.io/originated-from-cr-name": job["metadata"]["name"]}
+    assert door["ports"] == [{"protocol": "TCP", "port": 8265}]
 
 
 def test_the_image_takes_the_tested_versions() -> None:
