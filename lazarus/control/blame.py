@@ -32,7 +32,7 @@ def on_user_error(state: Control, worker: str, body: UserError, *, at_s: float) 
     commands: tuple[Command, ...] = (*flushed, told)
     joining = bool(state.resumed and state.members) and serial not in state.members
     doomed = (body.on_purpose or serial in state.doomed) and len(state.members) > 1
-    if joining or doomed or (is_ours and _is_alone(state, serial, body)):
+    if joining or doomed or (is_ours and is_alone(state, serial, step=body.step)):
         what = f"Lazarus failed: {body.error}" if is_ours else "user code raised"
         if is_ours:
             state = replace(state, raised=(*state.raised, (serial, body.step)))
@@ -58,9 +58,9 @@ def _said(serial: int, body: UserError) -> Failure:
     )
 
 
-def _is_alone(state: Control, serial: int, body: UserError) -> bool:
+def is_alone(state: Control, serial: int, *, step: int) -> bool:
     """Whether no other node failed in this step, and enough are left to go on without this one."""
-    others = {node for node, step in state.raised if step == body.step and node != serial}
+    others = {node for node, at in state.raised if at == step and node != serial}
     enough = len(state.members) > max(1, state.config.min_nodes)
     return bool(state.resumed) and not others and enough
 
@@ -68,6 +68,9 @@ def _is_alone(state: Control, serial: int, body: UserError) -> bool:
 def on_death(state: Control, body: WorkerDied, *, at_s: float) -> Result:
     """A process has ended; its node may be known as lost already. Was it the user's code?"""
     state, commands = membership.on_died(state, body, at_s=at_s)
+    if any(gone.worker == body.worker for gone in state.unexplained):
+        left = tuple(gone for gone in state.unexplained if gone.worker != body.worker)
+        state = replace(state, unexplained=left)
     death = Death(
         worker=body.worker,
         node=body.worker.rpartition(".")[0],

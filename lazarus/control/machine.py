@@ -9,9 +9,11 @@ from lazarus.control import (
     blame,
     checks,
     commits,
+    evidence,
     finalizing,
     membership,
     patience,
+    refusals,
     repair,
     resuming,
     saves,
@@ -77,8 +79,6 @@ from lazarus.failure import Cause, Failure
 Result = tuple[Control, tuple[Command, ...]]
 
 _ENDS_NODES = frozenset({"kill", "stop", "stall", "cut", "crash"})  # faults, if they last
-_REFUSALS_SAID = 20  # of a run; the number of all is in its last event
-_REASON_CHARS = 300
 
 
 def decide(state: Control, event: Event) -> Result:
@@ -91,11 +91,14 @@ def decide_at_once(state: Control, event: Event) -> Result:
     """``decide``, with one ``TellAll`` where many workers are told the same."""
     if state.phase is Phase.ENDED:
         return state, ()
+    before = state
     state, commands = _react(state, event)
     if state.phase is Phase.ENDED:
         return state, commands
     state, more = _settle(state, at_s=event.at_s)
-    return state, commands + more
+    if state.phase is Phase.ENDED:
+        return state, commands + more
+    return state, evidence.journaled(before, state, commands + more)
 
 
 def _react(state: Control, event: Event) -> Result:
@@ -103,15 +106,15 @@ def _react(state: Control, event: Event) -> Result:
         case WorkerSaid(worker=worker, body=body, at_s=at_s):
             return _worker_said(state, worker, body, at_s=at_s)
         case StreamClosed(worker=worker, at_s=at_s):
-            return membership.on_closed(state, worker, at_s=at_s, cause="stream closed")
+            return membership.on_closed(state, worker, at_s=at_s, cause=membership.STREAM_CLOSED)
         case DriverSaid(body=body, at_s=at_s):
             return _driver_said(state, body, at_s=at_s)
         case ManifestDone(final=True, error=error) if error:
             return finalizing.on_refused_manifest(replace(state, manifest_pending=False), event)
         case ManifestDone():
             return saves.on_manifest(state, event)
-        case Garbled(worker=worker, reason=reason, at_s=at_s):
-            return _refuse(state, worker, "bytes", reason, at_s=at_s)
+        case Garbled(worker=worker, reason=reason, message=message, at_s=at_s):
+            return refusals.refuse(state, worker, message, reason, at_s=at_s)
         case DriverGone(at_s=at_s):
             return commits.end(state, status="short", failure=_driver_gone(), at_s=at_s)
         case Tick(at_s=at_s, slept_s=slept_s):
@@ -129,7 +132,9 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
         return replace(state, stale=state.stale + 1), ()
     state = replace(state, workers={**state.workers, worker: replace(known, heard_s=at_s)})
     if reason := checks.wrong_with(state, worker, body):
-        return _refuse(state, worker, type(body).__name__, reason, at_s=at_s)
+        return refusals.refuse(state, worker, type(body).__name__, reason, at_s=at_s)
+    if state.dropped:
+        state = refusals.made_good(state, worker, type(body).__name__)
     match body:
         case Heartbeat():
             return commits.on_heartbeat(state, worker, body, at_s=at_s)
@@ -178,23 +183,9 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
     return state, ()
 
 
-def _refuse(state: Control, worker: str, message: str, reason: str, *, at_s: float) -> Result:
-    """Drop a message that says what cannot be: count it, and put the first ones on record."""
-    state = replace(state, num_refused=state.num_refused + 1)
-    if state.num_refused > _REFUSALS_SAID:
-        return state, ()
-    fields = {
-        "generation": state.generation,
-        "worker": worker,
-        "message": message,
-        "reason": reason[:_REASON_CHARS],
-    }
-    return state, (Publish(t=at_s, event="message_refused", fields=fields),)
-
-
 def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
     if reason := checks.wrong_with_drivers(body):
-        return _refuse(state, "driver", type(body).__name__, reason, at_s=at_s)
+        return refusals.refuse(state, "driver", type(body).__name__, reason, at_s=at_s)
     match body:
         case WorkerDied():
             return blame.on_death(state, body, at_s=at_s)
@@ -305,8 +296,10 @@ def _tick(state: Control, *, at_s: float) -> Result:
         (patience.finalizing_too_long, "no progress"),
     ):
         if late := find(state, at_s=at_s):
-            state, more = membership.lose(state, late, cause=cause, at_s=at_s, is_silent=True)
+            state, more = refusals.lose(state, late, cause=cause, at_s=at_s)
             commands += more
+            if state.phase is Phase.ENDED:
+                return state, commands
     if suspicion.all_wait(state, at_s=at_s):
         state, more = suspicion.on_stall(state, at_s=at_s)
         commands += more
@@ -326,6 +319,8 @@ def _settle(state: Control, *, at_s: float) -> Result:
             return _settle_running(state, at_s=at_s)
         case Phase.PREPARING if suspicion.is_due(state, at_s=at_s):
             return suspicion.settle(state, at_s=at_s)
+        case Phase.PREPARING if state.transition is not None and state.transition.awaits_word:
+            return resuming.settle(state, at_s=at_s)
         case Phase.FINALIZING:
             written = not (state.manifest_pending or saves.last_ones_awaited(state, at_s=at_s))
             if set(state.finalized) >= set(state.seats) and state.digest and written:

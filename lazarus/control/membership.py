@@ -19,6 +19,7 @@ from lazarus.control.messages import (
     Welcome,
     WorkerDied,
 )
+from lazarus.control.poison import Gone
 from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
 from lazarus.control.roster import node_of, staying
 from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker, without
@@ -26,10 +27,14 @@ from lazarus.failure import Cause, Failure, Status
 
 Result = tuple[Control, tuple[Command, ...]]
 
+STREAM_CLOSED = "stream closed"
+
 
 def on_hello(state: Control, body: Hello, *, at_s: float) -> Result:
     """Admit a process; its node gets the next number, journaled before the welcome (rule 1)."""
     if refusal := _refusal(state, body):
+        if body.worker in state.seats and body.worker not in state.workers:
+            state = replace(state, dropped={**state.dropped, body.worker: ("Hello", refusal)})
         return replace(state, num_refused=state.num_refused + 1), (
             Tell(worker=body.worker, body=Fenced(reason=refusal)),
             Disconnect(worker=body.worker),
@@ -105,9 +110,29 @@ def on_closed(state: Control, worker: str, *, at_s: float, cause: str) -> Result
     if known is None:
         if state.phase is not Phase.RECONNECTING:
             return state, ()
+        if worker in state.dropped:  # whoever is sent away ends its process
+            cause = f"Lazarus failed: its hello was refused: {state.dropped[worker][1]}"
         missing = tuple(n for n in state.members if _key_of(worker) == state.nodes[n].key)
         return lose(state, missing, cause=cause, at_s=at_s)
+    if cause == STREAM_CLOSED and known.node in state.members:
+        state = _unexplained(state, known, at_s=at_s)
     return lose(state, (known.node,), cause=cause, at_s=at_s)
+
+
+def _unexplained(state: Control, known: Worker, *, at_s: float) -> Control:
+    """How this process ended the launcher will tell, unless it was ended on purpose."""
+    key = state.nodes[known.node].key
+    struck = any(_key_of(worker) == key for worker, _ in state.struck)
+    if struck or known.node in state.fired or known.node in state.doomed:
+        return state
+    gone = Gone(
+        worker=f"{key}.{known.local_rank}",
+        generation=state.resumed,
+        step=state.step + 1,
+        at_s=at_s,
+    )
+    kept = (one for one in state.unexplained if one.step > state.step)
+    return replace(state, unexplained=(*kept, gone))
 
 
 def _key_of(worker: str) -> str:

@@ -16,6 +16,7 @@ any phase, is lost (``membership.silent``). Only progress counts: who moves is n
 | PREPARING    | transfers                           | S                     | node lost          |
 | RUNNING      | ranks that all wait in a collective | S                     | asked by a fence   |
 | PREPARING    | ranks that all wait in a collective | 3 S                   | asked by a fence   |
+| PREPARING    | the launcher's word on a death      | S                     | goes on without it |
 | RECONNECTING | a first member to come back         | 6 S                   | nodes lost         |
 | RECONNECTING | the others, from then on            | S                     | nodes lost         |
 | HOLDING      | nodes to come                       | quorum timeout        | ends short         |

@@ -11,6 +11,9 @@ other. The rule for more of them, at the same step in the same function, the ste
   once, but not each new attempt at one step just there.
 
 Faults on purpose never count. A commit of the step forgets its deaths.
+
+A stream ends before the launcher tells how its process did. Where that word may be the one that
+shows a bug, the step is not tried again before it has come (``awaited``), within a bound.
 """
 
 from __future__ import annotations
@@ -46,6 +49,20 @@ class Death:
         return self.signature.startswith(_EXITED) or self.signature in OWN_SIGNALS
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gone:
+    """A process whose stream has ended, and of which the launcher has not said how it ended."""
+
+    worker: str
+    generation: int  # in which it computed
+    step: int  # that it computed, or waited to
+    at_s: float
+
+    @property
+    def node(self) -> str:
+        return self.worker.rpartition(".")[0]
+
+
 def signature_of(cause: str, crash: str) -> str:
     """How a process ended, of what its launcher says and what it wrote while it crashed."""
     if cause in OWN_SIGNALS:
@@ -79,6 +96,24 @@ def poisoned(deaths: tuple[Death, ...]) -> tuple[Death, ...]:
     attempts = {d.generation: d for d in alike}
     nodes = {d.node for d in attempts.values()}
     return tuple(attempts.values()) if min(len(attempts), len(nodes)) >= ATTEMPTS else ()
+
+
+def awaited(deaths: tuple[Death, ...], gone: tuple[Gone, ...], *, step: int) -> tuple[Gone, ...]:
+    """Those of the gone whose launcher's word may show a bug; empty: no word would.
+
+    Args:
+        step: The last one that is committed.
+    """
+    known = still_open(deaths, step=step)
+    unsure = tuple(g for g in gone if g.step > step)
+    if not known or not unsure:
+        return ()
+    nodes = {d.node for d in known} | {g.node for g in unsure}
+    attempts = {d.generation for d in known} | {g.generation for g in unsure}
+    may_show = min(len(nodes), len(attempts)) >= ATTEMPTS
+    if any(death.is_own for death in known):
+        may_show = len(nodes) > 1
+    return unsure if may_show else ()
 
 
 def _same_code(one: Death, other: Death) -> bool:

@@ -42,6 +42,7 @@ class Garbled:
     worker: str
     reason: str
     at_s: float
+    message: str = "bytes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import numpy as np
 from lazarus.checkpoint.adaptive import Adapted
 from lazarus.checkpoint.plt import PltLedger
 from lazarus.checkpoint.recovery import StoredCheckpoint
+from lazarus.control import evidence
 from lazarus.control.commits import commit_events, counts_of
 from lazarus.control.messages import Vector
 from lazarus.control.ports import Publish, Stored
@@ -113,6 +114,8 @@ def vector_of(commit: Mapping[str, Any]) -> Vector:
 
 def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
     """What the journal tells after one more entry."""
+    if (found := entry if entry["kind"] == evidence.KIND else entry.get(evidence.KIND)) is not None:
+        state = evidence.recalled(state, found)
     match entry["kind"]:
         case "term":
             return replace(state, term=max(state.term, int(entry["term"])))

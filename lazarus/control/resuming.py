@@ -22,6 +22,7 @@ from lazarus.control.losses import (
 )
 from lazarus.control.messages import Depart, Ready, Resume, StorageProblem
 from lazarus.control.planning import adoption
+from lazarus.control.poison import awaited
 from lazarus.control.ports import Command, Journal, Publish, TellAll
 from lazarus.control.roster import workers_of
 from lazarus.control.state import Control, Phase, Transition, without
@@ -47,7 +48,13 @@ def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result
     if body.plan_digest != plan.digest:
         return hold(state, reason=f"plan digest differs on {worker}", at_s=at_s, broken=True)
     transition = replace(transition, ready={**transition.ready, worker: body})
-    state = replace(state, transition=transition)
+    return settle(replace(state, transition=transition), at_s=at_s)
+
+
+def settle(state: Control, *, at_s: float) -> Result:
+    """RESUME, once all are ready and nothing is awaited any more."""
+    transition = state.transition
+    assert transition is not None
     missing = len(transition.ready) < len(transition.feeders)
     if missing or not all(seat.worker in transition.ready for seat in transition.feeders):
         return state, ()
@@ -56,8 +63,18 @@ def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Result
     if odd := differently_read(transition):
         state = replace(state, readable={**state.readable, **odd})
         return begin(state, reason="damaged_copy", at_s=at_s)
+    if _awaits_word(state, at_s=at_s):
+        return replace(state, transition=replace(transition, awaits_word=True)), ()
+    plan = transition.plan
+    assert plan is not None
     transition = with_versions_read(transition)
     return _resume(state, transition, plan, at_s=at_s)
+
+
+def _awaits_word(state: Control, *, at_s: float) -> bool:
+    """Whether the launcher's word on a lost member may show that the next step is poisoned."""
+    unsure = awaited(state.deaths, state.unexplained, step=state.step)
+    return any(at_s - gone.at_s <= state.config.tolerated_stall_s for gone in unsure)
 
 
 def _cannot_store(state: Control, transition: Transition) -> dict[int, StorageProblem]:
@@ -92,8 +109,6 @@ def _without_place(
 
 
 def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Result:
-    nodes = transition.next_nodes
-    seats = tuple([seat.worker for seat in transition.seats])
     entry = _entry(state, transition, plan)
     if transition.rollback:
         if not transition.restarts:  # ALIGNED brought it
@@ -102,10 +117,7 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     state = mark_resume(state, transition, at_s=at_s)
     adapted = adapting.at_resume(state, plan)
     entry["adapted"] = [] if adapted is None else list(astuple(adapted))
-    before, from_step = state.adapted, state.step
-    lineage = (*state.lineage, (transition.generation, transition.step))
-    first, held = not state.resumed, bool(state.hold_reason)
-    departed = workers_of(state, transition.leavers)
+    before = state
     bills, state = bill_restores(state, transition, at_s=at_s)
     state, repaired = repair.at_resume(state, transition, at_s=at_s)
     over = bool(bills) and over_budget(state)
@@ -113,7 +125,17 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         state = replace(state, plt_spent=plt_of(state))
     double = over or (state.doubling and not _has_committed(state, transition))
     entry["double_k"] = double
-    state = replace(
+    state = replace(_resumed(state, transition, plan, at_s=at_s), adapted=adapted, doubling=double)
+    told = _told_to_resume(before, state, transition, plan)
+    events = _resume_events(before, state, transition, plan, at_s=at_s)
+    return state, (Journal(entry=entry), *told, *events, *bills, *repaired)
+
+
+def _resumed(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Control:
+    """The state in which the next members train."""
+    nodes = transition.next_nodes
+    lineage = (*state.lineage, (transition.generation, transition.step))
+    return replace(
         state,
         phase=Phase.RUNNING,
         phase_s=at_s,
@@ -123,7 +145,7 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         past_seats=saves.seats_remembered(state),
         ordered=min(state.ordered, transition.step),
         members=nodes,
-        seats=seats,
+        seats=tuple([seat.worker for seat in transition.seats]),
         seat_nodes=tuple([seat.node for seat in transition.seats]),
         rolled=(transition.generation, transition.step) if transition.rollback else state.rolled,
         speeds=_weights(state, nodes),
@@ -132,40 +154,35 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
         plan=plan,
         base_plan=plan if state.base_plan is None else state.base_plan,
         lineage=lineage,
-        adapted=adapted,
         known={},
+        dropped={},
         readable={},
         newest=None if transition.rollback else state.newest,
         transition=None,
-        doubling=double,
         hold_reason="",
         nodes=without(state.nodes, transition.leavers),
-        workers=without(state.workers, departed),
+        workers=without(state.workers, workers_of(state, transition.leavers)),
     )
+
+
+def _told_to_resume(
+    before: Control, state: Control, transition: Transition, plan: Plan
+) -> list[Command]:
+    """RESUME for those who train on, and a farewell for those who leave."""
     order = Resume(
         generation=transition.generation,
         step=transition.step,
         plan_digest=plan.digest,
-        lineage=lineage_text(lineage),
-        double_k=double,
+        lineage=lineage_text(state.lineage),
+        double_k=state.doubling,
         save_all=saves.none_stands(state),
         halt=bool(state.stopping),
-        **({} if adapted is None else asdict(adapted)),
+        **({} if state.adapted is None else asdict(state.adapted)),
     )
-    told = [TellAll(workers=seats, body=order)]
-    if departed:
+    told: list[Command] = [TellAll(workers=state.seats, body=order)]
+    if departed := workers_of(before, transition.leavers):
         told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
-    events = _resume_events(state, transition, plan, first=first, held=held, at_s=at_s)
-    if transition.restarts:
-        fields = {
-            "generation": transition.generation,
-            "step": transition.step,
-            "from_step": from_step,
-            "checkpoint": place_of_checkpoint(state, transition.step).rpartition(" ")[0],
-        }
-        events = (Publish(t=at_s, event="run_restarted", fields=fields), *events)
-    events += adapting.adapted_events(state, before, at_s=at_s)
-    return state, (Journal(entry=entry), *told, *events, *bills, *repaired)
+    return told
 
 
 def _has_committed(state: Control, transition: Transition) -> bool:
@@ -208,14 +225,22 @@ def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.floa
 
 
 def _resume_events(
-    state: Control, transition: Transition, plan: Plan, *, first: bool, held: bool, at_s: float
+    before: Control, state: Control, transition: Transition, plan: Plan, *, at_s: float
 ) -> tuple[Publish, ...]:
     generation, events = transition.generation, []
     fields: Mapping[str, Any]
-    if held:
+    if transition.restarts:
+        fields = {
+            "generation": generation,
+            "step": transition.step,
+            "from_step": before.step,
+            "checkpoint": place_of_checkpoint(state, transition.step).rpartition(" ")[0],
+        }
+        events.append(Publish(t=at_s, event="run_restarted", fields=fields))
+    if before.hold_reason:
         fields = {"generation": generation, "nodes": list(state.members)}
         events.append(Publish(t=at_s, event="quorum_regained", fields=fields))
-    if first:
+    if not before.resumed:
         fields = {
             "schema": 1,
             "run": state.config.run_id,
@@ -241,4 +266,5 @@ def _resume_events(
         events.append(
             Publish(t=at_s, event="node_left", fields={"generation": generation, "node": node})
         )
-    return (*events, *adoption(state, transition, plan, at_s=at_s))
+    events += adoption(state, transition, plan, at_s=at_s)
+    return (*events, *adapting.adapted_events(state, before.adapted, at_s=at_s))

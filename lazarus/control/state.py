@@ -26,7 +26,7 @@ from lazarus.control.messages import (
     StorageProblem,
     Vector,
 )
-from lazarus.control.poison import Death
+from lazarus.control.poison import Death, Gone
 from lazarus.control.ports import Stored
 from lazarus.control.remembered import remembered
 from placement import PlacementPolicy, Plan, replan
@@ -241,6 +241,7 @@ class Transition:
     rollback: bool = False
     refused: str = ""  # why the user's recovery policy did not decide what is restored
     awaits: bool = False  # a checkpoint in flight that the lost experts may come back from
+    awaits_word: bool = False  # all are ready, but a death may show that the step is poisoned
     held_until_s: float = 0.0  # a recovery policy wants to be asked again then
     moved_bytes: int = 0
     ready: Mapping[str, Ready] = field(default_factory=dict)
@@ -327,6 +328,7 @@ class Control:
     fired_specs: frozenset[str] = frozenset()  # the scripted faults among them
     doomed: frozenset[int] = frozenset()  # nodes that were told to raise
     deaths: tuple[Death, ...] = ()  # in functions of the user's, of steps not yet committed
+    unexplained: tuple[Gone, ...] = ()  # lost members whose launcher has not told how they ended
     excused: frozenset[str] = frozenset()  # keys of lost nodes that had been struck on purpose
     raised: tuple[tuple[int, int], ...] = ()  # (node, step) of errors of our own
     timeline: Timeline | None = None
@@ -349,6 +351,9 @@ class Control:
     awaited_told: int = 0  # the most of them that the record names, since all were there
     idle_s: float | None = None  # since when none of them is coming up; None: some are, or unknown
     num_refused: int = 0  # messages that say what cannot be, dropped
+    dropped: Mapping[str, tuple[str, str]] = field(  # worker -> its last of them, and why
+        default_factory=dict
+    )
     top_k: int = 1
     num_samples: int = 0  # of the data; 0: numbered without end; -1: a stream of shards
     evaluated: int = 0  # step of the last evaluation that was published

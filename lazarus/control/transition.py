@@ -285,11 +285,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         before_bytes=state.config.heal_before_bytes,
     ):
         moves, behind = split_moves(moves, owners=owners, wanted=wanted)
-    place = {seat.worker: i for i, seat in enumerate(seats)} if transition.joiners else {}
-    joining = tuple(sorted(place[w] for w in workers_of(state, transition.joiners)))
-    odd = [i for i, seat in enumerate(feeders) if seat.worker in transition.outvoted]
-    fed = tuple(sorted({*joining, *odd}))
-    standing = tuple(sorted(set(range(len(feeders))).difference(fed)))
+    fed = _fed(state, transition, seats=seats, feeders=feeders)
     moved = len(moves) * state.record_bytes[1] + len(fed) * state.record_bytes[0]
     transition = replace(
         transition,
@@ -306,6 +302,25 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         phase_s=at_s,
     )
     state = replace(state, phase=Phase.PREPARING, phase_s=at_s, transition=transition)
+    return _told_to_prepare(state, transition, plan, fed=fed, back=back)
+
+
+def _fed(
+    state: Control, transition: Transition, *, seats: tuple[Seat, ...], feeders: tuple[Seat, ...]
+) -> tuple[int, ...]:
+    """Ranks that take the dense state of others: those that join, and those that are outvoted."""
+    place = {seat.worker: i for i, seat in enumerate(seats)} if transition.joiners else {}
+    joining = [place[w] for w in workers_of(state, transition.joiners)]
+    odd = [i for i, seat in enumerate(feeders) if seat.worker in transition.outvoted]
+    return tuple(sorted({*joining, *odd}))
+
+
+def _told_to_prepare(
+    state: Control, transition: Transition, plan: Plan, *, fed: tuple[int, ...], back: int | None
+) -> Result:
+    """PREPARE for everybody who takes part; ``back`` is the step that a rollback goes to."""
+    nodes, seats, feeders = transition.next_nodes, transition.seats, transition.feeders
+    standing = tuple(sorted(set(range(len(feeders))).difference(fed)))
     any_aligned = transition.aligned[workers_of(state, transition.voters[:1])[0]]
     order = Prepare(
         generation=transition.generation,
@@ -319,10 +334,10 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         dense_targets=fed if back is None else (),
         scalars=any_aligned.scalars,
         history=any_aligned.history,
-        restores=decided.restores,
+        restores=transition.restores,
         speeds=_speeds(state, nodes),
         lineage=lineage_text(state.lineage),
-        reload="" if back is None or restarts else place_of_checkpoint(state, back),
+        reload="" if back is None or transition.restarts else place_of_checkpoint(state, back),
         # Not for a joiner: whom storage keeps waiting would keep everybody who trains.
         probe=state.config.probes_place and not state.resumed,
     )

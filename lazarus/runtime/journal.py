@@ -20,7 +20,7 @@ from lazarus.journals import ARCHIVE, STATES, entry_path, state_path
 FOLD_ENTRIES = 256  # a tail that is longer, or has more bytes, is folded
 FOLD_BYTES = 8 << 20
 
-_DURABLE = frozenset({"header", "term", "serial", "claim", "resume", "manifest", "end"})
+_DURABLE = frozenset({"header", "term", "serial", "claim", "resume", "evidence", "manifest", "end"})
 
 
 class JournalConflictError(LazarusError):

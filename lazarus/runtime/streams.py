@@ -84,7 +84,7 @@ class Streams:
         first = self._first(FromWorker, Hello, requests, context)
         peer = Peer()
         if reason := wrong_hello(self._config, first):
-            self._garbled(first.worker, f"hello: {reason}")
+            self._garbled(first.worker, reason, message="Hello")
             peer.outbox.put(codec.encode(ToWorker(Fenced(reason=reason))))
             peer.close()
             return peer.messages()
@@ -122,8 +122,9 @@ class Streams:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
         return body
 
-    def _garbled(self, worker: str, reason: str) -> None:
-        self._post((Garbled(worker=worker, reason=reason, at_s=now_s()), None))
+    def _garbled(self, worker: str, reason: str, *, message: str = "bytes") -> None:
+        garbled = Garbled(worker=worker, reason=reason, message=message, at_s=now_s())
+        self._post((garbled, None))
 
     def _read_worker(self, requests: Iterator[bytes], name: str, peer: Peer) -> None:
         for body in self._bodies(FromWorker, requests, name):

@@ -26,6 +26,7 @@ from lazarus.control.messages import (
 )
 from lazarus.control.ports import (
     Command,
+    Journal,
     ManifestDone,
     Publish,
     Stored,
@@ -40,6 +41,7 @@ from lazarus.control.vector import VectorLayout, contribution
 from placement import Plan
 
 EXPERTS = 3  # one slot a node: each expert lives on one node alone
+SOUND, BAD = 5, 6  # checksums of an expert
 
 
 class Desk:
@@ -221,3 +223,31 @@ def running(**config: Any) -> Desk:
     for step in range(1, 9):
         desk.commit(step)
     return desk
+
+
+class Flipped(Desk):
+    """Every expert is on every node; some copies, or the dense state, have other bits."""
+
+    bad_dense: tuple[str, ...] = ()
+    bad_expert: tuple[str, ...] = ()
+
+    def aligned(self, worker: str, generation: int) -> Aligned:
+        body = super().aligned(worker, generation)
+        experts = body.held[0].experts if body.held else ()
+        sums = tuple(BAD if e == 1 and worker in self.bad_expert else SOUND for e in experts)
+        return replace_body(
+            body,
+            held=(Held(layer=0, experts=experts, sums=sums),) if experts else (),
+            dense_digest="bad" if worker in self.bad_dense else "good",
+            scalars=json.dumps({"by": worker}),
+        )
+
+
+def replace_body(body: Aligned, **changes: object) -> Aligned:
+    fields = {name: getattr(body, name) for name in body.__struct_fields__}
+    return Aligned(**(fields | changes))
+
+
+def journal_of(desk: Desk) -> list[dict[str, Any]]:
+    """What the controller of a desk has journaled, as it is read back."""
+    return [json.loads(json.dumps(dict(command.entry))) for command in desk.of(Journal)]

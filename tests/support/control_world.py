@@ -18,7 +18,7 @@ import numpy as np
 from control_worker import CLOSED, EXPERTS, LAYERS, Barrier, Broken, SimWorker, digest, need
 from record_checks import check_event
 
-from lazarus.control import machine, replay
+from lazarus.control import evidence, machine, replay
 from lazarus.control.commits import last_words
 from lazarus.control.folded import folded_text, unfolded
 from lazarus.control.messages import (
@@ -81,6 +81,7 @@ class World:
         self.to_start = config.nodes
         self.broken_links: list[frozenset[str]] = []
         self.entries: list[dict[str, Any]] = []
+        self.replayed = blank_state(config)  # what the entries tell
         self.restarted_at = (0, 0)  # entries before the newest restart, and its step
         self.published: list[Publish] = []
         self.evidence: dict[int, str] = {}
@@ -184,6 +185,9 @@ class World:
                 self.crash_after -= 1
                 if self.crash_after < 0:
                     self.crash_controller()
+        if self.up and self.state.phase is not Phase.ENDED:
+            odd = [name for name in evidence.FIELDS if not alike(self.replayed, self.state, name)]
+            need(not odd, "replayed", f"the journal tells {odd} differently")
 
     def _note_evidence(self, event: Event) -> None:
         if not isinstance(event, WorkerSaid) or event.worker not in self.state.workers:
@@ -254,6 +258,7 @@ class World:
             chains = {w.chains.get(entry["step"]) for w in seated if w.alive}
             need(len(chains) <= 1, "I5", f"members resume with different states: {chains}")
         self.entries.append(entry)
+        self.replayed = replay.replayed(self.replayed, entry)
 
     def _check_restart(self, entry: dict[str, Any]) -> None:
         """Only where nobody is left; then what was decided above the checkpoint is void."""

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from control_desk import Desk, running
 
-from lazarus.control.messages import Depart, Injected, StopRun, UserError, WorkerDied
+from lazarus.control.messages import (
+    Depart,
+    Heartbeat,
+    Injected,
+    Report,
+    StopRun,
+    UserError,
+    WorkerDied,
+)
 from lazarus.control.ports import DriverGone, DriverSaid, TellDriver
 from lazarus.control.state import Phase
 from lazarus.failure import Cause, Failure
@@ -20,8 +28,8 @@ def raises(desk: Desk, worker: str, *, step: int = 9, **more: Any) -> None:
 
 def dies(desk: Desk, number: int, cause: str = "SIGSEGV", **more: Any) -> None:
     """The stream closes, then the launcher tells how the process ended."""
-    desk.lose(f"w{number}")
     note = {"generation": desk.state.resumed, "step": desk.state.step + 1, "phase": "forward"}
+    desk.lose(f"w{number}")
     body = WorkerDied(worker=f"n{number}.0", cause=cause, **(note | more))
     desk.feed(DriverSaid(body=body, at_s=desk.now_s))
     desk.tick()
@@ -156,3 +164,89 @@ def test_a_driver_that_is_gone_is_no_request() -> None:
     desk = running()
     desk.feed(DriverGone(at_s=desk.now_s))
     assert end_of(desk) == ("short", "node")
+
+
+def word_of(desk: Desk, number: int, cause: str = "SIGKILL", *, generation: int) -> None:
+    """The launcher tells how a process ended whose stream has ended before."""
+    note = {"generation": generation, "step": desk.state.step + 1, "phase": "forward"}
+    body = WorkerDied(worker=f"n{number}.0", cause=cause, **note)
+    desk.feed(DriverSaid(body=body, at_s=desk.now_s))
+
+
+def test_a_third_attempt_that_ended_is_not_followed_by_a_fourth_before_the_launcher_spoke() -> None:
+    """C3: streams end before the launcher tells how; the fourth node is not risked meanwhile."""
+    desk = running(nodes=6)
+    dies(desk, 5, "SIGKILL")
+    dies(desk, 4, "SIGKILL")
+    generation = desk.state.resumed
+    desk.lose("w3")
+    assert desk.state.phase is Phase.PREPARING and desk.state.resumed == generation
+    desk.tick()
+    assert desk.state.phase is Phase.PREPARING, "everybody is ready, and nobody is sent"
+    word_of(desk, 3, generation=generation)
+    assert end_of(desk) == ("failed", "user_code")
+    assert [e["node"] for e in desk.events("node_lost")] == [5, 4, 3]
+
+
+def test_news_that_come_one_attempt_late_still_save_the_fourth_node() -> None:
+    desk = running(nodes=6)
+    dies(desk, 5, "SIGKILL")
+    second = desk.state.resumed
+    desk.lose("w4")
+    third = desk.state.resumed
+    assert desk.state.phase is Phase.RUNNING, "the second attempt may well be a chance"
+    desk.lose("w3")
+    assert desk.state.phase is Phase.PREPARING
+    word_of(desk, 4, generation=second)
+    assert desk.state.phase is Phase.PREPARING
+    word_of(desk, 3, generation=third)
+    assert end_of(desk) == ("failed", "user_code")
+
+
+def test_a_word_that_shows_nothing_lets_the_step_be_tried_at_once() -> None:
+    desk = running(nodes=6)
+    dies(desk, 5, "SIGKILL")
+    dies(desk, 4, "SIGKILL")
+    generation = desk.state.resumed
+    desk.lose("w3")
+    note = {"generation": generation, "step": 9, "phase": ""}  # in none of the user's functions
+    body = WorkerDied(worker="n3.0", cause="SIGKILL", **note)
+    desk.feed(DriverSaid(body=body, at_s=desk.now_s))
+    assert desk.state.phase is Phase.RUNNING and desk.state.resumed == generation + 1
+
+
+def test_a_launcher_that_never_speaks_holds_the_step_up_for_the_stall_and_no_longer() -> None:
+    desk = running(nodes=6, tolerated_stall_s=3.0)
+    dies(desk, 5, "SIGKILL")
+    dies(desk, 4, "SIGKILL")
+    desk.lose("w3")
+    since, waited_s = desk.now_s, 0.0
+    while desk.state.phase is Phase.PREPARING:
+        for worker in desk.state.workers:
+            desk.say(worker, Heartbeat(generation=1, step=8))
+        desk.tick(0.2)
+        waited_s = desk.now_s - since
+    assert desk.state.phase is Phase.RUNNING and 3.0 < waited_s < 3.5
+    assert len(desk.events("node_lost")) == 3
+
+
+def test_a_zone_that_goes_at_once_is_healed_without_a_wait() -> None:
+    desk = running(nodes=6)
+    dies(desk, 5, "SIGKILL")
+    desk.deaf = {"Fence"}
+    desk.lose("w4", "w3", "w2")
+    desk.deaf = set()
+    for worker in ("w0", "w1"):
+        report = Report(generation=desk.state.generation, committed=8, prepared=8, entered=2)
+        desk.say(worker, report)
+    assert desk.state.phase is Phase.RUNNING
+
+
+def test_after_a_crash_of_its_own_the_second_loss_waits_for_the_launcher() -> None:
+    desk = running(nodes=4)
+    dies(desk, 3, "SIGSEGV")
+    generation = desk.state.resumed
+    desk.lose("w2")
+    assert desk.state.phase is Phase.PREPARING
+    word_of(desk, 2, "SIGSEGV", generation=generation)
+    assert end_of(desk) == ("failed", "user_code")

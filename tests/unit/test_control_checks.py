@@ -37,7 +37,9 @@ def refusal(desk: Desk, worker: str, body: Body) -> str:
     desk.say(worker, body)
     after = desk.state
     assert after.num_refused == before.num_refused + 1
+    assert after.dropped[worker][0] == type(body).__name__
     quiet = replace(after, num_refused=before.num_refused, workers=before.workers)
+    quiet = replace(quiet, dropped=before.dropped)
     assert changes(before, quiet) == set()
     (event,) = desk.log[said:]
     assert isinstance(event, Publish) and event.event == "message_refused"

@@ -7,38 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from control_desk import EXPERTS, Desk, running
+from control_desk import EXPERTS, Flipped, running
 
-from lazarus.control.messages import Aligned, Held, Odd, Prepare, Repaired
+from lazarus.control.messages import Aligned, Odd, Prepare, Repaired
 from lazarus.control.ports import TellDriver
 from lazarus.control.repair import compare
 from lazarus.control.state import Outvoted, Phase
 from lazarus.runtime.checksums import checksum_of, device_sum
-
-SOUND, BAD = 5, 6
-
-
-class Flipped(Desk):
-    """Every expert is on every node; some copies, or the dense state, have other bits."""
-
-    bad_dense: tuple[str, ...] = ()
-    bad_expert: tuple[str, ...] = ()
-
-    def aligned(self, worker: str, generation: int) -> Aligned:
-        body = super().aligned(worker, generation)
-        experts = body.held[0].experts if body.held else ()
-        sums = tuple(BAD if e == 1 and worker in self.bad_expert else SOUND for e in experts)
-        return replace_body(
-            body,
-            held=(Held(layer=0, experts=experts, sums=sums),) if experts else (),
-            dense_digest="bad" if worker in self.bad_dense else "good",
-            scalars=json.dumps({"by": worker}),
-        )
-
-
-def replace_body(body: Aligned, **changes: object) -> Aligned:
-    fields = {name: getattr(body, name) for name in body.__struct_fields__}
-    return Aligned(**(fields | changes))
 
 
 def desk(*, nodes: int = 4, **config: object) -> Flipped:
