@@ -29,6 +29,7 @@ _BEATS = 6  # of a living owner in the time after which a silent one counts as g
 _LOOK_S = 0.1  # between two looks at the beats of an owner on another machine
 _STARTED_WORD = 19  # of /proc/PID/stat behind the name: start time in ticks since boot
 _MOST_BYTES = 1 << 16  # of an owner's file
+_LONGEST_SILENCE_S = 7 * 86400.0
 
 State = Literal["alive", "gone", "elsewhere"]
 
@@ -57,7 +58,7 @@ class Owner:
         here = _myself(run="", gone_after_s=0.0)
         if (self.host, self.boot, self.namespace) != (here.host, here.boot, here.namespace):
             return "elsewhere"
-        return "alive" if _started_at(self.pid) == self.started else "gone"
+        return "alive" if started_at(self.pid) == self.started else "gone"
 
 
 def owner_of(folder: Path) -> Owner | None:
@@ -129,7 +130,7 @@ def take(
         ConfigError: It has an owner, who is named.
         OSError: The folder cannot be written.
     """
-    me = _myself(run=run, gone_after_s=gone_after_s)
+    me = _myself(run=run, gone_after_s=min(gone_after_s, _LONGEST_SILENCE_S))
     while True:
         standing = _newest(folder)
         if standing is not None:
@@ -204,6 +205,8 @@ def _read(path: Path) -> Owner:
         owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
         if any(type(getattr(owner, f.name)).__name__ != f.type for f in fields(Owner)):
             raise ValueError("a field of another type")
+        if not 0 < owner.gone_after_s <= _LONGEST_SILENCE_S:
+            raise ValueError("a time that no owner gives")
     except (ValueError, TypeError, RecursionError) as problem:
         text = f"{path} does not say who owns the folder; remove it if no run uses the folder"
         raise ConfigError(text) from problem
@@ -236,12 +239,12 @@ def _myself(*, run: str, gone_after_s: float) -> Owner:
         run=run,
         boot=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
         namespace=os.readlink("/proc/self/ns/pid"),
-        started=_started_at(os.getpid()) or 0,
+        started=started_at(os.getpid()) or 0,
         gone_after_s=float(gone_after_s),
     )
 
 
-def _started_at(pid: int) -> int | None:
+def started_at(pid: int) -> int | None:
     """When a process started, in ticks since boot; None if it is gone, reaped or not."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

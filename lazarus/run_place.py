@@ -65,12 +65,19 @@ class RunPlace:
     _wrote_config: bool = False
 
     def write_config(self) -> None:
-        """Leave the resolved configuration beside the record."""
+        """Leave the resolved configuration beside the record.
+
+        Raises:
+            ConfigError: The folder does not take it; an earlier one stands as it was.
+        """
         path = self.folder / "config.toml"
-        self._config_before = path.read_bytes() if path.is_file() else None
+        try:
+            self._config_before = path.read_bytes() if path.is_file() else None
+            with replaced(path) as partial:
+                partial.write_text(self.config.to_toml(), encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, self.config, error) from error
         self._wrote_config = True
-        with replaced(path) as partial:
-            partial.write_text(self.config.to_toml(), encoding="utf-8")
 
     def release(self) -> None:
         """The run is over: its folder is free for a continuation."""
@@ -78,16 +85,20 @@ class RunPlace:
 
     def leave(self) -> None:
         """Nothing was started: everything is as it was before."""
+        with contextlib.suppress(OSError):  # the folder takes nothing more, or is gone
+            self._restore_config()
+        self.release()
+        if self.was_made:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                self.folder.rmdir()
+
+    def _restore_config(self) -> None:
         path = self.folder / "config.toml"
         if self._wrote_config and self._config_before is not None:
             with replaced(path) as partial:
                 partial.write_bytes(self._config_before)
         elif self._wrote_config:
             path.unlink(missing_ok=True)
-        self.release()
-        if self.was_made:
-            with contextlib.suppress(OSError):  # somebody else has put something into it
-                self.folder.rmdir()
 
 
 def open_place(
@@ -129,6 +140,7 @@ def open_place(
         was_made=was_made,
     )
     try:
+        _refuse_odd_files(folder, config)
         if resume is None:
             _refuse_a_record(folder, config)
         else:
@@ -149,8 +161,21 @@ def _taken(
         if was_made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        text = f"run.dir {folder} cannot be written: {error.strerror}"
-        raise ConfigError(Problem(text, where=config.origins.get("run.dir", ""))) from error
+        raise _unwritable(folder, config, error) from error
+
+
+def _unwritable(place: Path, config: TrainConfig, error: OSError) -> ConfigError:
+    text = f"run.dir {place} cannot be written: {error.strerror}"
+    return ConfigError(Problem(text, where=config.origins.get("run.dir", "")))
+
+
+def _refuse_odd_files(folder: Path, config: TrainConfig) -> None:
+    """What the run will write to are files: no folder, link without end, pipe or device."""
+    for name in ("config.toml", "events.jsonl"):
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():
+            text = f"{path} is no regular file; move it away"
+            raise ConfigError(Problem(text, where=config.origins.get("run.dir", "")))
 
 
 def _refuse_a_record(folder: Path, config: TrainConfig) -> None:
@@ -251,7 +276,7 @@ def _start(
 
 def next_journal(folder: Path) -> str:
     """Each life of a run has a journal of its own: journal, journal-2, ..."""
-    numbers = [1 for path in folder.glob("journal") if path.is_dir()]
+    numbers = [1] if os.path.lexists(folder / "journal") else []
     numbers += [
         int(path.name[8:]) for path in folder.glob("journal-*") if path.name[8:].isdecimal()
     ]

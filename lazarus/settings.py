@@ -108,12 +108,22 @@ def complaint(spec: Field[Any], hint: Any, value: Any, dotted: str) -> str | Non
         expected = type_text(hint)
         close = _nearest(value, [a for a in _literals(hint) if isinstance(a, str)])
         return f"{dotted} = {toml_value(value)} must be {expected}{close}"
+    if isinstance(value, str) and not _is_text(value):
+        return f"{dotted} = {value!a} holds a byte that is no text: NUL, or no UTF-8"
     if isinstance(value, int | float) and not isinstance(value, bool):
         for bound, sign, holds in _RANGE:
             limit = spec.metadata.get("bounds", {}).get(bound)
             if limit is not None and not holds(value, limit):
                 return f"{dotted} = {value} must be {sign} {limit}"
     return None
+
+
+def _is_text(value: str) -> bool:
+    """Whether files can hold it and be named by it; bytes of the command line may be anything."""
+    try:
+        return b"\0" not in value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
 
 
 def toml_of(text: str) -> dict[str, Any]:

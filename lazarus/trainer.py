@@ -33,14 +33,16 @@ from lazarus.endings import (
     write_report,
 )
 from lazarus.errors import CheckpointError, ConfigError, LazarusError, Problem, StoppedError
-from lazarus.events import of_kind, read_events
-from lazarus.failure import Cause
+from lazarus.events import FILE_NAME, of_kind, read_events
+from lazarus.failure import Cause, Status
 from lazarus.faults import FaultSpec, fault_problems, parse_fault
+from lazarus.record_repair import blank_damaged
 from lazarus.result import Result, leave_artifacts, result_of
 from lazarus.resume import decisive
 from lazarus.run_place import RunPlace, next_journal, open_place
 from lazarus.runtime.chaos import CHAOS_KINDS
 from lazarus.runtime.choose_launcher import launcher_of
+from lazarus.runtime.controller_end import went_along
 from lazarus.runtime.driver import Driver
 from lazarus.runtime.rpc.credentials import credentials_from
 from lazarus.runtime.spec import RunSpec, UserCode
@@ -203,7 +205,7 @@ class _Run:
         self.run_id, self.run_dir, self._url = place.run_id, place.folder, place.url
         config = place.config
         self._leaves_report = config.metrics.report
-        self._scratch = Path(tempfile.mkdtemp(prefix="lazarus-"))
+        self._scratch = _scratch_folder(place)
         self._bus = CallbackBus(trainer._callbacks, fail=config.metrics.on_callback_error == "fail")
         try:
             if _keeps_checkpoints(config):
@@ -228,7 +230,9 @@ class _Run:
     def _lost_folder(self, reason: str) -> None:
         """Another run has the folder, or nobody: nothing of this one may be written there."""
         self._is_owner = False
-        self.driver.abandon(reason, cause=Cause.STORAGE)
+        nothing_stands = not self.run_dir.is_dir() and went_along(self._url, self.run_dir)
+        status: Status = "failed" if nothing_stands else "short"
+        self.driver.abandon(reason, cause=Cause.STORAGE, status=status)
 
     def _spec(self, trainer: ElasticTrainer) -> RunSpec:
         """What the driver is told."""
@@ -358,6 +362,7 @@ class _Run:
             over, problem = self._ran()
             failure = over.failure
             if self._is_owner:
+                self._mend_record()
                 if failure is not None and failure.cause is Cause.INTERNAL:
                     failure = replace(failure, report=write_report(self.run_dir, failure))
                 record_end(self.run_dir, status=over.status, failure=failure)
@@ -378,6 +383,12 @@ class _Run:
             raise error_of(failure, status=over.status) from problem
         return result_of(over, run_id=self.run_id, run_dir=self.run_dir, url=self._url)
 
+    def _mend_record(self) -> None:
+        """Nobody writes the record any more; whoever reads it from here on can."""
+        with suppress(OSError, ValueError):  # there is none, or it is none
+            for damaged in blank_damaged(self.run_dir / FILE_NAME):
+                print(f"warning: {damaged}", file=sys.stderr, flush=True)
+
     def _ran(self) -> tuple[RunOver, BaseException | None]:
         """How the controller says that the run ended, or how the driver itself failed."""
         try:
@@ -389,6 +400,20 @@ class _Run:
             if isinstance(problem, LazarusError):
                 failure = replace(failure, message=str(problem))
             return RunOver(status="failed", failure=failure), problem
+
+
+def _scratch_folder(place: RunPlace) -> Path:
+    """A folder for what only this run's processes need.
+
+    Raises:
+        ConfigError: Temporary files have no place or no room; ``place`` was left.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix="lazarus-"))
+    except OSError as problem:
+        place.leave()
+        text = f"no folder for temporary files can be made ({problem}); TMPDIR names another place"
+        raise ConfigError(text) from problem
 
 
 def _keeps_checkpoints(config: TrainConfig) -> bool:

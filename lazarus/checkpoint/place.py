@@ -17,6 +17,16 @@ from lazarus.checkpoint.storage import (
 )
 from lazarus.errors import ConfigError
 
+# No such protocol or package, a URL that lacks a part, a place that is only read, no rights.
+_MISTAKES = (
+    ValueError,
+    ImportError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    PermissionError,
+)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # of botocore, if it is there
 _CONTENT = b"lazarus can write here\n" * 200  # more than what fits beside a file's name
 
 
@@ -87,11 +97,17 @@ def check_place(
             operation="write",
         )
     except StorageError as problem:
-        can_be_mended = isinstance(problem.__cause__, ValueError | ImportError) or is_local
-        if can_be_mended and not problem.is_full:
+        if (is_local or _is_mistake(problem.__cause__)) and not problem.is_full:
             raise ConfigError(
                 f"checkpoint.url = {redacted(url)} cannot be used: {problem}"
             ) from problem
         raise
     finally:
         remove_probe(url, name)
+
+
+def _is_mistake(cause: BaseException | None) -> bool:
+    """Whether it is the URL, or what is set up for it, that must change: waiting helps nothing."""
+    if type(cause).__name__ in _NO_CREDENTIALS:
+        return True
+    return isinstance(cause, _MISTAKES)

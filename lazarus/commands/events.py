@@ -77,6 +77,9 @@ def _following(folder: Path) -> Iterator[Mapping[str, Any]]:
             partial += file.readline()
             if partial.endswith(b"\n"):
                 number += 1
+                if not partial.strip():
+                    partial = b""  # damage that was blanked
+                    continue
                 try:
                     event, partial = decode_bytes(partial), b""
                 except ValueError as error:

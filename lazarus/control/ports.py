@@ -77,6 +77,7 @@ class ManifestDone:
     final: bool = False
     error: str = ""
     problem: StorageProblem | None = None  # what storage refused
+    is_rootless: bool = False  # it points to files of older ones, and none of those stands
 
 
 Event = ManifestDone | WorkerSaid | StreamClosed | DriverSaid | DriverGone | Garbled | Tick

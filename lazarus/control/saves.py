@@ -152,10 +152,35 @@ def seats_remembered(state: Control) -> Mapping[int, tuple[str, ...]]:
     return {generation: known[generation] for generation in sorted(known)[-_GENERATIONS:]}
 
 
+def _uprooted(state: Control) -> Result:
+    """Somebody removed or damaged files: no checkpoint at this run's own place stands any more."""
+    standing = tuple(c for c in state.checkpoints if c.step < _first_own(state))
+    if standing == state.checkpoints:
+        return state, ()
+    state = replace(state, checkpoints=standing)
+    return state, (Journal(entry=_standing_entry(state, step=state.ordered)),)
+
+
+def _standing_entry(state: Control, *, step: int) -> dict[str, Any]:
+    """Which checkpoints stand once the manifest of ``step`` was ordered, for the journal."""
+    return {
+        "kind": "manifest",
+        "term": state.term,
+        "step": step,
+        "standing": [[c.generation, c.step, c.is_full] for c in state.checkpoints],
+        "stored": [[s.layer, s.expert, s.generation, s.step, s.routed] for s in state.stored],
+    }
+
+
+def _first_own(state: Control) -> int:
+    """Older checkpoints lie where the run began, from which no file is taken over."""
+    config = state.config
+    return 0 if config.resume in (None, config.checkpoint_url) else config.start_step + 1
+
+
 def none_stands(state: Control) -> bool:
     """Whether no checkpoint of this run's history stands that a partial one could point to."""
-    config = state.config
-    first = 0 if config.resume in (None, config.checkpoint_url) else config.start_step + 1
+    first = _first_own(state)
     return not any(
         c.step >= first
         and is_valid(
@@ -198,19 +223,17 @@ def on_manifest(state: Control, event: ManifestDone) -> Result:
         state = replace(state, writing=tuple(s for s in state.writing if s != event.step))
     if event.error:
         fields = {"step": event.step, "reason": event.error}
-        return _want_all(state), (_failed(event.generation, fields, at_s=event.at_s),)
+        failed = _failed(event.generation, fields, at_s=event.at_s)
+        state, noted = _uprooted(state) if event.is_rootless else (state, ())
+        return _want_all(state), (*noted, failed)
     standing = tuple(
         StoredCheckpoint(generation=g, step=t, is_full=full) for g, t, full in event.standing
     )
     state = replace(state, checkpoints=standing, stored=event.stored)
     entry = {
-        "kind": "manifest",
-        "term": state.term,
+        **_standing_entry(state, step=event.step),
         "generation": event.generation,
-        "step": event.step,
         "full": event.kind == "full",
-        "standing": [[c.generation, c.step, c.is_full] for c in standing],
-        "stored": [[s.layer, s.expert, s.generation, s.step, s.routed] for s in event.stored],
     }
     done = {
         "generation": event.generation,

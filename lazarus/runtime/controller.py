@@ -279,14 +279,20 @@ def open_controller(spec: ControllerSpec) -> Controller:
     return controller
 
 
-def start_controller(spec: ControllerSpec, on_bound: Callable[[int], None]) -> None:
-    """Entry point of the controller's own process."""
-    parent = os.getppid()
+def start_controller(
+    spec: ControllerSpec, on_bound: Callable[[int], None], *, is_orphan: Callable[[], bool]
+) -> None:
+    """Entry point of the controller's own process.
+
+    Args:
+        on_bound: Called with the port once it listens.
+        is_orphan: Whether the driver is gone; asked when this process is told to end.
+    """
     controller = open_controller(spec)
 
     def terminated(*_: object) -> None:
-        if os.getppid() == parent:
-            os._exit(1)  # by somebody: the driver starts another one
+        if not is_orphan():
+            os._exit(1)  # by somebody, or with the fork server: the driver starts another one
         controller.orphaned()
 
     signal.signal(signal.SIGTERM, terminated)

@@ -55,20 +55,32 @@ class Reserve:
 def unrecorded_end(state: Control, problem: UnrecordedError) -> tuple[Status, Failure]:
     """How a run ends whose folder cannot be written: short, where a checkpoint stands."""
     newest = max((c.step for c in state.checkpoints), default=None)
+    folder, place = problem.folder, state.config.checkpoint_url
+    mend = "make room there" if problem.is_full else "make it writable"
+    resume, said = str(folder), f"{problem}; step {state.step} is on record"
+    if not folder.is_dir():
+        mend, said, resume = "", f"the run's folder was removed: {folder}", place
+        newest = None if went_along(place, folder) else newest
     stands = "no checkpoint stands"
-    way_out = "make room there and start again"
+    way_out = f"{mend} and start again" if mend else "start again"
     if newest is not None:
         stands = f"the checkpoint of step {newest} stands"
-        way_out = f"make room there, then: lazarus train --resume {problem.folder}"
+        way_out = f"{mend}, then: " if mend else "go on with: "
+        way_out += f"lazarus train --resume {resume}"
     failure = Failure(
         cause=Cause.STORAGE,
-        message=f"{problem}; step {state.step} is on record, {stands}",
+        message=f"{said}, {stands}",
         way_out=way_out,
         step=state.step,
         url=str(problem.folder),
         operation="write",
     )
     return ("failed" if newest is None else "short"), failure
+
+
+def went_along(place: str, folder: Path) -> bool:
+    """Whether the checkpoints at ``place`` are gone with a run's folder that was removed."""
+    return not place or Path(place.removeprefix("file://")).is_relative_to(folder)
 
 
 def failure_of(problem: BaseException) -> Failure:

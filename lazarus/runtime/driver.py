@@ -32,7 +32,7 @@ from lazarus.control.messages import (
     WorkerDied,
 )
 from lazarus.control.replacing import Limits
-from lazarus.failure import Cause, Failure
+from lazarus.failure import Cause, Failure, Status
 from lazarus.runtime.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
 from lazarus.runtime.controller_life import ControllerLife
 from lazarus.runtime.keeper import KeeperConfig
@@ -372,10 +372,12 @@ class Driver:
     def _noticed(self, node_key: str, notice_s: float) -> None:
         self.notice(node_key, notice_s=notice_s, cause="drain")
 
-    def abandon(self, reason: str, *, cause: Cause = Cause.REQUEST) -> None:
+    def abandon(
+        self, reason: str, *, cause: Cause = Cause.REQUEST, status: Status = "short"
+    ) -> None:
         """Wake ``run`` even if no controller answers any more."""
         failure = Failure(cause=cause, error="StoppedError", message=reason)
-        self._inbox.put(RunOver(status="short", failure=failure))
+        self._inbox.put(RunOver(status=status, failure=failure))
 
 
 def _unreachable(message: str) -> Failure:

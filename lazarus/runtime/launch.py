@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import multiprocessing
 import os
 import signal
+import termios
 import threading
 import traceback
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import connection
@@ -18,12 +21,15 @@ from typing import Any, Protocol
 from lazarus.control.replacing import Machine
 from lazarus.errors import ControllerDiedError, StartupError
 from lazarus.failure import Failure
+from lazarus.ownership import started_at
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.local_nodes import LocalNodes, NodePlace, OwnPlaces
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 from lazarus.runtime.threads import say_so, spawn
 
 _PR_SET_PDEATHSIG = 1
+# A cause that blames nobody: its children cannot outlive it, and nobody has their exit codes.
+ORPHANED = "the process that starts the others was killed"
 LOOPBACK = "127.0.0.1"
 _EVERYWHERE = ("0.0.0.0", "::")  # to listen on, never to be reached at
 
@@ -102,6 +108,21 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
+def _driver_watch() -> Callable[[], bool]:
+    """Tells, in a child of the fork server, whether the driver that started that one is gone."""
+    fork_server = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8", errors="replace")
+    driver = int(fork_server.rpartition(")")[2].split()[1])
+    since = started_at(driver)
+    return lambda: since is None or started_at(driver) != since
+
+
+def _has_bytes(pipe: int) -> bool:
+    """Whether something can be read before its end; the fork server writes exit codes there."""
+    count = array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, count)
+    return count[0] > 0
+
+
 def _worker_main(spec: WorkerSpec) -> None:
     die_with_parent()
     from lazarus.runtime.worker import run_worker
@@ -121,7 +142,7 @@ def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
         pipe.close()
 
     try:
-        start_controller(spec, bound)
+        start_controller(spec, bound, is_orphan=_driver_watch())
     except BaseException as problem:  # noqa: BLE001 - the edge of the process
         traceback.print_exception(problem)
         if not pipe.closed:  # it never listened: nobody else can hear why
@@ -250,10 +271,11 @@ class ProcessLauncher:
     def _reap(self, name: str) -> None:
         with self._lock:
             process = self._processes.pop(name)
+        is_told = _has_bytes(process.sentinel)
         process.join()
         code = process.exitcode
         cause = f"process exit code {code}" if code >= 0 else signal.Signals(-code).name
-        self._on_exit(name, cause)
+        self._on_exit(name, cause if is_told else ORPHANED)
 
     def close(self, *, grace_s: float) -> None:
         self._nodes.close_all()

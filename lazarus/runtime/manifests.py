@@ -8,7 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from lazarus.checkpoint.errors import CheckpointError, StorageError
+from lazarus.checkpoint.errors import (
+    CheckpointError,
+    IncompleteCheckpointError,
+    NoCheckpointError,
+    StorageError,
+)
 from lazarus.checkpoint.manifest import LayerEntry, Manifest, WrittenFile
 from lazarus.checkpoint.patience import patiently
 from lazarus.checkpoint.retention import retain
@@ -95,6 +100,7 @@ class ManifestWriter:
             final=command.final,
             error=(told.splitlines() or [type(problem).__name__])[0],
             problem=refused,
+            is_rootless=isinstance(problem, IncompleteCheckpointError) and not command.final,
         )
 
 
@@ -130,6 +136,7 @@ def write_manifest(
         Its manifest, the bytes written for it, and all manifests that stand now.
 
     Raises:
+        IncompleteCheckpointError: It lacks what older ones hold, and none of those is usable.
         CheckpointError: A share is missing or damaged.
     """
     reports = [json.loads(part) for part in command.parts if part]
@@ -137,10 +144,10 @@ def write_manifest(
     files = [WrittenFile.from_json(item) for report in reports for item in report["files"]]
     lineage = [(int(g), int(b)) for g, b in command.meta["lineage"]]
     url, lives = command.url or spec.checkpoint_url, spec.lives or (spec.run_id,)
-    try:
-        previous = newest_usable(url, lineage=lineage, lives=lives)
-    except CheckpointError:
-        previous = None
+    previous = None
+    if not command.final:
+        with suppress(NoCheckpointError):
+            previous = newest_usable(url, lineage=lineage, lives=lives)
     manifest = commit_manifest(
         url,
         files,
@@ -158,7 +165,7 @@ def write_manifest(
             "step": command.step,
             "plt": command.meta["plt"],
         },
-        previous=None if command.final else previous,
+        previous=previous,
     )
     num_bytes = sum(file.num_bytes for file in files)
     try:

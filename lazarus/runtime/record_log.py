@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from lazarus.careful import lines_backwards, lines_of, open_regular
 from lazarus.errors import RecordError
 from lazarus.events import decode_bytes
+from lazarus.record_repair import blank_damaged
 from lazarus.totals import RunTotals
 
 _SAID = frozenset({"step_committed", "ledger", "ledger_mismatch"})
@@ -38,7 +40,7 @@ class Mark:
 
 
 class RecordLog:
-    """One object a line, flushed at once.
+    """One object a line, flushed at once. Lines that somebody damaged are blanked, and named.
 
     Args:
         since: What is known of the record's beginning; only what follows is read.
@@ -57,6 +59,8 @@ class RecordLog:
         self._num_bytes = _without_half_a_line(path)
         fits = since is not None and _ends_a_line(path, since.num_bytes, self._num_bytes)
         self._since = since if since is not None and fits else Mark()
+        for damaged in blank_damaged(path, since=self._since.num_bytes):
+            print(f"warning: {damaged}", file=sys.stderr, flush=True)
         self._totals = RunTotals.from_dict(self._since.totals.to_dict())
         self._read_on()
 
@@ -93,7 +97,8 @@ class RecordLog:
     def _backwards(self, end: int) -> Iterator[dict[str, Any]]:
         with open_regular(self._path) as file:
             for line in lines_backwards(file, end=end):
-                yield decode_bytes(line)
+                if line.strip():  # no damage that was blanked
+                    yield decode_bytes(line)
 
     @property
     def last_m(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -284,3 +285,57 @@ def test_default_names_of_one_second_are_different(
     assert sorted(runs_of_name(config, in_ray_job=False)) == sorted(folders)
     other = TrainConfig.load(overrides=["run.name=a-2"])
     assert runs_of_name(other, in_ray_job=False) == []
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("name", ["events.jsonl", "config.toml"])
+@pytest.mark.parametrize("what", ["folder", "pipe", "endless link"])
+def test_what_stands_where_a_file_should_be_is_refused_by_name(
+    tmp_path: Path, what: str, name: str, resume: str | None
+) -> None:
+    """D10: before a process is started, which would wait for the pipe's other end."""
+    path = tmp_path / "a" / name
+    path.parent.mkdir()
+    match what:
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case _:
+            path.symlink_to(name)
+    with pytest.raises(ConfigError, match=rf"{name} is no regular file; move it away"):
+        changed(tmp_path, tmp_path, f"run.dir={path.parent}").fit(resume=resume)
+    assert [p.name for p in path.parent.iterdir()] == [name]
+
+
+def test_a_folder_that_does_not_take_the_configuration_is_refused_and_free_again(
+    tmp_path: Path,
+) -> None:
+    """A2, D8: the disk had room for the owner's file alone; this process keeps nothing of it."""
+    folder = tmp_path / "a"
+    (folder / "config.toml.tmp").mkdir(parents=True)
+    trainer = changed(tmp_path, tmp_path, f"run.dir={folder}")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"config\.toml cannot be written: Is a directory"):
+            trainer.fit()
+        assert owner_of(folder) is None
+    assert [p.name for p in folder.iterdir()] == ["config.toml.tmp"]
+
+
+def test_a_machine_without_room_for_temporary_files_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A2: the folder is free again, and nothing is in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        changed(tmp_path, tmp_path, f"run.dir={tmp_path / 'a'}").fit()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["run.dir", "run.name", "checkpoint.url"])
+@pytest.mark.parametrize("value", ["a\0b", "a\udcffb"])
+def test_names_that_no_file_can_have_are_refused(name: str, value: str) -> None:
+    """D10: a NUL, and a byte of the command line that is no UTF-8."""
+    section, _, key = name.partition(".")
+    with pytest.raises(ConfigError, match=f"{name} = 'a.*b' holds a byte that is no text"):
+        TrainConfig.from_mapping({section: {key: value}})

@@ -129,3 +129,36 @@ def test_a_run_whose_folder_is_full_ends_and_says_what_stands(full_disk: Path) -
     free = os.statvfs(full_disk)
     assert str(full_disk) in str(caught.value) and "No space left" in str(caught.value)
     assert free.f_bavail * free.f_frsize < 120 * 1024
+
+
+def fork_server() -> int:
+    from multiprocessing import forkserver
+
+    pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid
+
+
+@pytest.mark.slow
+def test_a_fork_server_that_is_killed_is_a_machine_that_fails_not_the_users_code(
+    tmp_path: Path,
+) -> None:
+    """D15: every process goes with it and nobody has their exit codes; the run begins again."""
+
+    def kill(run: Watched) -> None:
+        os.kill(fork_server(), signal.SIGKILL)
+
+    def back(run: Watched, event: Any) -> None:
+        if event["event"] == "step_committed" and event["step"] > 8:
+            run.stop()
+
+    run = watch(
+        tmp_path,
+        nodes=3,
+        steps=ENDLESS,
+        settings=(*QUICK, "checkpoint.every=2", "cluster.replace_lost=true"),
+        acts=[at_step(5, kill)],
+        on_event=back,
+    )
+    assert run.status == "stopped" and len(terms(tmp_path)) > 1
+    assert not run.of("user_error", "worker_died")
+    assert run.of("node_lost") and run.steps[-1] > 8

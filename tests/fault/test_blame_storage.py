@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ("foo://bucket/run", "Protocol not known"),
         ("gs://bucket/run", "gcsfs"),
         ("/proc/lazarus", "/proc/lazarus"),
+        ("http://127.0.0.1:1/x", "NotImplementedError"),
+        ("reference://", "TypeError"),
+        ("dir://x", "AttributeError"),
     ],
 )
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_starts(
@@ -164,3 +168,49 @@ def test_one_flipped_bit_in_a_shared_file_costs_that_expert_some_steps(tmp_path:
     assert restored["step"] == newest and restored["lost_copies"] > 0
     assert restored["behind_steps"] > newest - version.step
     assert [e["step"] for e in life if e["event"] == "step_committed"] == [newest + 1, newest + 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["all", "one expert's newest file"])
+def test_files_that_somebody_removed_are_replaced_by_a_full_checkpoint(
+    tmp_path: Path, what: str
+) -> None:
+    """D9: a rule that deletes old objects; each later partial checkpoint failed until the end."""
+    url = tmp_path / "run" / "checkpoints"
+    removed: list[int] = []
+
+    def remove(watched: Watched) -> None:
+        removed.append(watched.handle is not None)
+        if what == "all":
+            shutil.rmtree(url)
+            return
+        from lazarus.checkpoint.store import find_checkpoints
+
+        kept = find_checkpoints(str(url)).manifests
+        shared = set.intersection(
+            *({v.file for row in m.experts for e in row for v in e.values()} for m in kept)
+        )
+        (url / min(shared)).unlink()
+
+    def persisted(count: int) -> object:
+        seen: list[int] = []
+
+        def due(event: Event) -> bool:
+            if event["event"] == "checkpoint_persisted" and (count == 2 or removed):
+                seen.append(event["step"])
+            return len(seen) >= count
+
+        return due
+
+    run = watch(
+        tmp_path / "run",
+        nodes=2,
+        steps=100_000,
+        settings=("checkpoint.every=4", "checkpoint.keep=2", "metrics.report=false"),
+        acts=[(persisted(2), remove), (persisted(3), Watched.stop)],
+    )
+    assert run.status == "stopped" and not run.of("node_lost")
+    failed = [e["step"] for e in run.of("checkpoint_failed")]
+    healed = [e for e in run.of("checkpoint_persisted") if failed and e["step"] > failed[0]]
+    assert failed and healed and healed[0]["kind"] == "full"
+    assert verify(str(url)).usable[-1] == run.of("checkpoint_persisted")[-1]["step"]

@@ -12,7 +12,7 @@ from lazarus.control import saves
 from lazarus.control.adapting import WANTED
 from lazarus.control.losses import bad_source_of, place_of_checkpoint
 from lazarus.control.messages import Pause, Paused, Prepare, Resume, Snapped, Suspicion
-from lazarus.control.ports import Journal, WriteManifest
+from lazarus.control.ports import Journal, ManifestDone, WriteManifest
 from lazarus.control.replay import resumed_state
 from lazarus.control.state import Phase
 
@@ -78,6 +78,24 @@ def test_with_a_checkpoint_that_stands_a_failed_one_needs_no_pause() -> None:
     desk.written(4)
     desk.share("w1", 8, ok=False)
     assert desk.state.wants == ""
+
+
+def test_where_the_files_it_points_to_are_gone_the_next_checkpoint_is_whole() -> None:
+    """Somebody removed them: nothing stands, also for a controller that reads the journal."""
+    desk = running(partial_checkpoints=True)
+    for worker in desk.state.seats:
+        desk.share(worker, 4)
+    desk.written(4)
+    gone = ManifestDone(
+        generation=1, step=8, at_s=desk.now_s, error="lacks L0/E0", is_rootless=True
+    )
+    desk.feed(gone)
+    assert desk.state.checkpoints == () and desk.state.wants == "checkpoint"
+    noted = [c.entry for c in desk.of(Journal) if c.entry["kind"] == "manifest"]
+    assert noted[-1]["standing"] == []
+    count = len(desk.of(Journal))
+    desk.feed(replace(gone, step=12))
+    assert len(desk.of(Journal)) == count  # said once
 
 
 def test_what_stands_is_what_retention_left() -> None:

@@ -145,6 +145,21 @@ def test_an_owner_that_was_taken_for_gone_is_told_that_it_owns_nothing_any_more(
     assert told.wait(30)
 
 
+def claimed(gone_after_s: float) -> str:
+    """An owner's file of another machine."""
+    return json.dumps(
+        {
+            "pid": 1,
+            "host": "elsewhere",
+            "run": "r",
+            "boot": "b",
+            "namespace": "n",
+            "started": 1,
+            "gone_after_s": gone_after_s,
+        }
+    )
+
+
 def test_an_owners_file_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "owner-7.json"
     for spoil in (
@@ -154,6 +169,8 @@ def test_an_owners_file_that_is_none_is_named(tmp_path: Path) -> None:
         lambda: os.mkfifo(path),
         lambda: path.symlink_to("/dev/zero"),
         path.mkdir,
+        lambda: path.write_text(claimed(-5.0)),
+        lambda: path.write_text(claimed(1e300)),
     ):
         spoil()
         with pytest.raises(ConfigError, match=r"owner-7\.json does not say"):

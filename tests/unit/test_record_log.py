@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from random import Random
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 
 from lazarus import metrics
-from lazarus.errors import RecordError
 from lazarus.events import read_events
 from lazarus.runtime.record_log import Mark, RecordLog
 
@@ -101,14 +101,23 @@ def test_a_mark_that_does_not_fit_the_record_is_not_believed(
     assert again.totals == log.totals and again.totals.tokens == metrics.committed_tokens(events)
 
 
-def test_a_damaged_line_is_named_wherever_reading_began(tmp_path: Path) -> None:
+@pytest.mark.parametrize("knows", ["nothing", "a mark"])
+def test_a_damaged_line_is_named_and_blanked_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], knows: str
+) -> None:
+    """D10: a controller that starts again finds a line that is none; every reader reads again."""
     path = tmp_path / "events.jsonl"
     log = RecordLog(path)
     for event in a_run(4)[:5]:
         log.append(log.completed(event))
-    mark = log.mark()
+    mark, before = log.mark(), read_events(path)
+    line = b'{"t": 1.0, "\xff\x00": }'
     with path.open("ab") as out:
-        out.write(b'{"t": 1.0}\n')
-    for since in (None, mark):
-        with pytest.raises(RecordError, match=r"events.jsonl:6: event"):
-            RecordLog(path, since=since)
+        out.write(line + b"\n")
+    more = RecordLog(path, since=mark if knows == "a mark" else None)
+    said = capsys.readouterr().err
+    assert f"{path}: the line at byte {mark.num_bytes:,} was damaged" in said
+    more.append(more.completed(before[-1]))
+    assert read_events(path) == [*before, before[-1]]
+    (kept,) = (tmp_path / "events.damaged").read_text().splitlines()
+    assert base64.b64decode(json.loads(kept)["bytes"]) == line

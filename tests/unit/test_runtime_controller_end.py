@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import queue
 import threading
 from pathlib import Path
 
+import pytest
+
+from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.control import commits
 from lazarus.control.messages import Body, DriverHello, FromDriver, Record, RunOver
 from lazarus.control.ports import Journal
 from lazarus.control.replay import initial_state
 from lazarus.control.state import ControlConfig
 from lazarus.runtime.controller import open_controller
+from lazarus.runtime.controller_end import UnrecordedError, unrecorded_end
 from lazarus.runtime.journal import Journal as Storage
 from lazarus.runtime.link import Link
 from lazarus.runtime.rpc.credentials import Credentials
@@ -64,3 +69,29 @@ def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
         link.close()
     record = (tmp_path / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in record] == ["run_finished"]
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "way_out"),
+    [
+        ("{run}/checkpoints", "failed", "start again"),
+        ("file://{run}/checkpoints", "failed", "start again"),
+        ("s3://bucket/x", "short", "go on with: lazarus train --resume s3://bucket/x"),
+    ],
+)
+def test_of_a_folder_that_was_removed_nothing_is_said_to_stand(
+    tmp_path: Path, url: str, status: str, way_out: str
+) -> None:
+    """A2: checkpoints in it went with it; those elsewhere stand, and are what can be resumed."""
+    run = tmp_path / "run"
+    config = ControlConfig(
+        steps=3,
+        checkpoint_url=url.format(run=run),
+        checkpoints=(StoredCheckpoint(generation=1, step=2, is_full=True),),
+    )
+    state = initial_state(config, term=1, now_s=0.0)
+    problem = UnrecordedError(OSError(errno.ENOENT, "No such file or directory"), folder=run)
+    ended, failure = unrecorded_end(state, problem)
+    assert (ended, failure.way_out) == (status, way_out)
+    assert f"the run's folder was removed: {run}" in failure.message
+    assert ("the checkpoint of step 2 stands" in failure.message) == (status == "short")

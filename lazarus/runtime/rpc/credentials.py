@@ -8,10 +8,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lazarus.careful import read_bytes
 from lazarus.errors import ConfigError, Problem
 from lazarus.sections import SecurityConfig
 
 _LEAST_SECRET = 16  # letters; a random one has 64
+_MOST_BYTES = 1 << 20  # of a secret, a key or certificates
 _ROUNDS = 8  # of a handshake between two ends in memory; TLS 1.3 takes two
 
 
@@ -67,7 +69,7 @@ def read_secret(path: Path) -> str:
     key = "security.secret_file"
     try:
         mode = path.stat().st_mode
-        text = path.read_bytes().decode("ascii").strip() if path.is_file() else ""
+        text = read_bytes(path, most=_MOST_BYTES).decode("ascii").strip() if path.is_file() else ""
     except OSError as problem:
         text = f'{key} = "{path}" cannot be read: {problem.strerror}'
         raise ConfigError(Problem(text, key=key)) from problem
@@ -142,7 +144,8 @@ def _no_password() -> str:
 def _pem(security: SecurityConfig, name: str) -> str:
     path = Path(str(getattr(security, name))).expanduser()
     try:
-        return path.read_text(encoding="ascii")
+        return read_bytes(path, most=_MOST_BYTES).decode("ascii")
     except (OSError, UnicodeDecodeError) as problem:
-        text = f'security.{name} = "{path}" cannot be read: {problem}'
+        reason = getattr(problem, "strerror", None) or str(problem)
+        text = f'security.{name} = "{path}" cannot be read: {reason}'
         raise ConfigError(Problem(text, key=f"security.{name}")) from problem
