@@ -19,6 +19,7 @@ class Timeouts:
     collective_s: float  # gloo's own limit: the last resort behind active release
     startup_s: float  # a worker process came up and said hello
     controller_silent_s: float  # its loop gives the driver no pulse: hung, so it is replaced
+    keeper_silent_s: float  # a node's keeper answers nothing: hung, so it is replaced
     controller_restart_s: float  # workers wait this long for a controller that is gone
     owner_gone_s: float  # a driver on another machine gave no sign: its run's folder is free
 
@@ -41,6 +42,7 @@ def derive_timeouts(tolerated_stall_s: float) -> Timeouts:
         collective_s=max(120.0, 10 * stall),
         startup_s=max(300.0, 30 * stall),
         controller_silent_s=max(5.0, 2 * stall),
+        keeper_silent_s=max(15.0, 6 * stall),
         controller_restart_s=max(60.0, 6 * stall),
         owner_gone_s=max(10.0, 2 * stall),
     )

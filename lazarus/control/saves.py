@@ -21,6 +21,7 @@ from lazarus.control.state import Control, Phase, Save, Transition
 
 Result = tuple[Control, tuple[Command, ...]]
 
+_DOUBLINGS = 8  # of the time between pauses for a full checkpoint
 _GENERATIONS = 8  # whose seats are remembered: a share that comes later than that is dropped
 
 
@@ -42,7 +43,7 @@ def on_snapshotted(state: Control, worker: str, body: Snapshotted, *, at_s: floa
         commands = (*commands, *dropped(save.shares))
         save = replace(save, shares=dict.fromkeys((*save.shares, worker), ""), failed=True)
         state = replace(state, saves={**state.saves, body.step: save})
-        return _want_all(state), commands
+        return _want_all(state, at_s=at_s), commands
     if save.failed:  # the others' shares are of no use any more
         save = replace(save, shares={**save.shares, worker: ""})
         state = replace(state, saves={**state.saves, body.step: save})
@@ -99,7 +100,7 @@ def order_manifests(state: Control, *, at_s: float) -> Result:
             reason = f"{len(gone)} of {len(save.seats)} ranks were lost before they had written"
             commands.append(_failed(save.generation, {"step": step, "reason": reason}, at_s=at_s))
             commands.extend(dropped(save.shares))
-            state = _want_all(state)
+            state = _want_all(state, at_s=at_s)
         state = replace(state, saves={s: v for s, v in state.saves.items() if s != step})
     return state, tuple(commands)
 
@@ -190,11 +191,21 @@ def none_stands(state: Control) -> bool:
     )
 
 
-def _want_all(state: Control) -> Control:
-    """The checkpoint that all partial ones would have pointed to is lost: ask for another."""
-    if none_stands(state) and state.config.partial_checkpoints and not state.wants:
-        return replace(state, wants="checkpoint")
-    return state
+def _want_all(state: Control, *, at_s: float) -> Control:
+    """The checkpoint that all partial ones would have pointed to is lost: ask for another.
+
+    That costs a pause. While checkpoints fail again and again, each pause comes later.
+    """
+    needed = none_stands(state) and state.config.partial_checkpoints
+    if not needed or state.wants or at_s < state.whole_again_s:
+        return state
+    pause_s = state.config.tolerated_stall_s * 2 ** min(state.whole_asked, _DOUBLINGS)
+    return replace(
+        state,
+        wants="checkpoint",
+        whole_asked=state.whole_asked + 1,
+        whole_again_s=at_s + pause_s,
+    )
 
 
 def worth_waiting(state: Control, transition: Transition, *, at_s: float) -> bool:
@@ -225,11 +236,13 @@ def on_manifest(state: Control, event: ManifestDone) -> Result:
         fields = {"step": event.step, "reason": event.error}
         failed = _failed(event.generation, fields, at_s=event.at_s)
         state, noted = _uprooted(state) if event.is_rootless else (state, ())
-        return _want_all(state), (*noted, failed)
+        return _want_all(state, at_s=event.at_s), (*noted, failed)
     standing = tuple(
         StoredCheckpoint(generation=g, step=t, is_full=full) for g, t, full in event.standing
     )
-    state = replace(state, checkpoints=standing, stored=event.stored)
+    state = replace(
+        state, checkpoints=standing, stored=event.stored, whole_asked=0, whole_again_s=0.0
+    )
     entry = {
         **_standing_entry(state, step=event.step),
         "generation": event.generation,

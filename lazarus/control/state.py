@@ -114,7 +114,7 @@ class ControlConfig:
 
     @property
     def reconnect_s(self) -> float:
-        """After the first worker is back at a new controller, the others that live follow in this."""
+        """Once a worker is back at a new controller, the others that live follow in this."""
         return self.tolerated_stall_s
 
     @property
@@ -317,6 +317,8 @@ class Control:
     regret: Regret = field(default_factory=Regret)
     looked: int = 0  # step of the last look at the plan
     wants: str = ""  # reason for which a pause is wanted
+    whole_asked: int = 0  # pauses for a full checkpoint since one was persisted
+    whole_again_s: float = 0.0  # the next such pause comes no earlier
     paused: Mapping[str, int] = field(default_factory=dict)
     paused_s: float = 0.0  # when the last of them was
     pause_sent: bool = False

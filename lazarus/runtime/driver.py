@@ -278,7 +278,11 @@ class Driver:
 
     def _open_node(self, key: str, machine: str) -> NodePlace:
         spec = self._spec
-        keeper = KeeperConfig(job=spec.run_id, credentials=spec.credentials)
+        keeper = KeeperConfig(
+            job=spec.run_id,
+            credentials=spec.credentials,
+            silent_s=spec.timeouts.keeper_silent_s,
+        )
         return self._launcher.open_node(
             key,
             machine,

@@ -32,6 +32,7 @@ _PARENT_CHECK_S = 0.5
 class KeeperConfig:
     """Settings of one keeper.
 
+    ``silent_s`` is for its owner: how long it may leave questions unanswered.
     ``kill_at`` is for crash tests: ``LABEL:N`` kills the process with SIGKILL at the N-th event of
     that label while it persists.
     """
@@ -41,6 +42,7 @@ class KeeperConfig:
     bind: str = "127.0.0.1:0"
     limit_bytes: int = 1 << 40
     max_trainers: int = 16
+    silent_s: float = 30.0
     kill_at: str = ""
 
 

@@ -30,6 +30,7 @@ from lazarus.runtime.rpc.keeper_messages import (
 )
 
 _Reply = TypeVar("_Reply")
+_SILENCES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _REFUSALS = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -150,6 +151,15 @@ class KeeperClient:
         reply = self._read(PushReply, answer)
         if not reply.accepted:
             raise RefusedError(f"{self.address} refused a copy: {reply.reason}")
+
+    def answers(self) -> bool:
+        """Whether it answers at all, to a question that changes nothing."""
+        ask = self._channel.unary_unary(method(KEEPER, "Nothing"))
+        try:
+            ask(b"", timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as problem:
+            return problem.code() not in _SILENCES
+        return True
 
     def inventory(self) -> Stock:
         """What it holds.

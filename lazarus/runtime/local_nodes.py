@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lazarus.checkpoint.errors import KeeperUnavailableError
+from lazarus.checkpoint.store import Tag
 from lazarus.control.replacing import Machine
 from lazarus.errors import RoomTakenError
 from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
+from lazarus.runtime.keeper_client import KeeperClient
 from lazarus.runtime.rpc.channel import endpoint
 from lazarus.runtime.threads import say_so, spawn
 
 _REPLACEMENTS = 3  # of one node's keeper: one that dies again and again stays away
+_PINGS = 3  # in a row that a keeper does not answer, in the time that it may be silent
 _NODE_NEWS_S = 1.0  # a node that dies takes its keeper along, and is closed long before this
 
 
@@ -69,7 +74,7 @@ class OwnPlaces:
 class LocalNodes:
     """Owns the keepers of this machine: they end with this process, or before.
 
-    A keeper that dies alone is replaced, at its address and without its snapshots.
+    A keeper that dies alone, or hangs, is replaced, at its address and without its snapshots.
     """
 
     def __init__(self, host: str, *, bind_host: str) -> None:
@@ -106,7 +111,10 @@ class LocalNodes:
         for _ in range(_REPLACEMENTS):
             with self._lock:
                 keeper = self._keepers.get(key)
-            if keeper is None or keeper.process.wait() == 0 or closed.wait(_NODE_NEWS_S):
+            if keeper is None:
+                return
+            spawn("keeper-pulse", _end_hung, keeper, config, closed, on_death=say_so)
+            if keeper.process.wait() == 0 or closed.wait(_NODE_NEWS_S):
                 return  # the node is closed, or the keeper was told to leave
             keeper.stop()
             try:
@@ -147,3 +155,19 @@ class LocalNodes:
             keys = tuple(self._folders)
         for key in keys:
             self.close(key)
+
+
+def _end_hung(keeper: KeeperProcess, config: KeeperConfig, closed: threading.Event) -> None:
+    """Kill a keeper that answers nothing any more; whoever waits for its end replaces it."""
+    every_s, missed = config.silent_s / _PINGS, 0
+    tag = Tag(job=config.job, term=0, generation=0)
+    while not closed.wait(every_s) and keeper.process.poll() is None:
+        client = KeeperClient(
+            keeper.address, credentials=config.credentials, tag=tag, timeout_s=every_s
+        )
+        with closing(client):
+            missed = 0 if client.answers() else missed + 1
+        if missed >= _PINGS and not closed.is_set():
+            print(f"keeper {keeper.address} is silent: replaced", file=sys.stderr, flush=True)
+            keeper.process.kill()
+            return

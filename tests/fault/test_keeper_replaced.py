@@ -24,14 +24,20 @@ def keeper_of(run: Watched, node: str) -> int | None:
     return None
 
 
-def test_checkpoints_go_on_with_another_keeper_at_the_same_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "end", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
+def test_checkpoints_go_on_with_another_keeper_at_the_same_place(
+    tmp_path: Path, end: signal.Signals
+) -> None:
+    """A4: also for one that is there and does nothing; nobody pauses for it again and again."""
     killed: list[int] = []
     seen: list[tuple[int, int]] = []  # the new keeper, and the step by which it was seen
 
     def kill(run: Watched) -> None:
         pid = keeper_of(run, VICTIM)
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, end)
         killed.append(pid)
 
     def follow(run: Watched, event: Event) -> None:
@@ -44,13 +50,18 @@ def test_checkpoints_go_on_with_another_keeper_at_the_same_place(tmp_path: Path)
             run.stop()
 
     outcome = watch(
-        tmp_path / "run", nodes=3, steps=600,
-        settings=("checkpoint.every=10",), acts=[at_step(15, kill)], on_event=follow,
-    )  # fmt: skip
+        tmp_path / "run",
+        nodes=3,
+        steps=100_000,
+        settings=("checkpoint.every=10", "recovery.tolerated_stall_s=2"),
+        acts=[at_step(15, kill)],
+        on_event=follow,
+    )
 
     assert killed
     assert seen, "the keeper was never replaced"
     saved = [event["step"] for event in outcome.of("checkpoint_persisted")]
     assert max(saved) > seen[0][1]
+    assert len(outcome.of("reconfigured")) <= 3
     assert not outcome.of("node_lost", "generation_failed")
     assert outcome.steps == list(range(1, outcome.steps[-1] + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from control_desk import EXPERTS, Desk, running
@@ -96,6 +97,24 @@ def test_where_the_files_it_points_to_are_gone_the_next_checkpoint_is_whole() ->
     count = len(desk.of(Journal))
     desk.feed(replace(gone, step=12))
     assert len(desk.of(Journal)) == count  # said once
+
+
+def test_while_checkpoints_fail_again_and_again_each_pause_for_a_whole_one_comes_later() -> None:
+    """A4: a keeper that is stopped made the run pause at every second checkpoint."""
+    desk = running(partial_checkpoints=True)
+    asked: list[float] = []
+    for count in range(400):
+        desk.now_s += 1.0
+        state, _ = saves.on_manifest(
+            desk.state, ManifestDone(generation=1, step=count, at_s=desk.now_s, error="no answer")
+        )
+        if state.wants:
+            asked.append(desk.now_s)
+        desk.state = replace(state, wants="")  # the pause has been
+    gaps = [later - before for before, later in pairwise(asked)]
+    assert 3 <= len(gaps) <= 6 and gaps == sorted(gaps) and gaps[-1] >= 4 * gaps[0]
+    desk.written(8)
+    assert desk.state.whole_asked == 0
 
 
 def test_what_stands_is_what_retention_left() -> None:
