@@ -7,6 +7,11 @@ commits of the real size (58 MoE layers x 256 experts on 1,024 ranks: 246 KB a v
 number of steps the controller is opened several times, each in a process of its own: seconds from
 "the process has its imports" to "the port answers", its memory, and the bytes on disk. The baseline
 of the same run is what a restart did before: replaying every commit, measured over a thousand.
+
+At the last number of steps a real controller is ended with SIGKILL and started again by the
+launcher of the product: seconds from the signal until the port accepts a connection, start of the
+process and imports included; once from the warm fork server of local runs, once from a bare one, as
+on a cluster, where the process imports everything itself.
 """
 
 from __future__ import annotations
@@ -15,13 +20,17 @@ import argparse
 import base64
 import json
 import os
+import queue
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +44,7 @@ from lazarus.control.vector import VectorLayout
 from lazarus.journals import ARCHIVE, appended, numbers_in
 from lazarus.runtime.controller import Controller, open_controller
 from lazarus.runtime.journal import archived_line
+from lazarus.runtime.launch import ProcessLauncher
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.spec import ControllerSpec
 from placement import PlacementRequest, plan
@@ -147,9 +157,9 @@ def say(controller: Controller, step: int) -> None:
     controller._streams._for_driver.clear()  # nobody listens
 
 
-def memory_mb(name: str) -> float:
-    """``VmRSS`` or ``VmHWM`` of this process."""
-    status = Path("/proc/self/status").read_text()
+def memory_mb(name: str, pid: int | str = "self") -> float:
+    """``VmRSS`` or ``VmHWM`` of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
     return next(float(line.split()[1]) for line in status.splitlines() if name in line) / 1024
 
 
@@ -210,6 +220,70 @@ def process(work: str, folder: Path, *numbers: int) -> None:
     os._exit(0)
 
 
+def from_the_kill(spec: ControllerSpec, *, is_warm: bool) -> dict[str, float]:
+    """End a real controller with SIGKILL, and let the launcher start the next one."""
+    gone: queue.SimpleQueue[str] = queue.SimpleQueue()
+    launcher = ProcessLauncher(lambda name, cause: gone.put(cause), is_warm=is_warm)
+    took, cpu, at_once, private, later = [], [], [], [], []
+    try:
+        spec = replace(spec, port=launcher.start_controller(spec, timeout_s=600))
+        answers(spec)
+        for _ in range(RESTARTS):
+            pid = launcher.pid_of("controller")
+            assert pid is not None
+            began = time.perf_counter()
+            os.kill(pid, signal.SIGKILL)
+            assert gone.get(timeout=60) == "SIGKILL"
+            launcher.start_controller(spec, timeout_s=600)
+            answers(spec)
+            took.append(time.perf_counter() - began)
+            pid = launcher.pid_of("controller")
+            assert pid is not None
+            cpu.append(cpu_s(pid))
+            at_once.append(memory_mb("VmRSS", pid))
+            private.append(private_mb(pid))
+            later.append(memory_when_ready_mb(pid))
+    finally:
+        launcher.close(grace_s=0.0)
+    return {
+        "from_kill_s": statistics.median(took),
+        "slowest_s": max(took),
+        "cpu_s": statistics.median(cpu),
+        "rss_mb": max(at_once),
+        "private_mb": max(private),
+        "rss_ready_mb": max(later),
+    }
+
+
+def answers(spec: ControllerSpec) -> None:
+    """Returns when the controller's port accepts a connection."""
+    while True:
+        with suppress(ConnectionRefusedError):
+            socket.create_connection((spec.host, spec.port), timeout=60).close()
+            return
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has used: what it would take on a machine of its own."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def private_mb(pid: int) -> float:
+    """Memory of a process that it shares with no other one."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def memory_when_ready_mb(pid: int) -> float:
+    """Resident memory once what the next groups and plan need is loaded too."""
+    until = time.monotonic() + 120
+    while b"_lsap" not in Path(f"/proc/{pid}/maps").read_bytes():
+        assert time.monotonic() < until, "the controller never loaded what a plan needs"
+        time.sleep(0.1)
+    return memory_mb("VmRSS", pid)
+
+
 def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -259,7 +333,15 @@ def measure(
     for entry in first_entries(**size):
         state = replayed(state, entry)
     commits = Commits(layers=layers, experts=experts, world=nodes * RANKS_PER_NODE)
-    return {"rows": rows, "replay_ms_a_step": replay_ms(state, commits, steps=min(done, 200))}
+    return {
+        "rows": rows,
+        "whole": whole,
+        "from_the_kill": {
+            "warm": from_the_kill(spec, is_warm=True),
+            "bare": from_the_kill(spec, is_warm=False),
+        },
+        "replay_ms_a_step": replay_ms(state, commits, steps=min(done, 200)),
+    }
 
 
 def show(row: dict[str, Any]) -> None:
@@ -301,6 +383,19 @@ def main() -> None:
         found = measure(folder, sorted(steps), shape, whole=args.whole)
     finally:
         shutil.rmtree(folder)
+    for kind, told in found["from_the_kill"].items():
+        print(
+            f"from SIGKILL to listening, {kind} fork server: {told['from_kill_s']:.2f} s "
+            f"(slowest {told['slowest_s']:.2f}; {told['cpu_s']:.2f} s of CPU), "
+            f"{told['rss_mb']:.0f} MB resident ({told['private_mb']:.0f} its own), "
+            f"{told['rss_ready_mb']:.0f} MB with torch and SciPy"
+        )
+    if args.whole < max(steps):
+        print(
+            f"limit: only the last {args.whole:,} steps before each row were journaled with their "
+            "vectors; earlier ones went straight to archive and record, which a restart does not "
+            "read as a whole"
+        )
     per_step = found["replay_ms_a_step"]
     print(f"baseline, every commit replayed: {per_step:.2f} ms a step, ", end="")
     print(f"{per_step * max(steps) / 1e3:,.0f} s for {max(steps):,}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import queue
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+from lazarus.threads import say_so, spawn
+
+_CLOSE_S = 30.0  # for callbacks that are slow at the end
 _BOUND = 4096  # events that may wait for slow callbacks; more are dropped, and counted
 
 
@@ -22,8 +25,7 @@ class CallbackBus:
         self.dropped = 0
         self.error: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] = lambda problem: None  # ends the run
-        self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
-        self._thread.start()
+        self._thread = spawn("callbacks", self._run, on_death=self._died)
 
     def publish(self, event: dict[str, Any]) -> None:
         try:
@@ -32,9 +34,17 @@ class CallbackBus:
             self.dropped += 1
 
     def close(self) -> None:
-        """Let waiting events be handled, then end."""
-        self._queue.put(None)
-        self._thread.join(30.0)
+        """Let waiting events be handled, for a bounded time, then end."""
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=_CLOSE_S if self._thread.is_alive() else 0.0)
+            self._thread.join(_CLOSE_S)
+
+    def _died(self, name: str, problem: BaseException) -> None:
+        """No callback would hear anything any more."""
+        say_so(name, problem)
+        if self.error is None:
+            self.error = problem
+            self.on_failure(problem)
 
     def _run(self) -> None:
         while (event := self._queue.get()) is not None:
@@ -47,7 +57,7 @@ class CallbackBus:
             return
         try:
             handler(event)
-        except Exception as problem:  # noqa: BLE001 - the user's code: one warning, then without
+        except BaseException as problem:  # noqa: BLE001 - the user's: one warning, then without
             self._active.remove(callback)
             print(f"callback {type(callback).__name__} raised and is off:", file=sys.stderr)
             traceback.print_exc()

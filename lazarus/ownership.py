@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from lazarus.errors import ConfigError
+from lazarus.threads import spawn
 
 _NAME = re.compile(r"owner-(\d{1,9})\.json")
 _BEATS = 6  # of a living owner in the time after which a silent one counts as gone
@@ -91,8 +92,11 @@ class Ownership:
         self._path = path
         self._released = threading.Event()
         self.on_lost: Callable[[str], None] = lambda reason: None
-        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
-        self._thread.start()
+        self._thread = spawn("owner", self._beat, on_death=self._died)
+
+    def _died(self, name: str, problem: BaseException) -> None:
+        """Others would take the folder for free."""
+        self.on_lost(f"the thread that keeps the run's folder died: {problem!r}")
 
     def _beat(self) -> None:
         while not self._released.wait(self.owner.gone_after_s / _BEATS):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from lazarus.callbacks import Callback
 from lazarus.records import Event
+from lazarus.threads import say_so, spawn
 
 REPEAT_S = 5.0  # Ray drops a gauge that was not set for about 28 s
 _STEP_BOUNDS_S = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
@@ -80,7 +81,7 @@ class RayMetrics(Callback):
         self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._over = threading.Event()
         self._repeat_s = repeat_s
-        self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def on_event(self, event: Event) -> None:
         """Turn one event into numbers."""
@@ -110,13 +111,13 @@ class RayMetrics(Callback):
     def close(self) -> None:
         """Let the gauges fade: the run is over."""
         self._over.set()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
 
     def _started(self, event: Event) -> None:
         self._run = str(event.get("run") or self._run)
-        if self._thread.ident is None:
-            self._thread.start()
+        if self._thread is None:  # training goes on without metrics, and says so once
+            self._thread = spawn("metrics", self._repeat, on_death=say_so)
         for name, value in self._constants.items():
             self.emit(name, value)
         self.emit("lazarus_nodes", event["num_nodes"], state="wanted")

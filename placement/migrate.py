@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
+from placement.assignment import cheapest_pairs
 from placement.errors import InvalidRequestError
 from placement.plan import Plan
 from placement.request import Bools, Floats, Ints
@@ -78,7 +78,7 @@ def best_relabelling(present: Bools, wanted: Bools) -> Ints:
     costs = relabel_costs(present, wanted)
     # Among equals a node that stays where it is wins.
     costs = costs - 1e-6 * np.eye(len(costs))
-    position, node = linear_sum_assignment(costs)
+    position, node = cheapest_pairs(costs)
     answer = np.empty(len(costs), dtype=np.int32)
     answer[position] = node
     return answer

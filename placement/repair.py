@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from placement.allocate import allocate_replicas
 from placement.assign import fill
+from placement.assignment import cheapest_pairs
 from placement.balance import replicas_on_nodes
 from placement.build import add_to_ranks, draft_of, plan_of, slots_of
 from placement.cores import (
@@ -111,7 +111,7 @@ def relabelled(
     gain = np.zeros((num_nodes, num_nodes))
     for block, (nodes, _) in enumerate(template):
         gain[list(nodes)] += held_BN[block]
-    position, node = linear_sum_assignment(-gain)
+    position, node = cheapest_pairs(-gain)
     order = [int(n) for _, n in sorted(zip(position.tolist(), node.tolist(), strict=True))]
     moved = on_nodes(template, improved_order(template, order, request.domains, request.hazards))
     return moved, _experts_in_place(moved, member, block_LE)
@@ -130,7 +130,7 @@ def _experts_in_place(template: Template, member: Bools, block_LE: Ints) -> Ints
     for layer in range(num_layers):
         cost = missing[layer][:, by_rank]
         cost = cost + 0.01 * np.abs(by_rank[None, :] - block_LE[layer][:, None])
-        expert, place = linear_sum_assignment(cost)
+        expert, place = cheapest_pairs(cost)
         settled[layer, expert] = by_rank[place]
     return settled
 

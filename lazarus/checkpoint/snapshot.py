@@ -20,6 +20,8 @@ from torch import Tensor
 
 from lazarus.checkpoint.store import RecordKey, Tag
 from lazarus.checkpoint.tensors import fill_image, specs_of
+from lazarus.errors import LazarusError
+from lazarus.threads import spawn
 
 
 class KeeperLink(Protocol):
@@ -112,8 +114,22 @@ class Snapshotter:
         self._closed = False
         self._ticket = 0
         self._copied = (0, 0.0)  # bytes and seconds of all copies so far
-        self._thread = threading.Thread(target=self._run, daemon=True, name="snapshot")
-        self._thread.start()
+        self._death: BaseException | None = None
+        self._thread = spawn("snapshot", self._run, on_death=self._died)
+
+    def _died(self, name: str, problem: BaseException) -> None:
+        """Whoever waits for a copy must not wait for ever."""
+        with self._changed:
+            self._death, self._closed = problem, True
+            self._request = self._ready = None
+            self._state = _State.IDLE
+            self._changed.notify_all()
+
+    def _check(self) -> None:
+        """A copy that broke off may have left half a record behind: this rank says so and ends."""
+        if self._death is not None:
+            text = "the thread that copies snapshots died"
+            raise LazarusError(f"{text}: {self._death!r}") from self._death
 
     def begin(self, request: SnapshotRequest) -> bool:
         """Start a snapshot right after a commit's apply; returns at once.
@@ -124,6 +140,7 @@ class Snapshotter:
         cuda = any(t.is_cuda for item in request.items for t in item.tensors.values())
         ready = torch.cuda.current_stream().record_event() if cuda else None
         with self._changed:
+            self._check()
             if self._state is not _State.IDLE or self._closed:
                 return False
             self._request, self._ready, self._cancelled = request, ready, False
@@ -149,6 +166,7 @@ class Snapshotter:
                 self._cancelled = self._state is _State.RESERVING
             while self._state is _State.COPYING:
                 self._changed.wait()
+            self._check()
         return self._clock() - start
 
     def reports(self) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ any phase, is lost (``membership.silent``). Only progress counts: who moves is n
 | RECONNECTING | a first member to come back         | 6 S                   | nodes lost         |
 | RECONNECTING | the others, from then on            | S                     | nodes lost         |
 | HOLDING      | nodes to come                       | quorum timeout        | ends short         |
-| FINALIZING   | a rank's last share and digest      | standstill_s          | node lost          |
+| FINALIZING   | a rank's last share and digest      | 6 S                   | node lost          |
 | FINALIZING   | the last manifest                   | standstill_s          | ends without it    |
 """
 
@@ -35,7 +35,11 @@ Result = tuple[Control, tuple[Command, ...]]
 
 
 def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
-    """Nodes whose rank owes the last digest or share, and does not move."""
+    """Nodes whose rank owes the last digest or share, and does not move.
+
+    A rank moves with every tensor that it digests and while it watches its storage thread, which it
+    gives up after the same time without a byte (``checkpoint.patience``): then it says so itself.
+    """
     if state.phase is not Phase.FINALIZING:
         return ()
     digested = () if state.digest else state.digests.get(state.step, {})
@@ -45,7 +49,7 @@ def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
         if w in state.workers
         and (w not in state.finalized or (not state.digest and w not in digested))
     ]
-    limit = state.config.standstill_s
+    limit = state.config.final_s
     late = {
         state.workers[w].node
         for w in owing

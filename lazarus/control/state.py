@@ -29,6 +29,7 @@ from lazarus.control.messages import (
 from lazarus.control.poison import Death, Gone
 from lazarus.control.ports import Stored
 from lazarus.control.remembered import remembered
+from lazarus.timeouts import storage_patience_s
 from placement import PlacementPolicy, Plan, replan
 from placement.rebalance import Regret
 
@@ -126,6 +127,11 @@ class ControlConfig:
     def gather_s(self) -> float:
         """The first nodes wait this long for machines on which nothing starts."""
         return max(30.0, 3 * self.tolerated_stall_s)
+
+    @property
+    def final_s(self) -> float:
+        """A rank that owes its last share or digest moves within this."""
+        return storage_patience_s(self.tolerated_stall_s)
 
     @property
     def nap_s(self) -> float:

@@ -7,6 +7,7 @@ import time
 from typing import Protocol
 
 from lazarus.faults import ChaosSpec, chaos_events
+from lazarus.threads import spawn
 
 DRIVER_KINDS = frozenset({"kill", "join", "leave", "controller"})
 PROCESS_KINDS = frozenset({"stop", "stall", "slow", "crash"})  # a process does these to itself
@@ -20,6 +21,7 @@ class Striker(Protocol):
     def has_room(self) -> bool: ...
     def live_nodes(self) -> list[str]: ...
     def inject(self, kind: str, node_key: str, spec: str) -> None: ...
+    def thread_died(self, name: str, problem: BaseException) -> None: ...
 
 
 class Chaos:
@@ -30,8 +32,8 @@ class Chaos:
         self._striker = striker
         self._closed = threading.Event()
         self._started = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="chaos", daemon=True)
-        self._thread.start()
+        # A drill that has stopped striking must not pass for one that was survived.
+        self._thread = spawn("chaos", self._run, on_death=striker.thread_died)
 
     def _run(self) -> None:
         for event in chaos_events(self._spec):

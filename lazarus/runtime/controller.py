@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 from msgspec.structs import replace as changed
@@ -54,13 +55,14 @@ from lazarus.runtime.controller_end import (
     failure_of,
     unrecorded_end,
 )
-from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.manifests import ManifestWriter
 from lazarus.runtime.record_log import finite, line_of
+from lazarus.runtime.rendezvous import RendezvousStore
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import add_control, bind, endpoint, make_server
 from lazarus.runtime.spec import ControllerSpec
 from lazarus.runtime.streams import Heard, Peer, Streams, tell_peer
+from lazarus.runtime.threads import spawn
 
 _TICK_S = 0.02
 _PULSE = codec.encode(ToDriver(Pulse()))
@@ -132,6 +134,7 @@ class Controller:
             Exception: Whatever this loop died of; the driver has been told. The process must end.
         """
         self._server.start()
+        spawn("preparing", self._prepare_groups, on_death=self._thread_died)
         try:
             if self._ended is not None:
                 self._end_again(self._ended)
@@ -147,6 +150,11 @@ class Controller:
         self._manifests.close()
         self._chronicle.close()
         self._reserve.release()
+
+    def _prepare_groups(self) -> None:
+        """Load what only the next groups need: others are heard and answered meanwhile."""
+        self._store.open()
+        import_module("scipy.optimize")  # of the next plan
 
     def _loop(self) -> None:
         while not self._done:

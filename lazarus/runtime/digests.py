@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,11 +15,19 @@ from lazarus.runtime.images import as_bytes
 from lazarus.runtime.replica import Replica
 
 
-def digest_items(replica: Replica, home_LE: NDArray[np.int32], rank: int) -> tuple[DigestItem, ...]:
-    """Experts at home on this rank; dense state on rank 0."""
+def digest_items(
+    replica: Replica, home_LE: NDArray[np.int32], rank: int, *, moved: Callable[[], None]
+) -> tuple[DigestItem, ...]:
+    """Experts at home on this rank; dense state on rank 0.
+
+    Args:
+        moved: Called at every item, since all of them may take minutes.
+    """
     items: list[DigestItem] = []
     if rank == 0:
-        items += [_item(name, tensor) for name, tensor in replica.dense_tensors()]
+        for name, tensor in replica.dense_tensors():
+            items.append(_item(name, tensor))
+            moved()
         scalars = replica.scalars().encode()
         items.append(DigestItem(name="optimizer.scalars", sha256=hashlib.sha256(scalars).digest()))
         items.append(_item("load_history", torch.from_numpy(replica.history)))
@@ -26,6 +35,7 @@ def digest_items(replica: Replica, home_LE: NDArray[np.int32], rank: int) -> tup
         for expert in range(replica.num_experts):
             if home_LE[layer, expert] == rank:
                 items += [_item(n, t) for n, t in replica.expert_tensors(layer, expert)]
+                moved()
     return tuple(items)
 
 

@@ -47,7 +47,9 @@ class FinalWriter:
     ) -> Finalized:
         """Experts at home here, and every size-th dense tensor; or what storage refused."""
         started = time.monotonic()
-        records = share_of(replica, plan, rank=rank, size=size, tag=tag, step=order.step)
+        records = share_of(
+            replica, plan, rank=rank, size=size, tag=tag, step=order.step, moved=self._waiting
+        )
         url = order.url or self._url
         # A name of its own: a partial checkpoint of the same step may be under way.
         own = replace(tag, job=f"{tag.job}-full")
@@ -80,14 +82,26 @@ class FinalWriter:
 
 
 def share_of(
-    replica: Replica, plan: Plan, *, rank: int, size: int, tag: Tag, step: int
+    replica: Replica,
+    plan: Plan,
+    *,
+    rank: int,
+    size: int,
+    tag: Tag,
+    step: int,
+    moved: Callable[[], None] = lambda: None,
 ) -> list[Record]:
-    """What this rank writes of a full checkpoint; the tensors must not change meanwhile."""
+    """What this rank writes of a full checkpoint; the tensors must not change meanwhile.
+
+    Args:
+        moved: Called at every expert: from a device they are copied one by one.
+    """
     records = [_dense_record(replica, rank=rank, size=size, tag=tag, step=step)]
     for layer in range(len(replica.layers)):
         for expert in range(replica.num_experts):
             if plan.home[layer, expert] == rank:
                 records.append(_expert_record(replica, layer, expert, tag=tag, step=step))
+                moved()
     return [record for record in records if record.specs]
 
 

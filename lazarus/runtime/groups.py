@@ -33,6 +33,7 @@ from lazarus.runtime.sockets import (
     peer_of,
     socket_names,
 )
+from lazarus.runtime.threads import spawn
 
 _FIRST_ATTEMPT_S, _LAST_ATTEMPT_S = 1.0, 5.0  # bounds of one connection to the store
 _PAUSE_S = 0.05  # between two
@@ -40,35 +41,6 @@ _PAUSE_S = 0.05  # between two
 T = TypeVar("T")
 
 c10d: Any = dist  # torch's stubs lack these classes
-
-
-def listen(host: str) -> socket.socket:
-    """A listening TCP socket on ``host`` and a free port; nothing binds to all interfaces."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = socket.socket(family, socket.SOCK_STREAM)
-    server.bind((host, 0))
-    server.listen(1024)
-    return server
-
-
-class RendezvousStore:
-    """The TCP store of a run; it lives in the controller, never in a rank.
-
-    It listens on ``bind_host``, and ``host`` is where others reach it.
-    """
-
-    def __init__(self, host: str, *, timeout_s: float, bind_host: str = "") -> None:
-        server = listen(bind_host or host)
-        self.address = f"{host}:{server.getsockname()[1]}"
-        self._store = c10d.TCPStore(
-            host,
-            server.getsockname()[1],
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=server.detach(),
-            use_libuv=True,
-        )
 
 
 class StoreUnreachableError(RuntimeError):
@@ -116,12 +88,9 @@ def _client_within(address: str, port: int, place: Address, *, within_s: float) 
 
     def attempt() -> None:
         limit = timedelta(seconds=within_s)
-        try:
-            made.put(c10d.TCPStore(address, port, None, False, limit, wait_for_workers=False))
-        except RuntimeError as problem:
-            made.put(problem)
+        made.put(c10d.TCPStore(address, port, None, False, limit, wait_for_workers=False))
 
-    threading.Thread(target=attempt, name="store-client", daemon=True).start()
+    spawn("store-client", attempt, on_death=lambda name, problem: made.put(problem))
     try:
         found = made.get(timeout=within_s)
     except queue.Empty:
@@ -130,7 +99,7 @@ def _client_within(address: str, port: int, place: Address, *, within_s: float) 
                 if peer_of(link) == place:
                     link.shutdown(socket.SHUT_RDWR)
         raise TimeoutError(f"no greeting within {within_s:.1f} s") from None
-    if isinstance(found, RuntimeError):
+    if isinstance(found, BaseException):
         raise found
     return found
 
@@ -152,7 +121,7 @@ class Group:
         self._own_ports: frozenset[int] = frozenset()  # of this rank's listener
         self._rank_at: dict[Address, int] = {}  # the peers' listeners
         self._held: dict[str, socket.socket] = {}
-        self._made: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._store: Any = None
         self._shared: SharedExchange | None = None
         self.pg: dist.ProcessGroup | None = None
@@ -254,13 +223,10 @@ class Group:
             FencedError: Released meanwhile.
         """
 
-        def work() -> None:
-            try:
-                self._made.put((make(), None))
-            except Exception as problem:  # noqa: BLE001 - raised in the thread that waits
-                self._made.put((None, problem))
+        def died(name: str, problem: BaseException) -> None:
+            self._made.put((None, problem))  # raised in the thread that waits
 
-        threading.Thread(target=work, name=f"group-{self.generation}", daemon=True).start()
+        spawn(f"group-{self.generation}", lambda: self._made.put((make(), None)), on_death=died)
         made, problem = self._made.get()
         with self._lock:
             self._check()

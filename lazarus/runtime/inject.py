@@ -114,6 +114,10 @@ class Observer:
         between_steps = phase in ("reconfigure", "transfer")
         return self.step >= fault.step if between_steps else self.step == fault.step
 
+    def moved(self) -> None:
+        """The training thread has done one more part of something that may take long."""
+        self.progress += 1
+
     def waiting(self, label: str) -> None:
         """The training thread is inside a collective: others keep it."""
         self.progress += 1

@@ -3,6 +3,7 @@
 Nothing here may start a thread: threads do not survive a fork.
 """
 
+import scipy.optimize  # noqa: F401 - of the first plan
 import torch
 
 import lazarus.runtime.controller

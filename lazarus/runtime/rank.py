@@ -474,7 +474,9 @@ class Rank:
     def _digest_part(self, step: int) -> DigestPart:
         world = self._world
         assert world is not None
-        items = digest_items(self.replica, world.plan.home, world.exchange.rank)
+        items = digest_items(
+            self.replica, world.plan.home, world.exchange.rank, moved=self._observer.moved
+        )
         return DigestPart(generation=world.generation, step=step, items=items)
 
     def finalize(self, order: Finalize) -> list[Body]:

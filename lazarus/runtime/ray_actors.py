@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.local_nodes import LocalNodes, NodePlace
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
+from lazarus.runtime.threads import spawn
 
 
 class WorkerActor:
@@ -34,16 +34,25 @@ class ControllerActor:
         from lazarus.runtime.controller import open_controller
 
         self._controller = open_controller(spec)
-        self._thread = threading.Thread(target=self._controller.run, name="controller")
-        self._thread.start()
+        self._death: BaseException | None = None
+        self._thread = spawn("controller", self._controller.run, on_death=self._died)
+
+    def _died(self, name: str, problem: BaseException) -> None:
+        self._death = problem
 
     def place(self) -> tuple[int, int]:
         """The port it listens on, and its process."""
         return int(self._controller.port), os.getpid()
 
     def wait(self) -> None:
-        """Until the controller's work is done."""
+        """Until the controller's work is done.
+
+        Raises:
+            Exception: Whatever it died of.
+        """
         self._thread.join()
+        if self._death is not None:
+            raise self._death
 
 
 class NodeActor:

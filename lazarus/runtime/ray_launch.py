@@ -111,7 +111,13 @@ class RayLauncher:
         return 1.0 if total_gpus() >= self._ranks else 0.0
 
     def _spawn(self, name: str, target: Callable[..., None], *args: Any) -> None:
-        self._threads.append(spawn(name, target, *args, on_death=say_so))
+        self._threads.append(spawn(name, target, *args, on_death=self._blind))
+
+    def _blind(self, name: str, problem: BaseException) -> None:
+        """Deaths, or machines and notices, would not be seen any more: the owner must know."""
+        say_so(name, problem)
+        if not self._closing.is_set():
+            self._on_exit("launcher", f"{name}: {type(problem).__name__}: {problem}")
 
     # ---- machines ------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from lazarus.data.sampler import step_sample_ids
 from lazarus.model import gpt
 from lazarus.model.moe import commit_load, moe_layers, take_auxiliary
 from lazarus.runtime import builtin
-from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.rendezvous import RendezvousStore
 
 BODY = Path(__file__).with_name("reference_rank.py")
 ranks = SimpleNamespace(**runpy.run_path(str(BODY)))
@@ -178,7 +178,7 @@ def test_layers_in_evaluation_mode_train_as_in_one_process(mode: str) -> None:
 def test_five_steps_in_real_processes_are_those_of_one_process(
     size: int, mode: str, shared: bool
 ) -> None:
-    store = RendezvousStore("127.0.0.1", timeout_s=60.0)
+    store = RendezvousStore("127.0.0.1", timeout_s=60.0).open()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lazarus.runtime.preload"])
     pipes, processes = [], []

@@ -6,7 +6,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from lazarus.runtime.groups import listen
+from lazarus.runtime.rendezvous import listen
 
 
 class StoreDoor:

@@ -16,6 +16,7 @@ from lazarus.checkpoint.errors import KeeperUnavailableError
 from lazarus.checkpoint.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
 from lazarus.checkpoint.store import RecordKey, Tag
 from lazarus.checkpoint.tensors import DTYPE_NAMES, fill_image, specs_of, tensors_of
+from lazarus.errors import LazarusError
 
 TAG = Tag(job="job", term=1, generation=1)
 PATIENCE_S = 10.0
@@ -199,3 +200,25 @@ def test_every_dtype_survives_the_image() -> None:
     back = tensors_of(image, where="test")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in tensors.items())
+
+
+def test_a_thread_that_dies_while_it_copies_ends_the_wait_of_the_apply(
+    keeper: FakeKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank says so and ends: what waits for a dead thread would wait for ever."""
+    copying = threading.Event()
+
+    def leaves(target: Any, layout: Any, tensors: Any) -> None:
+        copying.set()
+        raise SystemExit("on purpose")
+
+    monkeypatch.setattr(snapshot, "fill_image", leaves)
+    snapshotter = Snapshotter(keeper)
+    assert snapshotter.begin(request({"w": torch.zeros(4)}))
+    assert copying.wait(10)
+    snapshotter._thread.join(10)
+    with pytest.raises(LazarusError, match="thread that copies snapshots died: SystemExit"):
+        snapshotter.wait_before_apply()
+    with pytest.raises(LazarusError, match="thread that copies snapshots died"):
+        snapshotter.begin(request({"w": torch.zeros(4)}))
+    snapshotter.close()

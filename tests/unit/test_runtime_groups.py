@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import socket
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from group_ranks import RankProcess
 from store_door import StoreDoor
 
-from lazarus.runtime.groups import RendezvousStore, listen
+from lazarus.runtime import groups
+from lazarus.runtime.rendezvous import RendezvousStore, listen
 
 SIZE = 3
 
 
 @pytest.fixture(scope="module")
 def store() -> RendezvousStore:
-    return RendezvousStore("127.0.0.1", timeout_s=60)
+    return RendezvousStore("127.0.0.1", timeout_s=60).open()
 
 
 @pytest.fixture
@@ -232,3 +237,23 @@ def test_twenty_regenerations_leave_fds_and_threads_flat(
         counts.append(ranks[0].answer())
     settled = counts[1]
     assert counts[-1][0] <= settled[0] and counts[-1][1] <= settled[1] + 1, counts
+
+
+def test_who_connects_before_the_store_has_loaded_torch_is_served_once_it_has() -> None:
+    late = RendezvousStore("127.0.0.1", timeout_s=60)
+    host, port = late.address.split(":")
+    made: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    over = threading.Event()
+
+    def connect() -> None:
+        made.put(groups._open_client(host, int(port), timeout_s=30, over=over)[0])
+
+    client = threading.Thread(target=connect, daemon=True)
+    client.start()
+    with socket.create_connection((host, int(port)), timeout=30):
+        pass  # the port answers; the store does not yet
+    assert made.empty()
+    late.open()
+    store = made.get(timeout=30)
+    store.set("there", "yes")
+    assert store.get("there") == b"yes"

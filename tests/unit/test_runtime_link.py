@@ -13,8 +13,8 @@ import pytest
 
 from lazarus.control.messages import Body, FromWorker, Hello, ToWorker, Welcome
 from lazarus.runtime import link as linking
-from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.link import Link
+from lazarus.runtime.rendezvous import RendezvousStore
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import add_control, bind, make_server
 from lazarus.runtime.rpc.credentials import Credentials
@@ -125,7 +125,7 @@ def test_an_outage_that_is_over_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nothing_listens_beyond_loopback() -> None:
     before = listening()
     server, port, _ = serve("s3cret")
-    store = RendezvousStore("127.0.0.1", timeout_s=5)
+    store = RendezvousStore("127.0.0.1", timeout_s=5).open()
     opened = listening() - before
     assert {int(store.address.rpartition(":")[2]), port} <= {at for _, at in opened}
     mapped = "0000000000000000FFFF00000100007F"  # the same, as an IPv6 socket shows it

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lazarus import ownership
+from lazarus.callbacks_bus import CallbackBus
 from lazarus.control.messages import FromWorker
 from lazarus.control.ports import ManifestDone, WriteManifest
 from lazarus.control.state import ControlConfig
+from lazarus.faults import parse_chaos
+from lazarus.prometheus import RayMetrics
 from lazarus.runtime import controller as controlling
 from lazarus.runtime import manifests
+from lazarus.runtime.chaos import Chaos
 from lazarus.runtime.controller import open_controller
+from lazarus.runtime.groups import Group
 from lazarus.runtime.launch import ProcessLauncher
 from lazarus.runtime.link import Link
 from lazarus.runtime.manifests import ManifestWriter
+from lazarus.runtime.ray_actors import ControllerActor
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.spec import ControllerSpec
-from lazarus.runtime.threads import spawn
+from lazarus.runtime.threads import say_so, spawn
 
 News = queue.SimpleQueue[tuple[str, BaseException]]
 
@@ -116,3 +124,122 @@ def test_a_launcher_that_sees_no_deaths_any_more_says_so(monkeypatch: pytest.Mon
     launcher = ProcessLauncher(lambda name, cause: news.put((name, cause)))
     assert news.get(timeout=10) == ("launcher", "RuntimeError: on purpose")
     launcher.close(grace_s=0.0)
+
+
+# ---- every other thread of a run ---------------------------------------------------------------
+
+
+def test_chaos_that_stops_striking_ends_the_run() -> None:
+    """A drill that nobody was struck in must not pass for one that was survived."""
+    news: News = queue.SimpleQueue()
+
+    class Nodes:
+        has_room = inject = live_nodes = fails
+
+        def thread_died(self, name: str, problem: BaseException) -> None:
+            news.put((name, problem))
+
+    chaos = Chaos(parse_chaos("mtbf=10ms,seed=1"), Nodes())
+    name, problem = news.get(timeout=10)
+    assert (name, str(problem)) == ("chaos", "on purpose")
+    chaos.close()
+
+
+def test_an_owner_whose_beats_end_says_that_the_folder_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr(ownership, "_BEATS", 1000)
+    held = ownership.take(tmp_path, run="r", gone_after_s=10.0)
+    held.on_lost = lost.put
+    monkeypatch.setattr(ownership, "_newest", fails)
+    assert "on purpose" in lost.get(timeout=10)
+    held.release()
+
+
+def test_a_callback_that_leaves_the_process_is_off_and_the_others_go_on() -> None:
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    class Leaves:
+        def on_event(self, event: dict[str, Any]) -> None:
+            raise SystemExit(3)
+
+    class Stays:
+        def on_event(self, event: dict[str, Any]) -> None:
+            heard.put(event["event"])
+
+    bus = CallbackBus([Leaves(), Stays()], fail=True)
+    failed: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+    bus.on_failure = failed.put
+    bus.publish({"event": "one"})
+    bus.publish({"event": "two"})
+    assert [heard.get(timeout=10), heard.get(timeout=10)] == ["one", "two"]
+    assert isinstance(failed.get(timeout=10), SystemExit) and failed.empty()
+    bus.close()
+
+
+def test_a_bus_whose_thread_is_dead_ends_the_run_and_is_closed_without_a_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CallbackBus, "_call", fails)
+    bus = CallbackBus([object()], fail=False)
+    failed: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+    bus.on_failure = failed.put
+    bus.publish({"event": "one"})
+    assert str(failed.get(timeout=10)) == "on purpose"
+    bus._thread.join(10)
+    for _ in range(5000):  # more than may wait
+        bus.publish({"event": "two"})
+    began = time.monotonic()
+    bus.close()
+    assert time.monotonic() - began < 5 and bus.dropped
+
+
+def test_metrics_that_end_are_said_once_and_training_goes_on(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    calls = []
+
+    def series(value: float, labels: Any) -> None:
+        calls.append(value)
+        if len(calls) > 2:
+            fails()
+
+    metrics = RayMetrics("r", make=lambda *_: series, repeat_s=0.001)
+    metrics.emit("lazarus_step", 1.0)
+    metrics._thread = spawn("metrics", metrics._repeat, on_death=say_so)
+    metrics._thread.join(10)
+    assert "thread metrics of this process has died" in capfd.readouterr().err
+    metrics.close()
+
+
+@pytest.mark.parametrize("how", [RuntimeError, SystemExit])
+def test_whoever_waits_for_a_thread_that_builds_a_group_gets_its_error(how: type) -> None:
+    def make() -> None:
+        raise how("on purpose")
+
+    group = Group(generation=1)
+    with pytest.raises(how, match="on purpose"):
+        group._unless_released(make)
+
+
+def test_a_ray_launcher_that_sees_nothing_any_more_says_so() -> None:
+    pytest.importorskip("ray")
+    from lazarus.runtime.ray_launch import RayLauncher
+
+    news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    launcher: Any = object.__new__(RayLauncher)
+    launcher._threads, launcher._closing = [], threading.Event()
+    launcher._on_exit = lambda name, cause: news.put((name, cause))
+    for name in ("launcher", "ray-nodes"):
+        launcher._spawn(name, fails)
+        assert news.get(timeout=10) == ("launcher", f"{name}: RuntimeError: on purpose")
+
+
+def test_a_controller_that_dies_in_its_actor_ends_it_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controlling.Controller, "run", fails)
+    actor = ControllerActor(spec(tmp_path))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        actor.wait()
