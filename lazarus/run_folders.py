@@ -31,7 +31,10 @@ def run_folder(place: str | Path | None) -> Path | None:
         return None
     folder = Path(anchored(str(place)))
     telling = ("config.toml", "events.jsonl", "checkpoints")
-    return folder if any((folder / name).exists() for name in telling) else None
+    try:
+        return folder if any((folder / name).exists() for name in telling) else None
+    except (OSError, ValueError):  # no name that a folder can have
+        return None
 
 
 def new_folder(config: TrainConfig, *, in_ray_job: bool) -> tuple[Path, bool]:

@@ -26,6 +26,7 @@ from lazarus.runtime.rpc.channel import endpoint
 from lazarus.runtime.rpc.credentials import Credentials
 
 _PARENT_CHECK_S = 0.5
+_STARTS = 4  # times longer than it may be silent later: a start reads a whole Python from disk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,9 @@ def start_keeper(config: KeeperConfig, *, host: str = "") -> KeeperProcess:
     )
     assert process.stdin is not None
     assert process.stdout is not None
+    hung = threading.Timer(_STARTS * config.silent_s, process.kill)
+    hung.daemon = True
+    hung.start()
     try:
         process.stdin.write(json.dumps(asdict(config)) + "\n")
         process.stdin.flush()
@@ -92,6 +96,8 @@ def start_keeper(config: KeeperConfig, *, host: str = "") -> KeeperProcess:
         process.kill()
         process.wait()
         raise KeeperUnavailableError("the node's keeper did not start; see its stderr") from error
+    finally:
+        hung.cancel()
     address = endpoint(host, port) if host else f"{config.bind.rpartition(':')[0]}:{port}"
     return KeeperProcess(address=address, process=process)
 

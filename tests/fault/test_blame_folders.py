@@ -339,3 +339,9 @@ def test_names_that_no_file_can_have_are_refused(name: str, value: str) -> None:
     section, _, key = name.partition(".")
     with pytest.raises(ConfigError, match=f"{name} = 'a.*b' holds a byte that is no text"):
         TrainConfig.from_mapping({section: {key: value}})
+
+
+def test_a_place_to_go_on_from_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    """D10: a name of 5,000 letters raised OSError."""
+    with pytest.raises(ConfigError, match="cannot resume from /xxx"):
+        changed(tmp_path, tmp_path).fit(resume="/" + "x" * 5000)

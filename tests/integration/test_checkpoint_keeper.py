@@ -403,3 +403,16 @@ def test_a_stopped_keeper_costs_a_moment_and_serves_again_when_it_goes_on(start:
     assert client(keeper).inventory().reserved_bytes == before
     snapshotter.close()
     trainer.close()
+
+
+def test_a_keeper_that_hangs_while_it_starts_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for its port without end."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    config = KeeperConfig(job="job", credentials=Credentials(secret=SECRET), silent_s=0.1)
+    with pytest.raises(KeeperUnavailableError, match="did not start"):
+        start_keeper(config)
