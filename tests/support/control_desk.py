@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from lazarus.control.messages import (
     Fence,
     Held,
     Hello,
+    Pause,
+    Paused,
     Prepare,
     Ready,
     Report,
@@ -132,8 +135,8 @@ class Desk:
             snapshots=self.snaps.get(worker, ()),
         )
 
-    def commit(self, step: int) -> None:
-        """Everybody commits one step."""
+    def commit(self, step: int, *, own_s: Mapping[int, float] | None = None) -> None:
+        """Everybody commits one step; ``own_s``: seconds of own compute of some ranks."""
         seats = self.state.seats
         layout = VectorLayout(world_size=len(seats), num_layers=1, num_experts=EXPERTS)
         lanes = sum(
@@ -149,7 +152,7 @@ class Desk:
                 aux_sum=0.0,
                 found_inf=False,
                 pause=False,
-                own_s=0.01,
+                own_s=(own_s or {}).get(rank, 0.01),
             )
             for rank in range(len(seats))
         )
@@ -165,6 +168,12 @@ class Desk:
         )
         self.say(seats[0], vector)
         self.tick()
+
+    def pause(self) -> None:
+        """All ranks stop after the newest step, as they were told."""
+        order = self.told(Pause)[-1]
+        for worker in self.state.seats:
+            self.say(worker, Paused(generation=order.generation, step=self.state.step))
 
     def share(
         self,
