@@ -388,7 +388,7 @@ def _settle_running(state: Control, *, at_s: float) -> Result:
         return _evict_suspect(state, node, at_s=at_s)
     if len(state.paused) >= len(state.seats) and set(state.paused) >= set(state.seats):
         return _all_paused(state, at_s=at_s)
-    if not state.pause_sent and _pause_reason(state, at_s=at_s):
+    if not state.pause_sent and _pause_is_due(state, at_s=at_s):
         order = Pause(generation=state.resumed)
         return replace(state, pause_sent=True), (TellAll(workers=state.seats, body=order),)
     return state, ()
@@ -404,19 +404,17 @@ def _evict_suspect(state: Control, node: int, *, at_s: float) -> Result:
     return state, (event, *commands)
 
 
-def _pause_reason(state: Control, *, at_s: float) -> str:
-    if state.stopping:
-        return "stop"
-    if leaving(state, state.members):
-        return "leave"
+def _pause_is_due(state: Control, *, at_s: float) -> bool:
+    """Whether the ranks shall stop at a boundary: to end, to change members, or as wanted."""
+    if state.stopping or state.wants or leaving(state, state.members):
+        return True
     waiting = candidates(state)
     limit = state.config.max_nodes
     room = limit is None or len(state.members) < limit
-    if waiting and room:
-        newest = max(state.nodes[n].joined_s for n in waiting)
-        if at_s - newest >= state.config.join_debounce_s:
-            return "join"
-    return state.wants
+    if not waiting or not room:
+        return False
+    newest = max(state.nodes[n].joined_s for n in waiting)
+    return at_s - newest >= state.config.join_debounce_s
 
 
 def _all_paused(state: Control, *, at_s: float) -> Result:

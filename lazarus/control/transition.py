@@ -137,7 +137,7 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Resu
 def _of_now(state: Control, body: Report) -> Report:
     """A vector of an attempt that is over says nothing of a step that is not committed."""
     sound = [v for v in body.vectors if v.generation == state.resumed or v.step <= state.step]
-    return body if len(sound) == len(body.vectors) else changed(body, vectors=tuple(sound))
+    return changed(body, vectors=tuple(sound))
 
 
 def _on_history(state: Control, body: Report) -> Report:
@@ -366,8 +366,6 @@ def _seat(worker: str, node: int, host: str, keeper: str) -> Seat:
 
 
 def _speeds(state: Control, nodes: tuple[int, ...]) -> tuple[float, ...]:
-    if not state.next_speeds:
-        return ()
     weights = [state.next_speeds.get(node, 1.0) for node in nodes]
     if all(weight == 1.0 for weight in weights):
         return ()

@@ -135,8 +135,8 @@ class Desk:
             snapshots=self.snaps.get(worker, ()),
         )
 
-    def commit(self, step: int, *, own_s: Mapping[int, float] | None = None) -> None:
-        """Everybody commits one step; ``own_s``: seconds of own compute of some ranks."""
+    def vector(self, step: int, *, own_s: Mapping[int, float] | None = None) -> Vector:
+        """What all ranks say of one step; ``own_s``: seconds of own compute of some ranks."""
         seats = self.state.seats
         layout = VectorLayout(world_size=len(seats), num_layers=1, num_experts=EXPERTS)
         lanes = sum(
@@ -158,15 +158,18 @@ class Desk:
         )
         assert isinstance(lanes, np.ndarray)
         lanes[layout.counts] = 8.0
-        for worker in seats:
-            self.committed[worker] = step
-        vector = Vector(
+        return Vector(
             generation=self.state.resumed,
             step=step,
             lanes=lanes.astype("<f8").tobytes(),
             wall_s=0.1,
         )
-        self.say(seats[0], vector)
+
+    def commit(self, step: int, *, own_s: Mapping[int, float] | None = None) -> None:
+        """Everybody commits one step."""
+        for worker in self.state.seats:
+            self.committed[worker] = step
+        self.say(self.state.seats[0], self.vector(step, own_s=own_s))
         self.tick()
 
     def pause(self) -> None:

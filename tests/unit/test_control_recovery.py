@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from control_desk import running
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 
-from lazarus.control.messages import Aligned, DriverHello, Fence, Held, Report, Seat, Vector
+from lazarus.control.messages import Align, Aligned, DriverHello, Fence, Held, Report, Seat, Vector
 from lazarus.control.planning import plan_for
 from lazarus.control.ports import Tell, TellAll, TellDriver, each
 from lazarus.control.recovery import (
@@ -55,6 +57,21 @@ def test_a_published_step_is_never_redone() -> None:
     assert verdict(reports, known={5: vector(5)}, published=5).step == 5
     with pytest.raises(BrokenInvariantError, match="nobody kept its vector"):
         verdict(reports, known={}, published=5)
+
+
+@pytest.mark.parametrize(("generation", "step"), [(1, 8), (2, 9)])
+def test_a_vector_of_an_attempt_that_is_over_commits_nothing(generation: int, step: int) -> None:
+    """A vector of the attempt that was going on does commit its step."""
+    desk = running(nodes=4, slots_per_node=2, min_replicas=2)
+    desk.lose("w3")
+    said = changed(desk.vector(9), generation=generation)
+    desk.deaf.add("Fence")
+    desk.lose("w2")
+    for worker in ("w0", "w1"):
+        more = {"prepared": 9, "entered": 2, "vectors": (said,)}
+        desk.say(worker, Report(generation=3, committed=8, **more))
+    assert desk.state.num_refused == 0
+    assert {body.step for body in desk.told(Align) if body.generation == 3} == {step}
 
 
 @pytest.mark.parametrize("late", [report(3, 4), report(4, 4), report(3, 5)])
