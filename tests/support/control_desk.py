@@ -15,6 +15,7 @@ from lazarus.control.messages import (
     Aligned,
     Body,
     Fence,
+    Heartbeat,
     Held,
     Hello,
     Pause,
@@ -77,6 +78,17 @@ class Desk:
     def hello(self, worker: str) -> Hello:
         """How a worker introduces itself."""
         return Hello(worker=worker, node_key=f"n{worker[1:]}", keeper=f"{worker}:1")
+
+    def join(self, *workers: str) -> None:
+        """More workers come, each the only one of its node."""
+        for worker in workers:
+            self.committed[worker] = self.entered[worker] = 0
+            self.held[worker] = ()
+            self.say(worker, self.hello(worker))
+
+    def beat(self, *, waiting: bool = False) -> Heartbeat:
+        """A sign of life that says that nothing has moved."""
+        return Heartbeat(generation=self.state.resumed, step=self.state.step, waiting=waiting)
 
     def say(self, worker: str, body: Body) -> None:
         self.feed(WorkerSaid(worker=worker, body=body, at_s=self.now_s))

@@ -253,9 +253,11 @@ FAST = {"copy_rate": 1e9, "write_rate": 1e9, "window_s": 1.0}
 SLOW = {"copy_rate": 1.0, "write_rate": 1.0, "window_s": 1.0}
 
 
-def _measuring(*, slowest: dict[str, float] = SLOW, **saves: Any) -> Desk:
+def _measuring(
+    *, slowest: dict[str, float] = SLOW, ranks: tuple[str, ...] = ("w0", "w1", "w2"), **saves: Any
+) -> Desk:
     desk = running(saves=SaveSettings(**saves))
-    for worker in desk.state.seats:
+    for worker in ranks:
         desk.share(worker, 8, measured=slowest if worker == "w1" else FAST)
     return desk
 
@@ -276,6 +278,11 @@ def test_measured_rates_change_the_schedule_at_one_pause_and_go_on_record() -> N
     entries = [c.entry for c in desk.of(Journal)]
     again = resumed_state(entries, desk.state.config, now_s=0.0)
     assert again.adapted == desk.state.adapted is not None
+
+
+def test_the_schedule_stays_until_all_ranks_have_measured() -> None:
+    desk = _measuring(every=None, ranks=("w0", "w1"))
+    assert desk.state.wants == "" and desk.state.adapted is None
 
 
 def test_nothing_pauses_where_the_user_fixed_the_schedule() -> None:
