@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lazarus import errors, metrics, tracebacks
+from lazarus.careful import lines_backwards
+from lazarus.condensed import condensed_events
 from lazarus.errors import ConfigError, LazarusError, RecordError
-from lazarus.events import FILE_NAME, Event, encode, read_events
+from lazarus.events import FILE_NAME, Event, encode
 from lazarus.failure import Cause, Failure, Status, exit_code_of
 from lazarus.ownership import owner_of, silence_s
 from lazarus.status import describe, status_of
@@ -107,7 +109,7 @@ def record_end(run_dir: Path, *, status: Status, failure: Failure | None) -> Non
     Without a record nothing is written: nothing was started.
     """
     try:
-        events = read_events(run_dir)
+        events = condensed_events(run_dir)
     except RecordError:
         return
     if _lacks_end(events):
@@ -119,9 +121,11 @@ def record_end(run_dir: Path, *, status: Status, failure: Failure | None) -> Non
 
 
 def _append(place: Path, event: Event) -> None:
-    whole = place.read_bytes().rpartition(b"\n")
     with place.open("r+b") as file:
-        file.truncate(len(whole[0]) + len(whole[1]))  # a line was cut off when its writer died
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if file.read(1) not in (b"", b"\n"):  # a line was cut off when its writer died
+            file.truncate(end - len(next(lines_backwards(file, end=end), b"")))
         file.seek(0, os.SEEK_END)
         file.write(encode(event).encode())
 
@@ -226,7 +230,7 @@ def write_report(run_dir: Path, failure: Failure) -> str:
 
 def _report(run_dir: Path, failure: Failure) -> str:
     try:
-        events: list[dict[str, Any]] = read_events(run_dir)
+        events: list[Event] = condensed_events(run_dir)
     except RecordError as problem:
         events, state = [], str(problem)
     else:

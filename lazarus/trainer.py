@@ -33,7 +33,7 @@ from lazarus.endings import (
     write_report,
 )
 from lazarus.errors import CheckpointError, ConfigError, LazarusError, Problem, StoppedError
-from lazarus.events import FILE_NAME, of_kind, read_events
+from lazarus.events import FILE_NAME, each_event
 from lazarus.failure import Cause, Status
 from lazarus.faults import FaultSpec, fault_problems, parse_fault
 from lazarus.record_repair import blank_damaged
@@ -309,8 +309,9 @@ class _Run:
 
     def _stopped_text(self, asked: BaseException) -> str:
         """Where a run stands that was asked to stop."""
-        end = of_kind(read_events(self.run_dir), "run_finished")[-1:]
-        step = int(end[0]["steps"]) if end else 0
+        step = 0
+        for event in each_event(self.run_dir):
+            step = int(event["steps"]) if event["event"] == "run_finished" else step
         return f"{asked} at step {step:,}; go on with --resume auto"
 
     def _wait(self, done: threading.Event) -> BaseException | None:

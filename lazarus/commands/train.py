@@ -7,8 +7,8 @@ import argparse
 from lazarus import runs
 from lazarus.callbacks import configured
 from lazarus.checkpoint.adaptive import DEFAULT_EVERY
+from lazarus.condensed import condensed_events
 from lazarus.config import TrainConfig
-from lazarus.events import read_events
 from lazarus.metrics import summarise
 from lazarus.preflight import resolve_slots_per_node, warnings_of
 from lazarus.prometheus import RayMetrics
@@ -81,7 +81,7 @@ def train(place: RunPlace, *, as_json: bool = False) -> int:
         progress.finish()
         for one in metrics:
             one.close()
-    summary = summarise(read_events(folder))
+    summary = summarise(condensed_events(folder))
     runs.say(f"{runs.closing_line(summary)}  record {folder}")
     if as_json:
         runs.print_json(runs.result_json(result, summary))

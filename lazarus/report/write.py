@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lazarus.condensed import condensed_events
 from lazarus.endings import with_end
 from lazarus.errors import LazarusError
-from lazarus.events import Event, blamed_on_record, of_kind, read_events
+from lazarus.events import Event, blamed_on_record, of_kind
 from lazarus.files import replaced
 from lazarus.format import bytes_text, count_text, loss_text, seconds_text
 from lazarus.metrics import Summary, lives
@@ -41,7 +42,7 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
         OSError: The file cannot be written.
     """
     folder = Path(run_dir)
-    events = with_end(read_events(folder), folder)
+    events = with_end(condensed_events(folder), folder)
     with blamed_on_record(folder):
         view = view_of(events, name=folder.name)
         text = page(
@@ -86,7 +87,7 @@ def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
 
 
 def _view(folder: Path, *, name: str) -> RunView:
-    events = with_end(read_events(folder), folder)
+    events = with_end(condensed_events(folder), folder)
     with blamed_on_record(folder):
         return view_of(events, name=name)
 
