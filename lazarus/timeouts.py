@@ -31,6 +31,7 @@ def derive_timeouts(tolerated_stall_s: float) -> Timeouts:
         tolerated_stall_s: How long one process may stand still before it counts as lost, >= 0.5.
     """
     stall = tolerated_stall_s
+    startup_s = max(300.0, 30 * stall)
     return Timeouts(
         heartbeat_interval_s=min(1.0, stall / 10),
         heartbeat_timeout_s=stall,
@@ -40,10 +41,10 @@ def derive_timeouts(tolerated_stall_s: float) -> Timeouts:
         transfer_idle_s=stall,
         group_build_s=2 * stall,
         collective_s=max(120.0, 10 * stall),
-        startup_s=max(300.0, 30 * stall),
+        startup_s=startup_s,
         controller_silent_s=max(5.0, 2 * stall),
         keeper_silent_s=max(15.0, 6 * stall),
-        controller_restart_s=max(60.0, 6 * stall),
+        controller_restart_s=startup_s,  # a machine that is busy starts it as slowly as a rank
         owner_gone_s=max(10.0, 2 * stall),
     )
 

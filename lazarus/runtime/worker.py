@@ -72,6 +72,7 @@ from lazarus.runtime.user_errors import (
     user_code,
 )
 from lazarus.runtime.whereabouts import Note, Whereabouts
+from lazarus.timeouts import derive_timeouts
 
 _FOREVER = 1 << 60  # a fence that nothing follows
 
@@ -94,6 +95,7 @@ class Worker:
         self._last_words: Body | None = None  # what a new controller must hear again
         stall_s = float(spec.config["recovery"]["tolerated_stall_s"])
         self._stall_s = stall_s
+        self._allowance_s = derive_timeouts(stall_s).controller_restart_s
         self._link = Link(
             spec.controller,
             credentials=spec.credentials,
@@ -101,7 +103,7 @@ class Worker:
             hello=self._hello,
             on_message=self._on_message,
             on_dead=self._on_dead,
-            allowance_s=6 * stall_s,
+            allowance_s=self._allowance_s,
         )
         self._observer = Observer(
             ledger=self._ledger,
@@ -408,7 +410,7 @@ class Worker:
             self._link.send(vector)  # what was committed before is on record before the error
         self._say(told)
         self._release()
-        self._over.wait(6 * self._stall_s)
+        self._over.wait(self._allowance_s)
         return 1
 
     def leave(self, cause: str) -> None:
