@@ -156,12 +156,14 @@ def gone(fleet: Fleet, key: str, *, cause: str, now_s: float, is_silent: bool = 
     if placed.ends_machine:
         return _with(fleet, placed.machine, replace(before, gone=before.gone + 1)), ()
     settled = placed.is_up and now_s - placed.since_s >= fleet.limits.settled_s
-    troubles = 1 if settled else before.troubles + 1
+    # Starts that were under way together fail of one cause: one trouble.
+    again = not placed.is_up and placed.since_s <= before.troubled_s
+    troubles = 1 if settled else before.troubles + (not again)
     history = replace(
         before,
         troubles=troubles,
         losses=before.losses + placed.is_up,
-        troubled_s=now_s,
+        troubled_s=before.troubled_s if again else now_s,
         rests_until_s=now_s
         + _rest_s(fleet.limits, troubles, at_once=placed.is_up and not is_silent),
     )

@@ -129,6 +129,30 @@ def test_what_does_not_come_up_in_time_has_failed_and_is_tried_elsewhere() -> No
     assert starts(fleet, machines("slow"), count=1, now_s=311.0) == ()
 
 
+def test_starts_that_fail_together_are_one_trouble_of_their_machine() -> None:
+    """A machine that is slow to start three processes at a time is not banned after two rounds."""
+    fleet = Fleet(limits=Limits(wanted=3, rest_s=1.0))
+    for number in range(MOST_TROUBLES):
+        now_s = 1000.0 * number
+        keys = [f"node-{number}-{i}" for i in range(3)]
+        assert starts(fleet, machines("a", room=3), count=3, now_s=now_s) == ("a",) * 3
+        for key in keys:
+            fleet = ordered(fleet, key, "a", now_s=now_s)
+        for late, key in enumerate(keys):
+            assert fleet.history("a").troubles == number + bool(late)
+            fleet = lose(fleet, key, now_s=now_s + 20.0 + late)
+    assert fleet.history("a").banned
+
+
+def test_starts_that_overlap_for_ever_are_counted_too() -> None:
+    fleet = Fleet(limits=Limits(wanted=2, rest_s=0.0))
+    for number in range(4 * MOST_TROUBLES):
+        fleet = ordered(fleet, f"node-{number}", "a", now_s=10.0 * number)
+        if number:
+            fleet = lose(fleet, f"node-{number - 1}", now_s=10.0 * number + 5.0)
+    assert fleet.history("a").banned
+
+
 def test_room_that_somebody_else_took_says_nothing_about_the_machine() -> None:
     fleet = taken(ordered(running("a", wanted=2), "node-1", "b", now_s=1.0), "node-1")
     assert starts(fleet, machines("b"), count=1, now_s=1.0) == ("b",)
