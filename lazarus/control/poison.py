@@ -106,7 +106,7 @@ def awaited(deaths: tuple[Death, ...], gone: tuple[Gone, ...], *, step: int) -> 
     """
     known = still_open(deaths, step=step)
     unsure = tuple(g for g in gone if g.step > step)
-    if not known or not unsure:
+    if not unsure:
         return ()
     nodes = {d.node for d in known} | {g.node for g in unsure}
     attempts = {d.generation for d in known} | {g.generation for g in unsure}

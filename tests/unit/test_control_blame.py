@@ -203,6 +203,17 @@ def test_news_that_come_one_attempt_late_still_save_the_fourth_node() -> None:
     assert end_of(desk) == ("failed", "user_code")
 
 
+def test_a_launcher_that_has_told_of_none_of_three_attempts_is_heard_first() -> None:
+    desk, seen = running(nodes=6), []
+    for number in (5, 4, 3):
+        seen.append(desk.state.resumed)
+        desk.lose(f"w{number}")
+    assert desk.state.phase is Phase.PREPARING
+    for number, generation in zip((5, 4, 3), seen, strict=True):
+        word_of(desk, number, generation=generation)
+    assert end_of(desk) == ("failed", "user_code")
+
+
 def test_a_word_that_shows_nothing_lets_the_step_be_tried_at_once() -> None:
     desk = running(nodes=6)
     dies(desk, 5, "SIGKILL")
