@@ -50,8 +50,8 @@ _POLL_S = 0.5  # between two looks at the cluster's machines
 _JOIN_S = 5.0
 _ZONE_LABEL = "ray.io/availability-zone"
 _RESERVE_S = 5.0  # for a machine's free resources to become ours; doubles where it was too short
-_SILENT_S = 20.0  # for a machine that has room to start a small actor, where others have some
-_REACH_S = 60.0  # for Ray to start a small actor on a busy machine, at least; nobody else has room
+_SILENT_S = 20.0  # for a machine that has room to start a small actor, where there are others
+_REACH_S = 60.0  # for Ray to start a small actor on a busy machine, at least
 _WISHES_EVERY = 10  # looks at the cluster's machines between two at what other runs want
 
 
@@ -247,7 +247,7 @@ class RayLauncher:
                 return place
             room, waited_s = self._room_beside(key), now_s() - asked_s
             is_free = bool(room.pop(node.id, 0))
-            given_s = _SILENT_S if is_free and any(room.values()) else self._reach_s
+            given_s = _SILENT_S if is_free and room else self._reach_s
             if waited_s > given_s:
                 raise StartupError(f"{key}: {node.host} does not answer")
             if is_free:
