@@ -13,7 +13,7 @@ ifneq ($(shell $(PY) -c 'print(1)' 2>/dev/null),1)
   $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup demo test test-slow soak lint format bench-quick clean
+.PHONY: help setup demo test test-slow soak lint format docs bench-quick clean
 
 help:
 	@echo "make setup        virtual environment with the tested versions"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-slow    the long ones, the fault matrix among them"
 	@echo "make soak         runs under faults for minutes, 25 in all; test-slow has shorter ones"
 	@echo "make lint         ruff, mypy --strict, import contracts"
+	@echo "make docs         the documentation as a site in build/site; broken links fail"
 	@echo "make bench-quick  real runs under faults against baselines, up to 12 minutes"
 
 setup: $(STAMP)
@@ -50,6 +51,15 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+# The site's own packages are installed when it is first built.
+DOCS_STAMP := $(VENV)/.installed-docs
+$(DOCS_STAMP): $(STAMP)
+	@$(PY) -m pip install --quiet --prefer-binary -c constraints.txt -e '.[docs]'
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	@$(PY) tools/build_docs.py
 
 format: $(STAMP)
 	$(PY) -m ruff format .

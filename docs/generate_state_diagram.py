@@ -1,7 +1,7 @@
 """Draw the controller's states from the machine itself.
 
-    python docs/generate_state_diagram.py            # rewrites docs/control_states.md
-    python docs/generate_state_diagram.py --check    # exit code 1 if the page is not current
+    python docs/generate_state_diagram.py            # rewrites docs/control_states.md and .svg
+    python docs/generate_state_diagram.py --check    # exit code 1 if they are not current
 
 Seeded random runs of the simulated cluster (tests/support) feed ``decide``; every change of phase
 that happens is an arrow, labelled with the events that caused it.
@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "control_states.md"
+PICTURE = ROOT / "docs" / "control_states.svg"
 SEEDS = range(160)
 
 for folder in (ROOT / "tests" / "support", ROOT):
@@ -83,7 +84,6 @@ def name_of(event: Any) -> str:
 
 
 def page(found: dict[Arrow, set[str]]) -> str:
-    order = list(Phase)
     lines = [
         "# States of the controller",
         "",
@@ -92,21 +92,52 @@ def page(found: dict[Arrow, set[str]]) -> str:
         "caused it. `decide` has an answer to every event in every state; what is not an arrow",
         "changes counters, or nothing.",
         "",
-        "```mermaid",
-        "stateDiagram-v2",
-        f"    [*] --> {Phase.GATHERING.value}",
-        f"    [*] --> {Phase.RECONNECTING.value}",
+        "![States from top to bottom; arrows back are on the left](control_states.svg)",
+        "",
+        "A run begins in `gathering`; a controller that was restarted begins in `reconnecting`.",
+        "",
     ]
-    pairs = sorted(found, key=lambda pair: (order.index(pair[0]), order.index(pair[1])))
-    for before, after in pairs:
-        lines.append(f"    {before.value} --> {after.value}")
-    lines += [f"    {Phase.RECONNECTING.value}: reconnecting (after a restart)"]
-    lines += [f"    {Phase.ENDED.value} --> [*]", "```", ""]
+    pairs = in_order(found)
     lines += ["| State | Meaning |", "|---|---|"]
-    lines += [f"| {phase.value} | {MEANING[phase]} |" for phase in order]
+    lines += [f"| {phase.value} | {MEANING[phase]} |" for phase in Phase]
     lines += ["", "| From | To | On |", "|---|---|---|"]
     lines += [f"| {a.value} | {b.value} | {on(found[(a, b)])} |" for a, b in pairs]
     return "\n".join(lines) + "\n"
+
+
+def in_order(found: Iterable[Arrow]) -> list[Arrow]:
+    order = list(Phase)
+    return sorted(found, key=lambda pair: (order.index(pair[0]), order.index(pair[1])))
+
+
+def picture(found: Iterable[Arrow]) -> str:
+    """States below each other, as SVG; arrows that lead down bulge to the right, others left."""
+    order, high, wide, middle = list(Phase), 56, 130, 250
+    height = high * len(order)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * middle} {height}" '
+        'font-family="sans-serif" font-size="14">',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" '
+        'markerHeight="8" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#456"/></marker></defs>',
+        f'<rect width="{2 * middle}" height="{height}" fill="white"/>',
+    ]
+    for before, after in in_order(found):
+        start, end = order.index(before), order.index(after)
+        side = 1 if end > start else -1
+        x, bulge = middle + side * wide / 2, middle + side * (wide / 2 + 24 * abs(end - start))
+        y1, y2 = high * start + high / 2 + 6 * side, high * end + high / 2 - 6 * side
+        lines.append(
+            f'<path d="M{x:g},{y1:g} C{bulge:g},{y1:g} {bulge:g},{y2:g} {x:g},{y2:g}" '
+            'fill="none" stroke="#456" marker-end="url(#tip)"/>'
+        )
+    for index, phase in enumerate(order):
+        x, y = middle - wide / 2, high * index + 12
+        lines += [
+            f'<rect x="{x:g}" y="{y}" width="{wide}" height="32" rx="8" fill="#def" '
+            'stroke="#456"/>',
+            f'<text x="{middle}" y="{y + 21}" text-anchor="middle">{phase.value}</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def on(events: Iterable[str]) -> str:
@@ -117,11 +148,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     args = parser.parse_args()
-    text = page(arrows())
-    if args.check:
-        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text)
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"wrote {PAGE}")
+    found = arrows()
+    for path, text in ((PAGE, page(found)), (PICTURE, picture(found))):
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path}")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            return 1
     return 0
 
 

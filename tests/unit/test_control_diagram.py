@@ -24,7 +24,7 @@ def generator() -> ModuleType:
 
 def test_every_change_of_state_that_happens_is_on_the_page(generator: ModuleType) -> None:
     text = (DOCS / "control_states.md").read_text(encoding="utf-8")
-    drawn = set(re.findall(r"^    (\w+) --> (\w+)$", text, flags=re.M))
+    drawn = set(re.findall(r"^\| (\w+) \| (\w+) \| \w+", text, flags=re.M))
     happened = {(a.value, b.value) for a, b in generator.arrows(range(30))}
     assert happened - drawn == set()
 
@@ -32,4 +32,6 @@ def test_every_change_of_state_that_happens_is_on_the_page(generator: ModuleType
 @pytest.mark.slow
 def test_the_page_is_what_the_script_makes(generator: ModuleType) -> None:
     text = (DOCS / "control_states.md").read_text(encoding="utf-8")
-    assert generator.page(generator.arrows()) == text, "run python docs/generate_state_diagram.py"
+    found, hint = generator.arrows(), "run python docs/generate_state_diagram.py"
+    assert generator.page(found) == text, hint
+    assert generator.picture(found) == (DOCS / "control_states.svg").read_text("utf-8"), hint

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from lazarus.prometheus import METRICS, REPEAT_S, RayMetrics, ray_series
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-PAGES = [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"]
 SAMPLES = ("_bucket", "_sum", "_count")
 
 
@@ -165,9 +163,3 @@ def test_the_image_takes_the_tested_versions() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert "constraints.txt" in text
     assert re.search(r"^USER (?!root)", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
