@@ -49,3 +49,23 @@ def test_every_log_page_and_every_script_can_be_found_from_the_readme() -> None:
     scripts = {p.name for p in BENCHMARKS.glob("*.py") if "__main__" in p.read_text()}
     helpers = {"goodput_peers.py"}  # started by goodput_under_faults.py
     assert scripts - helpers <= set(re.findall(r"`(\w+\.py)", text))
+
+
+def front_rows() -> list[list[str]]:
+    lines = (BENCHMARKS.parent / "README.md").read_text().splitlines()
+    return [
+        [c.strip() for c in line.strip("|").split("|")] for line in lines if "](benchmarks/" in line
+    ]
+
+
+@pytest.mark.parametrize("row", [r for r in front_rows() if len(r) == 5], ids=lambda row: row[0])
+def test_the_front_page_has_one_figure_a_cell_and_each_is_in_the_log(row: list[str]) -> None:
+    _, ours, other, figure, measured = row
+    found = re.fullmatch(r"\[(.*)\]\(benchmarks/(log/.*\.md)\)", measured)
+    assert found is not None
+    text = (BENCHMARKS / found[2]).read_text()
+    known = {"1", *NUMBER.findall(text)}
+    for cell in (ours, other, figure):
+        numbers = NUMBER.findall(cell)
+        assert len(numbers) <= 1, cell
+        assert set(numbers) <= known, cell
