@@ -58,7 +58,6 @@ def spec_of(folder: Path, *, layers: int, experts: int, nodes: int) -> Controlle
     """A run of that size whose controller listens on this machine."""
     config = ControlConfig(steps=10**9, nodes=nodes, ranks_per_node=RANKS_PER_NODE)
     return ControllerSpec(
-        run_id="bench",
         host="127.0.0.1",
         port=0,
         credentials=Credentials(secret="bench"),

@@ -36,6 +36,7 @@ from lazarus.sections import (
     SecurityConfig,
 )
 from lazarus.settings import Given, setting
+from lazarus.timeouts import Timeouts, derive_timeouts
 
 __all__ = [
     "CheckpointConfig",
@@ -87,6 +88,14 @@ class TrainConfig:
     security: SecurityConfig = field(default_factory=SecurityConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "origins": dict(self.origins)}  # a read-only view has no pickle
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """Everything that is derived from the tolerated stall."""
+        return derive_timeouts(self.recovery.tolerated_stall_s)
 
     @property
     def seq_len(self) -> int:

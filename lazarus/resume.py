@@ -46,7 +46,7 @@ def decisive(config: TrainConfig) -> dict[str, Any]:
     found anywhere says which run may go on from it.
     """
     return {
-        dotted: settings.jsonable(_value(config, dotted))
+        dotted: settings.jsonable(settings.value_of(config, dotted))
         for dotted in settings.keys_of(TrainConfig)
         if dotted.split(".")[0] not in _FREE_SECTIONS and dotted not in _FREE_KEYS
     }
@@ -76,8 +76,3 @@ def resume_problems(
         text = f"{dotted} changed since the run began: {change}; --allow-change {dotted}"
         problems.append(Problem(text, key=dotted))
     return problems
-
-
-def _value(config: TrainConfig, dotted: str) -> object:
-    section, _, name = dotted.rpartition(".")
-    return getattr(getattr(config, section) if section else config, name)

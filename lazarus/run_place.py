@@ -37,7 +37,6 @@ from lazarus.run_folders import (
     runs_of_name,
 )
 from lazarus.settings import toml_of
-from lazarus.timeouts import derive_timeouts
 
 Say = Callable[[str], None]
 _JOURNAL = re.compile(r"journal(?:-(\d{1,9}))?")
@@ -154,7 +153,7 @@ def open_place(
 def _taken(
     folder: Path, config: TrainConfig, *, run_id: str, was_made: bool, say: Say
 ) -> Ownership:
-    limit_s = derive_timeouts(config.recovery.tolerated_stall_s).owner_gone_s
+    limit_s = config.timeouts.owner_gone_s
     try:
         return take(folder, run=run_id, gone_after_s=limit_s, say=say)
     except OSError as error:

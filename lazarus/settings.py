@@ -74,6 +74,12 @@ def keys_of(root: type) -> dict[str, tuple[Field[Any], Any]]:
     return found
 
 
+def value_of(root: object, dotted: str) -> Any:
+    """The value of a dotted key."""
+    section, _, name = dotted.rpartition(".")
+    return getattr(getattr(root, section) if section else root, name)
+
+
 def default_of(spec: Field[Any]) -> Any:
     """A field's default value."""
     if spec.default_factory is not MISSING:

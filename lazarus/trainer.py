@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -16,15 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from lazarus import preflight
 from lazarus.callbacks_bus import CallbackBus
 from lazarus.checkpoint.patience import patiently
-from lazarus.checkpoint.place import check_place
 from lazarus.checkpoint.policy import RecoveryPolicy
 from lazarus.checkpoint.retention import sweep
 from lazarus.config import TrainConfig
 from lazarus.control.messages import RunOver
-from lazarus.control_config import control_config
+from lazarus.control_config import keeps_checkpoints, policies_of
 from lazarus.endings import (
     callback_failure,
     error_of,
@@ -32,23 +29,19 @@ from lazarus.endings import (
     record_end,
     write_report,
 )
-from lazarus.errors import CheckpointError, ConfigError, LazarusError, Problem, StoppedError
+from lazarus.errors import CheckpointError, ConfigError, LazarusError, StoppedError
 from lazarus.events import FILE_NAME, each_event
 from lazarus.failure import Cause, Status
-from lazarus.faults import FaultSpec, fault_problems, parse_fault
+from lazarus.faults import FaultSpec
 from lazarus.record_repair import blank_damaged
 from lazarus.result import Result, leave_artifacts, result_of
-from lazarus.resume import decisive
-from lazarus.run_place import RunPlace, next_journal, open_place
-from lazarus.runtime.chaos import CHAOS_KINDS
+from lazarus.run_place import RunPlace, open_place
+from lazarus.run_spec import check_run, prepared, scratch_folder
 from lazarus.runtime.choose_launcher import launcher_of
 from lazarus.runtime.controller_end import went_along
 from lazarus.runtime.driver import Driver
-from lazarus.runtime.rpc.credentials import credentials_from
-from lazarus.runtime.spec import RunSpec, UserCode
-from lazarus.timeouts import derive_timeouts
+from lazarus.runtime.spec import UserCode
 from lazarus.user_code import builder_of, pickled
-from lazarus.version import __version__
 from placement import PlacementPolicy
 
 
@@ -136,20 +129,17 @@ class ElasticTrainer:
     ) -> None:
         self.config = config
         self._callbacks = tuple(callbacks)
-        self._ranks = _ranks_per_node(config)
-        self._control = control_config(
-            config, placement=placement, recovery=recovery, ranks_per_node=self._ranks
-        )
+        self.policies = policies_of(config, placement=placement, recovery=recovery)
         self._eval_data = eval_data
         specs = tuple(dict.fromkeys(str(fault) for fault in (*config.faults.specs, *faults)))
-        self._faults = specs
-        _check(config, model=model, data=data, faults=specs)
+        self.faults = specs
+        check_run(config, model=model, data=data, faults=specs)
         if config.eval.every and data is not None and eval_data is None:
             raise ConfigError(
                 f"eval.every={config.eval.every} needs held-out data; pass eval_data, or set "
                 f"eval.every=0"
             )
-        self._user = pickled(
+        self.user = pickled(
             UserCode(
                 model=builder_of(model),
                 data=data,
@@ -205,13 +195,16 @@ class _Run:
         self.run_id, self.run_dir, self._url = place.run_id, place.folder, place.url
         config = place.config
         self._leaves_report = config.metrics.report
-        self._scratch = _scratch_folder(place)
+        self._scratch = scratch_folder(place)
         self._bus = CallbackBus(trainer._callbacks, fail=config.metrics.on_callback_error == "fail")
         try:
-            if _keeps_checkpoints(config):
-                patience_s = config.recovery.tolerated_stall_s
-                check_place(self._url, name=f"probe-{self.run_id}", patience_s=patience_s)
-            spec = self._spec(trainer)
+            spec = prepared(
+                place,
+                policies=trainer.policies,
+                faults=trainer.faults,
+                user=trainer.user,
+                scratch=self._scratch,
+            )
             place.write_config()
             quiet = config.metrics.progress in ("off", "json")
             self.driver = Driver(
@@ -233,44 +226,6 @@ class _Run:
         nothing_stands = not self.run_dir.is_dir() and went_along(self._url, self.run_dir)
         status: Status = "failed" if nothing_stands else "short"
         self.driver.abandon(reason, cause=Cause.STORAGE, status=status)
-
-    def _spec(self, trainer: ElasticTrainer) -> RunSpec:
-        """What the driver is told."""
-        config, start = self._place.config, self._place.start
-        return RunSpec(
-            run_id=self.run_id,
-            run_dir=self.run_dir,
-            scratch=self._scratch,
-            config=config.to_dict(),
-            control=replace(
-                trainer._control,
-                run_id=self.run_id,
-                faults=trainer._faults,
-                checkpoint_url=self._url,
-                rescue_url=str(self.run_dir / "rescue"),
-                probes_place=_keeps_checkpoints(config),
-                **({} if start is None else start.control()),
-            ),
-            timeouts=derive_timeouts(config.recovery.tolerated_stall_s),
-            user=trainer._user,
-            faults=trainer._faults,
-            checkpoint_url=self._url,
-            resume=None if start is None else f"{start.url} {start.step}",
-            version=__version__,
-            ranks_per_node=trainer._ranks,
-            credentials=credentials_from(config.security),
-            checkpoint={
-                "run": self.run_id,
-                "seed": config.run.seed,
-                "config": decisive(config),
-            },
-            lives=(*(() if start is None else start.lives), self.run_id),
-            keep_checkpoints=config.checkpoint.keep,
-            keepers=config.checkpoint.every != 0,
-            journal=next_journal(self.run_dir),
-            replace_lost=config.cluster.replace_lost,
-            chaos=config.faults.parsed_chaos(),
-        )
 
     def _forget(self) -> None:
         """Nothing was started: leave no trace of it."""
@@ -343,16 +298,15 @@ class _Run:
 
     def _sweep(self) -> None:
         """Every process has ended: what their writers left half done is nobody's."""
-        if not _keeps_checkpoints(self._place.config):
+        if not keeps_checkpoints(self._place.config):
             return
-        patience_s = self._place.config.recovery.tolerated_stall_s
         start = self._place.start
         runs = (*(() if start is None else start.lives), self.run_id)
         with suppress(CheckpointError):
             patiently(
                 lambda: sweep(self._url, runs=runs),
                 for_s=0.0,
-                stuck_s=patience_s,
+                stuck_s=self._place.config.timeouts.storage_stuck_s,
                 place=self._url,
                 operation="sweep",
             )
@@ -401,55 +355,6 @@ class _Run:
             if isinstance(problem, LazarusError):
                 failure = replace(failure, message=str(problem))
             return RunOver(status="failed", failure=failure), problem
-
-
-def _scratch_folder(place: RunPlace) -> Path:
-    """A folder for what only this run's processes need.
-
-    Raises:
-        ConfigError: Temporary files have no place or no room; ``place`` was left.
-    """
-    try:
-        return Path(tempfile.mkdtemp(prefix="lazarus-"))
-    except OSError as problem:
-        place.leave()
-        text = f"no folder for temporary files can be made ({problem}); TMPDIR names another place"
-        raise ConfigError(text) from problem
-
-
-def _keeps_checkpoints(config: TrainConfig) -> bool:
-    return config.checkpoint.every != 0 or config.checkpoint.full_at_end
-
-
-def _check(config: TrainConfig, *, model: Any, data: Any, faults: tuple[str, ...]) -> None:
-    problems: list[Problem] = preflight.security_problems(config)
-    if model is None and data is None:
-        problems += preflight.builtin_problems(config)
-    elif data is None:
-        problems += preflight.data_problems(config)
-    problems += fault_problems(
-        [parse_fault(text) for text in faults],
-        nodes=config.cluster.nodes,
-        steps=config.train.steps,
-        chaos=config.faults.parsed_chaos(),
-    )
-    chaos = config.faults.parsed_chaos()
-    if chaos is not None and (odd := set(chaos.kinds) - CHAOS_KINDS):
-        text = (
-            f"chaos cannot draw {', '.join(sorted(odd))}; it can: {', '.join(sorted(CHAOS_KINDS))}"
-        )
-        problems.append(Problem(text, key="faults.chaos"))
-    if problems:
-        raise ConfigError(problems)
-
-
-def _ranks_per_node(config: TrainConfig) -> int:
-    ranks = config.cluster.ranks_per_node
-    if ranks != "auto":
-        return int(ranks)
-    import torch
-
-    return max(1, torch.cuda.device_count())
 
 
 def _say(text: str, *, is_quiet: bool) -> None:

@@ -8,7 +8,6 @@ from dataclasses import fields
 from lazarus import runs, settings
 from lazarus.config import TrainConfig
 from lazarus.reference import reference
-from lazarus.timeouts import derive_timeouts
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +47,7 @@ def shown(config: TrainConfig) -> list[str]:
         name = line.split(" = ")[0]
         origin = config.origins.get(f"{section}.{name}" if section else name)
         lines.append(f"{line}  # {origin}" if origin else line)
-    derived = derive_timeouts(config.recovery.tolerated_stall_s)
+    derived = config.timeouts
     lines += ["", "# derived from recovery.tolerated_stall_s:"]
     for spec in fields(derived):
         lines.append(f"# {spec.name} = {settings.toml_value(getattr(derived, spec.name))}")

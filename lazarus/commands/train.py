@@ -46,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
     slots = resolve_slots_per_node(config, num_experts=config.model.experts)
     for warning in warnings_of(config, num_experts=config.model.experts, slots_per_node=slots):
         runs.say(f"warning: {warning}")
-    if args.dry_run:
-        return _dry_run(config, slots)
     configured(config, run_dir=config.run.dir)  # packages that are missing are bad input
     place = open_place(
         config,
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         in_ray_job=runs.in_ray_job(args.environment),
         say=runs.say,
     )
-    return train(place, as_json=args.json)
+    return _dry_run(place) if args.dry_run else train(place, as_json=args.json)
 
 
 def train(place: RunPlace, *, as_json: bool = False) -> int:
@@ -101,19 +99,24 @@ def _ray_metrics(config: TrainConfig) -> list[RayMetrics]:
     return [RayMetrics(config.run.name, constants=constants)]
 
 
-def _dry_run(config: TrainConfig, slots: int) -> int:
-    from placement import PlacementRequest, certificate, plan
+def _dry_run(place: RunPlace) -> int:
+    """Say what the run would begin with; exit codes are those of a run that is refused."""
+    from lazarus.dry_run import first_plan
+    from lazarus.trainer import ElasticTrainer
+    from placement import certificate
 
-    uniform = [[1.0] * config.model.experts] * (config.model.layers // config.model.moe_every)
-    request = PlacementRequest(
-        load=uniform,
-        num_nodes=config.cluster.nodes,
-        slots_per_node=slots,
-        min_replicas=config.placement.min_replicas,
-    )
+    try:
+        trainer = ElasticTrainer(place.config)
+    except BaseException:
+        place.leave()
+        raise
+    plan = first_plan(trainer, place)
+    if plan.fallback:
+        runs.say(f"warning: placement.policy: {plan.fallback}; the library's plan is taken")
+    layers, experts = len(plan.expert_of_slot), plan.num_experts
     runs.say(
-        f"{config.model.experts} experts x {len(uniform)} layers on {config.cluster.nodes} nodes "
-        f"x {slots} slots; a plan for equal loads:"
+        f"{experts} experts x {layers} layers on {len(plan.node_ids)} nodes "
+        f"x {plan.slots_per_node} slots; the plan that the run begins with:"
     )
-    print(certificate(plan(request)).table())
+    print(certificate(plan).table())
     return 0

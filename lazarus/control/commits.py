@@ -44,7 +44,7 @@ def on_vector(state: Control, body: Vector, *, at_s: float) -> Result:
         return state, ()
     state = replace(state, known={**state.known, body.step: changed(body, at_s=at_s)})
     state, commands = close_timeline(state, at_s=at_s)
-    if at_s - state.flushed_s >= state.config.flush_s:
+    if at_s - state.flushed_s >= state.config.timeouts.flush_s:
         state, more = flush(state, at_s=at_s)
         commands += more
     return state, commands

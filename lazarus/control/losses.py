@@ -79,7 +79,7 @@ def _decide(
     view = _view(state, transition, at_s=at_s)
     if transition.goes_back:
         return decided_by_setting(losses, view, "rollback")
-    if config.recovery is not None and view.waited_s <= config.start_timeout_s:
+    if config.recovery is not None and view.waited_s <= config.timeouts.startup_s:
         return config.recovery(losses, view, now_s=at_s)
     return decided_by_setting(losses, view, config.on_lost_expert)
 

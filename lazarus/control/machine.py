@@ -284,7 +284,7 @@ def _on_injected(state: Control, body: Injected, *, at_s: float) -> Result:
 
 def _tick(state: Control, *, at_s: float) -> Result:
     commands: tuple[Command, ...] = ()
-    if state.known and at_s - state.flushed_s >= state.config.flush_s:
+    if state.known and at_s - state.flushed_s >= state.config.timeouts.flush_s:
         state, commands = commits.flush(state, at_s=at_s)
     if state.saves:
         state, more = saves.order_manifests(state, at_s=at_s)
@@ -344,7 +344,7 @@ def _settle_gathering(state: Control, *, at_s: float) -> Result:
     enough = ready >= state.config.min_nodes
     if ready >= state.config.nodes or (enough and _waited_for_all(state, at_s=at_s)):
         return change.begin(state, reason="start", at_s=at_s)
-    patience_s = state.config.start_timeout_s + state.config.quorum_timeout_s
+    patience_s = state.config.timeouts.startup_s + state.config.quorum_timeout_s
     if not enough and state.idle_s is not None:  # nothing is coming up
         patience_s = state.idle_s - state.started_s + state.config.quorum_timeout_s
     if at_s - state.started_s > patience_s:
@@ -357,11 +357,11 @@ def _waited_for_all(state: Control, *, at_s: float) -> bool:
 
     Machines that are still to come have long; machines on which nothing starts have not.
     """
-    if at_s - state.started_s > state.config.start_timeout_s:
+    if at_s - state.started_s > state.config.timeouts.startup_s:
         return True
     awaited, idle_s = state.awaited, state.idle_s
     troubled = awaited is not None and awaited.is_troubled
-    return troubled and idle_s is not None and at_s - idle_s > state.config.gather_s
+    return troubled and idle_s is not None and at_s - idle_s > state.config.timeouts.gather_s
 
 
 def _settle_holding(state: Control, *, at_s: float) -> Result:
@@ -463,11 +463,11 @@ def _settle_gone(state: Control, *, at_s: float) -> Result:
     waited = at_s - state.gone_s
     if waited > config.quorum_timeout_s:
         return _quorum_timeout(state, live=len(there), at_s=at_s)
-    writing = state.writing and waited <= config.tolerated_stall_s
+    writing = state.writing and waited <= config.timeouts.in_flight_s
     if len(there) < config.min_nodes or there == state.tried or writing:
         return state, ()
     newest = max(state.nodes[node].joined_s for node in there)
-    if len(there) < config.nodes and at_s - newest < config.tolerated_stall_s:
+    if len(there) < config.nodes and at_s - newest < config.timeouts.restart_debounce_s:
         return state, ()  # others are on their way
     return change.begin(state, reason="restart", at_s=at_s)
 

@@ -302,11 +302,12 @@ def _back_by_s(state: Control, missing: tuple[int, ...]) -> float:
     What kept everybody away, a machine that is busy starting the controller for example, says
     nothing about any of them: the others have their time from when the first one is back.
     """
+    timeouts = state.config.timeouts
     back = [state.nodes[n].joined_s for n in state.members if n not in missing]
     if not back:
-        return state.phase_s + state.config.comeback_s
-    first_s = min(min(back), state.phase_s + state.config.comeback_s)
-    return max(state.phase_s, first_s) + state.config.reconnect_s
+        return state.phase_s + timeouts.comeback_s
+    first_s = min(min(back), state.phase_s + timeouts.comeback_s)
+    return max(state.phase_s, first_s) + timeouts.reconnect_s
 
 
 def excuse(state: Control, *, slept_s: float) -> Control:
@@ -323,8 +324,8 @@ def excuse(state: Control, *, slept_s: float) -> Control:
 
 def silent(state: Control, *, at_s: float) -> tuple[int, ...]:
     """Nodes that said nothing for longer than the tolerated stall."""
-    stall = state.config.tolerated_stall_s
-    late = {known.node for known in state.workers.values() if at_s - known.heard_s > stall}
+    limit_s = state.config.timeouts.heartbeat_timeout_s
+    late = {known.node for known in state.workers.values() if at_s - known.heard_s > limit_s}
     return tuple(sorted(late))
 
 
@@ -339,7 +340,8 @@ def stuck(state: Control, *, at_s: float) -> tuple[int, ...]:
         return ()
     seated = [w for w in state.seats if w in state.workers and w not in state.paused]
     awaited = state.paused or any(state.workers[w].waiting for w in seated)
-    limit = state.config.tolerated_stall_s if awaited else state.config.standstill_s
+    timeouts = state.config.timeouts
+    limit = timeouts.no_progress_s if awaited else timeouts.standstill_s
     late = {
         state.workers[w].node
         for w in seated

@@ -49,7 +49,7 @@ def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
         if w in state.workers
         and (w not in state.finalized or (not state.digest and w not in digested))
     ]
-    limit = state.config.final_s
+    limit = state.config.timeouts.final_s
     late = {
         state.workers[w].node
         for w in owing
@@ -60,13 +60,13 @@ def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
 
 def has_lost_vectors(state: Control, *, at_s: float) -> bool:
     """Whether all ranks have paused, and a vector of what they committed still has not come."""
-    return at_s - max(state.paused_s, state.flushed_s) > state.config.tolerated_stall_s
+    return at_s - max(state.paused_s, state.flushed_s) > state.config.timeouts.report_s
 
 
 def manifest_too_long(state: Control, *, at_s: float) -> bool:
     """Whether the last manifest has not been written for so long that it will not be."""
     pending = state.phase is Phase.FINALIZING and state.manifest_pending
-    return pending and at_s - state.finalized_s > state.config.standstill_s
+    return pending and at_s - state.finalized_s > state.config.timeouts.standstill_s
 
 
 def end_without_manifest(state: Control, *, at_s: float) -> Result:

@@ -62,7 +62,6 @@ def request_for(
         ranks_per_node=config.ranks_per_node,
         node_ids=nodes,
         domains=_domains(state, nodes) if config.plans_by_zone else (),
-        profile=config.profile,
         resilience_weight=config.resilience_weight,
         solver=config.solver,
         solver_limit_s=config.plan_limit_s,

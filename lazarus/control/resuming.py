@@ -74,7 +74,7 @@ def settle(state: Control, *, at_s: float) -> Result:
 def _awaits_word(state: Control, *, at_s: float) -> bool:
     """Whether the launcher's word on a lost member may show that the next step is poisoned."""
     unsure = awaited(state.deaths, state.unexplained, step=state.step)
-    return any(at_s - gone.at_s <= state.config.tolerated_stall_s for gone in unsure)
+    return any(at_s - gone.at_s <= state.config.timeouts.news_s for gone in unsure)
 
 
 def _cannot_store(state: Control, transition: Transition) -> dict[int, StorageProblem]:

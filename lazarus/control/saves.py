@@ -199,7 +199,7 @@ def _want_all(state: Control, *, at_s: float) -> Control:
     needed = none_stands(state) and state.config.partial_checkpoints
     if not needed or state.wants or at_s < state.whole_again_s:
         return state
-    pause_s = state.config.tolerated_stall_s * 2 ** min(state.whole_asked, _DOUBLINGS)
+    pause_s = state.config.timeouts.whole_pause_s * 2 ** min(state.whole_asked, _DOUBLINGS)
     return replace(
         state,
         wants="checkpoint",
@@ -213,7 +213,7 @@ def worth_waiting(state: Control, transition: Transition, *, at_s: float) -> boo
     usable = max((c.step for c in state.checkpoints if c.step <= transition.step), default=-1)
     waited = at_s - transition.phase_s
     newest = in_flight(state, upto=transition.step)
-    return waited <= state.config.tolerated_stall_s and newest > usable
+    return waited <= state.config.timeouts.in_flight_s and newest > usable
 
 
 def last_ones_awaited(state: Control, *, at_s: float) -> bool:
@@ -221,7 +221,7 @@ def last_ones_awaited(state: Control, *, at_s: float) -> bool:
     waited = at_s - state.phase_s
     return (
         not state.config.final_checkpoint
-        and waited <= state.config.tolerated_stall_s
+        and waited <= state.config.timeouts.in_flight_s
         and in_flight(state, upto=state.step) >= 0
     )
 

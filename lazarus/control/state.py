@@ -29,7 +29,7 @@ from lazarus.control.messages import (
 from lazarus.control.poison import Death, Gone
 from lazarus.control.ports import Stored
 from lazarus.control.remembered import remembered
-from lazarus.timeouts import storage_patience_s
+from lazarus.timeouts import Timeouts, derive_timeouts
 from placement import PlacementPolicy, Plan, replan
 from placement.rebalance import Regret
 
@@ -71,9 +71,7 @@ class ControlConfig:
     min_replicas: int = 2
     slots_per_node: int | None = None  # None: enough for min_replicas after spare_losses losses
     spare_losses: int = 2
-    tolerated_stall_s: float = 10.0
-    start_timeout_s: float = 120.0
-    standstill_s: float = 600.0  # bound for a training thread that nobody waits for
+    timeouts: Timeouts = field(default_factory=lambda: derive_timeouts(10.0))
     join_debounce_s: float = 2.0
     quorum_timeout_s: float = 3600.0
     final_checkpoint: bool = True
@@ -82,15 +80,12 @@ class ControlConfig:
     partial_checkpoints: bool = True  # a checkpoint may point to files of older ones
     saves: SaveSettings = field(default_factory=SaveSettings)
     plt_budget: float = 0.0375
-    profile: str = "balanced"
     resilience_weight: float = 1.0
     solver: str = "auto"  # only "ilp" differs, and only in the first plan
     plan_limit_s: float = 1.0  # of the integer program
     plans_by_zone: bool = False
     memory_fraction: float = 0.85  # of a node's memory that automatic slots may fill
     heal: str = "auto"
-    heal_before_bytes: int = 64 << 20  # "auto" heals before resuming up to this many bytes a rank
-    share_by_speed: bool = True
     version: str = ""
     placement: PlacementPolicy = replan
     recovery: RecoveryDecider | None = None  # None: on_lost_expert decides
@@ -106,51 +101,6 @@ class ControlConfig:
     probes_place: bool = False  # every node tries the checkpoint place before it trains
     checkpoints: tuple[StoredCheckpoint, ...] = ()  # usable ones at the start
     stored: tuple[Stored, ...] = ()  # newest versions on storage at the start
-
-    # Everything below derives from tolerated_stall_s.
-    @property
-    def suspicion_grace_s(self) -> float:
-        """A failed collective waits this long for the news of a death before it fences alone."""
-        return min(0.1, self.tolerated_stall_s / 20)
-
-    @property
-    def reconnect_s(self) -> float:
-        """Once a worker is back at a new controller, the others that live follow in this."""
-        return self.tolerated_stall_s
-
-    @property
-    def comeback_s(self) -> float:
-        """The same where nobody has come back: without them the run is over."""
-        return 6 * self.tolerated_stall_s
-
-    @property
-    def gather_s(self) -> float:
-        """The first nodes wait this long for machines on which nothing starts."""
-        return max(30.0, 3 * self.tolerated_stall_s)
-
-    @property
-    def final_s(self) -> float:
-        """A rank that owes its last share or digest moves within this."""
-        return storage_patience_s(self.tolerated_stall_s)
-
-    @property
-    def nap_s(self) -> float:
-        """A controller that wakes up later than this was kept from hearing the others."""
-        return self.tolerated_stall_s / 5
-
-    @property
-    def heartbeat_s(self) -> float:
-        return min(1.0, self.tolerated_stall_s / 10)
-
-    @property
-    def pulse_s(self) -> float:
-        """How often the controller's loop tells the driver that it turns."""
-        return min(1.0, self.tolerated_stall_s / 10)
-
-    @property
-    def flush_s(self) -> float:
-        """Commits wait at most this long for their journal entry, and so for publication."""
-        return min(0.1, self.tolerated_stall_s / 20)
 
 
 def without(table: Mapping[_Key, _Value], keys: Collection[_Key]) -> Mapping[_Key, _Value]:

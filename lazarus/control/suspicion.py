@@ -58,7 +58,7 @@ def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Result:
 
 def is_due(state: Control, *, at_s: float) -> bool:
     """Whether the news of a death would have come by now."""
-    grace = state.config.suspicion_grace_s
+    grace = state.config.timeouts.suspicion_grace_s
     return state.suspicion_s is not None and at_s - state.suspicion_s >= grace
 
 
@@ -68,14 +68,14 @@ def all_wait(state: Control, *, at_s: float) -> bool:
     Each one answers, so none is to blame: the data path between them is broken, or user code has
     let them part ways. Groups have their own, longer time to be built.
     """
-    stall_s = state.config.tolerated_stall_s
+    timeouts = state.config.timeouts
     if state.phase is Phase.RUNNING:
         awaited = [w for w in state.seats if w not in state.paused]
-        limit_s = stall_s
+        limit_s = timeouts.no_progress_s
     elif state.phase is Phase.PREPARING and state.transition is not None:
         transition = state.transition
         awaited = [s.worker for s in transition.feeders if s.worker not in transition.ready]
-        limit_s = 3 * stall_s
+        limit_s = timeouts.group_wait_s
     else:
         return False
     known = [state.workers.get(worker) for worker in awaited]

@@ -46,6 +46,7 @@ from lazarus.errors import BrokenInvariantError
 from lazarus.failure import Cause, Failure
 from placement import InfeasiblePlacementError, Plan
 
+_HEAL_BEFORE_BYTES = 64 << 20  # heal = "auto" heals before resuming up to this many bytes a rank
 Result = tuple[Control, tuple[Command, ...]]
 
 
@@ -282,7 +283,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         moves,
         mode=state.config.heal,
         record_bytes=state.record_bytes[1],
-        before_bytes=state.config.heal_before_bytes,
+        before_bytes=_HEAL_BEFORE_BYTES,
     ):
         moves, behind = split_moves(moves, owners=owners, wanted=wanted)
     fed = _fed(state, transition, seats=seats, feeders=feeders)
@@ -469,10 +470,10 @@ def overdue(state: Control, *, at_s: float) -> tuple[int, ...]:
         )
     else:
         return ()
-    stall = state.config.tolerated_stall_s
+    limit_s = state.config.timeouts.report_s
     late = (
         state.workers[w].node
         for w in waited_for
-        if at_s - max(transition.phase_s, state.workers[w].progress_s) > stall
+        if at_s - max(transition.phase_s, state.workers[w].progress_s) > limit_s
     )
     return tuple(sorted(set(late)))

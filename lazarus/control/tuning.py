@@ -34,7 +34,7 @@ def learned(state: Control, sums: Sequence[StepSums], *, at_s: float) -> Result:
     for one in sums:
         state = _measured(state, one)
     # A stream's samples follow its shards, whatever the weights.
-    if state.config.share_by_speed and state.num_samples >= 0 and not state.wants:
+    if state.num_samples >= 0 and not state.wants:
         state, events = _speeds(state, at_s=at_s)
     if not state.wants and sums:
         state = _rebalance(state, step=sums[-1].step)

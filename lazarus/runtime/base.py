@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lazarus.checkpoint.manifest import LayerEntry
 from lazarus.checkpoint.reader import CheckpointReader
+from lazarus.checkpoint.ref import CheckpointRef
 from lazarus.checkpoint.store import load_manifest
 from lazarus.checkpoint.tensors import specs_of
 from lazarus.errors import CheckpointError
@@ -53,16 +54,15 @@ class Base:
         return xxhash.xxh3_128_hexdigest(self.history.tobytes())
 
 
-def read_base(place: str, replica: Replica, *, read: PatientReader | None = None) -> Base:
-    """Read what a replica needs from a checkpoint, given as "url step".
+def read_base(ref: CheckpointRef, replica: Replica, *, read: PatientReader | None = None) -> Base:
+    """Read what a replica needs from a checkpoint.
 
     Raises:
         CheckpointError: It lacks a tensor, has one of another shape, or is damaged.
     """
     read = read or PatientReader(patience_s=1.0)
-    url, _, step = place.rpartition(" ")
-    manifest = read.ask(lambda: load_manifest(url, int(step)), place=place)
-    reader = CheckpointReader(url, manifest, read=read)
+    manifest = read.ask(lambda: load_manifest(ref.url, ref.step), place=str(ref))
+    reader = CheckpointReader(ref.url, manifest, read=read)
     entries = [layer_entry(replica, layer) for layer in range(len(replica.layers))]
     reader.require(
         dense=specs_of(dict(replica.dense_tensors())),
@@ -72,9 +72,9 @@ def read_base(place: str, replica: Replica, *, read: PatientReader | None = None
     history = np.array(manifest.meta["history"], dtype=np.float64)
     if history.shape != replica.history.shape:
         raise CheckpointError(
-            f"the checkpoint of step {step} counts {history.shape[1:]} layers and experts, the "
+            f"the checkpoint of step {ref.step} counts {history.shape[1:]} layers and experts, the "
             f"model has {replica.history.shape[1:]}"
         )
     scalars = str(manifest.meta["scalars"])
     json.loads(scalars)
-    return Base(step=int(step), dense=dense, history=history, scalars=scalars)
+    return Base(step=ref.step, dense=dense, history=history, scalars=scalars)

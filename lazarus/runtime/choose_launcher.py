@@ -13,7 +13,7 @@ from lazarus.runtime.ray_home import PrivateHome
 def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
     """Plain processes, Ray actors on an embedded cluster, or on one to join."""
     if config.cluster.launcher != "ray":
-        host, bind_host = hosts_of(config.security.bind, own=LOOPBACK)
+        host, bind_host = own_hosts(config)
         return ProcessLauncher(
             on_exit,
             host=host,
@@ -21,8 +21,7 @@ def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
             nodes=config.cluster.nodes,
             is_warm=config.cluster.launcher == "process",
         )
-    joins = config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_is_up()
-    home = None if joins else PrivateHome()
+    home = None if joins_cluster(config) else PrivateHome()
     from lazarus.runtime.ray_launch import RayLauncher
 
     try:
@@ -31,6 +30,19 @@ def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
         if home is not None:
             home.close()
         raise
+
+
+def own_hosts(config: TrainConfig) -> tuple[str, str]:
+    """Where processes on this machine alone are reached, and what they listen on."""
+    return hosts_of(config.security.bind, own=LOOPBACK)
+
+
+def joins_cluster(config: TrainConfig) -> bool:
+    """Whether the run's nodes are machines of a Ray cluster that runs already."""
+    if config.cluster.launcher != "ray":
+        return False
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return bool(address) or _ray_is_up()
 
 
 def _ray_is_up() -> bool:

@@ -52,7 +52,7 @@ class Chronicle:
     def begin(self, *, term: int, port: int) -> None:
         """From now on this controller rules."""
         if self.told.header is None:
-            self.note({"kind": "header", "run": self._spec.run_id, "format": FORMAT})
+            self.note({"kind": "header", "run": self._spec.config.run_id, "format": FORMAT})
         who = {"term": term, "port": port, "pid": os.getpid()}
         self.note({"kind": "term", **who, **self._clock.noted()})
 

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
+from lazarus.checkpoint.ref import CheckpointRef
 from lazarus.control.messages import Prepare
 from lazarus.errors import CheckpointError
 from lazarus.runtime.base import Base, read_base
@@ -99,22 +100,23 @@ class CommonState:
             return _digest(self._replica.history_digest(), schedule)
         return _digest(base.history_digest(), str(json.loads(base.scalars)["save"] or ""))
 
-    def read_base(self, place: str, context: WorkerContext, *, read: PatientReader) -> Base:
-        """The state of a checkpoint ("url step") or of the first step ("init").
+    def read_base(
+        self, ref: CheckpointRef | None, context: WorkerContext, *, read: PatientReader
+    ) -> Base:
+        """The state of a checkpoint, or of the first step (None).
 
         Experts come with PREPARE. Nothing of this rank's own state is touched yet (rule 23).
 
         Raises:
             BadSourceError: The checkpoint lacks something or is damaged.
         """
-        if place == "init":
+        if ref is None:
             return Base.of(self._workshop.replica(context), step=0, scalars=self._first)
         try:
-            return read_base(place, self._replica, read=read)
+            return read_base(ref, self._replica, read=read)
         except CheckpointError as problem:
-            url, _, step = place.rpartition(" ")
-            what = f"the checkpoint of step {step}"
-            raise bad_source(problem, name=place, what=what, source=url) from problem
+            what = f"the checkpoint of step {ref.step}"
+            raise bad_source(problem, name=str(ref), what=what, source=ref.url) from problem
 
     def take_base(self, base: Base) -> None:
         """Stand at another step: all that this rank held belongs to a history that is over."""

@@ -65,6 +65,7 @@ from lazarus.runtime.streams import Heard, Peer, Streams, tell_peer
 from lazarus.runtime.threads import spawn
 
 _TICK_S = 0.02
+_MAX_STREAMS = 4096
 _PULSE = codec.encode(ToDriver(Pulse()))
 
 
@@ -91,12 +92,15 @@ class Controller:
         self._waiting: int | None = None  # messages to hear before the tick that is due
         self._is_last_word = False  # nothing can be written: say it, then end
         self._reserve = Reserve(spec.run_dir / spec.journal)
-        stall_s, bind_host = spec.config.tolerated_stall_s, spec.bind_host or spec.host
-        self._store = RendezvousStore(spec.host, bind_host=bind_host, timeout_s=30 * stall_s)
+        bind_host, timeouts = spec.bind_host or spec.host, spec.config.timeouts
+        self._timeouts = timeouts
+        self._store = RendezvousStore(
+            spec.host, bind_host=bind_host, timeout_s=timeouts.collective_s
+        )
         self._manifests = ManifestWriter(
             spec, lambda done: self._events.put((done, None)), on_death=self._thread_died
         )
-        self._server = make_server(spec.credentials, max_streams=spec.max_streams)
+        self._server = make_server(spec.credentials, max_streams=_MAX_STREAMS)
         add_control(self._server, attach=self._streams.attach, drive=self._streams.drive)
         self.port = bind(self._server, endpoint(bind_host, spec.port), spec.credentials)
 
@@ -106,7 +110,7 @@ class Controller:
     def orphaned(self) -> None:
         """The driver was killed: record the end, if that takes no longer than a stall."""
         self._events.put((DriverGone(at_s=now_s()), None))
-        last = threading.Timer(self._spec.config.tolerated_stall_s, os._exit, (1,))
+        last = threading.Timer(self._timeouts.driver_away_s, os._exit, (1,))
         last.daemon = True
         last.start()
 
@@ -122,7 +126,7 @@ class Controller:
         if self._chronicle.last_event != event.event:
             self._publish(event)
         self._carry_out(told)
-        self._streams.driver_there.wait(self._spec.config.start_timeout_s)
+        self._streams.driver_there.wait(self._timeouts.startup_s)
         self._carry_out(Exit())
 
     # ---- the one consumer ----------------------------------------------------------------------
@@ -208,7 +212,7 @@ class Controller:
                 return self._of(self._events.get(timeout=max(0.0, wait_s)))
         late_s = now_s() - self._next_tick_s
         self._waiting, self._next_tick_s = None, now_s() + _TICK_S
-        slept_s = late_s if late_s > self._spec.config.nap_s else 0.0
+        slept_s = late_s if late_s > self._timeouts.nap_s else 0.0
         return Tick(at_s=now_s(), slept_s=slept_s), None
 
     def _of(self, item: Heard | _Died) -> Heard:
@@ -220,14 +224,14 @@ class Controller:
         """Tell the driver that this loop turns."""
         if now_s() < self._next_pulse_s:
             return
-        self._next_pulse_s = now_s() + self._spec.config.pulse_s
+        self._next_pulse_s = now_s() + self._timeouts.pulse_interval_s
         self._streams.pulse(_PULSE)
 
     def _end_unrecorded(self, problem: UnrecordedError) -> None:
         """What is decided from here on cannot be kept: end the run, and tell whoever hears it."""
         self._is_last_word = True
         self._reserve.release()
-        self._streams.driver_there.wait(self._spec.config.tolerated_stall_s)
+        self._streams.driver_there.wait(self._timeouts.driver_away_s)
         status, failure = unrecorded_end(self._state, problem)
         state = replace(self._state, known={})
         self._state, commands = end(state, status=status, failure=failure, at_s=now_s())

@@ -30,14 +30,15 @@ class ControllerLife:
         launcher: Launcher,
         *,
         timeouts: Timeouts,
-        stall_s: float,
         on_over: Callable[[Failure], None],
     ) -> None:
         self._launcher = launcher
         self._timeouts = timeouts
         self._on_over = on_over
         self._spec: ControllerSpec | None = None
-        self._restarts = Restarts(stall_s=stall_s)
+        self._restarts = Restarts(
+            settled_s=timeouts.controller_settled_s, pause_s=timeouts.restart_pause_s
+        )
         self._lock = threading.Lock()
         self._failure: Failure | None = None  # its last word, if it had one
         self._hung = ""  # why the driver ended it

@@ -73,8 +73,7 @@ class Driver:
         self._link: Link | None = None
         self._life = ControllerLife(
             self._launcher,
-            timeouts=spec.timeouts,
-            stall_s=spec.control.tolerated_stall_s,
+            timeouts=spec.config.timeouts,
             on_over=self._failed,
         )
 
@@ -102,17 +101,15 @@ class Driver:
         spec, host = self._spec, self._launcher.host
         check_certificate(spec.credentials, host=host)
         controller = ControllerSpec(
-            run_id=spec.run_id,
+            config=spec.control,
             host=host,
             port=0,
             bind_host=self._launcher.bind_host,
             credentials=spec.credentials,
             run_dir=spec.run_dir,
-            config=spec.control,
-            checkpoint_url=spec.checkpoint_url,
-            checkpoint=spec.checkpoint,
+            decisive=spec.decisive,
             lives=spec.lives,
-            keep_checkpoints=spec.keep_checkpoints,
+            keep_checkpoints=spec.config.checkpoint.keep,
             journal=spec.journal,
         )
         port = self._life.start(controller)
@@ -121,27 +118,27 @@ class Driver:
             self._address,
             credentials=spec.credentials,
             speaker=FromDriver,
-            hello=lambda: DriverHello(run=spec.run_id),
+            hello=lambda: DriverHello(run=spec.control.run_id),
             on_connect=self._connected,
             on_message=lambda term, body: self._hear(body),
             on_dead=self._controller_lost,
-            allowance_s=spec.timeouts.controller_restart_s,
+            allowance_s=spec.config.timeouts.controller_restart_s,
         )
         self._link.start()
         self._nodes.start()
         self._launcher.follow_nodes(self._nodes.machines_came, self._noticed)
 
     def _limits(self) -> Limits:
-        spec, stall_s = self._spec, self._spec.control.tolerated_stall_s
+        cluster, timeouts = self._spec.config.cluster, self._spec.config.timeouts
         return Limits(
-            wanted=spec.control.nodes,
-            most=spec.control.max_nodes,
-            replaces=spec.replace_lost,
+            wanted=cluster.nodes,
+            most=cluster.max_nodes,
+            replaces=cluster.replace_lost,
             is_fixed=self._launcher.is_fixed,
-            rest_s=stall_s / 2,
-            settled_s=3 * stall_s,
-            start_s=spec.timeouts.startup_s,
-            salt=spec.run_id,
+            rest_s=timeouts.machine_rest_s,
+            settled_s=timeouts.node_settled_s,
+            start_s=timeouts.startup_s,
+            salt=self._spec.control.run_id,
         )
 
     def _close(self, *, over: bool) -> None:
@@ -205,13 +202,14 @@ class Driver:
             self._link.send(body)
 
     def _recorded(self, event: dict[str, Any]) -> None:
-        if event["event"] == "run_started" and self._spec.chaos and self._chaos is None:
-            self._chaos = Chaos(self._spec.chaos, self)
+        if event["event"] == "run_started" and self._chaos is None:
+            chaos = self._spec.config.faults.parsed_chaos()
+            self._chaos = None if chaos is None else Chaos(chaos, self)
         self._on_event(event)
 
     def has_room(self) -> bool:
         """Whether one more node could take part."""
-        limit = self._spec.control.max_nodes
+        limit = self._spec.config.cluster.max_nodes
         with self._lock:
             return limit is None or len(self._alive) < limit
 
@@ -247,7 +245,7 @@ class Driver:
         """End whatever there is of a node."""
         with self._lock:
             self._alive.pop(key, None)
-        for local_rank in range(self._spec.ranks_per_node):
+        for local_rank in range(self._spec.control.ranks_per_node):
             self._launcher.kill(f"{key}.{local_rank}")
         self._launcher.close_node(key)
 
@@ -279,44 +277,42 @@ class Driver:
     def _open_node(self, key: str, machine: str) -> NodePlace:
         spec = self._spec
         keeper = KeeperConfig(
-            job=spec.run_id,
+            job=spec.control.run_id,
             credentials=spec.credentials,
-            silent_s=spec.timeouts.keeper_silent_s,
+            silent_s=spec.config.timeouts.keeper_silent_s,
         )
         return self._launcher.open_node(
             key,
             machine,
-            keeper=keeper if spec.keepers else None,
+            keeper=keeper if spec.config.checkpoint.every != 0 else None,
             folder=spec.scratch / key,
         )
 
     def _start_workers(self, key: str, place: NodePlace) -> None:
-        spec = self._spec
-        names = [f"{key}.{local_rank}" for local_rank in range(spec.ranks_per_node)]
+        spec, control = self._spec, self._spec.control
+        names = [f"{key}.{local_rank}" for local_rank in range(control.ranks_per_node)]
         with self._lock:
             self._alive[key] = set(names)
         self._launcher.start_workers(
             [
                 WorkerSpec(
-                    run_id=spec.run_id,
+                    run_id=control.run_id,
                     worker=name,
                     node_key=key,
                     local_rank=local_rank,
-                    ranks_per_node=spec.ranks_per_node,
+                    ranks_per_node=control.ranks_per_node,
                     host=place.host,
                     controller=self._address,
                     credentials=spec.credentials,
                     config=spec.config,
                     user=spec.user,
-                    run_dir=spec.run_dir,
                     node_folder=spec.scratch / key,
-                    faults=spec.faults,
+                    faults=control.faults,
                     resume=spec.resume,
                     keeper=place.keeper,
                     zone=place.zone,
                     memory_share=place.memory_share,
-                    checkpoint_url=spec.checkpoint_url,
-                    version=spec.version,
+                    checkpoint_url=control.checkpoint_url,
                 )
                 for local_rank, name in enumerate(names)
             ]

@@ -10,6 +10,7 @@ import torch
 
 from lazarus.checkpoint.patience import patiently
 from lazarus.checkpoint.reader import CheckpointReader, StoredExpert, StoredExperts
+from lazarus.checkpoint.ref import CheckpointRef
 from lazarus.checkpoint.storage import Storage, read_file
 from lazarus.checkpoint.store import Tag, load_manifest
 from lazarus.checkpoint.tensors import tensors_of
@@ -110,10 +111,12 @@ class Fetcher:
         credentials: Credentials,
         tag: Tag,
         read: PatientReader,
+        keeper_s: float,
     ) -> None:
-        self._order, self._replica = order, replica
+        """``keeper_s`` bounds the wait for a keeper to send one record."""
+        self._order, self._replica, self._keeper_s = order, replica, keeper_s
         self._credentials, self._tag, self._read = credentials, tag, read
-        self._readers: dict[str, CheckpointReader] = {}
+        self._readers: dict[CheckpointRef, CheckpointReader] = {}
         self._stored: dict[tuple[str, int], StoredExperts] = {}
         self.versions: list[Snapped] = []
 
@@ -142,12 +145,15 @@ class Fetcher:
         kind, _, place = restore.source.partition(":")
         match kind:
             case "storage" if restore.detail:
-                return self._older(restore, place.rpartition(" ")[0], upto=self._order.step)
+                url = CheckpointRef.parse(place).url
+                return self._older(restore, url, upto=self._order.step)
             case "storage":
-                return self._reader(place).expert(restore.layer, restore.expert)
+                return self._reader(CheckpointRef.parse(place)).expert(*_key(restore))
             case "newest":
-                return self._newest(restore, place)
-        client = KeeperClient(place, credentials=self._credentials, tag=self._tag)
+                return self._newest(restore, CheckpointRef.parse(place))
+        client = KeeperClient(
+            place, credentials=self._credentials, tag=self._tag, timeout_s=self._keeper_s
+        )
         try:
             _, image = client.fetch(
                 layer=restore.layer,
@@ -159,22 +165,20 @@ class Fetcher:
             client.close()
         return tensors_of(image, where=f"L{restore.layer}/E{restore.expert} from {place}")
 
-    def _reader(self, place: str) -> CheckpointReader:
-        if place not in self._readers:
-            url, _, step = place.rpartition(" ")
-            manifest = self._read.ask(lambda: load_manifest(url, int(step)), place=place)
-            self._readers[place] = CheckpointReader(url, manifest, read=self._read)
-        return self._readers[place]
+    def _reader(self, ref: CheckpointRef) -> CheckpointReader:
+        if ref not in self._readers:
+            manifest = self._read.ask(lambda: load_manifest(ref.url, ref.step), place=str(ref))
+            self._readers[ref] = CheckpointReader(ref.url, manifest, read=self._read)
+        return self._readers[ref]
 
-    def _newest(self, restore: Restore, place: str) -> Mapping[str, torch.Tensor]:
+    def _newest(self, restore: Restore, ref: CheckpointRef) -> Mapping[str, torch.Tensor]:
         """As the checkpoint has it, or where that is no good from an older version; and say so."""
-        url, _, step = place.rpartition(" ")
-        if restore.step >= int(step):
+        if restore.step >= ref.step:
             try:
-                return self._reader(place).expert(restore.layer, restore.expert)
+                return self._reader(ref).expert(*_key(restore))
             except CheckpointError:
                 pass  # an older version may be sound, and says what is wrong if there is none
-        return self._older(restore, url, upto=int(step))
+        return self._older(restore, ref.url, upto=ref.step)
 
     def _older(self, restore: Restore, url: str, *, upto: int) -> Mapping[str, torch.Tensor]:
         """The newest sound version at a checkpoint or before; the same one on every rank."""
@@ -188,6 +192,10 @@ class Fetcher:
         found = stored.read(restore.layer, restore.expert, upto=restore.step)
         self.versions.append(_version(restore, found))
         return found.tensors
+
+
+def _key(restore: Restore) -> tuple[int, int]:
+    return restore.layer, restore.expert
 
 
 def _version(restore: Restore, found: StoredExpert) -> Snapped:

@@ -42,7 +42,6 @@ class KeeperConfig:
     credentials: Credentials
     bind: str = "127.0.0.1:0"
     limit_bytes: int = 1 << 40
-    max_trainers: int = 16
     silent_s: float = 30.0
     kill_at: str = ""
 

@@ -47,6 +47,7 @@ from lazarus.runtime.rpc.keeper_messages import (
 from lazarus.runtime.threads import OnDeath, say_so, spawn
 
 PID_HEADER = "lazarus-pid"
+_MAX_STREAMS = 256  # of the node's ranks, and of other nodes that fetch and copy
 _FURTHEST = 1 << 20  # terms or generations at once; what claims more would shut out everybody else
 
 
@@ -388,7 +389,7 @@ def serve(service: KeeperService, config: KeeperConfig) -> tuple[grpc.Server, in
     Raises:
         OSError: The address is not to be had.
     """
-    server = make_server(config.credentials, max_streams=config.max_trainers + 32)
+    server = make_server(config.credentials, max_streams=_MAX_STREAMS)
     handlers = {
         "Attach": grpc.stream_stream_rpc_method_handler(service.attach),  # a trainer of this node
         "Push": grpc.stream_unary_rpc_method_handler(service.push),

@@ -26,7 +26,6 @@ from lazarus.control.ports import DropFiles, ManifestDone, Stored, WriteManifest
 from lazarus.errors import LazarusError
 from lazarus.runtime.spec import ControllerSpec
 from lazarus.runtime.threads import OnDeath, spawn
-from lazarus.timeouts import storage_patience_s
 
 
 class ManifestWriter:
@@ -54,14 +53,14 @@ class ManifestWriter:
     def _run(self) -> None:
         while (command := self._orders.get()) is not None:
             if isinstance(command, DropFiles):
-                remove_share(self._spec.checkpoint_url, command.paths)
+                remove_share(self._spec.config.checkpoint_url, command.paths)
             else:
                 self._on_done(self._done(command))
 
     def _done(self, command: WriteManifest) -> ManifestDone:
         """Write it, a final one again and again while storage refuses; what came of it."""
-        started, url = now_s(), command.url or self._spec.checkpoint_url
-        patience_s = storage_patience_s(self._spec.config.tolerated_stall_s)
+        started, url = now_s(), command.url or self._spec.config.checkpoint_url
+        patience_s = self._spec.config.timeouts.storage_patience_s
         try:
             manifest, num_bytes, kept = patiently(
                 lambda: write_manifest(self._spec, command),
@@ -143,7 +142,8 @@ def write_manifest(
     head = _head(reports)
     files = [WrittenFile.from_json(item) for report in reports for item in report["files"]]
     lineage = [(int(g), int(b)) for g, b in command.meta["lineage"]]
-    url, lives = command.url or spec.checkpoint_url, spec.lives or (spec.run_id,)
+    config = spec.config
+    url, lives = command.url or config.checkpoint_url, spec.lives or (config.run_id,)
     previous = None
     if not command.final:
         with suppress(NoCheckpointError):
@@ -151,13 +151,15 @@ def write_manifest(
     manifest = commit_manifest(
         url,
         files,
-        tag=Tag(job=spec.run_id, term=int(command.meta["term"]), generation=command.generation),
+        tag=Tag(job=config.run_id, term=int(command.meta["term"]), generation=command.generation),
         step=command.step,
         layers=[LayerEntry.from_json(entry) for entry in head["layers"]],
         dense_names=head["dense_names"],
         lineage=lineage,
         meta={
-            **spec.checkpoint,
+            "run": config.run_id,
+            "seed": config.seed,
+            "config": spec.decisive,
             "lives": list(lives),
             "scalars": head["scalars"],
             "history": head["history"],

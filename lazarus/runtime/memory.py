@@ -1,9 +1,10 @@
-"""The memory that a process sees: its devices', else its machine's."""
+"""The devices and the memory that a process sees."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -16,6 +17,15 @@ def visible_bytes() -> int:
         return machine_bytes()
     devices = range(torch.cuda.device_count())
     return sum(int(torch.cuda.get_device_properties(i).total_memory) for i in devices)
+
+
+def ranks_per_node(asked: int | Literal["auto"]) -> int:
+    """``cluster.ranks_per_node``; auto: one for each GPU that this process sees, at least one."""
+    if asked != "auto":
+        return asked
+    import torch  # not for keepers
+
+    return max(1, torch.cuda.device_count())
 
 
 def machine_bytes(limit: Path = _CGROUP_LIMIT) -> int:

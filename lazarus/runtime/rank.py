@@ -13,8 +13,8 @@ import cloudpickle
 import torch
 
 from dispatcher.split import SplitRule
+from lazarus.checkpoint.ref import CheckpointRef
 from lazarus.checkpoint.store import Tag
-from lazarus.config import TrainConfig
 from lazarus.control.messages import (
     Align,
     Aligned,
@@ -36,7 +36,6 @@ from lazarus.runtime.base import Base
 from lazarus.runtime.checksums import text_checksum
 from lazarus.runtime.common_state import CommonState
 from lazarus.runtime.compare import require_equal, tensor_sums
-from lazarus.runtime.context import WorkerContext
 from lazarus.runtime.digests import digest_items
 from lazarus.runtime.fetching import Fetcher, PatientReader, still_wanted
 from lazarus.runtime.finals import FinalWriter
@@ -53,10 +52,9 @@ from lazarus.runtime.sources import Seating
 from lazarus.runtime.spec import UserCode, WorkerSpec
 from lazarus.runtime.step import Step
 from lazarus.runtime.transfer import Feed
-from lazarus.runtime.workshop import Workshop
+from lazarus.runtime.workshop import Workshop, first_context
 from lazarus.runtime.world import World
 from lazarus.sections import DispatchConfig
-from lazarus.timeouts import storage_patience_s
 from placement import Plan
 
 
@@ -84,7 +82,7 @@ class Rank:
         send: Callable[[Body], None],
     ) -> None:
         self._spec = spec
-        self._config = TrainConfig.from_dict(spec.config)
+        self._config = spec.config
         self._ledger = ledger
         self._observer = observer
         self._pending: Pending | None = None
@@ -92,19 +90,9 @@ class Rank:
         self._step: Step | None = None
         self.user: UserCode = cloudpickle.loads(spec.user)
         self.device = _device(spec.local_rank)
-        self.context = WorkerContext(
-            rank=-1,
-            world_size=0,
-            node=node,
-            device=self.device,
-            generation=0,
-            seed=self._config.run.seed,
-            dtype=torch.float32 if self._config.train.precision == "fp32" else torch.bfloat16,
-        )
-        self._groups = RankGroups(
-            spec, self._config, ledger=ledger, observer=observer, device=self.device
-        )
-        self._workshop = Workshop(self._config, self.user, device=self.device, observer=observer)
+        self.context = first_context(self._config, node=node, device=self.device)
+        self._groups = RankGroups(spec, ledger=ledger, observer=observer, device=self.device)
+        self._workshop = Workshop(self._config, self.user, observer=observer)
         self._term = 0
         self._loaded = spec.resume is None
         self._aligned = 0  # the newest generation that this rank stood by as a member
@@ -181,9 +169,7 @@ class Rank:
         self._term = term
         if not self._loaded:
             assert self._spec.resume is not None
-            self.common.take_base(
-                self.common.read_base(self._spec.resume, self.context, read=self._patient())
-            )
+            self.common.take_base(self._read_base(self._spec.resume))
             self._loaded = True
         replica = self.replica
         snapshots: tuple[Snapped, ...] = ()
@@ -198,26 +184,25 @@ class Rank:
             held=replica.held(self._plan),
             settings_digest=f"{text_checksum(replica.settings()):x}",
             scalars=self.common.scalars(),
-            top_k=replica.layers[0].top_k,
             snapshots=snapshots,
-            dense_bytes=replica.dense_image().num_bytes,
-            expert_bytes=replica.record_bytes,
-            num_layers=len(replica.layers),
-            num_experts=replica.num_experts,
             tensors=() if self._ledger.gen else tensor_sums(replica),
             place=self._observer.where.places.get("build", ""),
+            **replica.shape(),
         )
 
     def _patient(self) -> PatientReader:
         """Reads from storage, for as long as this rank is not fenced by a newer generation."""
         waiting = still_wanted(self._observer, self._ledger, self._ledger.fence)
-        return PatientReader(patience_s=self._config.recovery.tolerated_stall_s, waiting=waiting)
+        return PatientReader(patience_s=self._config.timeouts.storage_stuck_s, waiting=waiting)
 
     def reload(self, place: str) -> None:
         """All state of another step, with the experts to come: nobody holds the present one."""
         self._pending = None
-        self.common.take_base(self.common.read_base(place, self.context, read=self._patient()))
+        self.common.take_base(self._read_base(_ref_of(place)))
         self._loaded = True
+
+    def _read_base(self, ref: CheckpointRef | None) -> Base:
+        return self.common.read_base(ref, self.context, read=self._patient())
 
     def prepare(self, order: Prepare, term: int) -> Ready:
         """Groups, transfers into staging, comparison of digests (rules 23 and 24)."""
@@ -237,11 +222,7 @@ class Rank:
         built = time.monotonic()
         if probe is not None:
             probe.read(order.seats)
-        base = (
-            self.common.read_base(order.reload, self.context, read=self._patient())
-            if order.reload
-            else None
-        )
+        base = self._read_base(_ref_of(order.reload)) if order.reload else None
         own_seat = next(i for i, s in enumerate(order.feeders) if s.worker == own)
         is_fed = own_seat in order.dense_targets
         repaired = {}
@@ -288,7 +269,7 @@ class Rank:
             self._spec.checkpoint_url,
             run=self._spec.run_id,
             node=self.context.node,
-            patience_s=self._config.recovery.tolerated_stall_s,
+            patience_s=self._config.timeouts.storage_stuck_s,
             waiting=still_wanted(self._observer, self._ledger, order.generation),
         )
         probe.write()
@@ -296,8 +277,14 @@ class Rank:
 
     def _fetcher(self, order: Prepare) -> Fetcher:
         tag = Tag(job=self._spec.run_id, term=self._term, generation=order.generation)
-        read = self._patient()
-        return Fetcher(order, self.replica, credentials=self._spec.credentials, tag=tag, read=read)
+        return Fetcher(
+            order,
+            self.replica,
+            credentials=self._spec.credentials,
+            tag=tag,
+            read=self._patient(),
+            keeper_s=self._config.timeouts.keeper_fetch_s,
+        )
 
     def _compare(
         self, order: Prepare, plan: Plan, exchange: GuardedExchange, base: Base | None
@@ -488,7 +475,7 @@ class Rank:
             return [*digest, Finalized(generation=order.generation, step=order.step)]
         writer = FinalWriter(
             self._spec.checkpoint_url,
-            patience_s=storage_patience_s(self._config.recovery.tolerated_stall_s),
+            patience_s=self._config.timeouts.storage_patience_s,
             waiting=still_wanted(self._observer, self._ledger, order.generation),
         )
         done = writer.write(
@@ -506,6 +493,11 @@ class Rank:
         self.reading.close()
         if self.saver is not None:
             self.saver.close()
+
+
+def _ref_of(place: str) -> CheckpointRef | None:
+    """What an order names: a checkpoint, or the state of the first step."""
+    return None if place == "init" else CheckpointRef.parse(place)
 
 
 def split_rule(asked: DispatchConfig, device: torch.device) -> SplitRule:

@@ -6,7 +6,6 @@ import threading
 
 import torch
 
-from lazarus.config import TrainConfig
 from lazarus.control.messages import Prepare, Seat
 from lazarus.errors import CollectiveError, FencedError
 from lazarus.runtime.groups import Group, StoreUnreachableError
@@ -14,7 +13,6 @@ from lazarus.runtime.guard import GuardedExchange
 from lazarus.runtime.inject import Observer
 from lazarus.runtime.ledger import StepLedger
 from lazarus.runtime.spec import WorkerSpec
-from lazarus.timeouts import derive_timeouts
 
 STORE = "rendezvous store"  # label of the error where it does not answer
 
@@ -25,13 +23,12 @@ class RankGroups:
     def __init__(
         self,
         spec: WorkerSpec,
-        config: TrainConfig,
         *,
         ledger: StepLedger,
         observer: Observer,
         device: torch.device,
     ) -> None:
-        self._spec, self._config, self._device = spec, config, device
+        self._spec, self._config, self._device = spec, spec.config, device
         self._ledger, self._observer = ledger, observer
         self._lock = threading.Lock()
         self._groups: list[Group] = []
@@ -62,7 +59,7 @@ class RankGroups:
         if self._ledger.fence != order.generation:
             raise FencedError(generation=order.generation, fence=self._ledger.fence)
         rank = next(i for i, s in enumerate(seats) if s.worker == self._spec.worker)
-        stall_s = self._config.recovery.tolerated_stall_s
+        timeouts = self._config.timeouts
         self._observer.waiting("groups")
         try:
             group.build(
@@ -72,12 +69,12 @@ class RankGroups:
                 size=len(seats),
                 host=self._spec.host,
                 device=self._device,
-                timeout_s=30 * stall_s,
-                connect_s=derive_timeouts(stall_s).group_build_s,
+                timeout_s=timeouts.collective_s,
+                connect_s=timeouts.group_build_s,
             )
             exchange = group.exchange(
                 shared=self._device.type == "cpu" and self._config.dispatch.transport == "auto",
-                timeout_s=30 * stall_s,
+                timeout_s=timeouts.collective_s,
             )
         except RuntimeError as problem:
             if self._ledger.fence != order.generation:

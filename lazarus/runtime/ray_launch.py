@@ -31,6 +31,7 @@ from lazarus.errors import RoomTakenError, StartupError
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.launch import OnExit, OnNotice, hosts_of
 from lazarus.runtime.local_nodes import LocalNodes, NodePlace, OwnPlaces
+from lazarus.runtime.memory import ranks_per_node
 from lazarus.runtime.ray_actors import ControllerActor, NodeActor, WorkerActor
 from lazarus.runtime.ray_cluster import (
     EmbeddedRay,
@@ -51,7 +52,6 @@ _JOIN_S = 5.0
 _ZONE_LABEL = "ray.io/availability-zone"
 _RESERVE_S = 5.0  # for a machine's free resources to become ours; doubles where it was too short
 _SILENT_S = 20.0  # for a machine that has room to start a small actor, where there are others
-_REACH_S = 60.0  # for Ray to start a small actor on a busy machine, at least
 _WISHES_EVERY = 10  # looks at the cluster's machines between two at what other runs want
 
 
@@ -68,10 +68,8 @@ class RayLauncher:
     def __init__(self, on_exit: OnExit, config: TrainConfig, *, home: PrivateHome | None) -> None:
         self._on_exit = on_exit
         self._config = config
-        ranks = config.cluster.ranks_per_node
-        self._ranks = 1 if ranks == "auto" else int(ranks)
-        stall_s = config.recovery.tolerated_stall_s
-        self._reach_s = max(_REACH_S, 3 * stall_s)
+        self._ranks = ranks_per_node(config.cluster.ranks_per_node)
+        self._reach_s = config.timeouts.actor_start_s
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._node_actors: dict[str, Any] = {}

@@ -161,6 +161,16 @@ class Replica:
             tensor[slot] for _, tensor in state_tensors(self.optimizer, weight)
         ]
 
+    def shape(self) -> dict[str, Any]:
+        """What a plan must know of the model, as ranks report it at ALIGN."""
+        return {
+            "num_layers": len(self.layers),
+            "num_experts": self.num_experts,
+            "top_k": self.layers[0].top_k,
+            "dense_bytes": self.dense_image().num_bytes,
+            "expert_bytes": self.record_bytes,
+        }
+
     @property
     def record_bytes(self) -> int:
         """Bytes of one expert's record."""

@@ -31,11 +31,12 @@ class Restarts:
     """Counts deaths in a row. A life that went well, or a death on purpose, forgives them all.
 
     Args:
-        stall_s: The tolerated stall; pauses grow up to it.
+        settled_s: A life that lasted for this long went well.
+        pause_s: Pauses before the next life grow up to this.
     """
 
-    def __init__(self, *, stall_s: float) -> None:
-        self._stall_s = stall_s
+    def __init__(self, *, settled_s: float, pause_s: float) -> None:
+        self._settled_s, self._longest_s = settled_s, pause_s
         self._causes: list[str] = []
         self._born_s: float | None = None  # None: not since the last death
 
@@ -51,7 +52,7 @@ class Restarts:
             on_purpose: The driver itself ended it, to inject a fault.
         """
         born_s, self._born_s = self._born_s, None
-        if on_purpose or (born_s is not None and at_s - born_s >= 3 * self._stall_s):
+        if on_purpose or (born_s is not None and at_s - born_s >= self._settled_s):
             self._causes.clear()
         if on_purpose:
             return Again(pause_s=0.0)
@@ -62,7 +63,7 @@ class Restarts:
         if len(self._causes) >= MAX_DEATHS:
             return GiveUp(reason=f"{MAX_DEATHS} times in a row")
         doublings = len(self._causes) - 2  # the first is tried again at once
-        return Again(pause_s=0.0 if doublings < 0 else min(self._stall_s, 0.25 * 2**doublings))
+        return Again(pause_s=0.0 if doublings < 0 else min(self._longest_s, 0.25 * 2**doublings))
 
 
 class PulseWatch:

@@ -64,7 +64,12 @@ class Saver:
         self._lock = threading.Lock()
         self._heads: dict[int, dict[str, Any]] = {}
         self._told: deque[Snapshotted] = deque(maxlen=_SHARES_KEPT)
-        self._link = RemoteKeeperLink(keeper, credentials=credentials, on_report=self._report)
+        self._link = RemoteKeeperLink(
+            keeper,
+            credentials=credentials,
+            timeout_s=config.timeouts.keeper_answer_s,
+            on_report=self._report,
+        )
         self._snapshotter = Snapshotter(self._link)
         self._began_s: float | None = None  # when the newest snapshot began, until the apply
         self._window_s = 0.0  # from there to the optimizer step that it must not delay
@@ -240,7 +245,7 @@ class Saver:
             self._keeper,
             credentials=self._credentials,
             tag=Tag(job=self._job, term=term, generation=generation),
-            timeout_s=1.0,
+            timeout_s=self._config.timeouts.keeper_list_s,
         )
         try:
             copies = client.inventory().copies(node=0)
@@ -269,7 +274,7 @@ class Saver:
             self._keeper,
             credentials=self._credentials,
             tag=Tag(job=self._job, term=term, generation=generation),
-            timeout_s=1.0,
+            timeout_s=self._config.timeouts.keeper_list_s,
         )
 
         def tell() -> None:

@@ -7,36 +7,41 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lazarus.checkpoint.ref import CheckpointRef
+from lazarus.config import TrainConfig
 from lazarus.control.state import ControlConfig
-from lazarus.faults import ChaosSpec
 from lazarus.runtime.rpc.credentials import Credentials
-from lazarus.timeouts import Timeouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """Everything the driver needs to start a run's processes."""
+    """Everything the driver needs to start a run's processes.
 
-    run_id: str
+    Attributes:
+        config: Of the run, as its record has it.
+        control: What the controller is told of it, and of this run.
+        user: The cloudpickled ``UserCode``.
+        scratch: Folder for what ends with the run.
+        decisive: What of the configuration decides the mathematics; every manifest carries it.
+        lives: Ids of the runs that this one continues, and its own.
+        journal: Folder below ``run_dir``; one for each life of the run.
+    """
+
+    config: TrainConfig
+    control: ControlConfig
+    user: bytes
     run_dir: Path
     scratch: Path
-    config: Mapping[str, Any]
-    control: ControlConfig
-    timeouts: Timeouts
-    user: bytes
-    faults: tuple[str, ...]
-    checkpoint_url: str
-    resume: str | None
-    version: str
-    ranks_per_node: int
     credentials: Credentials
-    checkpoint: Mapping[str, Any]
-    lives: tuple[str, ...] = ()  # ids of the runs that this one continues, and its own
-    keep_checkpoints: int = 3
-    keepers: bool = True  # one per node, for snapshots
-    journal: str = "journal"
-    replace_lost: bool = True  # up to control.nodes
-    chaos: ChaosSpec | None = None
+    decisive: Mapping[str, Any]
+    lives: tuple[str, ...]
+    journal: str
+
+    @property
+    def resume(self) -> CheckpointRef | None:
+        """The checkpoint that the run starts from."""
+        control = self.control
+        return None if control.resume is None else CheckpointRef(control.resume, control.start_step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,33 +70,28 @@ class WorkerSpec:
     host: str
     controller: str  # where it listens
     credentials: Credentials
-    config: Mapping[str, Any]  # TrainConfig.to_dict()
+    config: TrainConfig
     user: bytes  # cloudpickled UserCode, made by this run's driver
-    run_dir: Path
     node_folder: Path  # scratch folder that names the node's processes
     faults: tuple[str, ...] = ()
     keeper: str = ""
     zone: str = ""
     memory_share: float = 1.0
-    resume: str | None = None  # "url step" of the checkpoint that the run starts from
+    resume: CheckpointRef | None = None  # that the run starts from
     checkpoint_url: str = ""
-    version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerSpec:
     """The controller's process."""
 
-    run_id: str
+    config: ControlConfig
     host: str  # where others reach it
     port: int  # 0: any; a restarted controller takes the old one
     credentials: Credentials
     run_dir: Path
-    config: ControlConfig
-    checkpoint_url: str = ""
-    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    decisive: Mapping[str, Any] = field(default_factory=dict)  # see ``RunSpec``
     lives: tuple[str, ...] = ()  # ids of the runs that this one continues, and its own
     keep_checkpoints: int = 3
     journal: str = "journal"  # folder below run_dir; one for each life of the run
     bind_host: str = ""  # what it listens on; empty: host
-    max_streams: int = 4096

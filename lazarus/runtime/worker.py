@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager
-from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -72,7 +71,7 @@ from lazarus.runtime.user_errors import (
     user_code,
 )
 from lazarus.runtime.whereabouts import Note, Whereabouts
-from lazarus.timeouts import derive_timeouts
+from lazarus.version import __version__
 
 _FOREVER = 1 << 60  # a fence that nothing follows
 
@@ -82,7 +81,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        start = 0 if spec.resume is None else int(spec.resume.rpartition(" ")[2])
+        start = 0 if spec.resume is None else spec.resume.step
         self._ledger = StepLedger(committed=start)
         self._orders: queue.SimpleQueue[Body] = queue.SimpleQueue()
         self._rank: Rank | None = None
@@ -93,9 +92,7 @@ class Worker:
         self._over = threading.Event()
         self._acked = 0
         self._last_words: Body | None = None  # what a new controller must hear again
-        stall_s = float(spec.config["recovery"]["tolerated_stall_s"])
-        self._stall_s = stall_s
-        self._allowance_s = derive_timeouts(stall_s).controller_restart_s
+        self._timeouts = spec.config.timeouts
         self._link = Link(
             spec.controller,
             credentials=spec.credentials,
@@ -103,18 +100,18 @@ class Worker:
             hello=self._hello,
             on_message=self._on_message,
             on_dead=self._on_dead,
-            allowance_s=self._allowance_s,
+            allowance_s=self._timeouts.controller_restart_s,
         )
         self._observer = Observer(
             ledger=self._ledger,
             faults=(),
             send=self._link.send,
             node_folder=spec.node_folder,
-            go_timeout_s=6 * stall_s,
+            go_timeout_s=self._timeouts.fault_recorded_s,
             is_first=self._is_first,
         )
         self._welcomed = threading.Event()
-        self._finite = FiniteWatch(stops=spec.config["train"]["on_nonfinite"] == "stop")
+        self._finite = FiniteWatch(stops=spec.config.train.on_nonfinite == "stop")
         self._memory_bytes = int(spec.memory_share * visible_bytes())
 
     # ---- control thread ------------------------------------------------------------------------
@@ -128,7 +125,7 @@ class Worker:
             ranks_per_node=spec.ranks_per_node,
             host=spec.host,
             pid=os.getpid(),
-            version=spec.version,
+            version=__version__,
             term=self._term,
             generation=ledger.gen,
             fence=ledger.fence,
@@ -198,8 +195,7 @@ class Worker:
         self._end(Fenced(reason=reason))
 
     def _beat(self) -> None:
-        interval = min(1.0, self._stall_s / 10)
-        while not self._over.wait(interval):
+        while not self._over.wait(self._timeouts.heartbeat_interval_s):
             observer = self._observer
             if self._building:
                 observer.progress += 1
@@ -333,7 +329,7 @@ class Worker:
 
     def _train(self, rank: Rank, first: int, *, halt: bool = False) -> None:
         step = first
-        steps = 0 if halt else int(self._spec.config["train"]["steps"])
+        steps = 0 if halt else self._spec.config.train.steps
         with self._user_code():
             rank.before_training(first - 1, self._link.send)
         while step <= steps:
@@ -410,7 +406,7 @@ class Worker:
             self._link.send(vector)  # what was committed before is on record before the error
         self._say(told)
         self._release()
-        self._over.wait(self._allowance_s)
+        self._over.wait(self._timeouts.controller_restart_s)
         return 1
 
     def leave(self, cause: str) -> None:
@@ -429,8 +425,7 @@ def _bad_source(problem: CollectiveError | TransferError) -> dict[str, str]:
 
 def run_worker(spec: WorkerSpec) -> int:
     """Entry point of a rank's process, whoever started it."""
-    config: Any = spec.config
-    prepare_process(max(1, int(config["cluster"]["cpus_per_rank"])))
+    prepare_process(max(1, int(spec.config.cluster.cpus_per_rank)))
     worker = Worker(spec)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: worker.leave(f"SIGTERM on {socket.gethostname()}"))

@@ -22,11 +22,8 @@ from lazarus.runtime.step import Batching
 class Workshop:
     """Makes a rank's parts; the user's functions get ``context``, as it is at that moment."""
 
-    def __init__(
-        self, config: TrainConfig, user: UserCode, *, device: torch.device, observer: Observer
-    ) -> None:
-        self._config, self._user = config, user
-        self._device, self._observer = device, observer
+    def __init__(self, config: TrainConfig, user: UserCode, *, observer: Observer) -> None:
+        self._config, self._user, self._observer = config, user, observer
         self.batching = Batching(
             seed=config.run.seed,
             global_batch=config.train.global_batch,
@@ -37,17 +34,7 @@ class Workshop:
 
     def replica(self, context: WorkerContext) -> Replica:
         """The state of the first step."""
-        config, make = self._config, self._user.model
-        return Replica(
-            (lambda: builtin.model(config)) if make is None else (lambda: make(context)),
-            optimizer=self._user.optimizer or builtin.optimizer(config),
-            schedule=self._user.schedule or builtin.schedule(config),
-            clip_norm=config.optim.clip_norm,
-            seed=config.run.seed,
-            device=self._device,
-            overlaps=_overlaps(config.dispatch.overlap, self._device),
-            scratch_buffers=config.train.scratch_buffers,
-        )
+        return first_replica(self._config, self._user, context=context)
 
     def reading(self, context: WorkerContext) -> Reading:
         """The training data, at the beginning."""
@@ -88,6 +75,34 @@ class Workshop:
             observer=self._observer,
             measures=context.measures,
         )
+
+
+def first_context(config: TrainConfig, *, node: int, device: torch.device) -> WorkerContext:
+    """What the user's functions are told before the first generation."""
+    return WorkerContext(
+        rank=-1,
+        world_size=0,
+        node=node,
+        device=device,
+        generation=0,
+        seed=config.run.seed,
+        dtype=torch.float32 if config.train.precision == "fp32" else torch.bfloat16,
+    )
+
+
+def first_replica(config: TrainConfig, user: UserCode, *, context: WorkerContext) -> Replica:
+    """The state of the first step, on the context's device."""
+    make = user.model
+    return Replica(
+        (lambda: builtin.model(config)) if make is None else (lambda: make(context)),
+        optimizer=user.optimizer or builtin.optimizer(config),
+        schedule=user.schedule or builtin.schedule(config),
+        clip_norm=config.optim.clip_norm,
+        seed=config.run.seed,
+        device=context.device,
+        overlaps=_overlaps(config.dispatch.overlap, context.device),
+        scratch_buffers=config.train.scratch_buffers,
+    )
 
 
 def _overlaps(asked: str, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from lazarus.control.messages import Body, Hello, Paused
 from lazarus.control.state import Control, ControlConfig
 from lazarus.simulate import bodies
 from lazarus.simulate.rows import FleetPolicy, Setting
+from lazarus.timeouts import derive_timeouts
 
 FOREVER_S = 1e15
 
@@ -67,7 +68,7 @@ def control_config(
         min_nodes=max(1, -(-setting.shape.experts // slots)),
         min_replicas=policy.min_replicas or setting.min_replicas,
         slots_per_node=slots,
-        tolerated_stall_s=10.0,
+        timeouts=derive_timeouts(10.0),
         join_debounce_s=setting.join_debounce_s,
         quorum_timeout_s=FOREVER_S,
         final_checkpoint=False,

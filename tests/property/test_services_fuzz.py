@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -45,6 +46,7 @@ from lazarus.runtime.rpc.keeper_messages import (
     Target,
 )
 from lazarus.runtime.spec import ControllerSpec
+from lazarus.timeouts import derive_timeouts
 
 JOB = Credentials(secret="s3cret")
 MEBI = 1 << 20
@@ -91,9 +93,11 @@ def test_no_bytes_break_the_controller_or_make_it_grow(tmp_path: Path, messages:
     """C9: raw and bent messages on the real streams; a good hello is welcome after all of them."""
     ended: list[str] = []
     launcher = ProcessLauncher(lambda name, cause: ended.append(f"{name}: {cause}"))
-    config = ControlConfig(steps=50, nodes=3, start_timeout_s=3600.0)
+    config = ControlConfig(
+        steps=50, nodes=3, timeouts=replace(derive_timeouts(10.0), startup_s=3600.0)
+    )
     spec = ControllerSpec(
-        run_id="r", host="127.0.0.1", port=0, credentials=JOB, run_dir=tmp_path, config=config
+        host="127.0.0.1", port=0, credentials=JOB, run_dir=tmp_path, config=config
     )
     try:
         port = launcher.start_controller(spec, timeout_s=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -36,6 +37,7 @@ from lazarus.control.ports import WorkerSaid
 from lazarus.control.recovery import slots_for
 from lazarus.control.state import ControlConfig, Phase
 from lazarus.control.vector import advance_history, start_history
+from lazarus.timeouts import derive_timeouts
 from placement import PlacementRequest, Plan
 
 FAULTS = (
@@ -61,9 +63,7 @@ def config_of(*, nodes: int, steps: int, **more: Any) -> ControlConfig:
     return ControlConfig(
         steps=steps,
         nodes=nodes,
-        tolerated_stall_s=1.0,
-        start_timeout_s=2.0,
-        standstill_s=10.0,
+        timeouts=replace(derive_timeouts(1.0), startup_s=2.0, standstill_s=10.0),
         join_debounce_s=0.05,
         quorum_timeout_s=1e6,
         spare_losses=1,
@@ -329,7 +329,6 @@ def fold_plan(world: World, base: Plan | None, nodes: Sequence[int], step: int) 
         slots_per_node=slots,
         min_replicas=min(config.min_replicas, len(nodes)),
         node_ids=tuple(nodes),
-        profile=config.profile,
         resilience_weight=config.resilience_weight,
     )
     gone = frozenset(base.node_ids) - set(nodes) if base else frozenset()

@@ -19,6 +19,7 @@ from lazarus.control.messages import (
 from lazarus.control.ports import DriverGone, DriverSaid, TellDriver
 from lazarus.control.state import Phase
 from lazarus.failure import Cause, Failure
+from lazarus.timeouts import derive_timeouts
 
 
 def raises(desk: Desk, worker: str, *, step: int = 9, **more: Any) -> None:
@@ -227,7 +228,7 @@ def test_a_word_that_shows_nothing_lets_the_step_be_tried_at_once() -> None:
 
 
 def test_a_launcher_that_never_speaks_holds_the_step_up_for_the_stall_and_no_longer() -> None:
-    desk = running(nodes=6, tolerated_stall_s=3.0)
+    desk = running(nodes=6, timeouts=derive_timeouts(3.0))
     dies(desk, 5, "SIGKILL")
     dies(desk, 4, "SIGKILL")
     desk.lose("w3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lazarus.control.machine import decide
@@ -22,15 +23,20 @@ from lazarus.control.messages import (
 from lazarus.control.ports import Command, DriverSaid, Event, Publish, TellDriver, Tick, WorkerSaid
 from lazarus.control.replay import initial_state
 from lazarus.control.state import ControlConfig, Phase
+from lazarus.timeouts import Timeouts, derive_timeouts
 
 BUSY = "a node needs 1 CPU; the cluster has 1 Ray node with 0 CPUs free"
+
+
+def starting(startup_s: float) -> Timeouts:
+    return replace(derive_timeouts(10.0), startup_s=startup_s)
 
 
 class Start:
     """A run that wants four nodes; some have said hello."""
 
     def __init__(self, *, there: int, **config: Any) -> None:
-        settings = {"steps": 10, "nodes": 4, "tolerated_stall_s": 10.0} | config
+        settings = {"steps": 10, "nodes": 4, "timeouts": starting(120.0)} | config
         self.state = initial_state(ControlConfig(**settings), term=1, now_s=0.0)
         self.now_s = 0.0
         self.log: list[Command] = []
@@ -64,7 +70,7 @@ class Start:
 
 
 def test_machines_that_are_still_to_come_have_until_the_start_timeout() -> None:
-    run = Start(there=3, start_timeout_s=120.0, quorum_timeout_s=3.0)
+    run = Start(there=3, timeouts=starting(120.0), quorum_timeout_s=3.0)
     run.hear(missing=1, reason=BUSY)
     assert run.wait(119) is Phase.GATHERING
     assert run.wait(2) is Phase.FENCING
@@ -73,7 +79,7 @@ def test_machines_that_are_still_to_come_have_until_the_start_timeout() -> None:
 
 def test_a_machine_on_which_nothing_starts_holds_the_others_up_for_three_stalls() -> None:
     """R8."""
-    run = Start(there=3, start_timeout_s=300.0)
+    run = Start(there=3, timeouts=starting(300.0))
     run.hear(coming=1)
     assert run.wait(60) is Phase.GATHERING
     run.hear(missing=1, reason=BUSY, is_troubled=True)
@@ -85,7 +91,7 @@ def test_too_few_machines_are_waited_for_up_to_the_quorum_timeout_and_the_end_sa
     None
 ):
     """R6: exit code 3, resumable, as soon as nothing is coming for that long."""
-    run = Start(there=1, min_nodes=2, start_timeout_s=300.0, quorum_timeout_s=20.0)
+    run = Start(there=1, min_nodes=2, timeouts=starting(300.0), quorum_timeout_s=20.0)
     run.hear(missing=2, coming=1, reason=BUSY)
     assert run.wait(30) is Phase.GATHERING, "a node is coming up"
     run.hear(missing=3, reason=BUSY)

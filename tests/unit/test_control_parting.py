@@ -24,6 +24,7 @@ from lazarus.control.ports import TellDriver
 from lazarus.control.state import Phase
 from lazarus.control.suspicion import AGAIN, MAX_ATTEMPTS, MAX_ERRORS
 from lazarus.failure import Cause
+from lazarus.timeouts import derive_timeouts
 
 STALL_S = 10.0
 
@@ -70,7 +71,7 @@ class Telling(Desk):
 
 
 def begun() -> Telling:
-    desk = Telling(tolerated_stall_s=STALL_S)
+    desk = Telling(timeouts=derive_timeouts(STALL_S))
     for step in range(1, 9):
         desk.commit(step)
     return desk

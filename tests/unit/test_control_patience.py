@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,15 +13,14 @@ from lazarus.control.messages import DigestItem, DigestPart, Finalized, Heartbea
 from lazarus.control.ports import Tick, WriteManifest
 from lazarus.control.replay import initial_state
 from lazarus.control.state import ControlConfig, Phase
+from lazarus.timeouts import derive_timeouts
 
 S = 10.0
 STANDSTILL_S = 600.0
 QUORUM_S = 1000.0
 CONFIG: dict[str, Any] = {
-    "tolerated_stall_s": S,
-    "standstill_s": STANDSTILL_S,
+    "timeouts": replace(derive_timeouts(S), standstill_s=STANDSTILL_S, startup_s=100.0),
     "quorum_timeout_s": QUORUM_S,
-    "start_timeout_s": 100.0,
     "partial_checkpoints": True,
 }
 

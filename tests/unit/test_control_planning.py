@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lazarus.control.recovery import SlotMemory, slots_for
 from lazarus.control.state import Phase
 from lazarus.policies import CheckedPlacement, CheckedRecovery
 from lazarus.recovery import Answer, ClusterView, ExpertLoss, Hold, RecoveryPolicy, Stop
+from lazarus.timeouts import derive_timeouts
 from placement import InfeasiblePlacementError, PlacementRequest, Plan, replan
 
 ZONES = {"w0": "a", "w1": "", "w2": "a"}
@@ -136,7 +138,7 @@ def test_a_policy_that_holds_for_ever_is_passed_over() -> None:
     def holds(losses: Sequence[ExpertLoss], view: ClusterView, *, now_s: float) -> Answer:
         return Hold(for_s=4.0)
 
-    desk = losing(holds, start_timeout_s=10.0, tolerated_stall_s=60.0)
+    desk = losing(holds, timeouts=replace(derive_timeouts(60.0), startup_s=10.0))
     for _ in range(70):
         desk.tick()
     assert desk.state.phase is Phase.RUNNING

@@ -16,7 +16,7 @@ from lazarus.failure import Cause, Failure
 
 def overdue(desk: Desk, *silent: str) -> None:
     """Time passes for longer than the tolerated stall; all but some are heard of meanwhile."""
-    for _ in range(2 + int(desk.state.config.tolerated_stall_s)):
+    for _ in range(2 + int(desk.state.config.timeouts.report_s)):
         for worker in desk.state.workers:
             if worker not in silent:
                 desk.say(worker, beat(desk, worker))

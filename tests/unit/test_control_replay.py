@@ -85,7 +85,7 @@ def test_a_member_that_does_not_come_back_is_lost(world: World) -> None:
             state, hello(key_of(world, serial), generation=1, fence=1, at_s=100.5)
         )
     assert state.phase is Phase.RECONNECTING
-    late = 100.5 + world.config.reconnect_s + 0.1
+    late = 100.5 + world.config.timeouts.reconnect_s + 0.1
     for serial in (0, 1):
         beat = Heartbeat(generation=1, step=4)
         said = WorkerSaid(worker=f"{key_of(world, serial)}.0", body=beat, at_s=late - 0.2)
@@ -98,9 +98,9 @@ def test_a_member_that_does_not_come_back_is_lost(world: World) -> None:
 
 def test_what_kept_everybody_away_costs_nobody(world: World) -> None:
     """A4: on a busy machine the first hello may come late, and the others right behind it."""
-    state, late = restarted(world), 100.0 + 3 * world.config.reconnect_s
+    state, late = restarted(world), 100.0 + 3 * world.config.timeouts.reconnect_s
     for number, serial in enumerate((0, 1, 2)):
-        at_s = late + number * world.config.reconnect_s / 3
+        at_s = late + number * world.config.timeouts.reconnect_s / 3
         said = hello(key_of(world, serial), generation=1, fence=1, at_s=at_s)
         state, _ = machine.decide(state, said)
     assert state.phase is Phase.RUNNING and state.members == (0, 1, 2)
@@ -110,19 +110,21 @@ def test_one_that_comes_back_again_and_again_holds_nobody_up_for_ever(world: Wor
     state, config = restarted(world), world.config
     at_s = 100.0
     while state.phase is Phase.RECONNECTING:
-        at_s += config.reconnect_s / 2
+        at_s += config.timeouts.reconnect_s / 2
         said = hello(key_of(world, 0), generation=1, fence=1, at_s=at_s)
         state, _ = machine.decide(state, said)
-    assert at_s <= 100.0 + config.comeback_s + 2 * config.reconnect_s
+    assert at_s <= 100.0 + config.timeouts.comeback_s + 2 * config.timeouts.reconnect_s
     assert state.members == (0,)
 
 
 def test_where_nobody_came_back_the_wait_is_longer(world: World) -> None:
     """Without them the run is over; a machine that is busy starting things is slow to answer."""
-    state, _ = machine.decide(restarted(world), Tick(at_s=100.0 + world.config.reconnect_s + 0.1))
+    state, _ = machine.decide(
+        restarted(world), Tick(at_s=100.0 + world.config.timeouts.reconnect_s + 0.1)
+    )
     assert state.phase is Phase.RECONNECTING and state.members == (0, 1, 2)
     for _ in range(2):
-        state, _ = machine.decide(state, Tick(at_s=100.0 + world.config.comeback_s + 0.1))
+        state, _ = machine.decide(state, Tick(at_s=100.0 + world.config.timeouts.comeback_s + 0.1))
     assert state.phase is Phase.HOLDING and not state.members and state.step == 4
 
 

@@ -166,7 +166,7 @@ def test_a_restore_waits_too_where_an_expert_would_start_afresh() -> None:
 
 def test_it_does_not_wait_for_ever() -> None:
     desk = _rolling_back()
-    for _ in range(int(desk.state.config.tolerated_stall_s / 5) + 2):
+    for _ in range(int(desk.state.config.timeouts.in_flight_s / 5) + 2):
         desk.now_s += 5.0
         for worker in desk.state.workers:  # heartbeats: nobody is lost meanwhile
             desk.say(worker, Suspicion(generation=0, step=0))

@@ -22,7 +22,11 @@ STALL_S = 10.0
 
 
 def deaths(*errors: str, lived_s: float = 1.0, on_purpose: bool = False) -> list[Again | GiveUp]:
-    restarts, now_s, answers = Restarts(stall_s=STALL_S), 0.0, list[Again | GiveUp]()
+    restarts, now_s, answers = (
+        Restarts(settled_s=3 * STALL_S, pause_s=STALL_S),
+        0.0,
+        list[Again | GiveUp](),
+    )
     for error in errors:
         restarts.born(now_s)
         now_s += lived_s
@@ -131,11 +135,8 @@ class FakeLauncher:
 
 
 def life(launcher: Any, over: list[Failure]) -> ControllerLife:
-    alive = ControllerLife(
-        launcher, timeouts=derive_timeouts(0.5), stall_s=0.5, on_over=over.append
-    )
+    alive = ControllerLife(launcher, timeouts=derive_timeouts(0.5), on_over=over.append)
     spec = ControllerSpec(
-        run_id="r",
         host="127.0.0.1",
         port=0,
         credentials=Credentials(secret="s"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lazarus.checkpoint.manifest import LayerEntry, WrittenFile
+from lazarus.checkpoint.ref import CheckpointRef
 from lazarus.checkpoint.store import Tag, commit_manifest, write_files
 from lazarus.config import TrainConfig
 from lazarus.errors import CheckpointError
@@ -75,7 +76,7 @@ def test_what_was_written_is_read_and_nothing_is_touched_before_it_is_taken(tmp_
     writer.history = writer.history + 3.0
     stored(str(tmp_path), writer)
     before = reader.dense_digest()
-    base = read_base(f"{tmp_path} 7", reader)
+    base = read_base(CheckpointRef(str(tmp_path), 7), reader)
     assert reader.dense_digest() == before != writer.dense_digest()
     assert base.step == 7 and np.array_equal(base.history, writer.history)
     reader.load_dense(base.dense)
@@ -86,7 +87,7 @@ def test_what_was_written_is_read_and_nothing_is_touched_before_it_is_taken(tmp_
 
 def test_two_readings_have_one_digest_and_another_state_has_another(tmp_path: Path) -> None:
     stored(str(tmp_path), replica_of(seed=1))
-    place = f"{tmp_path} 7"
+    place = CheckpointRef(str(tmp_path), 7)
     first, second = (read_base(place, replica_of(seed=s)) for s in (2, 3))
     assert first.dense_digest() == second.dense_digest()
     assert first.history_digest() == second.history_digest()
@@ -107,7 +108,7 @@ def test_a_checkpoint_that_lacks_something_is_refused_by_name(
 ) -> None:
     stored(str(tmp_path), replica_of())
     with pytest.raises(CheckpointError) as caught:
-        read_base(f"{tmp_path} 7", replica_of(**shape))
+        read_base(CheckpointRef(str(tmp_path), 7), replica_of(**shape))
     assert named in str(caught.value)
     assert "step 7" in str(caught.value)
 
@@ -121,4 +122,4 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=path.name):
-        read_base(f"{tmp_path} 7", replica_of())
+        read_base(CheckpointRef(str(tmp_path), 7), replica_of())

@@ -37,7 +37,6 @@ def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
     storage.append({"kind": "header", "run": "r", "format": 1})
     storage.append(end_entry(config))
     spec = ControllerSpec(
-        run_id="r",
         host="127.0.0.1",
         port=0,
         credentials=Credentials(secret="s3cret"),

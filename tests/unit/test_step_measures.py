@@ -76,7 +76,7 @@ def test_names_are_bounded_and_lines_of_text() -> None:
 
 
 def running(*, ledger: bool = True, num_samples: int = 50) -> Control:
-    config = ControlConfig(steps=9, global_batch=8, seed=4, ledger=ledger, share_by_speed=False)
+    config = ControlConfig(steps=9, global_batch=8, seed=4, ledger=ledger)
     return Control(
         config=config,
         phase=Phase.RUNNING,

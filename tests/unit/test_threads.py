@@ -39,7 +39,6 @@ def fails(*_: Any, **__: Any) -> Any:
 
 def spec(folder: Path) -> ControllerSpec:
     return ControllerSpec(
-        run_id="r",
         host="127.0.0.1",
         port=0,
         credentials=Credentials(secret="s"),
