@@ -1,4 +1,4 @@
-"""A whole run of one rank in this process: the driver's orders, the controller's decisions, a worker.
+"""A run of one rank in this process: the driver's orders, the controller's decisions, a worker.
 
 Everything is the code of a run but processes, streams and clocks: the driver hands its specs to a
 launcher that keeps them, ``decide`` is asked directly, and a ``Worker`` obeys in this thread.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from lazarus.control.replay import initial_state
 from lazarus.run_place import RunPlace, open_place
 from lazarus.run_spec import prepared
 from lazarus.runtime.driver import Driver
-from lazarus.runtime.groups import RendezvousStore
 from lazarus.runtime.keeper import KeeperConfig
 from lazarus.runtime.local_nodes import NodePlace
 from lazarus.runtime.manifests import ManifestWriter
+from lazarus.runtime.rendezvous import RendezvousStore
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
 from lazarus.runtime.worker import Worker
@@ -113,10 +114,8 @@ def orders_of(spec: RunSpec, *, place: NodePlace | None = None) -> Orders:
     if place is not None:
         recorder.place = place
     driver = Driver(spec, lambda on_exit: recorder, lambda event: None, lambda text: None)
-    try:
+    with suppress(RecordedError):
         driver._start()
-    except RecordedError:
-        pass
     driver._address = "127.0.0.1:1"
     driver.bring_up("n0", "here")
     return Orders(

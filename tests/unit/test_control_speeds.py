@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import pytest
 from control_desk import Desk, running
 
 from lazarus.control.messages import Pause, Prepare
@@ -70,12 +68,9 @@ def test_a_slow_node_keeps_its_small_share_when_another_one_turns_slow() -> None
     assert desk.told(Prepare)[-1].speeds == (1.0, MIN_WEIGHT, MIN_WEIGHT, 1.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    "config", [{"nodes": 2}, {"share_by_speed": False}], ids=["of two nodes", "switched off"]
-)
-def test_nobody_is_called_slow(config: dict[str, Any]) -> None:
-    """Of two nodes nobody can say which one is the odd one."""
-    desk = running(**config)
+def test_of_two_nodes_nobody_is_called_slow() -> None:
+    """Nobody can say which one is the odd one."""
+    desk = running(nodes=2)
     slow_for(desk, 2 * STREAK, {1: 0.08})
     assert not desk.events("rank_slow") and not desk.told(Pause)
 
