@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lazarus.careful import read_text
-from lazarus.checkpoint.storage import anchored
+from lazarus.checkpoint.storage import anchored, redacted
+from lazarus.checkpoint.store import lives_of
 from lazarus.config import TrainConfig
 from lazarus.errors import ConfigError, Problem
 from lazarus.files import replaced
@@ -77,6 +78,29 @@ class RunPlace:
         except OSError as error:
             raise _unwritable(path, self.config, error) from error
         self._wrote_config = True
+
+    def check_checkpoints(self) -> None:
+        """Refuse a place that holds checkpoints of another run: this run would overwrite them.
+
+        Raises:
+            ConfigError: It does, or it cannot be read.
+        """
+        start, found = self.start, found_at(self.url)
+        if start is not None and start.url == self.url:
+            return
+        lives = frozenset(() if start is None else start.lives)
+        steps = {m.step for m in found.manifests if not lives_of(m) & lives}
+        if start is None:
+            steps |= {step for step, _ in found.unreadable}
+        if not steps:
+            return
+        place, last = redacted(self.url), max(steps)
+        held = f"step {last}" if len(steps) == 1 else f"steps {min(steps)} to {last}"
+        text = (
+            f"{place} already holds checkpoints of another run ({held}), which this one would "
+            f"overwrite; give another checkpoint.url, or go on from them with --resume {place}"
+        )
+        raise ConfigError(Problem(text, where=self.config.origins.get("checkpoint.url", "")))
 
     def release(self) -> None:
         """The run is over: its folder is free for a continuation."""

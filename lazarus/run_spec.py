@@ -33,13 +33,15 @@ def prepared(
         scratch: Folder for what ends with the run.
 
     Raises:
-        ConfigError: The place of checkpoints, the secret or a certificate cannot be used.
+        ConfigError: The place of checkpoints is another run's, or it, the secret or a certificate
+            cannot be used.
         StorageError: The place could be used, but is full or out of order.
     """
     config, start = place.config, place.start
     if keeps_checkpoints(config):
         name, stuck_s = f"probe-{place.run_id}", config.timeouts.storage_stuck_s
         check_place(place.url, name=name, patience_s=stuck_s)
+        place.check_checkpoints()
     run = ThisRun(
         run_id=place.run_id,
         run_dir=place.folder,

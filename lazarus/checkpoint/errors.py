@@ -31,6 +31,17 @@ class IncompleteCheckpointError(CheckpointError):
         self.where, self.missing = where, missing
 
 
+class ForeignCheckpointError(CheckpointError):
+    """A run would replace the checkpoint of another run: both keep theirs at one place."""
+
+    def __init__(self, *, where: str, step: int, job: str) -> None:
+        super().__init__(
+            f"the checkpoint of step {step} in {where} belongs to another run, {job}: give each "
+            f"run a checkpoint.url of its own"
+        )
+        self.where, self.step, self.job = where, step, job
+
+
 class NoCheckpointError(CheckpointError):
     """No usable checkpoint at a URL; the message says what was found instead."""
 

@@ -19,6 +19,7 @@ from lazarus.careful import NotAFileError
 from lazarus.checkpoint.errors import (
     CheckpointError,
     DamagedError,
+    ForeignCheckpointError,
     NoCheckpointError,
 )
 from lazarus.checkpoint.image import ImageLayout, TensorSpec, layout_image
@@ -222,6 +223,7 @@ def commit_manifest(
     lineage: Sequence[tuple[int, int]],
     meta: Mapping[str, Any],
     previous: Manifest | None,
+    lives: Collection[str] | None = None,
     probe: Probe = no_probe,
 ) -> Manifest:
     """Make a checkpoint true: check its files, write its manifest, by atomic rename.
@@ -236,6 +238,7 @@ def commit_manifest(
         lineage: Pairs (generation, step) of every RESUME so far.
         meta: JSON-able state: config digest, sampler seed, load history, counts.
         previous: Newest valid manifest; None for the first checkpoint, which must be full.
+        lives: Ids of this run and of those that it continues; None: everything there is this run's.
         probe: Labels ``manifest.open``, ``.written``, ``.synced``, ``.renamed``.
 
     Returns:
@@ -245,6 +248,7 @@ def commit_manifest(
     Raises:
         IncompleteCheckpointError: An expert or a dense tensor is nowhere.
         DamagedError: A file it would name is missing or has another size.
+        ForeignCheckpointError: Another run's checkpoint of this step is there.
     """
     base = Manifest(
         job=tag.job,
@@ -264,7 +268,7 @@ def commit_manifest(
     storage = open_storage(url)
     if bad := damaged_sizes(storage, manifest):
         raise DamagedError(f"step {step} is not committed: {bad[0]}")
-    standing = _standing(storage, manifest)
+    standing = _standing(storage, manifest, lives=lives, where=redacted(url))
     if standing is not None:
         return standing
     text = to_text(manifest).encode()
@@ -272,15 +276,25 @@ def commit_manifest(
     return manifest
 
 
-def _standing(storage: Storage, new: Manifest) -> Manifest | None:
+def _standing(
+    storage: Storage, new: Manifest, *, lives: Collection[str] | None, where: str
+) -> Manifest | None:
     """A checkpoint of the same attempt and step that must not be replaced by ``new``."""
     try:
         old = _load(storage, new.step, where="")
     except CheckpointError:
         return None
+    if lives is not None and not lives_of(old) & set(lives):
+        raise ForeignCheckpointError(where=where, step=old.step, job=old.job)
     same = (old.term, old.generation) == (new.term, new.generation)
     fresher = old.fresh_experts() > new.fresh_experts()
     return old if same and fresher and not damaged_sizes(storage, old) else None
+
+
+def lives_of(manifest: Manifest) -> frozenset[str]:
+    """Ids of the run that wrote a checkpoint, and of those that it continued."""
+    lives = manifest.meta.get("lives")
+    return frozenset(map(str, lives if isinstance(lives, list | tuple) else ())) | {manifest.job}
 
 
 def damaged_sizes(storage: Storage, manifest: Manifest) -> tuple[str, ...]:

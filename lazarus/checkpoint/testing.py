@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,6 +105,7 @@ class ToyState:
         previous: Manifest | None = None,
         tag: Tag = TAG,
         lineage: Sequence[tuple[int, int]] = ((1, 0),),
+        lives: Collection[str] | None = None,
         probe: Probe = no_probe,
     ) -> Manifest:
         """Write and commit one checkpoint of the given experts (all by default)."""
@@ -120,6 +121,7 @@ class ToyState:
             lineage=lineage,
             meta={"config_digest": "toy", "seed": self.seed},
             previous=previous,
+            lives=lives,
             probe=probe,
         )
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lazarus.control import commits, membership
 from lazarus.control.messages import UserError, WorkerDied
-from lazarus.control.poison import Death, common_samples, poisoned, signature_of, still_open
+from lazarus.control.poison import HUNG, Death, common_samples, poisoned, signature_of, still_open
 from lazarus.control.ports import Command, Publish
 from lazarus.control.state import Control
 from lazarus.failure import Cause, Failure
@@ -71,13 +71,15 @@ def on_death(state: Control, body: WorkerDied, *, at_s: float) -> Result:
     if any(gone.worker == body.worker for gone in state.unexplained):
         left = tuple(gone for gone in state.unexplained if gone.worker != body.worker)
         state = replace(state, unexplained=left)
+    node = body.worker.rpartition(".")[0]
+    is_hung = node in state.hung
     death = Death(
         worker=body.worker,
-        node=body.worker.rpartition(".")[0],
+        node=node,
         generation=body.generation,
         step=body.step,
         phase=body.phase,
-        signature=signature_of(body.cause, body.crash),
+        signature=HUNG if is_hung else signature_of(body.cause, body.crash),
         sample_ids=tuple(body.sample_ids),
         place=body.place,
         crash=body.crash,
@@ -128,9 +130,10 @@ def _failure(deaths: tuple[Death, ...]) -> Failure:
     names = ", ".join(d.worker for d in deaths)
     where = f"{last.phase} at {last.place}" if last.place else last.phase
     samples = f", samples {', '.join(map(str, ids[:16]))}" if ids else ""
+    did = "stood still on" if how == [HUNG] else "ended the processes of"
     text = (
-        f"poisoned step {last.step}: {where} ended the processes of {len(deaths)} nodes one after "
-        f"the other ({names}: {', '.join(how)}{samples})"
+        f"poisoned step {last.step}: {where} {did} {len(deaths)} nodes one after the other "
+        f"({names}: {', '.join(how)}{samples})"
     )
     return Failure(
         cause=Cause.USER_CODE,

@@ -21,7 +21,7 @@ from lazarus.checkpoint.adaptive import Measured
 from lazarus.control import messages as m
 from lazarus.control.measures import measures_of
 from lazarus.control.roster import node_of
-from lazarus.control.state import Control, ControlConfig, Phase
+from lazarus.control.state import Control, ControlConfig, Phase, Transition
 from lazarus.control.vector import VectorLayout, decode
 from lazarus.errors import BrokenInvariantError
 
@@ -253,13 +253,17 @@ def _finalized(state: Control, body: m.Finalized) -> str:
 # ---- recoveries --------------------------------------------------------------------------------
 
 
+def _asked_in(state: Control, phase: Phase, generation: int) -> Transition | None:
+    """The transition that waits in this phase for an answer of this generation, if it does."""
+    found = state.transition
+    if state.phase is not phase or found is None or generation != found.generation:
+        return None
+    return found
+
+
 def _aligned(state: Control, worker: str, body: m.Aligned) -> str:
-    transition = state.transition
-    if (
-        state.phase is not Phase.ALIGNING
-        or transition is None
-        or body.generation != transition.generation
-    ):
+    transition = _asked_in(state, Phase.ALIGNING, body.generation)
+    if transition is None:
         return ""
     if worker in state.workers and state.workers[worker].node not in transition.voters:
         return "its node has no vote"
@@ -322,12 +326,8 @@ def _outside(names: Iterable[tuple[int, int]], layers: int, experts: int) -> str
 
 
 def _ready(state: Control, worker: str, body: m.Ready) -> str:
-    transition = state.transition
-    if (
-        state.phase is not Phase.PREPARING
-        or transition is None
-        or body.generation != transition.generation
-    ):
+    transition = _asked_in(state, Phase.PREPARING, body.generation)
+    if transition is None:
         return ""
     if worker not in {seat.worker for seat in transition.feeders}:
         return "it was not asked"

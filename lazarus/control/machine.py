@@ -54,6 +54,7 @@ from lazarus.control.messages import (
     Vector,
     WorkerDied,
 )
+from lazarus.control.poison import HUNG
 from lazarus.control.ports import (
     Command,
     DriverGone,
@@ -291,9 +292,9 @@ def _tick(state: Control, *, at_s: float) -> Result:
         commands += more
     for find, cause in (
         (membership.silent, "no heartbeat"),
-        (membership.stuck, "no progress"),
+        (membership.stuck, HUNG),
         (change.overdue, "no answer"),
-        (patience.finalizing_too_long, "no progress"),
+        (patience.finalizing_too_long, HUNG),
     ):
         if late := find(state, at_s=at_s):
             state, more = refusals.lose(state, late, cause=cause, at_s=at_s)

@@ -19,7 +19,7 @@ from lazarus.control.messages import (
     Welcome,
     WorkerDied,
 )
-from lazarus.control.poison import Gone
+from lazarus.control.poison import HUNG, Gone
 from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
 from lazarus.control.roster import node_of, staying
 from lazarus.control.state import TRANSITION_PHASES, Control, Node, Phase, Worker, without
@@ -172,9 +172,11 @@ def lose(
     gone = {worker for serial in serials for worker in state.nodes[serial].workers}
     matters = taking_part & set(serials)
     on_purpose = {state.nodes[n].key for n in serials if n in state.fired or n in state.doomed}
+    hung = {state.nodes[n].key for n in serials} if cause == HUNG else set()
     state = replace(
         state,
         excused=state.excused | on_purpose,
+        hung=state.hung | hung,
         nodes=without(state.nodes, serials),
         workers=without(state.workers, gone),
         members=tuple(n for n in state.members if n not in serials),

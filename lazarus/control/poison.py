@@ -10,6 +10,9 @@ other. The rule for more of them, at the same step in the same function, the ste
   it happens for the third time, each time in another attempt: three machines may well fail at
   once, but not each new attempt at one step just there.
 
+* A thread that stood still there, so that its node was given up, shows a bug where it happens on a
+  second node, in another attempt: a machine may hang, but not two of them one after the other.
+
 Faults on purpose never count. A commit of the step forgets its deaths.
 
 A stream ends before the launcher tells how its process did. Where that word may be the one that
@@ -24,6 +27,8 @@ from dataclasses import dataclass
 # Signals that a process brings upon itself; SIGKILL, SIGTERM and the like come from elsewhere.
 OWN_SIGNALS = frozenset({"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"})
 ATTEMPTS = 3  # after which deaths from outside are no chance any more
+HUNG_ATTEMPTS = 2  # the same for threads that stood still
+HUNG = "no progress"  # signature of a process that was ended because its thread stood still
 _EXITED = "exit code "
 _AFTER_COMMIT = frozenset({"on_commit", "evaluate"})  # phases in which their step is committed
 
@@ -94,6 +99,9 @@ def poisoned(deaths: tuple[Death, ...]) -> tuple[Death, ...]:
     if last.is_own and len({d.node for d in own}) > 1:
         return tuple(own)
     attempts = {d.generation: d for d in alike}
+    hung = [d for d in attempts.values() if d.signature == HUNG]
+    if len({d.node for d in hung}) >= HUNG_ATTEMPTS:
+        return tuple(hung)
     nodes = {d.node for d in attempts.values()}
     return tuple(attempts.values()) if min(len(attempts), len(nodes)) >= ATTEMPTS else ()
 

@@ -288,6 +288,7 @@ class Control:
     deaths: tuple[Death, ...] = ()  # in functions of the user's, of steps not yet committed
     unexplained: tuple[Gone, ...] = ()  # lost members whose launcher has not told how they ended
     excused: frozenset[str] = frozenset()  # keys of lost nodes that had been struck on purpose
+    hung: frozenset[str] = frozenset()  # keys of nodes that were lost because a thread stood still
     raised: tuple[tuple[int, int], ...] = ()  # (node, step) of errors of our own
     timeline: Timeline | None = None
     stopping: str = ""  # reason, empty while the run shall go on

@@ -168,6 +168,7 @@ def write_manifest(
             "plt": command.meta["plt"],
         },
         previous=previous,
+        lives=lives,
     )
     num_bytes = sum(file.num_bytes for file in files)
     try:

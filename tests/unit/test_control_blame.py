@@ -125,6 +125,37 @@ def test_two_deaths_from_outside_are_two_losses(cause: str) -> None:
     assert end_of(desk) == ("failed", "user_code")
 
 
+def hangs(desk: Desk, number: int, **note: Any) -> None:
+    """One thread stands still while the others wait for it, until its process is ended."""
+    while f"w{number}" in desk.state.workers:
+        for worker in desk.state.seats:
+            waits = worker != f"w{number}"
+            beat = Heartbeat(generation=desk.state.resumed, step=9, waiting=waits)
+            desk.say(worker, beat)
+        desk.tick(1.0)
+    dies(desk, number, "SIGKILL", **note)
+
+
+def test_a_loop_without_end_costs_two_nodes_and_ends_as_the_users() -> None:
+    """The second node whose thread stands still in the same function was not a bad machine."""
+    desk = running(nodes=5)
+    hangs(desk, 4, sample_ids=(9, 11), place="t.py:3 in loss")
+    assert desk.state.phase is Phase.RUNNING
+    hangs(desk, 3, sample_ids=(8, 9), place="t.py:3 in loss")
+    assert end_of(desk) == ("failed", "user_code")
+    failure = failure_of(desk)
+    assert failure.error == "PoisonedStepError" and failure.sample_ids == (9,)
+    assert "forward at t.py:3 in loss stood still on 2 nodes" in failure.message
+    assert [e["cause"] for e in desk.events("node_lost")] == ["no progress"] * 2
+
+
+def test_a_thread_that_stands_still_in_our_own_code_is_no_more_than_a_loss() -> None:
+    desk = running(nodes=5)
+    for number in (4, 3, 2):
+        hangs(desk, number, phase="")
+    assert desk.state.phase is Phase.RUNNING
+
+
 def test_a_commit_between_two_deaths_makes_them_two_losses() -> None:
     desk = running()
     dies(desk, 2)

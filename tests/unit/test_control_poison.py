@@ -7,7 +7,14 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.poison import Death, common_samples, poisoned, signature_of, still_open
+from lazarus.control.poison import (
+    HUNG,
+    Death,
+    common_samples,
+    poisoned,
+    signature_of,
+    still_open,
+)
 
 
 def death(node: int, signature: str, **more: Any) -> Death:
@@ -50,6 +57,16 @@ def test_a_zone_that_fails_at_once_is_no_bug_but_the_third_attempt_is() -> None:
     attempts = tuple(death(n, "SIGKILL", generation=n) for n in range(3))
     assert poisoned(attempts[:2]) == ()
     assert poisoned(attempts) == attempts
+
+
+def test_threads_that_stand_still_in_two_attempts_show_a_bug_and_in_one_do_not() -> None:
+    storage_is_away = tuple(death(n, HUNG) for n in range(8))
+    assert poisoned(storage_is_away) == ()
+    attempts = death(0, HUNG), death(1, HUNG, generation=2)
+    assert poisoned(attempts) == attempts
+    assert poisoned((death(0, "SIGKILL"), death(1, HUNG, generation=2))) == ()
+    assert poisoned((death(0, HUNG), death(1, HUNG, generation=2, phase="data"))) == ()
+    assert poisoned((death(0, HUNG), death(0, HUNG, generation=2))) == ()
 
 
 @given(st.lists(st.sampled_from(["SIGKILL", "SIGTERM", ""]), max_size=12), st.integers(1, 2))
