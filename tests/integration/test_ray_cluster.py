@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_asked import asked_for
 
 from lazarus.events import read_events
 from lazarus.journals import read_journal
@@ -121,28 +121,6 @@ def test_lost_experts_come_back_from_the_keepers_of_other_ray_actors(
     assert not left, left
 
 
-ASKED = """
-import sys, ray
-from ray.experimental.internal_kv import _internal_kv_get
-from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL as channel
-ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
-print((_internal_kv_get(channel) or b"none").decode())
-"""
-
-
-def asked_for(head: Any) -> str:
-    """What the autoscaler was last asked for."""
-    done = subprocess.run(
-        [sys.executable, "-c", ASKED, head.address],
-        env=head.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout.strip().splitlines()[-1]
-
-
 def test_a_ray_node_that_comes_is_noticed_and_one_that_drains_is_left(
     ray_head: Any, quick: list[str], tmp_path: Path, poll: Any
 ) -> None:
@@ -158,7 +136,7 @@ def test_a_ray_node_that_comes_is_noticed_and_one_that_drains_is_left(
         return any(all(e.get(k) == v for k, v in fields.items()) for e in found)
 
     assert poll(lambda: happened("step_committed", num_nodes=2), timeout_s=180)
-    assert json.loads(asked_for(ray_head)) == [{"CPU": 1.0}] * 2
+    assert asked_for(ray_head) == [{"CPU": 1.0}] * 2
     ray_head.add_node(1)
     assert poll(lambda: happened("step_committed", num_nodes=3), timeout_s=180)
     joined = [e["node"] for e in read_events(record) if e["event"] == "node_joined"]
@@ -170,7 +148,7 @@ def test_a_ray_node_that_comes_is_noticed_and_one_that_drains_is_left(
     assert run.wait(120) == 130, (tmp_path / "err").read_text()
     steps = steps_of(record)
     assert steps == list(range(1, len(steps) + 1))
-    assert asked_for(ray_head) == "[]"
+    assert asked_for(ray_head) == []
 
     def actors() -> list[str]:
         return [x for x in ray_head.books.alive().values() if "ray::" in x and "Actor" in x]
