@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lazarus.control.state import Control
-from lazarus.errors import LazarusError
+from lazarus.errors import JournalError, LazarusError, RecordError
 from lazarus.failure import Cause, Failure, Status
 
 _RESERVE_BYTES = 16 << 10  # the last entry of a journal and the last line of a record, twice over
@@ -85,7 +85,7 @@ def went_along(place: str, folder: Path) -> bool:
 
 def failure_of(problem: BaseException) -> Failure:
     """Why a controller's process ends."""
-    is_storage = isinstance(problem, OSError | UnrecordedError)
+    is_storage = isinstance(problem, OSError | UnrecordedError | JournalError | RecordError)
     lines = f"{type(problem).__name__}: {problem}".splitlines()
     return Failure(
         cause=Cause.STORAGE if is_storage else Cause.INTERNAL,

@@ -9,6 +9,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lazarus import errors
@@ -67,6 +68,7 @@ class Driver:
         self._doomed: set[str] = set()  # struck at random, not yet gone
         self._chaos: Chaos | None = None
         self._over = False
+        self._persisted = spec.resume is not None  # whether a checkpoint stands
         self._awaited: NodesAwaited | None = None
         self._launcher = make_launcher(self._on_exit)
         self._nodes = Nodes(self, self._launcher, self._limits())
@@ -74,7 +76,7 @@ class Driver:
         self._life = ControllerLife(
             self._launcher,
             timeouts=spec.config.timeouts,
-            on_over=self._failed,
+            on_over=self._controller_over,
         )
 
     # ---- life ----------------------------------------------------------------------------------
@@ -205,6 +207,7 @@ class Driver:
         if event["event"] == "run_started" and self._chaos is None:
             chaos = self._spec.config.faults.parsed_chaos()
             self._chaos = None if chaos is None else Chaos(chaos, self)
+        self._persisted = self._persisted or event["event"] == "checkpoint_persisted"
         self._on_event(event)
 
     def has_room(self) -> bool:
@@ -345,6 +348,14 @@ class Driver:
 
     def _failed(self, failure: Failure) -> None:
         self._inbox.put(RunOver(status="failed", failure=failure))
+
+    def _controller_over(self, failure: Failure) -> None:
+        """No controller will live. Where storage is why, a checkpoint is resumed with a new one."""
+        if failure.cause is Cause.STORAGE and self._persisted:
+            way_out = f"go on with: lazarus train --resume {self._spec.run_dir}"
+            self._inbox.put(RunOver(status="short", failure=replace(failure, way_out=way_out)))
+            return
+        self._failed(failure)
 
     def _controller_lost(self, reason: str) -> None:
         self._inbox.put(RunOver(status="failed", failure=_unreachable(reason)))

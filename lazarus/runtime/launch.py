@@ -7,6 +7,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import sys
 import termios
 import threading
 import traceback
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lazarus.control.replacing import Machine
-from lazarus.errors import ControllerDiedError, StartupError
+from lazarus.errors import ControllerDiedError, JournalError, RecordError, StartupError
 from lazarus.failure import Failure
 from lazarus.ownership import started_at
 from lazarus.runtime.keeper import KeeperConfig
@@ -144,7 +145,10 @@ def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
     try:
         start_controller(spec, bound, is_orphan=_driver_watch())
     except BaseException as problem:  # noqa: BLE001 - the edge of the process
-        traceback.print_exception(problem)
+        if isinstance(problem, JournalError | RecordError):
+            print(f"controller: {problem}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(problem)
         if not pipe.closed:  # it never listened: nobody else can hear why
             pipe.send(failure_of(problem).to_json())
         os._exit(1)  # not even gRPC's threads live on

@@ -14,6 +14,7 @@ import pytest
 from fault_runs import Watched, at_step, watch
 
 from lazarus.errors import LazarusError
+from lazarus.events import read_events
 from lazarus.journals import read_journal
 
 STALL_S = 2.0
@@ -162,3 +163,55 @@ def test_a_fork_server_that_is_killed_is_a_machine_that_fails_not_the_users_code
     assert run.status == "stopped" and len(terms(tmp_path)) > 1
     assert not run.of("user_error", "worker_died")
     assert run.of("node_lost") and run.steps[-1] > 8
+
+
+@pytest.mark.slow
+def test_a_damaged_journal_ends_the_run_in_one_line_and_a_resume_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """D10, D11: a controller that dies later cannot start again; what is durable is not lost."""
+
+    def damage(run: Watched) -> None:
+        pid = run.controller_pid()
+        os.kill(pid, signal.SIGSTOP)
+        for path in (tmp_path / "journal").glob("0*.json"):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 4
+            path.write_bytes(data)
+        os.kill(pid, signal.SIGKILL)
+
+    settings = (*QUICK, "checkpoint.every=2", "metrics.progress=off")
+    with pytest.raises(LazarusError, match=r"is damaged.*go on with: lazarus train") as caught:
+        watch(tmp_path, nodes=2, steps=ENDLESS, settings=settings, acts=[at_step(6, damage)])
+    assert caught.value.exit_code == 3
+    end = read_events(tmp_path)[-1]
+    assert (end["event"], end["status"], end["cause"]) == ("run_finished", "short", "storage")
+    assert "Traceback" not in capfd.readouterr().err
+    again = watch(tmp_path, nodes=2, steps=end["steps"] + 2, settings=settings, resume=tmp_path)
+    assert again.status == "finished"
+
+
+@pytest.mark.slow
+def test_a_damaged_line_of_the_record_does_not_end_the_run(tmp_path: Path) -> None:
+    """D10: also not when a controller has to start again; the line is kept aside."""
+
+    def damage(run: Watched) -> None:
+        pid = run.controller_pid()
+        os.kill(pid, signal.SIGSTOP)
+        path = tmp_path / "events.jsonl"
+        lines = path.read_bytes().split(b"\n")
+        lines[3] = b"\0" * len(lines[3])
+        path.write_bytes(b"\n".join(lines))
+        os.kill(pid, signal.SIGKILL)
+
+    run = watch(
+        tmp_path,
+        nodes=2,
+        steps=ENDLESS,
+        settings=QUICK,
+        acts=[at_step(6, damage)],
+        on_event=stop_when_back,
+    )
+    assert run.status == "stopped" and terms(tmp_path) == [1, 2]
+    assert not run.of("node_lost")
+    assert len((tmp_path / "events.damaged").read_text().splitlines()) == 1
