@@ -83,13 +83,16 @@ def test_a_fault_is_journaled_and_on_record_before_it_may_strike() -> None:
     desk = running()
     commands = fired(desk, "w1", "kill:1@9")
     kept = [c for c in commands if isinstance(c, Journal | Publish | Tell)]
-    assert [type(c) for c in kept] == [Journal, Publish, Tell]
-    assert (kept[0].entry["worker"], kept[0].entry["spec"]) == ("w1", "kill:1@9")
-    fields = kept[1].fields
+    evidence, fault, event, go = kept
+    assert isinstance(evidence, Journal) and isinstance(fault, Journal)
+    assert isinstance(event, Publish) and isinstance(go, Tell)
+    assert evidence.entry["fired"][0][0] == 1
+    assert (fault.entry["worker"], fault.entry["spec"]) == ("w1", "kill:1@9")
+    fields = event.fields
     assert (fields["node"], fields["kind"], fields["step"], fields["phase"]) == (
         1, "kill", 9, "forward",
     )  # fmt: skip
-    assert kept[2].body == Go(spec="kill:1@9")
+    assert go.body == Go(spec="kill:1@9")
 
 
 def test_a_fault_said_again_to_a_restarted_controller_is_one_fault() -> None:
