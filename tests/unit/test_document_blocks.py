@@ -113,7 +113,9 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     for page in pages():
         name = str(page.relative_to(ROOT))
-        assert name.startswith("docs/adr/") or name in text, name
+        assert name.startswith("docs/adr/0") or name in text, name
+    decisions = (ROOT / "docs" / "adr" / "README.md").read_text()
+    assert all(f"({page.name})" in decisions for page in ROOT.glob("docs/adr/0*.md"))
 
 
 def test_the_fastest_commands_of_the_map_select_tests_that_exist() -> None:
