@@ -30,7 +30,7 @@ SMALL = {
     "optim.warmup_steps": 2,
     "cluster.replace_lost": False,
 }
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 
 class Reader:

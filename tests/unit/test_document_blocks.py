@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from documents import ROOT, Block, all_blocks, commands_of, inline_commands, pages
+from documents import ROOT, Block, all_blocks, commands_of, inline_commands, is_shown, pages
 
 from lazarus import cli
 from lazarus.config import TrainConfig
@@ -37,6 +37,14 @@ def test_every_block_is_run_or_says_why_not(block: Block) -> None:
     else:
         assert block.marker == "" or (kind == "file" and argument), block.marker
         assert block.language in RUNNABLE, f"{block.name}: no test runs {block.language!r}"
+
+
+def test_output_that_a_page_does_not_have_right_is_noticed() -> None:
+    output = "loss 3.2\nnode 1 lost in step 6\nback in 0.3 s\n"
+    assert is_shown(("loss 3.2", "...", "back in ... s"), output)
+    assert not is_shown(("loss 3.3",), output)
+    assert not is_shown(("back in 0.3 s", "loss 3.2"), output)
+    assert not is_shown(("node 1 lost",), output)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
