@@ -42,9 +42,7 @@ def verdict(
         for vector in report.vectors:
             vectors[vector.step] = vector
     decided = max([published, *vectors, *[report.committed for report in said]])
-    behind: list[str] = []
-    if any(report.committed < decided for report in said):
-        behind = [worker for worker, report in reports.items() if report.committed < decided]
+    behind = [worker for worker, report in reports.items() if report.committed < decided]
     for worker in behind:
         report = reports[worker]
         if report.committed != decided - 1 or report.prepared != decided:
