@@ -18,12 +18,15 @@ from lazarus.control.messages import (
     Fence,
     Held,
     Hello,
+    Injected,
+    NodeNotice,
     Odd,
     Paused,
     Report,
     Snapped,
     Snapshotted,
     StopRun,
+    Suspicion,
     Vector,
 )
 from lazarus.control.ports import Disconnect, DriverSaid, Garbled, Publish, Tell
@@ -215,3 +218,59 @@ def test_many_refusals_are_counted_and_the_first_are_on_record() -> None:
     desk.feed(DriverSaid(body=StopRun(now=True), at_s=desk.now_s))
     (end,) = desk.events("run_finished")
     assert end["refused_messages"] == 500 and end["stale_messages"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (Fence(generation=1), "no driver says this"),
+        (Paused(generation=1, step=8), "no driver says this"),
+        (Injected(kind="flood", node_key="n1"), "no such fault: 'flood'"),
+        (Injected(kind="kill", node_key="n" * 20_000), "Injected.node_key is a text of 20000"),
+        (NodeNotice(node_key="n1", notice_s=-1.0), "NodeNotice.notice_s is -1.0"),
+    ],
+)
+def test_what_no_driver_says_is_refused(body: Body, reason: str) -> None:
+    desk = running(nodes=3)
+    said = len(desk.log)
+    desk.feed(DriverSaid(body=body, at_s=desk.now_s))
+    (event,) = desk.log[said:]
+    assert isinstance(event, Publish) and event.event == "message_refused"
+    assert event.fields["worker"] == "driver"
+    assert str(event.fields["reason"]).startswith(reason)
+    assert desk.state.num_refused == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        Paused(generation=1, step=0),
+        Paused(generation=1, step=100),
+        FaultFired(generation=1, step=1, kind="join", count=0),
+        FaultFired(generation=1, step=1, kind="join", count=1024),
+        Suspicion(generation=1, step=8, bad_source="s" * (1 << 16)),
+        Odd(generation=1, step=1, what='{"layer": 0, "expert": 0, "majority": true}'),
+        Snapshotted(generation=1, step=8, record='{"kind": "persist", "ok": true}'),
+    ],
+)
+def test_the_least_and_the_most_that_can_be_are_taken(body: Body) -> None:
+    desk = running(nodes=3)
+    desk.say("w0", body)
+    assert desk.state.num_refused == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"top_k": 0},
+        {"top_k": 3},
+        {"held": (Held(layer=0, experts=(0, 2)),)},
+        {"scalars": '{"data": {"num_samples": -1}}'},
+        {"history": np.full(9, float(checks.MOST)).tobytes()},
+    ],
+)
+def test_the_least_and_the_most_of_an_aligned_rank_are_taken(change: dict[str, object]) -> None:
+    desk, generation = aligning()
+    desk.say("w0", changed(desk.aligned("w0", generation), **change))
+    assert desk.state.num_refused == 0
+    assert list(desk.state.transition.aligned) == ["w0"]  # type: ignore[union-attr]
