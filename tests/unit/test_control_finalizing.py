@@ -192,3 +192,16 @@ def test_only_the_first_nodes_try_the_place() -> None:
     assert {order.probe for order in orders if order.generation == 1} == {True}
     assert {order.probe for order in orders if order.generation == 2} == {False}
     assert any(order.dense_targets for order in orders), "nobody joined"
+
+
+def test_a_node_that_cannot_use_the_place_later_on_ends_nothing() -> None:
+    """A checkpoint that fails says so; the run has state in memory to go on with."""
+    desk = running(probes_place=True, steps=100, slots_per_node=2, min_replicas=2)
+    desk.deaf.add("Prepare")
+    desk.lose("w2")
+    transition = desk.state.transition
+    assert transition is not None and transition.plan is not None
+    for worker in ("w0", "w1"):
+        digest = transition.plan.digest
+        desk.say(worker, Ready(generation=2, plan_digest=digest, place=FULL))
+    assert desk.state.phase is Phase.RUNNING
