@@ -6,7 +6,7 @@ from typing import Any
 
 from control_desk import Desk, running
 
-from lazarus.control.messages import Pause, RunOver, StartNode, StopRun
+from lazarus.control.messages import Align, Pause, RunOver, StartNode, StopRun
 from lazarus.control.ports import DriverSaid, TellDriver
 from lazarus.control.state import Phase
 from lazarus.failure import Cause
@@ -126,3 +126,89 @@ def test_joiners_that_come_shortly_after_each_other_cost_one_pause() -> None:
     keep_alive(desk, 1.0)
     desk.pause()
     assert desk.state.members == (0, 1, 2, 3, 4)
+
+
+def nobody_left(**config: Any) -> Desk:
+    """All three nodes die after step 9; the newest checkpoint is of step 8."""
+    desk = running(**(REPLICATED | config))
+    for worker in desk.state.seats:
+        desk.share(worker, 8)
+    desk.written(8)
+    desk.commit(9)
+    keep_alive(desk, 40.0)
+    desk.lose("w0", "w1", "w2")
+    assert desk.state.phase is Phase.HOLDING
+    return desk
+
+
+def test_fresh_nodes_go_on_from_the_newest_checkpoint() -> None:
+    desk = nobody_left()
+    assert desk.events("quorum_lost")[-1]["reason"] == "every node is lost at step 9"
+    desk.join("w3", "w4")
+    keep_alive(desk, 5.0)
+    assert desk.state.phase is Phase.HOLDING  # a third one is on its way
+    desk.join("w5")
+    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (3, 4, 5))
+    assert desk.state.step == 8
+    assert {body.reload for body in desk.told(Align)[-3:]} == {"/ckpt 8"}
+    (event,) = desk.events("run_restarted")
+    assert (event["step"], event["from_step"]) == (8, 9)
+
+
+def test_fresh_nodes_do_not_wait_long_for_others() -> None:
+    desk = nobody_left(tolerated_stall_s=10.0)
+    desk.join("w3", "w4")
+    keep_alive(desk, 9.0)
+    assert desk.state.phase is Phase.HOLDING
+    keep_alive(desk, 2.0)
+    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (3, 4))
+
+
+def test_fresh_nodes_wait_for_a_checkpoint_that_is_just_being_written() -> None:
+    desk = running(**REPLICATED)
+    for worker in desk.state.seats:
+        desk.share(worker, 8)
+    assert desk.state.writing
+    desk.lose("w0", "w1", "w2")
+    desk.join("w3", "w4", "w5")
+    assert desk.state.phase is Phase.HOLDING
+    desk.written(8)
+    assert desk.state.phase is Phase.RUNNING and desk.state.step == 8
+
+
+def test_a_checkpoint_that_never_ends_keeps_fresh_nodes_no_longer_than_a_stall() -> None:
+    desk = running(**REPLICATED, tolerated_stall_s=10.0)
+    for worker in desk.state.seats:
+        desk.share(worker, 8)
+    desk.lose("w0", "w1", "w2")
+    desk.join("w3", "w4", "w5")
+    keep_alive(desk, 9.0)
+    assert desk.state.phase is Phase.HOLDING
+    keep_alive(desk, 2.0)
+    assert desk.state.phase is Phase.RUNNING and desk.state.step == 0
+
+
+def test_too_few_fresh_nodes_do_not_restart_the_run_and_the_wait_ends() -> None:
+    desk = nobody_left(min_nodes=2, quorum_timeout_s=20.0)
+    desk.join("w3")
+    keep_alive(desk, 19.0)
+    assert desk.state.phase is Phase.HOLDING
+    keep_alive(desk, 2.0)
+    end = over(desk)
+    assert end.status == "short" and end.failure is not None
+    assert (end.failure.error, end.failure.details["live"]) == ("QuorumTimeoutError", 1)
+
+
+def test_a_stop_after_all_are_gone_ends_the_run_at_once() -> None:
+    desk = nobody_left()
+    desk.feed(DriverSaid(body=StopRun(reason="enough"), at_s=desk.now_s))
+    assert over(desk).status == "short"
+
+
+def test_the_loss_of_everybody_while_the_run_stops_names_the_way_on() -> None:
+    desk = running(**REPLICATED)
+    desk.feed(DriverSaid(body=StopRun(reason="enough"), at_s=desk.now_s))
+    desk.tick(11.0)  # nobody has said anything for longer than the tolerated stall
+    failure = over(desk).failure
+    assert failure is not None and failure.cause is Cause.NODE
+    assert "resume from the newest checkpoint" in failure.message
