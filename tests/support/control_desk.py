@@ -106,6 +106,14 @@ class Desk:
         self.now_s += seconds
         self.feed(Tick(at_s=self.now_s))
 
+    def answer(self, kind: type) -> None:
+        """What nobody has answered so far, all answer now."""
+        self.deaf.discard(kind.__name__)
+        for command in self.of(Tell):
+            newest = getattr(command.body, "generation", -1) == self.state.generation
+            if isinstance(command.body, kind) and newest:
+                self._answer(command.worker, command.body)
+
     def _answer(self, worker: str, body: Body) -> None:
         at = self.committed[worker]
         match body:

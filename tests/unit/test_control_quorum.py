@@ -53,6 +53,8 @@ def test_too_few_nodes_hold_the_run_until_another_one_comes() -> None:
     desk.join("w3")
     assert desk.state.phase is Phase.RUNNING
     assert (desk.state.members, desk.state.step) == ((0, 1, 3), 8)
+    assert desk.events("quorum_regained") == [{"generation": 3, "nodes": [0, 1, 3]}]
+    assert not desk.events("run_restarted")
 
 
 def test_where_no_plan_fits_the_same_nodes_are_not_asked_again() -> None:
