@@ -9,6 +9,7 @@ from typing import Any
 from control_desk import EXPERTS, Desk, running
 
 from lazarus.checkpoint.adaptive import SaveSettings
+from lazarus.checkpoint.recovery import StoredCheckpoint
 from lazarus.control import saves
 from lazarus.control.adapting import WANTED
 from lazarus.control.losses import bad_source_of, place_of_checkpoint
@@ -306,3 +307,14 @@ def test_the_start_of_a_run_is_where_it_started() -> None:
     assert place_of_checkpoint(resumed, 40) == "s3://old 40"
     assert place_of_checkpoint(resumed, 50) == "/ckpt 50"
     assert saves.none_stands(resumed)  # what stands elsewhere, no partial one can point to
+
+
+def test_a_partial_checkpoint_points_to_nothing_in_the_place_it_was_resumed_from() -> None:
+    fresh = running().state
+    standing = (StoredCheckpoint(generation=1, step=40, is_full=True),)
+    for resume, is_there in ((None, True), ("/ckpt", True), ("s3://old", False)):
+        config = replace(fresh.config, resume=resume, start_step=40)
+        state = replace(fresh, config=config, checkpoints=standing)
+        assert saves.none_stands(state) is not is_there
+        later = replace(state, checkpoints=(replace(standing[0], step=41),))
+        assert not saves.none_stands(later)  # the resumed run has written that one itself
