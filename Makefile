@@ -21,7 +21,7 @@ help:
 	@echo "make test         unit, property, fault and integration tests, under 6 minutes"
 	@echo "make test-slow    the long ones, the fault matrix among them"
 	@echo "make soak         runs under faults for minutes, 25 in all; test-slow has shorter ones"
-	@echo "make lint         ruff, mypy --strict, import contracts"
+	@echo "make lint         ruff, mypy --strict, import contracts, the map of rooms"
 	@echo "make docs         the documentation as a site in build/site; broken links fail"
 	@echo "make bench-quick  real runs under faults against baselines, up to 12 minutes"
 
@@ -51,6 +51,7 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(PY) tools/rooms.py
 
 # The site's own packages are installed when it is first built.
 DOCS_STAMP := $(VENV)/.installed-docs

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dispatcher.balance import gradients_sent
-from dispatcher.routing import RoutingTable
-from dispatcher.split import SplitRule, split_counts
+from dispatcher.splits.balance import gradients_sent
+from dispatcher.splits.routing import RoutingTable
+from dispatcher.splits.split import SplitRule, split_counts
 from placement import PlacementRequest, plan
 
 TRACE = Path(__file__).parents[2] / "shared/data/expert-load/smartmoe-expert-load.npz"

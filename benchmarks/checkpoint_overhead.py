@@ -30,21 +30,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from lazarus.checkpoint.schedule import (
+from lazarus.checkpoint.files.store import RecordKey, Tag, write_files
+from lazarus.checkpoint.files.tensors import record_of
+from lazarus.checkpoint.in_memory.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
+from lazarus.checkpoint.selection.schedule import (
     ScheduleConfig,
     ScheduleState,
     Selection,
     select_experts,
 )
-from lazarus.checkpoint.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
-from lazarus.checkpoint.store import RecordKey, Tag, write_files
-from lazarus.checkpoint.tensors import record_of
 from lazarus.model.experts import ExpertBank
 from lazarus.model.gpt import GPTConfig, build, loss
 from lazarus.model.moe import commit_load, take_auxiliary
-from lazarus.runtime.keeper import KeeperConfig, start_keeper
-from lazarus.runtime.keeper_client import KeeperClient
-from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.keeper.client import KeeperClient
+from lazarus.runtime.keeper.process import KeeperConfig, start_keeper
+from lazarus.runtime.keeper.trainer_link import RemoteKeeperLink
 from lazarus.runtime.rpc.credentials import Credentials
 
 BENCH = Credentials(secret="bench")

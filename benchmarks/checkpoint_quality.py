@@ -34,10 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lazarus.checkpoint.plt import PltLedger, portion_lost
-from lazarus.checkpoint.recovery import Copy, Loss, Restore, Source, decide_recovery
-from lazarus.checkpoint.saving import SaveState
-from lazarus.checkpoint.schedule import ScheduleConfig, doubled_k
+from lazarus.checkpoint.restoring.plt import PltLedger, portion_lost
+from lazarus.checkpoint.restoring.restore_choice import Copy, Loss, Restore, Source, decide_recovery
+from lazarus.checkpoint.selection.saving import SaveState
+from lazarus.checkpoint.selection.schedule import ScheduleConfig, doubled_k
 from lazarus.data.corpus import datasets, load_corpus
 from lazarus.data.sampler import step_sample_ids
 from lazarus.model.gpt import GPTConfig, build, loss

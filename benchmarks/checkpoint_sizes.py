@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lazarus.checkpoint.image import TensorSpec, layout_image
-from lazarus.checkpoint.manifest import OPTIMIZER, WEIGHTS, LayerEntry, Manifest
-from lazarus.checkpoint.sharding import (
+from lazarus.checkpoint.files.store import Record, RecordKey, Tag, commit_manifest, write_files
+from lazarus.checkpoint.format.image import TensorSpec, layout_image
+from lazarus.checkpoint.format.manifest import OPTIMIZER, WEIGHTS, LayerEntry, Manifest
+from lazarus.checkpoint.selection.sharding import (
     Unit,
     WorkSplit,
     split_adaptively,
     split_equally,
     split_unsharded,
 )
-from lazarus.checkpoint.store import Record, RecordKey, Tag, commit_manifest, write_files
 
 _WRITE_LIMIT = 10e9  # bytes; larger shapes are written at 1/8 of their width all the same
 TAG = Tag(job="sizes", term=1, generation=1)

@@ -37,14 +37,14 @@ from typing import Any
 
 import numpy as np
 
+from lazarus.control.cluster.state import Control, ControlConfig
 from lazarus.control.ports import Publish
-from lazarus.control.replay import blank_state, replayed
-from lazarus.control.state import Control, ControlConfig
+from lazarus.control.restart.replay import blank_state, replayed
 from lazarus.control.vector import VectorLayout
-from lazarus.journals import ARCHIVE, appended, numbers_in
-from lazarus.runtime.controller import Controller, open_controller
-from lazarus.runtime.journal import archived_line
-from lazarus.runtime.launch import ProcessLauncher
+from lazarus.record.journal_reader import ARCHIVE, appended, numbers_in
+from lazarus.runtime.controller.journal import archived_line
+from lazarus.runtime.controller.shell import Controller, open_controller
+from lazarus.runtime.launch.launcher import ProcessLauncher
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.spec import ControllerSpec
 from placement import PlacementRequest, plan

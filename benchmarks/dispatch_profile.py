@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import dispatcher.path
+import dispatcher.layer.path
 import lazarus.model.moe
 from lazarus.model.moe import moe_layers
 
 _SECTIONS: list[tuple[Any, str, str]] = [
-    (dispatcher.path, "experts_forward", "experts forward"),
-    (dispatcher.path, "experts_backward", "experts backward"),
-    (dispatcher.path, "gather_copies", "gather and combine"),
-    (dispatcher.path, "combine_copies", "gather and combine"),
-    (dispatcher.path, "sum_copies", "gather and combine"),
-    (dispatcher.path, "output_gradients", "gather and combine"),
+    (dispatcher.layer.path, "experts_forward", "experts forward"),
+    (dispatcher.layer.path, "experts_backward", "experts backward"),
+    (dispatcher.layer.path, "gather_copies", "gather and combine"),
+    (dispatcher.layer.path, "combine_copies", "gather and combine"),
+    (dispatcher.layer.path, "sum_copies", "gather and combine"),
+    (dispatcher.layer.path, "output_gradients", "gather and combine"),
     (lazarus.model.moe, "choose_experts", "router"),
     (lazarus.model.moe, "start_routing", "count and sort"),
     (lazarus.model.moe, "finish_routing", "split and index"),

@@ -121,7 +121,7 @@ class Modelled:
 
     def _save(self, step: int, *, began: float) -> None:
         """As long as the modelled storage takes; without one, until the checkpoint is durable."""
-        from lazarus.checkpoint.manifest import manifest_path
+        from lazarus.checkpoint.format.manifest import manifest_path
 
         until(began + self.write_s)
         manifest = self.url / manifest_path(step)

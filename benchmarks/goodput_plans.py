@@ -9,7 +9,7 @@ from pathlib import Path
 
 from goodput_shapes import SHAPES, Shape, Timing, timing
 
-from lazarus.simulate.traces import read_trace, segment
+from lazarus.simulate.inputs.traces import read_trace, segment
 
 COMMON = (
     "metrics.progress=off", "metrics.report=false", "train.steps=100000", "optim.lr=0.001",

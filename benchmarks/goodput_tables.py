@@ -12,8 +12,8 @@ from typing import Any
 from goodput_plans import Plan
 from goodput_shapes import of_testbed, proportions
 
-from lazarus.events import Event, read_events
-from lazarus.metrics import committed_steps, plt
+from lazarus.record.events import Event, read_events
+from lazarus.record.metrics import committed_steps, plt
 
 LAZARUS = "Lazarus"
 

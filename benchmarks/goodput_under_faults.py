@@ -51,7 +51,7 @@ from goodput_modelled import Device, Modelled
 from goodput_plans import Plan
 from goodput_shapes import SHAPES, best_every
 
-from lazarus.events import read_events
+from lazarus.record.events import read_events
 
 NAMES = {"a": tables.LAZARUS, "b": "DS", "B": "DS, best interval", "c": "DS(FT)",
          "C": "DS(FT), best interval", "d": "DeepSpeed", "e": "torchft"}  # fmt: skip

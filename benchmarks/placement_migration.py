@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from placement_quality import most_loaded, trace
 
 from placement import PlacementRequest, plan, replan
-from placement.balance import balance_of
-from placement.baselines import baseline
-from placement.migrate import (
+from placement.assignment.baselines import baseline
+from placement.balance.shares import balance_of
+from placement.migration.migrate import (
     best_relabelling,
     busiest,
     greedy_relabelling,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from placement import PlacementRequest, certificate, plan
-from placement.balance import balance_of
-from placement.baselines import BASELINES, baseline
+from placement.assignment.baselines import BASELINES, baseline
+from placement.balance.shares import balance_of
 from placement.plan import Plan
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "expert-load"

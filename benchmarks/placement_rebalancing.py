@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from placement_quality import most_loaded, trace
 
 from placement import PlacementRequest, Plan, plan, replan
-from placement.balance import balance_of
-from placement.migrate import busiest, transfers
+from placement.balance.shares import balance_of
+from placement.migration.migrate import busiest, transfers
 from placement.rebalance import MoveCost, Regret, considered, smoothed_load
 
 MOE_PART = 0.6

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from placement import PlacementRequest, certificate, plan, replan
-from placement.baselines import baseline
+from placement.assignment.baselines import baseline
 
 
 def loads(layers: int, experts: int, power: float = 1.0) -> np.ndarray:

@@ -98,8 +98,8 @@ class Row:
 def ours(kills: int, *, ranks: int, gap: int, folder: Path) -> list[Kill]:
     """One run with all the kills; node 0 lives, since it asks for the joiners."""
     from lazarus import ElasticTrainer, TrainConfig
-    from lazarus.events import read_events
-    from lazarus.metrics import committed_steps, recoveries
+    from lazarus.record.events import read_events
+    from lazarus.record.metrics import committed_steps, recoveries
 
     faults = []
     for i in range(kills):

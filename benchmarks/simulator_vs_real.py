@@ -24,11 +24,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lazarus.events import Event, read_events
-from lazarus.simulate.calibrate import as_setting, calibrated, measured
-from lazarus.simulate.costs import Costs
-from lazarus.simulate.policies import run_one
+from lazarus.record.events import Event, read_events
+from lazarus.simulate.inputs.costs import Costs
 from lazarus.simulate.rows import FleetPolicy, Row
+from lazarus.simulate.studies.calibrate import as_setting, calibrated, measured
+from lazarus.simulate.systems.policies import run_one
 
 Record = Sequence[Event]
 

@@ -3,8 +3,6 @@
 Needs torch and numpy only.
 """
 
-from dispatcher.blocks import shared_zeros
-from dispatcher.dispatch import Routed, finish_routing, route, start_routing
 from dispatcher.dispatcher import Dispatched, Dispatcher
 from dispatcher.errors import (
     DispatchError,
@@ -18,12 +16,14 @@ from dispatcher.errors import (
 )
 from dispatcher.exchange import Exchange, Pending, SoloExchange, TorchExchange
 from dispatcher.gradients import flat_all_reduce, slots_for_exchange, sum_replica_gradients
-from dispatcher.layout import ExpertLayout
+from dispatcher.layer.dispatch import Routed, finish_routing, route, start_routing
+from dispatcher.layer.layout import ExpertLayout
+from dispatcher.layer.path import PathOptions, expert_path
+from dispatcher.local.blocks import shared_zeros
+from dispatcher.local.shared import SharedExchange, within_machine
 from dispatcher.loopback import LoopbackExchange, LoopbackWorld, run_ranks
-from dispatcher.path import PathOptions, expert_path
-from dispatcher.routing import RoutingTable
-from dispatcher.shared import SharedExchange, within_machine
-from dispatcher.split import SplitRule
+from dispatcher.splits.routing import RoutingTable
+from dispatcher.splits.split import SplitRule
 
 __all__ = [
     "DispatchError",

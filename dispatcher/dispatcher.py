@@ -14,18 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dispatcher.compute import Group
-from dispatcher.dispatch import Routed, route
 from dispatcher.errors import HandleError
 from dispatcher.exchange import Exchange
-from dispatcher.path import (
-    combine_copies,
-    gather_copies,
-    output_gradients,
-    sum_copies,
-)
-from dispatcher.routing import RoutingTable
-from dispatcher.split import SplitRule
+from dispatcher.layer.compute import Group
+from dispatcher.layer.dispatch import Routed, route
+from dispatcher.layer.path import combine_copies, gather_copies, output_gradients, sum_copies
+from dispatcher.splits.routing import RoutingTable
+from dispatcher.splits.split import SplitRule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

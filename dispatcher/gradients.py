@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dispatcher.exchange import Exchange
-from dispatcher.routing import BoolArray, RoutingTable, expert_slots
+from dispatcher.splits.routing import BoolArray, RoutingTable, expert_slots
 
 
 def flat_all_reduce(flat_M: Tensor, exchange: Exchange, *, label: str = "dense_grad") -> None:

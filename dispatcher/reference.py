@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dispatcher.layout import Activation
+from dispatcher.layer.layout import Activation
 
 
 def expert_output(x_MD: Tensor, fields: Mapping[str, Tensor], *, activation: Activation) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dispatcher.dispatcher import Dispatched, Dispatcher
 from dispatcher.errors import DispatchError
-from dispatcher.routing import IntArray
+from dispatcher.splits.routing import IntArray
 
 _KEYS = ("step", "layer", "rank", "num_tokens", "topk", "top_indices")
 

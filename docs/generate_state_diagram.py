@@ -27,9 +27,9 @@ import control_play  # noqa: E402
 import control_world  # noqa: E402
 
 from lazarus.control import machine  # noqa: E402
+from lazarus.control.cluster.state import Control, Phase  # noqa: E402
 from lazarus.control.messages import Body, StopRun  # noqa: E402
 from lazarus.control.ports import DriverSaid, WorkerSaid  # noqa: E402
-from lazarus.control.state import Control, Phase  # noqa: E402
 
 MEANING = {
     Phase.GATHERING: "waits for the first nodes",

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from lazarus.version import __version__
 
 if TYPE_CHECKING:
-    from lazarus.config import TrainConfig
+    from lazarus.config.train_config import TrainConfig
     from lazarus.model.loss import LossSum
     from lazarus.model.moe import MoELayer
-    from lazarus.result import Result
-    from lazarus.runtime.context import WorkerContext
-    from lazarus.trainer import ElasticTrainer, RunHandle
+    from lazarus.run.result import Result
+    from lazarus.run.trainer import ElasticTrainer, RunHandle
+    from lazarus.runtime.training.context import WorkerContext
 
 __all__ = [
     "ElasticTrainer",
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ElasticTrainer": "lazarus.trainer",
+    "ElasticTrainer": "lazarus.run.trainer",
     "LossSum": "lazarus.model.loss",
     "MoELayer": "lazarus.model.moe",
-    "Result": "lazarus.result",
-    "RunHandle": "lazarus.trainer",
-    "TrainConfig": "lazarus.config",
-    "WorkerContext": "lazarus.runtime.context",
+    "Result": "lazarus.run.result",
+    "RunHandle": "lazarus.run.trainer",
+    "TrainConfig": "lazarus.config.train_config",
+    "WorkerContext": "lazarus.runtime.training.context",
 }
 
 

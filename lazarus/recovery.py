@@ -10,9 +10,9 @@ An answer that cannot be carried out is not used: ``recovery.on_lost_expert`` de
 record says why (``plan_fallback``).
 """
 
-from lazarus.checkpoint.policy import Answer, ClusterView, Hold, RecoveryPolicy, Stop
-from lazarus.checkpoint.recovery import Copy, Rollback, Source, StoredCheckpoint
-from lazarus.checkpoint.recovery import Loss as ExpertLoss
+from lazarus.checkpoint.restoring.policy import Answer, ClusterView, Hold, RecoveryPolicy, Stop
+from lazarus.checkpoint.restoring.restore_choice import Copy, Rollback, Source, StoredCheckpoint
+from lazarus.checkpoint.restoring.restore_choice import Loss as ExpertLoss
 
 __all__ = [
     "Answer",

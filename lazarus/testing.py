@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lazarus.checkpoint.lineage import Lineage, extended
-from lazarus.checkpoint.policy import ClusterView, RecoveryPolicy, decision_of, on_history
-from lazarus.checkpoint.recovery import Copy, Loss, Source, StoredCheckpoint
+from lazarus.checkpoint.format.lineage import Lineage, extended
+from lazarus.checkpoint.restoring.policy import ClusterView, RecoveryPolicy, decision_of, on_history
+from lazarus.checkpoint.restoring.restore_choice import Copy, Loss, Source, StoredCheckpoint
 from lazarus.data.stream import ShardIterator, StreamSource
 from lazarus.errors import DataError
 

@@ -1,6 +1,6 @@
 """Resilient, balanced placement of Mixture-of-Experts replicas on nodes that come and go."""
 
-from placement.allocate import allocate_as_paper, allocate_replicas
+from placement.balance.allocate import allocate_as_paper, allocate_replicas
 from placement.certificate import Certificate, certificate
 from placement.errors import InfeasiblePlacementError, InvalidRequestError
 from placement.plan import Plan

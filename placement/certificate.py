@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placement.balance import max_over_mean
+from placement.balance.shares import max_over_mean
 from placement.errors import InvalidRequestError
 from placement.plan import Plan
 from placement.request import as_load
-from placement.resilience import domain_masks, survival, survival_under_hazards
-from placement.survival import minimal_sets, nodes_of
-from placement.template import masks
+from placement.survival.bitmasks import minimal_sets, nodes_of
+from placement.survival.resilience import domain_masks, survival, survival_under_hazards
+from placement.templates.template import masks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

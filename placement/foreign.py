@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from placement.balance import node_factors
-from placement.build import Draft, plan_of
+from placement.assignment.build import Draft, plan_of
+from placement.balance.shares import node_factors
 from placement.certificate import Certificate
 from placement.errors import InvalidRequestError
 from placement.plan import Plan

@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import Protocol
 
-from placement.balance import balance_of
-from placement.build import plan_of
+from placement.assignment.build import plan_of
+from placement.assignment.select import Choice, best_template, failure_score, price_of
+from placement.balance.shares import balance_of
 from placement.errors import InfeasiblePlacementError, InvalidRequestError
+from placement.exact.program import by_program, is_small
+from placement.migration.repair import (
+    in_place,
+    relabelled,
+    repaired_template,
+    same_shape,
+    surviving,
+)
 from placement.plan import Plan
-from placement.program import by_program, is_small
-from placement.repair import in_place, relabelled, repaired_template, same_shape, surviving
 from placement.request import PlacementRequest, feasible_floor
-from placement.select import Choice, best_template, failure_score, price_of
 
 _WORTH_LOOKING = 0.03  # price of the kept plan below which no other template is looked for
 _WORTH_MOVING = 0.02  # a rebalance changes the template only for a price this much lower

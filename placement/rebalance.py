@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placement.balance import balance_of, max_over_mean
+from placement.balance.shares import balance_of, max_over_mean
 from placement.errors import InvalidRequestError
-from placement.migrate import busiest, transfers
+from placement.migration.migrate import busiest, transfers
 from placement.plan import Plan
 from placement.policy import replan
 from placement.request import Floats, PlacementRequest, as_load

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.errors import InfeasiblePlacementError
+from placement.exact.search import Dice
 from placement.plan import Plan
 from placement.policy import PlacementPolicy
 from placement.request import Floats, PlacementRequest, feasible_floor
-from placement.search import Dice
 
 _SHAPES = ((4, 3, 4), (10, 6, 16), (3, 2, 3), (5, 4, 5), (6, 8, 8), (2, 16, 16), (7, 3, 10))
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lazarus.checkpoint.image import TensorSpec
-from lazarus.checkpoint.manifest import OPTIMIZER, WEIGHTS, LayerEntry, Manifest
-from lazarus.checkpoint.storage import Probe, no_probe
-from lazarus.checkpoint.store import Record, RecordKey, Tag, commit_manifest, write_files
-from lazarus.checkpoint.tensors import record_of, specs_of
+from lazarus.checkpoint.files.storage import Probe, no_probe
+from lazarus.checkpoint.files.store import Record, RecordKey, Tag, commit_manifest, write_files
+from lazarus.checkpoint.files.tensors import record_of, specs_of
+from lazarus.checkpoint.format.image import TensorSpec
+from lazarus.checkpoint.format.manifest import OPTIMIZER, WEIGHTS, LayerEntry, Manifest
 
 TAG = Tag(job="toy", term=1, generation=1)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lazarus import runs
-from lazarus.events import read_events
-from lazarus.simulate.calibrate import calibrated
+from lazarus.commands import runs
+from lazarus.record.events import read_events
+from lazarus.simulate.studies.calibrate import calibrated
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lazarus import runs
-from lazarus.careful import read_text
-from lazarus.checkpoint.manifest import Manifest, expert_name
-from lazarus.checkpoint.plt import portion_lost, staleness
-from lazarus.checkpoint.storage import is_url, list_folder, open_storage, redacted
-from lazarus.checkpoint.store import damaged_sizes, find_checkpoints
-from lazarus.checkpoint.verify import Verification, verify
+from lazarus.basics.careful import read_text
+from lazarus.basics.format import bytes_text, plural, seconds_text
+from lazarus.checkpoint.files.storage import is_url, list_folder, open_storage, redacted
+from lazarus.checkpoint.files.store import damaged_sizes, find_checkpoints
+from lazarus.checkpoint.files.verify import Verification, verify
+from lazarus.checkpoint.format.manifest import Manifest, expert_name
+from lazarus.checkpoint.restoring.plt import portion_lost, staleness
+from lazarus.commands import runs
+from lazarus.config.layers import toml_of
 from lazarus.errors import ConfigError
-from lazarus.format import bytes_text, plural, seconds_text
-from lazarus.settings import toml_of
 
 _HEADS = ("STEP", "KIND", "EXPERTS", "BYTES", "AGE", "COMPLETE", "OLDEST EXPERT", "PLT IF RESTORED")
 
@@ -232,7 +232,7 @@ def _verification_json(url: str, outcome: Verification) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from lazarus.checkpoint.export import export
+    from lazarus.checkpoint.files.export import export
 
     url = place_of(args.place)
     if "://" not in args.out and os.path.exists(args.out) and not args.force:

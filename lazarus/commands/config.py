@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from lazarus import runs, settings
-from lazarus.config import TrainConfig
-from lazarus.reference import reference
+from lazarus.commands import runs
+from lazarus.config import layers
+from lazarus.config.reference import reference
+from lazarus.config.train_config import TrainConfig
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,7 +51,7 @@ def shown(config: TrainConfig) -> list[str]:
     derived = config.timeouts
     lines += ["", "# derived from recovery.tolerated_stall_s:"]
     for spec in fields(derived):
-        lines.append(f"# {spec.name} = {settings.toml_value(getattr(derived, spec.name))}")
+        lines.append(f"# {spec.name} = {layers.toml_value(getattr(derived, spec.name))}")
     return lines
 
 

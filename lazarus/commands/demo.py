@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lazarus import runs
+from lazarus.commands import runs
 from lazarus.commands.train import train
-from lazarus.events import read_events
-from lazarus.metrics import summarise
-from lazarus.run_place import open_place
+from lazarus.record.events import read_events
+from lazarus.record.metrics import summarise
+from lazarus.run.run_place import open_place
 
 STEPS = 60
 KILL_AT = 30

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from lazarus import runs
-from lazarus.doctor import examine
+from lazarus.commands import runs
+from lazarus.commands.machine_checks import examine
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lazarus import runs
-from lazarus.careful import open_regular
-from lazarus.endings import is_abandoned, with_end
+from lazarus.basics.careful import open_regular
+from lazarus.basics.format import loss_text
+from lazarus.commands import runs
+from lazarus.console.narrator import Narrator
 from lazarus.errors import ConfigError, RecordError
-from lazarus.events import FILE_NAME, blamed_on_record, decode_bytes, read_events
 from lazarus.faults import seconds_of
-from lazarus.format import loss_text
-from lazarus.narrator import Narrator
+from lazarus.record.endings import is_abandoned, with_end
+from lazarus.record.events import FILE_NAME, blamed_on_record, decode_bytes, read_events
 
 _POLL_S = 0.3
 

@@ -12,17 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from lazarus.careful import parse_json, read_text
+from lazarus.basics.careful import parse_json, read_text
 from lazarus.errors import ConfigError
-from lazarus.simulate.loads import UNREADABLE
-from placement import (
-    Certificate,
-    PlacementRequest,
-    Plan,
-    certificate,
-    plan,
-)
-from placement.baselines import BASELINES, baseline
+from lazarus.record.loads import UNREADABLE
+from placement import Certificate, PlacementRequest, Plan, certificate, plan
+from placement.assignment.baselines import BASELINES, baseline
 from placement.foreign import certified
 from placement.request import as_load
 from placement.table import comparison, heat_map, wants_bold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lazarus import runs
+from lazarus.commands import runs
 from lazarus.errors import ConfigError
 
 

@@ -11,21 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lazarus import runs
+from lazarus.commands import runs
 from lazarus.errors import ConfigError
-from lazarus.simulate import findings, loads
-from lazarus.simulate.assumed import assumptions, setting_line
-from lazarus.simulate.costs import PROFILES, read_profile
-from lazarus.simulate.faults import FaultSource, FromTrace, Periodic, Poisson
-from lazarus.simulate.options import DEFAULTS, refuse_ignored
-from lazarus.simulate.peers import PeerPolicy
-from lazarus.simulate.policies import policy_named, run_one, with_recovery
-from lazarus.simulate.progress import Progress
+from lazarus.record import loads
+from lazarus.simulate.inputs.costs import PROFILES, read_profile
+from lazarus.simulate.inputs.faults import FaultSource, FromTrace, Periodic, Poisson
+from lazarus.simulate.inputs.shapes import Shape, shape_named
+from lazarus.simulate.inputs.traces import read_trace, segment
 from lazarus.simulate.rows import Row, Setting
-from lazarus.simulate.scenarios import SCENARIOS, Files, check_claims, scenario_named
-from lazarus.simulate.shapes import Shape, shape_named
-from lazarus.simulate.tables import TABLES
-from lazarus.simulate.traces import read_trace, segment
+from lazarus.simulate.studies import findings
+from lazarus.simulate.studies.assumed import assumptions, setting_line
+from lazarus.simulate.studies.options import DEFAULTS, refuse_ignored
+from lazarus.simulate.studies.progress import Progress
+from lazarus.simulate.studies.scenarios import SCENARIOS, Files, check_claims, scenario_named
+from lazarus.simulate.studies.tables import TABLES
+from lazarus.simulate.systems.peers import PeerPolicy
+from lazarus.simulate.systems.policies import policy_named, run_one, with_recovery
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _POLICIES = "lazarus,ds,ds-ft"

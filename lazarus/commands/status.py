@@ -6,10 +6,10 @@ import argparse
 import time
 from dataclasses import asdict
 
-from lazarus import runs
-from lazarus.endings import with_end
-from lazarus.events import blamed_on_record, read_events
-from lazarus.status import describe, status_of
+from lazarus.commands import runs
+from lazarus.record.endings import with_end
+from lazarus.record.events import blamed_on_record, read_events
+from lazarus.record.status import describe, status_of
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from lazarus import runs
 from lazarus.callbacks import configured
-from lazarus.checkpoint.adaptive import DEFAULT_EVERY
-from lazarus.condensed import condensed_events
-from lazarus.config import TrainConfig
-from lazarus.metrics import summarise
-from lazarus.preflight import resolve_slots_per_node, warnings_of
-from lazarus.prometheus import RayMetrics
-from lazarus.run_place import RunPlace, open_place
+from lazarus.callbacks.prometheus import RayMetrics
+from lazarus.checkpoint.selection.adaptive import DEFAULT_EVERY
+from lazarus.commands import runs
+from lazarus.config.preflight import resolve_slots_per_node, warnings_of
+from lazarus.config.train_config import TrainConfig
+from lazarus.record.condensed import condensed_events
+from lazarus.record.metrics import summarise
+from lazarus.run.run_place import RunPlace, open_place
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 def train(place: RunPlace, *, as_json: bool = False) -> int:
     """Run to the end and say how it went."""
-    from lazarus.progress import Progress
-    from lazarus.trainer import ElasticTrainer, fit_at
+    from lazarus.console.progress import Progress
+    from lazarus.run.trainer import ElasticTrainer, fit_at
 
     config, folder = place.config, str(place.folder)
     progress = Progress(config.metrics.progress, steps=config.train.steps)
@@ -101,8 +101,8 @@ def _ray_metrics(config: TrainConfig) -> list[RayMetrics]:
 
 def _dry_run(place: RunPlace) -> int:
     """Say what the run would begin with; exit codes are those of a run that is refused."""
-    from lazarus.dry_run import first_plan
-    from lazarus.trainer import ElasticTrainer
+    from lazarus.run.dry_run import first_plan
+    from lazarus.run.trainer import ElasticTrainer
     from placement import certificate
 
     try:

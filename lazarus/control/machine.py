@@ -5,21 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from lazarus.control import (
-    blame,
-    checks,
-    commits,
-    evidence,
-    finalizing,
-    membership,
-    patience,
-    refusals,
-    repair,
-    resuming,
-    saves,
-    suspicion,
-)
-from lazarus.control import transition as change
+from lazarus.control.cluster import evidence
+from lazarus.control.cluster.poison import HUNG
+from lazarus.control.cluster.roster import candidates, leaving, node_of, staying
+from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.commit import commits, finalizing
+from lazarus.control.commit.unfired import names_a_node
+from lazarus.control.membership import blame, checks, members, patience, refusals, suspicion
 from lazarus.control.messages import (
     Aligned,
     Body,
@@ -33,28 +25,27 @@ from lazarus.control.messages import (
     Heartbeat,
     Hello,
     Injected,
+    InjectFault,
     KillController,
     LeaveRequest,
     MachineJudged,
     NodeEndsMachine,
     NodeNotice,
     NodesAwaited,
-    Odd,
     Pause,
     Paused,
     Ready,
     Repaired,
+    ReplicaMismatch,
     Report,
-    Snapshotted,
+    ShareReported,
     StartNode,
     StopRun,
-    Strike,
     Suspicion,
     UserError,
     Vector,
     WorkerDied,
 )
-from lazarus.control.poison import HUNG
 from lazarus.control.ports import (
     Command,
     DriverGone,
@@ -72,23 +63,21 @@ from lazarus.control.ports import (
     WorkerSaid,
     each,
 )
-from lazarus.control.roster import candidates, leaving, node_of, staying
-from lazarus.control.state import Control, Phase
-from lazarus.control.unfired import names_a_node
+from lazarus.control.reconfiguration import reconfigure as change
+from lazarus.control.reconfiguration import repair, resuming
+from lazarus.control.saving import saves
 from lazarus.failure import Cause, Failure
-
-Result = tuple[Control, tuple[Command, ...]]
 
 _ENDS_NODES = frozenset({"kill", "stop", "stall", "cut", "crash"})  # faults, if they last
 
 
-def decide(state: Control, event: Event) -> Result:
+def decide(state: Control, event: Event) -> Decision:
     """The next state, and what the shell must do, in order, to get there."""
     state, commands = decide_at_once(state, event)
     return state, each(commands)
 
 
-def decide_at_once(state: Control, event: Event) -> Result:
+def decide_at_once(state: Control, event: Event) -> Decision:
     """``decide``, with one ``TellAll`` where many workers are told the same."""
     if state.phase is Phase.ENDED:
         return state, ()
@@ -102,12 +91,12 @@ def decide_at_once(state: Control, event: Event) -> Result:
     return state, evidence.journaled(before, state, commands + more)
 
 
-def _react(state: Control, event: Event) -> Result:
+def _react(state: Control, event: Event) -> Decision:
     match event:
         case WorkerSaid(worker=worker, body=body, at_s=at_s):
             return _worker_said(state, worker, body, at_s=at_s)
         case StreamClosed(worker=worker, at_s=at_s):
-            return membership.on_closed(state, worker, at_s=at_s, cause=membership.STREAM_CLOSED)
+            return members.on_closed(state, worker, at_s=at_s, cause=members.STREAM_CLOSED)
         case DriverSaid(body=body, at_s=at_s):
             return _driver_said(state, body, at_s=at_s)
         case ManifestDone(final=True, error=error) if error:
@@ -120,14 +109,14 @@ def _react(state: Control, event: Event) -> Result:
             return commits.end(state, status="short", failure=_driver_gone(), at_s=at_s)
         case Tick(at_s=at_s, slept_s=slept_s):
             if slept_s > 0.0:
-                state = membership.excuse(state, slept_s=slept_s)
+                state = members.excuse(state, slept_s=slept_s)
             return _tick(state, at_s=at_s)
     assert_never(event)
 
 
-def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Result:
+def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Decision:
     if isinstance(body, Hello):
-        return membership.on_hello(state, body, at_s=at_s)
+        return members.on_hello(state, body, at_s=at_s)
     known = state.workers.get(worker)
     if known is None:  # excluded, or never admitted: nothing it sends is read (rule 31)
         return replace(state, stale=state.stale + 1), ()
@@ -156,7 +145,7 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
             paused = {**state.paused, worker: body.step}
             return replace(state, paused=paused, paused_s=at_s), ()
         case LeaveRequest():
-            return membership.on_leave(state, worker, body, at_s=at_s)
+            return members.on_leave(state, worker, body, at_s=at_s)
         case FaultFired():
             return _on_fault(state, worker, body, at_s=at_s)
         case DigestPart():
@@ -171,31 +160,31 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Res
                 "bytes_moved": body.bytes_received,
             }
             return state, (Publish(t=at_s, event="healed", fields=fields),)
-        case Snapshotted():
+        case ShareReported():
             return saves.on_snapshotted(state, worker, body, at_s=at_s)
         case UserError():
             return blame.on_user_error(state, worker, body, at_s=at_s)
         case Evaluated():
             return commits.on_evaluated(state, body, at_s=at_s)
-        case Odd():
+        case ReplicaMismatch():
             return repair.on_odd(state, body, at_s=at_s)
         case Repaired():
             return repair.on_repaired(state, worker, body, at_s=at_s)
     return state, ()
 
 
-def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
+def _driver_said(state: Control, body: Body, *, at_s: float) -> Decision:
     if reason := checks.wrong_with_drivers(body):
         return refusals.refuse(state, "driver", type(body).__name__, reason, at_s=at_s)
     match body:
         case WorkerDied():
             return blame.on_death(state, body, at_s=at_s)
         case NodesAwaited():
-            return membership.on_awaited(state, body, at_s=at_s)
+            return members.on_awaited(state, body, at_s=at_s)
         case MachineJudged():
-            return membership.on_judged(state, body, at_s=at_s)
+            return members.on_judged(state, body, at_s=at_s)
         case NodeNotice():
-            return membership.on_notice(state, body, at_s=at_s)
+            return members.on_notice(state, body, at_s=at_s)
         case StopRun():
             return _on_stop(state, body, at_s=at_s)
         case Injected():
@@ -205,7 +194,7 @@ def _driver_said(state: Control, body: Body, *, at_s: float) -> Result:
     return state, ()
 
 
-def _on_stop(state: Control, body: StopRun, *, at_s: float) -> Result:
+def _on_stop(state: Control, body: StopRun, *, at_s: float) -> Decision:
     """Stop as asked: at once, or where the members pause next."""
     if body.failure is not None:
         return commits.end(state, status="failed", failure=body.failure, at_s=at_s)
@@ -217,7 +206,7 @@ def _on_stop(state: Control, body: StopRun, *, at_s: float) -> Result:
     return replace(state, stopping=state.stopping or reason, preempted=preempted), ()
 
 
-def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> Result:
+def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> Decision:
     go = Tell(worker=worker, body=Go(spec=body.spec))
     ends: tuple[Command, ...] = ()
     if body.kind in _ENDS_NODES and ",for=" not in body.spec:
@@ -258,7 +247,7 @@ def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> 
     return state, (*ends, *commands)
 
 
-def _on_injected(state: Control, body: Injected, *, at_s: float) -> Result:
+def _on_injected(state: Control, body: Injected, *, at_s: float) -> Decision:
     """A random fault by the driver: note when, so that its detection can be timed."""
     found = node_of(state, body.node_key)
     serial = None if found is None else found[0]
@@ -279,11 +268,11 @@ def _on_injected(state: Control, body: Injected, *, at_s: float) -> Result:
         return state, (event,)
     if body.kind == "crash":
         state = replace(state, doomed=state.doomed | {found[0]})
-    order = Strike(kind=body.kind)
+    order = InjectFault(kind=body.kind)
     return state, (event, *(Tell(worker=w, body=order) for w in found[1].workers if w))
 
 
-def _tick(state: Control, *, at_s: float) -> Result:
+def _tick(state: Control, *, at_s: float) -> Decision:
     commands: tuple[Command, ...] = ()
     if state.known and at_s - state.flushed_s >= state.config.timeouts.flush_s:
         state, commands = commits.flush(state, at_s=at_s)
@@ -291,8 +280,8 @@ def _tick(state: Control, *, at_s: float) -> Result:
         state, more = saves.order_manifests(state, at_s=at_s)
         commands += more
     for find, cause in (
-        (membership.silent, "no heartbeat"),
-        (membership.stuck, HUNG),
+        (members.silent, "no heartbeat"),
+        (members.stuck, HUNG),
         (change.overdue, "no answer"),
         (patience.finalizing_too_long, HUNG),
     ):
@@ -307,7 +296,7 @@ def _tick(state: Control, *, at_s: float) -> Result:
     return state, commands
 
 
-def _settle(state: Control, *, at_s: float) -> Result:
+def _settle(state: Control, *, at_s: float) -> Decision:
     """Begin what is due. Level-triggered: it looks at the state, not at what just happened."""
     match state.phase:
         case Phase.GATHERING:
@@ -315,7 +304,7 @@ def _settle(state: Control, *, at_s: float) -> Result:
         case Phase.HOLDING:
             return _settle_holding(state, at_s=at_s)
         case Phase.RECONNECTING if state.members:
-            return membership.settle_reconnecting(state, at_s=at_s)
+            return members.settle_reconnecting(state, at_s=at_s)
         case Phase.RUNNING:
             return _settle_running(state, at_s=at_s)
         case Phase.PREPARING if suspicion.is_due(state, at_s=at_s):
@@ -340,7 +329,7 @@ def _settle(state: Control, *, at_s: float) -> Result:
     return state, ()
 
 
-def _settle_gathering(state: Control, *, at_s: float) -> Result:
+def _settle_gathering(state: Control, *, at_s: float) -> Decision:
     ready = len(candidates(state))
     enough = ready >= state.config.min_nodes
     if ready >= state.config.nodes or (enough and _waited_for_all(state, at_s=at_s)):
@@ -365,7 +354,7 @@ def _waited_for_all(state: Control, *, at_s: float) -> bool:
     return troubled and idle_s is not None and at_s - idle_s > state.config.timeouts.gather_s
 
 
-def _settle_holding(state: Control, *, at_s: float) -> Result:
+def _settle_holding(state: Control, *, at_s: float) -> Decision:
     if not state.members:
         return _settle_gone(state, at_s=at_s)
     if state.stopping:
@@ -378,7 +367,7 @@ def _settle_holding(state: Control, *, at_s: float) -> Result:
     return state, ()
 
 
-def _settle_running(state: Control, *, at_s: float) -> Result:
+def _settle_running(state: Control, *, at_s: float) -> Decision:
     if not state.members:
         return _all_lost(state, at_s=at_s)
     if suspicion.is_due(state, at_s=at_s):
@@ -395,13 +384,13 @@ def _settle_running(state: Control, *, at_s: float) -> Result:
     return state, ()
 
 
-def _evict_suspect(state: Control, node: int, *, at_s: float) -> Result:
+def _evict_suspect(state: Control, node: int, *, at_s: float) -> Decision:
     """A node that computes wrongly again and again goes, unless another one just did."""
     state, event = repair.on_suspect(state, node, at_s=at_s)
     if event is None:
         return repair.end_by_user_code(state, node, at_s=at_s)
     cause = f"suspect: {event.fields['reason']}"
-    state, commands = membership.lose(state, (node,), cause=cause, at_s=at_s)
+    state, commands = members.lose(state, (node,), cause=cause, at_s=at_s)
     return state, (event, *commands)
 
 
@@ -418,7 +407,7 @@ def _pause_is_due(state: Control, *, at_s: float) -> bool:
     return at_s - newest >= state.config.join_debounce_s
 
 
-def _all_paused(state: Control, *, at_s: float) -> Result:
+def _all_paused(state: Control, *, at_s: float) -> Decision:
     """Every rank stands at the same boundary (rule 15)."""
     state, commands = commits.close_timeline(state, at_s=at_s)
     state, more = commits.flush(state, at_s=at_s)
@@ -441,7 +430,7 @@ def _all_paused(state: Control, *, at_s: float) -> Result:
     return state, commands + more
 
 
-def _all_lost(state: Control, *, at_s: float) -> Result:
+def _all_lost(state: Control, *, at_s: float) -> Decision:
     """Nobody is left: wait for nodes that take the state from the newest checkpoint."""
     message = f"every node is lost at step {state.step}"
     if state.stopping:
@@ -456,7 +445,7 @@ def _all_lost(state: Control, *, at_s: float) -> Result:
     return change.hold(state, reason=message, at_s=at_s)
 
 
-def _settle_gone(state: Control, *, at_s: float) -> Result:
+def _settle_gone(state: Control, *, at_s: float) -> Decision:
     """Restart once enough nodes are there, unless a checkpoint is just being written."""
     if state.gone_s is None:  # the last one went while the run was held
         return _all_lost(state, at_s=at_s)
@@ -473,7 +462,7 @@ def _settle_gone(state: Control, *, at_s: float) -> Result:
     return change.begin(state, reason="restart", at_s=at_s)
 
 
-def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Result:
+def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Decision:
     if state.broken:  # no node that may come would help
         text = f"the state was held for {state.config.quorum_timeout_s:.0f} s: {state.hold_reason}"
         broken = Failure(cause=Cause.INTERNAL, error="InternalError", message=text)

@@ -116,7 +116,7 @@ class Held(Part, frozen=True, kw_only=True):
     sums: tuple[Int, ...] = ()  # checksum of each; 0 or none: not made
 
 
-class Snapped(Part, frozen=True, kw_only=True):
+class SnapshotHeld(Part, frozen=True, kw_only=True):
     """One expert copy in host memory of this rank's node."""
 
     layer: Int
@@ -150,7 +150,7 @@ class Aligned(Body, frozen=True, kw_only=True):
     num_layers: Int = 0
     num_experts: Int = 0
     top_k: Int = 0
-    snapshots: tuple[Snapped, ...] = ()
+    snapshots: tuple[SnapshotHeld, ...] = ()
     tensors: tuple[TensorSum, ...] = ()  # before a rank's first step only
     place: str = ""  # where the user's builder of the model is defined, then as well
     settings_digest: str = ""  # of the optimizer's settings: they are no state, and yet equal
@@ -180,7 +180,7 @@ class Ready(Body, frozen=True, kw_only=True):
     groups_s: float = 0.0
     transfer_s: float = 0.0
     bytes_received: Int = 0
-    restored: tuple[Snapped, ...] = ()  # versions really read from storage
+    restored: tuple[SnapshotHeld, ...] = ()  # versions really read from storage
     history: bytes = b""  # load history, where all state came from a checkpoint
     place: StorageProblem | None = None  # the checkpoint place cannot be used from this node
 
@@ -258,7 +258,7 @@ class UserError(Body, frozen=True, kw_only=True):
     operation: str = ""
 
 
-class Snapshotted(Body, frozen=True, kw_only=True):
+class ShareReported(Body, frozen=True, kw_only=True):
     """A snapshot or persist of this node ended; ``record`` is JSON."""
 
     generation: Int
@@ -266,7 +266,7 @@ class Snapshotted(Body, frozen=True, kw_only=True):
     record: str = ""
 
 
-class Odd(Body, frozen=True, kw_only=True):
+class ReplicaMismatch(Body, frozen=True, kw_only=True):
     """The run-time comparison of replicas found bits that differ; ``what`` is JSON."""
 
     generation: Int
@@ -418,7 +418,7 @@ class Go(Body, frozen=True, kw_only=True):
     is_done: bool = False  # another rank has struck it: do nothing
 
 
-class Strike(Body, frozen=True, kw_only=True):
+class InjectFault(Body, frozen=True, kw_only=True):
     """A random fault that only the process itself can show, on record already."""
 
     kind: str
@@ -607,8 +607,8 @@ class FromWorker(Struct, frozen=True):
         | DigestPart
         | Finalized
         | UserError
-        | Snapshotted
-        | Odd
+        | ShareReported
+        | ReplicaMismatch
         | Repaired
         | Evaluated
         | Healed
@@ -626,7 +626,7 @@ class ToWorker(Struct, frozen=True):
         | Pause
         | Ack
         | Go
-        | Strike
+        | InjectFault
         | Finalize
         | Depart
         | Fenced

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lazarus.config.presets import BYTE_VOCAB
 from lazarus.errors import DataError
-from lazarus.presets import BYTE_VOCAB
 
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dispatcher.dispatch import Routed
 from dispatcher.exchange import Exchange, SoloExchange
-from dispatcher.places import Meeting, place_code
-from dispatcher.routing import BoolArray, RoutingTable
-from dispatcher.split import SplitRule
+from dispatcher.layer.dispatch import Routed
+from dispatcher.layer.places import Meeting, place_code
+from dispatcher.splits.routing import BoolArray, RoutingTable
+from dispatcher.splits.split import SplitRule
 
 
 class LayerContext:

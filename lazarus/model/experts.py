@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dispatcher.layout import Activation, ExpertLayout
+from dispatcher.layer.layout import Activation, ExpertLayout
 
 _deferred: ContextVar[bool] = ContextVar("deferred_experts", default=False)
 _MASK = (1 << 64) - 1

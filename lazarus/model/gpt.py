@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lazarus.config.presets import MODEL_SHAPES
 from lazarus.model.loss import LossSum
 from lazarus.model.moe import MoELayer
-from lazarus.presets import MODEL_SHAPES
 
 
 class GPTShape(Protocol):

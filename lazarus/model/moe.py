@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dispatcher.dispatch import finish_routing, start_routing
 from dispatcher.errors import RoutingTableError
 from dispatcher.gating import Score, choose_experts, gate_scores
-from dispatcher.layout import Activation
-from dispatcher.path import PathOptions, expert_path
+from dispatcher.layer.dispatch import finish_routing, start_routing
+from dispatcher.layer.layout import Activation
+from dispatcher.layer.path import PathOptions, expert_path
 from lazarus.model.balance import auxiliary_sum, expected_fractions, updated_bias
 from lazarus.model.context import LayerContext
 from lazarus.model.experts import ExpertBank

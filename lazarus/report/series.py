@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazarus.events import Event, moment, of_kind
-from lazarus.metrics import Summary, committed_steps, summarise
+from lazarus.record.events import Event, moment, of_kind
+from lazarus.record.metrics import Summary, committed_steps, summarise
 
 MOST_POINTS = 2_000
 _WINDOW = 10  # commits over which throughput is averaged

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lazarus.files import replaced
+from lazarus.basics.files import replaced
 from lazarus.report import charts
 from lazarus.report.page import Section, page
 from lazarus.simulate.rows import Row

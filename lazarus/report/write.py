@@ -8,24 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from lazarus.condensed import condensed_events
-from lazarus.endings import with_end
+from lazarus.basics.files import replaced
+from lazarus.basics.format import bytes_text, count_text, loss_text, seconds_text
 from lazarus.errors import LazarusError
-from lazarus.events import Event, blamed_on_record, of_kind
-from lazarus.files import replaced
-from lazarus.format import bytes_text, count_text, loss_text, seconds_text
-from lazarus.metrics import Summary, lives
+from lazarus.record.condensed import condensed_events
+from lazarus.record.endings import with_end
+from lazarus.record.events import Event, blamed_on_record, of_kind
+from lazarus.record.loads import LoadTrace, counts_of_run, load_loads
+from lazarus.record.metrics import Summary, lives
 from lazarus.report import charts
 from lazarus.report.page import Section, page
 from lazarus.report.series import RunView, view_of
-from lazarus.simulate.loads import LoadTrace, counts_of_run, load_loads
 from placement import Certificate, certificate
 from placement.foreign import certified
 
 FILE_NAME = "report.html"
 LOADS_NAME = "expert_load.npz"
 _MOST_COLUMNS = 150  # moments of the load heat maps
-# A record lists the experts of no larger plan (lazarus.control.planning).
+# A record lists the experts of no larger plan (lazarus.control.plans.planning).
 _UNLISTED = "not in the record slot by slot (over 20,000 slots)"
 _MOST_NODES = 64  # up to here a certificate is made in well under a second
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lazarus.checkpoint.ref import CheckpointRef
-from lazarus.config import TrainConfig
-from lazarus.control.state import ControlConfig
+from lazarus.checkpoint.format.ref import CheckpointRef
+from lazarus.config.train_config import TrainConfig
+from lazarus.control.cluster.state import ControlConfig
 from lazarus.runtime.rpc.credentials import Credentials
 
 

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from lazarus.checkpoint.policy import RecoveryDecider
-from lazarus.control.state import ControlConfig
-from lazarus.simulate.costs import Costs
-from lazarus.simulate.faults import FaultSource, node_hours
-from lazarus.simulate.loads import LoadTrace
+from lazarus.checkpoint.restoring.policy import RecoveryDecider
+from lazarus.control.cluster.state import ControlConfig
+from lazarus.record.loads import LoadTrace
+from lazarus.simulate.inputs.costs import Costs
+from lazarus.simulate.inputs.faults import FaultSource, node_hours
+from lazarus.simulate.inputs.shapes import Shape
 from lazarus.simulate.past import Stretch
-from lazarus.simulate.shapes import Shape
 from lazarus.version import __version__
 from placement import PlacementPolicy, replan
 

@@ -11,9 +11,9 @@ import pytest
 from fault_runs import SMALL
 
 from lazarus import ElasticTrainer, TrainConfig
-from lazarus.events import read_events
-from lazarus.journals import read_journal
-from lazarus.metrics import committed_steps
+from lazarus.record.events import read_events
+from lazarus.record.journal_reader import read_journal
+from lazarus.record.metrics import committed_steps
 
 
 @dataclass(frozen=True)

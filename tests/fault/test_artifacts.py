@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lazarus.simulate.loads import load_loads
+from lazarus.record.loads import load_loads
 
 # 11 samples of 16 tokens, each to 2 experts.
 ROUTED = 11 * 16 * 2

@@ -14,8 +14,8 @@ import torch
 from fault_runs import Event, Watched, at_step, watch
 from torch import Tensor, nn
 
-from lazarus.events import read_events
 from lazarus.model.moe import moe_layers
+from lazarus.record.events import read_events
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = pytest.mark.timeout(240)

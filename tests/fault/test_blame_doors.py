@@ -19,12 +19,12 @@ from certificates import make_pair
 from fault_runs import Watched, watch
 from listening import Sniffer, listeners, tree_of
 
-from lazarus.checkpoint.store import Tag
+from lazarus.checkpoint.files.store import Tag
 from lazarus.errors import ConfigError
-from lazarus.runtime.keeper import KeeperConfig
-from lazarus.runtime.keeper_client import KeeperClient
-from lazarus.runtime.launch import hosts_of
-from lazarus.runtime.local_nodes import LocalNodes
+from lazarus.runtime.keeper.client import KeeperClient
+from lazarus.runtime.keeper.process import KeeperConfig
+from lazarus.runtime.launch.launcher import hosts_of
+from lazarus.runtime.launch.local_nodes import LocalNodes
 from lazarus.runtime.rpc.channel import CONTROL, KEEPER, method
 from lazarus.runtime.rpc.credentials import Credentials, check_certificate, read_secret
 
@@ -42,7 +42,11 @@ def secret_file(tmp_path: Path) -> Path:
 
 def keepers_of(run: Watched) -> list[int]:
     pids = [pid for node in run.node_names() for pid in run.pids(node)]
-    return [p for p in pids if b"lazarus.runtime.keeper" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return [
+        p
+        for p in pids
+        if b"lazarus.runtime.keeper.process" in Path(f"/proc/{p}/cmdline").read_bytes()
+    ]
 
 
 def plain_call(address: str, service: str, name: str) -> grpc.StatusCode:
@@ -238,9 +242,9 @@ def test_a_run_that_listens_everywhere_advertises_an_address(tmp_path: Path) -> 
 
 _EMBEDDED = """
 import json, os, sys
-from lazarus.runtime.ray_home import PrivateHome
+from lazarus.runtime.launch.ray_home import PrivateHome
 home = PrivateHome()
-from lazarus.runtime.ray_cluster import EmbeddedRay
+from lazarus.runtime.launch.ray_cluster import EmbeddedRay
 cluster = EmbeddedRay(home, num_cpus=2)
 import ray
 class Actor:

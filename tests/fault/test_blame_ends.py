@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from user_scripts import environment, script_of
 
-from lazarus.events import FILE_NAME, read_events
+from lazarus.record.events import FILE_NAME, read_events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -64,7 +64,7 @@ class Watch:
 options["callbacks"] = [Watch()]
 """
 BROKEN_DRIVER = """
-from lazarus.runtime.driver import Driver
+from lazarus.runtime.driver.driver import Driver
 def broken(self, event):
     if event["event"] == "step_committed":
         raise AssertionError("a bug of ours")
@@ -200,7 +200,7 @@ def test_a_killed_driver_is_found_out_by_the_next_status(tmp_path: Path, control
 
 
 def controller_of(folder: Path) -> int:
-    from lazarus.journals import read_journal
+    from lazarus.record.journal_reader import read_journal
 
     (journal,) = folder.glob("journal*")
     return next(int(e["pid"]) for e in reversed(read_journal(journal)) if e["kind"] == "term")

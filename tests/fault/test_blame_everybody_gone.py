@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from fault_runs import Event, Watched, watch
 
-from lazarus import metrics
-from lazarus.checkpoint.verify import verify
+from lazarus.checkpoint.files.verify import verify
 from lazarus.errors import QuorumTimeoutError
+from lazarus.record import metrics
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -134,6 +134,6 @@ def test_a_run_that_is_stopped_below_quorum_saves_the_step_it_holds(tmp_path: Pa
 
 
 def journaled_events(watched: Watched) -> list[Event]:
-    from lazarus.events import read_events
+    from lazarus.record.events import read_events
 
     return read_events(watched.folder / "events.jsonl")

@@ -16,10 +16,10 @@ from command_runs import PATIENCE_S, Shell, last_step, steps_of, wait_for
 from fault_runs import SMALL, watch
 
 from lazarus import ElasticTrainer, TrainConfig
-from lazarus.checkpoint.manifest_text import from_text, to_text
-from lazarus.checkpoint.verify import newest_usable
+from lazarus.checkpoint.files.verify import newest_usable
+from lazarus.checkpoint.format.manifest_text import from_text, to_text
 from lazarus.errors import ConfigError
-from lazarus.ownership import owner_of
+from lazarus.record.ownership import owner_of
 
 FULL = ("checkpoint.full_at_end=true", "checkpoint.every=1000", "metrics.report=false")
 LONG = ("--nodes", "2", "--steps", "100000")
@@ -263,8 +263,8 @@ def test_default_names_of_one_second_are_different(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D8: runs that begin within one second each get a folder, and ``auto`` knows them all."""
-    from lazarus.run_folders import runs_of_name
-    from lazarus.run_place import open_place
+    from lazarus.run.run_folders import runs_of_name
+    from lazarus.run.run_place import open_place
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

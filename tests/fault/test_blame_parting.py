@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from lazarus import LossSum, TrainConfig
-from lazarus.control.suspicion import AGAIN
+from lazarus.control.membership.suspicion import AGAIN
 from lazarus.errors import UserCodeError
-from lazarus.events import read_events
 from lazarus.model import gpt
-from lazarus.runtime.groups import Group
-from lazarus.runtime.sockets import peer_of
+from lazarus.record.events import read_events
+from lazarus.runtime.comm.groups import Group
+from lazarus.runtime.host.sockets import peer_of
 
 STEPS = 5
 STALL_S = 3.0

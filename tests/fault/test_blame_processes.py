@@ -14,8 +14,8 @@ import pytest
 from fault_runs import Watched, at_step, watch
 
 from lazarus.errors import LazarusError
-from lazarus.events import read_events
-from lazarus.journals import read_journal
+from lazarus.record.events import read_events
+from lazarus.record.journal_reader import read_journal
 
 STALL_S = 2.0
 QUICK = (f"recovery.tolerated_stall_s={STALL_S}", "metrics.report=false")

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.timeout(300)
 # Some processes report a step that cannot be once they are fenced; then another one is killed.
 ODD_REPORTS = """
 from msgspec.structs import replace
-from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.fence.ledger import StepLedger
 
 ROLES, PLACE = {roles!r}, {place!r}
 sound = StepLedger.raise_fence

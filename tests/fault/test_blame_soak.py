@@ -26,10 +26,10 @@ import pytest
 from fault_runs import SMALL
 from outages import Place, object_store, small_disk
 
-from lazarus.checkpoint.verify import newest_usable
+from lazarus.checkpoint.files.verify import newest_usable
 from lazarus.data.sampler import step_sample_ids
-from lazarus.events import read_events
-from lazarus.journals import read_journal
+from lazarus.record.events import read_events
+from lazarus.record.journal_reader import read_journal
 
 SECONDS = float(os.environ.get("LAZARUS_SOAK_S", "90"))
 NODES, BATCH, STALL_S = 4, 11, 5.0
@@ -188,7 +188,7 @@ class Storm:
     @staticmethod
     def is_keeper(pid: int) -> bool:
         try:
-            return b"lazarus.runtime.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            return b"lazarus.runtime.keeper.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return False
 

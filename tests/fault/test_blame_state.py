@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lazarus import LossSum, MoELayer
-from lazarus.checkpoint.reader import CheckpointReader
-from lazarus.checkpoint.store import load_manifest
-from lazarus.checkpoint.verify import verify
-from lazarus.runtime.ledger import StepLedger
+from lazarus.checkpoint.files.reader import CheckpointReader
+from lazarus.checkpoint.files.store import load_manifest
+from lazarus.checkpoint.files.verify import verify
+from lazarus.runtime.fence.ledger import StepLedger
 from placement import PlacementRequest, Plan, replan
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

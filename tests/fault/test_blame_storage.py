@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from fault_runs import Event, Watched, watch
 
-from lazarus.checkpoint.verify import verify
+from lazarus.checkpoint.files.verify import verify
 from lazarus.errors import ConfigError, StorageError
-from lazarus.events import read_events
+from lazarus.record.events import read_events
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -146,7 +146,7 @@ def test_one_flipped_bit_in_a_shared_file_costs_that_expert_some_steps(tmp_path:
     watch(folder, nodes=2, steps=100_000, settings=settings, acts=[stop])
     url = str(folder / "checkpoints")
     newest = verify(url).usable[-1]
-    from lazarus.checkpoint.store import load_manifest
+    from lazarus.checkpoint.files.store import load_manifest
 
     manifest = load_manifest(url, newest)
     older = [
@@ -184,7 +184,7 @@ def test_files_that_somebody_removed_are_replaced_by_a_full_checkpoint(
         if what == "all":
             shutil.rmtree(url)
             return
-        from lazarus.checkpoint.store import find_checkpoints
+        from lazarus.checkpoint.files.store import find_checkpoints
 
         kept = find_checkpoints(str(url)).manifests
         shared = set.intersection(

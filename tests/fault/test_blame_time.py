@@ -15,9 +15,9 @@ import pytest
 from fault_runs import SMALL
 from set_clocks import SetClocks
 
-from lazarus.events import moment, read_events
-from lazarus.journals import read_journal
-from lazarus.metrics import summarise
+from lazarus.record.events import moment, read_events
+from lazarus.record.journal_reader import read_journal
+from lazarus.record.metrics import summarise
 
 STALL_S = 5.0
 Event = dict[str, Any]

@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lazarus.checkpoint.reader import CheckpointReader
-from lazarus.checkpoint.retention import retain
-from lazarus.checkpoint.store import find_checkpoints
+from lazarus.checkpoint.files.reader import CheckpointReader
+from lazarus.checkpoint.files.retention import retain
+from lazarus.checkpoint.files.store import find_checkpoints
+from lazarus.checkpoint.files.verify import newest_usable, verify
 from lazarus.checkpoint.testing import ToyState
-from lazarus.checkpoint.verify import newest_usable, verify
 
 TOY = ToyState()
 
 # Runs in a process of its own: two checkpoints stand, a third (partial) and a retention follow.
 VICTIM = """
 import sys
-from lazarus.checkpoint.retention import retain
-from lazarus.checkpoint.store import load_manifest
+from lazarus.checkpoint.files.retention import retain
+from lazarus.checkpoint.files.store import load_manifest
 from lazarus.checkpoint.testing import ToyState
-from lazarus.runtime.keeper import kill_probe, kill_self
+from lazarus.runtime.keeper.process import kill_probe, kill_self
 url, spec = sys.argv[1:]
 probe = kill_probe(spec, kill=kill_self)
 previous = load_manifest(url, 200)
@@ -127,7 +127,9 @@ class CrashRunner:
 
 FORKER = """
 import os, sys
-import lazarus.checkpoint.testing, lazarus.checkpoint.retention, lazarus.runtime.keeper
+import lazarus.checkpoint.testing
+import lazarus.checkpoint.files.retention
+import lazarus.runtime.keeper.process
 for line in sys.stdin:
     url, spec = line.rstrip("\\n").split("\\t")
     pid = os.fork()

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from lazarus.checkpoint.errors import IncompleteCheckpointError
-from lazarus.checkpoint.manifest import WrittenFile
-from lazarus.checkpoint.retention import retain
-from lazarus.checkpoint.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
-from lazarus.checkpoint.store import RecordKey, Tag, commit_manifest
+from lazarus.checkpoint.files.retention import retain
+from lazarus.checkpoint.files.store import RecordKey, Tag, commit_manifest
+from lazarus.checkpoint.files.verify import newest_usable, verify
+from lazarus.checkpoint.format.manifest import WrittenFile
+from lazarus.checkpoint.in_memory.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
 from lazarus.checkpoint.testing import ToyState
-from lazarus.checkpoint.verify import newest_usable, verify
-from lazarus.runtime.keeper import KeeperConfig, start_keeper
-from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.keeper.process import KeeperConfig, start_keeper
+from lazarus.runtime.keeper.trainer_link import RemoteKeeperLink
 from lazarus.runtime.rpc.credentials import Credentials
 
 TOY = ToyState()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fault_runs import Watched, at_step, journal_of, watch
 
-from lazarus.clock import now_s
+from lazarus.basics.clock import now_s
 
 STEPS = 8
 

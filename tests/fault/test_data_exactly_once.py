@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lazarus import LossSum
-from lazarus.config import TrainConfig
+from lazarus.config.train_config import TrainConfig
 from lazarus.data.sampler import step_sample_ids
 from lazarus.data.stream import step_sample_numbers
 from lazarus.model import gpt

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fault_runs import Event, Watched, at_step, watch
 
-KEEPER = b"lazarus.runtime.keeper"
+KEEPER = b"lazarus.runtime.keeper.process"
 VICTIM = "node-1"
 
 pytestmark = pytest.mark.slow

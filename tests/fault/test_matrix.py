@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lazarus.checkpoint.verify import verify
+from lazarus.checkpoint.files.verify import verify
 
 PHASES = ("data", "forward", "dispatch", "combine", "backward", "grad_sync", "commit", "optimizer")
 STEP = 4

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lazarus.simulate.loads import counts_of_journal
+from lazarus.record.loads import counts_of_journal
 
 PAIR = ("kill:0@14", "kill:1@14")  # the only two holders of some experts in the plan below
 SETTINGS = ("placement.slots_per_node=3", "checkpoint.every=4", "checkpoint.k_persist=2")

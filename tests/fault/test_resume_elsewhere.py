@@ -11,11 +11,11 @@ from fault_runs import Watched, watch
 from safetensors.torch import load_file
 
 from lazarus import ElasticTrainer, TrainConfig
-from lazarus.checkpoint.verify import newest_usable
+from lazarus.checkpoint.files.verify import newest_usable
 from lazarus.cli import main
 from lazarus.errors import ConfigError
-from lazarus.events import read_events
-from lazarus.runtime import builtin
+from lazarus.record.events import read_events
+from lazarus.runtime.training import defaults
 
 STILL = ("optim.schedule=constant", "optim.warmup_steps=0")
 
@@ -126,7 +126,7 @@ def test_the_commands_read_a_real_runs_storage(
     assert str(first.step) in capsys.readouterr().out
     out = tmp_path / "model.safetensors"
     assert main(["checkpoint", "export", url, "--out", str(out)]) == 0
-    model = builtin.model(first.config)
+    model = defaults.model(first.config)
     model.load_state_dict(load_file(out))
 
 

@@ -13,21 +13,21 @@ import numpy as np
 import torch
 
 from dispatcher.exchange import Exchange
-from dispatcher.split import SplitRule
-from lazarus.config import TrainConfig
+from dispatcher.splits.split import SplitRule
+from lazarus.config.train_config import TrainConfig
 from lazarus.model import gpt
-from lazarus.runtime import builtin
-from lazarus.runtime.context import WorkerContext
-from lazarus.runtime.groups import Group
-from lazarus.runtime.guard import GuardedExchange
-from lazarus.runtime.hooks import Hooks
-from lazarus.runtime.inject import Observer
-from lazarus.runtime.ledger import StepLedger
-from lazarus.runtime.reading import open_reading
-from lazarus.runtime.replica import Replica
-from lazarus.runtime.sources import Seating
-from lazarus.runtime.step import Batching, Step
-from lazarus.runtime.world import World
+from lazarus.runtime.comm.groups import Group
+from lazarus.runtime.comm.guarded_exchange import GuardedExchange
+from lazarus.runtime.fence.ledger import StepLedger
+from lazarus.runtime.fence.observer import Observer
+from lazarus.runtime.input.reader import open_reading
+from lazarus.runtime.input.sources import RankPlace
+from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training import defaults
+from lazarus.runtime.training.context import WorkerContext
+from lazarus.runtime.training.hooks import Hooks
+from lazarus.runtime.training.step import Batching, Step
+from lazarus.runtime.training.world import World
 from placement import PlacementRequest, plan
 
 Balance = Literal["aux", "bias", "none"]
@@ -89,8 +89,8 @@ def make_replica(top_k: int, *, overlaps: bool = False, balance: Balance = "aux"
     with _BUILDING:
         return Replica(
             lambda: make_model(top_k, balance),
-            optimizer=builtin.optimizer(CONFIG),
-            schedule=builtin.schedule(CONFIG),
+            optimizer=defaults.optimizer(CONFIG),
+            schedule=defaults.schedule(CONFIG),
             clip_norm=CONFIG.optim.clip_norm,
             seed=CONFIG.run.seed,
             device=torch.device("cpu"),
@@ -129,11 +129,11 @@ def make_step(
     )
     reading = open_reading(
         Tokens(),
-        collate=builtin.collate,
+        collate=defaults.collate,
         seed=CONFIG.run.seed,
         global_batch=CONFIG.train.global_batch,
     )
-    reading.seat(Seating(rank=exchange.rank, size=exchange.size, committed=0))
+    reading.seat(RankPlace(rank=exchange.rank, size=exchange.size, committed=0))
     step = Step(
         replica,
         world,
@@ -144,7 +144,7 @@ def make_step(
             precision=precision,
         ),
         reading=reading,
-        loss=builtin.loss,
+        loss=defaults.loss,
         observer=quiet_observer(ledger),
         context=WorkerContext(
             rank=exchange.rank,

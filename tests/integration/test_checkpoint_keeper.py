@@ -17,15 +17,15 @@ import torch
 from certificates import make_pair
 
 from lazarus.checkpoint.errors import KeeperUnavailableError, RefusedError
-from lazarus.checkpoint.manifest import WrittenFile
-from lazarus.checkpoint.reader import CheckpointReader
-from lazarus.checkpoint.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
-from lazarus.checkpoint.store import RecordKey, Tag, commit_manifest
-from lazarus.checkpoint.tensors import tensors_of
+from lazarus.checkpoint.files.reader import CheckpointReader
+from lazarus.checkpoint.files.store import RecordKey, Tag, commit_manifest
+from lazarus.checkpoint.files.tensors import tensors_of
+from lazarus.checkpoint.format.manifest import WrittenFile
+from lazarus.checkpoint.in_memory.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
 from lazarus.checkpoint.testing import ToyState
-from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
-from lazarus.runtime.keeper_client import KeeperClient
-from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.keeper.client import KeeperClient
+from lazarus.runtime.keeper.process import KeeperConfig, KeeperProcess, start_keeper
+from lazarus.runtime.keeper.trainer_link import RemoteKeeperLink
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import KEEPER, method
 from lazarus.runtime.rpc.credentials import Credentials
@@ -274,7 +274,7 @@ def test_keepers_listen_on_loopback_unless_told_otherwise(start: Start) -> None:
 
 OWNER = """
 import sys, os
-from lazarus.runtime.keeper import KeeperConfig, start_keeper
+from lazarus.runtime.keeper.process import KeeperConfig, start_keeper
 from lazarus.runtime.rpc.credentials import Credentials
 keeper = start_keeper(KeeperConfig(job="job", credentials=Credentials(secret="x")))
 print(keeper.process.pid, flush=True)
@@ -299,15 +299,15 @@ def test_a_keeper_ends_with_its_owner_and_leaves_nothing_behind() -> None:
 
 TRAINER = """
 import sys, threading
-from lazarus.checkpoint.snapshot import SnapshotItem, Snapshotter, SnapshotRequest
-from lazarus.checkpoint.store import RecordKey, Tag
+from lazarus.checkpoint.in_memory.snapshot import SnapshotItem, Snapshotter, SnapshotRequest
+from lazarus.checkpoint.files.store import RecordKey, Tag
 from lazarus.checkpoint.testing import ToyState
-from lazarus.runtime.keeper_link import RemoteKeeperLink
+from lazarus.runtime.keeper.trainer_link import RemoteKeeperLink
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import KEEPER, method
 from lazarus.runtime.rpc.keeper_messages import Order
 from lazarus.runtime.rpc.credentials import Credentials
-import lazarus.checkpoint.snapshot as snapshot, os, signal
+import lazarus.checkpoint.in_memory.snapshot as snapshot, os, signal
 link = RemoteKeeperLink(sys.argv[1], credentials=Credentials(secret="s3cret"))
 tag = Tag(job="job", term=1, generation=2)
 def ask(step):
@@ -353,7 +353,7 @@ def test_a_damaged_copy_is_refused_by_the_receiver(start: Start) -> None:
 
 
 def test_the_keeper_process_does_not_import_torch() -> None:
-    code = "import sys, lazarus.runtime.keeper_service; sys.exit('torch' in sys.modules)"
+    code = "import sys, lazarus.runtime.keeper.service; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -13,9 +13,9 @@ import pytest
 from documents import ROOT, Block, blocks_of, commands_of, is_shown, pages, run_command
 
 from lazarus import ElasticTrainer, TrainConfig
-from lazarus.events import FIELDS
-from lazarus.result import Result
-from lazarus.settings import Given
+from lazarus.config.layers import Given
+from lazarus.record.events import FIELDS
+from lazarus.run.result import Result
 
 SOURCE = "docs/tutorials/own-model.md"  # its run is the record that other pages look at
 # Pages say what a reader would say; here processes are plain, and models and batches small.

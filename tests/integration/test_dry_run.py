@@ -11,9 +11,9 @@ import pytest
 from fault_runs import SMALL
 
 from lazarus import ElasticTrainer, TrainConfig, cli
-from lazarus.dry_run import first_plan
-from lazarus.events import of_kind, read_events
-from lazarus.run_place import open_place
+from lazarus.record.events import of_kind, read_events
+from lazarus.run.dry_run import first_plan
+from lazarus.run.run_place import open_place
 from placement import Plan
 
 SETTINGS = (*SMALL, "metrics.report=false", "recovery.tolerated_stall_s=30", "train.steps=1")

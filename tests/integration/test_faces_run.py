@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lazarus.events import read_events
+from lazarus.record.events import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 # Plain processes instead of Ray: the same code path above the launcher, and quick to start.
@@ -125,7 +125,7 @@ BROKEN_MODEL = """
 from torch import nn
 from lazarus import ElasticTrainer, TrainConfig
 from lazarus.cli import main
-import lazarus.trainer as trainer
+import lazarus.run.trainer as trainer
 import sys
 
 class Broken(nn.Module):

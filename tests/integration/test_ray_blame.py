@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray_asked import asked_for
 
-from lazarus.events import read_events
+from lazarus.record.events import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]

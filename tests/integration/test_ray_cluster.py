@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray_asked import asked_for
 
-from lazarus.events import read_events
-from lazarus.journals import read_journal
+from lazarus.record.events import read_events
+from lazarus.record.journal_reader import read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lazarus.events import read_events
-from lazarus.journals import read_journal
+from lazarus.record.events import read_events
+from lazarus.record.journal_reader import read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -121,7 +121,7 @@ def test_ctrl_c_ends_the_run_in_seconds_and_a_killed_driver_takes_all_along(
 
 BROKEN = """
 import sys
-import lazarus.trainer as trainer
+import lazarus.run.trainer as trainer
 from lazarus.cli import main
 from torch import nn
 
@@ -175,8 +175,8 @@ class Seen:
     def __call__(self, ctx):
         import lazarus, os
         open(os.path.join(sys_folder, f"{os.getpid()}"), "w").write(lazarus.__file__)
-        from lazarus.config import TrainConfig
-        from lazarus.runtime import builtin
+        from lazarus.config.train_config import TrainConfig
+        from lazarus.runtime.training import defaults as builtin
         return builtin.model(TrainConfig.load("configs/tiny.toml"))
 
 sys_folder = sys.argv[1]

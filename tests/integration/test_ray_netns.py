@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lazarus.events import read_events
+from lazarus.record.events import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 26379
@@ -231,7 +231,7 @@ def test_a_cut_link_is_survived_and_healing_it_disturbs_nothing(
 
 def of_the_run(commands: Sequence[str]) -> list[str]:
     """Processes that belong to the run, not to Ray."""
-    words = ("WorkerActor", "NodeActor", "lazarus.runtime.keeper")
+    words = ("WorkerActor", "NodeActor", "lazarus.runtime.keeper.process")
     return [line for line in commands if any(word in line for word in words)]
 
 

@@ -18,9 +18,9 @@ from dispatcher import Exchange, run_ranks
 from lazarus.data.sampler import step_sample_ids
 from lazarus.model import gpt
 from lazarus.model.moe import commit_load, moe_layers, take_auxiliary
-from lazarus.runtime import builtin
-from lazarus.runtime.ledger import StepLedger
-from lazarus.runtime.rendezvous import RendezvousStore
+from lazarus.runtime.controller.rendezvous import RendezvousStore
+from lazarus.runtime.fence.ledger import StepLedger
+from lazarus.runtime.training import defaults
 
 BODY = Path(__file__).with_name("reference_rank.py")
 ranks = SimpleNamespace(**runpy.run_path(str(BODY)))
@@ -44,7 +44,7 @@ def alone(top_k: int) -> dict[str, Any]:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
-    rate, data, found = builtin.schedule(CONFIG), ranks.Tokens(), {"losses": []}
+    rate, data, found = defaults.schedule(CONFIG), ranks.Tokens(), {"losses": []}
     for step in range(1, ranks.STEPS + 1):
         ids = step_sample_ids(CONFIG.run.seed, step, CONFIG.train.global_batch, len(data))
         tokens = torch.stack([data[int(i)]["tokens"] for i in ids])
@@ -129,7 +129,7 @@ def test_five_steps_over_loopback_are_those_of_one_process(
 def test_five_steps_whose_gradients_are_summed_in_the_backward_are_those_of_one_process(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazarus.runtime.dense_sync.BUCKET_BYTES", 2_000)
+    monkeypatch.setattr("lazarus.runtime.state.dense_sync.BUCKET_BYTES", 2_000)
 
     def body(exchange: Exchange) -> Any:
         return ranks.train(exchange, top_k=2, ledger=StepLedger(), mode=mode, overlaps=True)
@@ -180,7 +180,7 @@ def test_five_steps_in_real_processes_are_those_of_one_process(
 ) -> None:
     store = RendezvousStore("127.0.0.1", timeout_s=60.0).open()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lazarus.runtime.preload"])
+    context.set_forkserver_preload(["lazarus.runtime.launch.preload"])
     pipes, processes = [], []
     for rank in range(size):
         here, there = context.Pipe(duplex=False)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.checkpoint.adaptive import (
+from lazarus.checkpoint.selection.adaptive import (
     DEFAULT_EVERY,
     Adapted,
     Measured,
@@ -19,7 +19,7 @@ from lazarus.checkpoint.adaptive import (
     ladder_of,
     rounded_up,
 )
-from lazarus.checkpoint.schedule import (
+from lazarus.checkpoint.selection.schedule import (
     ScheduleConfig,
     ScheduleState,
     doubled_k,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from lazarus.checkpoint.errors import CheckpointError, DamagedError
-from lazarus.checkpoint.image import ITEM_BYTES, TensorSpec, layout_image, parse_image
-from lazarus.checkpoint.manifest import (
+from lazarus.checkpoint.format.image import ITEM_BYTES, TensorSpec, layout_image, parse_image
+from lazarus.checkpoint.format.manifest import (
     PARTS,
     ExpertVersion,
     FileEntry,
@@ -20,7 +20,7 @@ from lazarus.checkpoint.manifest import (
     TensorEntry,
     WrittenFile,
 )
-from lazarus.checkpoint.manifest_text import from_text, to_text
+from lazarus.checkpoint.format.manifest_text import from_text, to_text
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
 specs = st.builds(

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.checkpoint.lineage import extended, is_valid
-from lazarus.checkpoint.manifest import PARTS
-from lazarus.checkpoint.plt import PltLedger, portion_lost, staleness
-from lazarus.checkpoint.recovery import (
+from lazarus.checkpoint.format.lineage import extended, is_valid
+from lazarus.checkpoint.format.manifest import PARTS
+from lazarus.checkpoint.restoring.plt import PltLedger, portion_lost, staleness
+from lazarus.checkpoint.restoring.restore_choice import (
     Copy,
     Fail,
     Loss,
@@ -24,8 +24,8 @@ from lazarus.checkpoint.recovery import (
     choose_copy,
     decide_recovery,
 )
-from lazarus.checkpoint.saving import SaveState, plan_save
-from lazarus.checkpoint.schedule import (
+from lazarus.checkpoint.selection.saving import SaveState, plan_save
+from lazarus.checkpoint.selection.schedule import (
     ScheduleConfig,
     ScheduleState,
     default_schedule,
@@ -36,7 +36,7 @@ from lazarus.checkpoint.schedule import (
     select_experts,
     shortest_interval,
 )
-from lazarus.checkpoint.sharding import (
+from lazarus.checkpoint.selection.sharding import (
     Unit,
     copy_targets,
     dense_shards,

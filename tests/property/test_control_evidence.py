@@ -15,21 +15,21 @@ from control_desk import EXPERTS, Flipped, journal_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazarus.control import evidence
-from lazarus.control.folded import folded_text, unfolded
+from lazarus.control.cluster import evidence
+from lazarus.control.cluster.state import Control, Phase
 from lazarus.control.messages import (
     FaultFired,
     Hello,
     Injected,
-    Odd,
     Prepare,
     Repaired,
+    ReplicaMismatch,
     UserError,
     WorkerDied,
 )
 from lazarus.control.ports import DriverSaid, WorkerSaid
-from lazarus.control.replay import blank_state, replayed, resumed_state
-from lazarus.control.state import Control, Phase
+from lazarus.control.restart.folded import folded_text, unfolded
+from lazarus.control.restart.replay import blank_state, replayed, resumed_state
 from lazarus.failure import Cause
 
 
@@ -63,7 +63,7 @@ def act(made: Flipped, kind: str, rng: Random) -> None:
             made.say(worker, Repaired(generation=state.resumed, step=state.step, **fields))
         case "odd":
             what = '{"layer": -1, "expert": -1, "what": "x", "majority": false}'
-            made.say(worker, Odd(generation=state.resumed, step=state.step, what=what))
+            made.say(worker, ReplicaMismatch(generation=state.resumed, step=state.step, what=what))
         case "ours":
             error = {"error": "KeyError: x", "cause": Cause.INTERNAL}
             made.say(worker, UserError(generation=state.resumed, step=state.step + 1, **error))

@@ -19,7 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
-from lazarus.control import commits, machine, membership, recovery, replay, suspicion, transition
+from lazarus.control import machine
+from lazarus.control.cluster.state import Control, Phase
+from lazarus.control.commit import commits
+from lazarus.control.membership import members, suspicion
 from lazarus.control.messages import (
     Aligned,
     Fence,
@@ -33,9 +36,11 @@ from lazarus.control.messages import (
     UserError,
     Vector,
 )
+from lazarus.control.plans import verdict
 from lazarus.control.ports import Journal, Publish, StreamClosed, TellAll, Tick, WorkerSaid
-from lazarus.control.state import Control, Phase
-from lazarus.runtime.ledger import StepLedger
+from lazarus.control.reconfiguration import reconfigure
+from lazarus.control.restart import replay
+from lazarus.runtime.fence.ledger import StepLedger
 
 
 @settings(max_examples=50)
@@ -174,7 +179,7 @@ def mutant(*rules: str, **how: Any) -> Callable[[Callable[[Patch], None]], Calla
 
 @mutant("I3", "I7", "I6", faults=("witness",))
 def vectors_of_the_dead_are_forgotten(patch: Patch) -> None:
-    original = membership.lose
+    original = members.lose
 
     def store(state: Control, body: Vector, *, at_s: float) -> Any:
         if body.generation != state.resumed or body.step <= state.step:
@@ -183,7 +188,7 @@ def vectors_of_the_dead_are_forgotten(patch: Patch) -> None:
 
     patch.setattr(commits, "on_vector", store)
     patch.setattr(
-        membership,
+        members,
         "lose",
         lambda state, serials, **more: original(replace(state, known={}), serials, **more),
     )
@@ -191,15 +196,15 @@ def vectors_of_the_dead_are_forgotten(patch: Patch) -> None:
 
 @mutant("I7", "I3", faults=("sniper", "again", "again"))
 def the_newest_vector_is_not_kept(patch: Patch) -> None:
-    patch.setattr(transition, "_evidence", lambda state: dict(state.known))
+    patch.setattr(reconfigure, "_evidence", lambda state: dict(state.known))
 
 
 @mutant("I3", "I7", "I1", "I2", faults=("sniper",))
 def every_verdict_is_redo(patch: Patch) -> None:
-    def redo(reports: Any, *, known: Any, published: int) -> recovery.Verdict:
-        return recovery.Verdict(step=min(r.committed for r in reports.values()))
+    def redo(reports: Any, *, known: Any, published: int) -> verdict.Verdict:
+        return verdict.Verdict(step=min(r.committed for r in reports.values()))
 
-    patch.setattr(transition, "verdict", redo)
+    patch.setattr(reconfigure, "verdict", redo)
 
 
 @mutant("I3", "I7", "I1", "I2", "I5", "I6", "total")
@@ -208,23 +213,23 @@ def a_verdict_does_not_wait_for_all_reports(patch: Patch) -> None:
         now = state.transition
         if state.phase is not Phase.FENCING or now is None or body.generation != now.generation:
             return state, ()
-        workers = transition.workers_of(state, now.voters)
+        workers = reconfigure.workers_of(state, now.voters)
         now = replace(now, reports=dict.fromkeys(workers, body))
-        return transition._judge(replace(state, transition=now), now, at_s=at_s)
+        return reconfigure._judge(replace(state, transition=now), now, at_s=at_s)
 
-    patch.setattr(transition, "on_report", judge)
+    patch.setattr(reconfigure, "on_report", judge)
 
 
 @mutant("I10")
 def the_fence_is_sent_before_the_claim(patch: Patch) -> None:
-    original = transition.begin
+    original = reconfigure.begin
 
     def begin(state: Control, **more: Any) -> Any:
         state, commands = original(state, **more)
         fences = [c for c in commands if isinstance(c, TellAll) and isinstance(c.body, Fence)]
         return state, (*fences, *(c for c in commands if c not in fences))
 
-    patch.setattr(transition, "begin", begin)
+    patch.setattr(reconfigure, "begin", begin)
 
 
 @mutant("I6")
@@ -261,37 +266,37 @@ def a_fence_does_not_freeze_the_outcome(patch: Patch) -> None:
 
 @mutant("I3", "I5", "I7", "I1", "I2", "I11", "I12", "total", faults=("sniper", "kill"))
 def plan_and_prepare_do_not_wait_for_everybody(patch: Patch) -> None:
-    original = transition.on_aligned
+    original = reconfigure.on_aligned
 
     def hasty(state: Control, worker: str, body: Aligned, *, at_s: float) -> Any:
         now = state.transition
         if now is not None and state.phase is Phase.ALIGNING:
-            everybody = dict.fromkeys(transition.workers_of(state, now.voters), body)
+            everybody = dict.fromkeys(reconfigure.workers_of(state, now.voters), body)
             state = replace(state, transition=replace(now, aligned=everybody))
         return original(state, worker, body, at_s=at_s)
 
-    patch.setattr(transition, "on_aligned", hasty)
+    patch.setattr(reconfigure, "on_aligned", hasty)
 
 
 @mutant("I12")
 def a_holder_is_overlooked(patch: Patch) -> None:
-    original = transition.holders
+    original = reconfigure.holders
 
     def some(aligned: Any, feeders: Any) -> Any:
         return {e: at for e, at in original(aligned, feeders).items() if e != (0, 1)}
 
-    patch.setattr(transition, "holders", some)
+    patch.setattr(reconfigure, "holders", some)
 
 
 @mutant("I12", "I5")
 def anybody_is_asked_for_any_expert(patch: Patch) -> None:
-    original = transition.schedule_moves
+    original = reconfigure.schedule_moves
 
     def moves(wanted: Any, owners: Any) -> Any:
         found, lost = original(wanted, owners)
         return tuple(changed(m, source=(m.source + 1) % 2) for m in found), lost
 
-    patch.setattr(transition, "schedule_moves", moves)
+    patch.setattr(reconfigure, "schedule_moves", moves)
 
 
 @mutant("I10")
@@ -309,7 +314,7 @@ def a_restarted_controller_forgets_its_claims(patch: Patch) -> None:
 
 @mutant("I15")
 def a_restarted_controller_adopts_what_was_fenced(patch: Patch) -> None:
-    original = membership.on_hello
+    original = members.on_hello
 
     def hello(state: Control, body: Hello, *, at_s: float) -> Any:
         state, commands = original(state, body, at_s=at_s)
@@ -319,19 +324,19 @@ def a_restarted_controller_adopts_what_was_fenced(patch: Patch) -> None:
             state = replace(state, workers=workers)
         return state, commands
 
-    patch.setattr(membership, "on_hello", hello)
+    patch.setattr(members, "on_hello", hello)
 
 
 @mutant("I15", faults=("stall",))
 def a_stuck_thread_is_never_lost(patch: Patch) -> None:
-    patch.setattr(membership, "stuck", lambda state, *, at_s: ())
+    patch.setattr(members, "stuck", lambda state, *, at_s: ())
 
 
 @mutant("I15", faults=("stop",))
 def a_silent_node_is_never_lost(patch: Patch) -> None:
-    patch.setattr(membership, "silent", lambda state, *, at_s: ())
-    patch.setattr(transition, "overdue", lambda state, *, at_s: ())
-    patch.setattr(membership, "stuck", lambda state, *, at_s: ())
+    patch.setattr(members, "silent", lambda state, *, at_s: ())
+    patch.setattr(reconfigure, "overdue", lambda state, *, at_s: ())
+    patch.setattr(members, "stuck", lambda state, *, at_s: ())
 
 
 @mutant("I15", faults=("link",))
@@ -346,14 +351,14 @@ def anybody_is_blamed_for_a_broken_link(patch: Patch) -> None:
 
 @mutant("I11")
 def reports_of_an_older_generation_count(patch: Patch) -> None:
-    original = transition.on_report
+    original = reconfigure.on_report
 
     def lax(state: Control, worker: str, body: Report, *, at_s: float) -> Any:
         if state.transition is not None:
             body = changed(body, generation=state.transition.generation)
         return original(state, worker, body, at_s=at_s)
 
-    patch.setattr(transition, "on_report", lax)
+    patch.setattr(reconfigure, "on_report", lax)
 
 
 @mutant("I11")
@@ -380,13 +385,13 @@ def the_excluded_are_still_heard(patch: Patch) -> None:
 
 @mutant("I12", "I14", faults=("kill", "everybody"))
 def a_run_restarts_although_somebody_is_left(patch: Patch) -> None:
-    original = transition._judge
+    original = reconfigure._judge
 
     def judge(state: Control, now: Any, *, at_s: float) -> Any:
         now = replace(now, restarts=bool(state.resumed))
         return original(replace(state, transition=now), now, at_s=at_s)
 
-    patch.setattr(transition, "_judge", judge)
+    patch.setattr(reconfigure, "_judge", judge)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

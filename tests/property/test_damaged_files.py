@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 from mutations import mutated
 
-from lazarus import cli, journals
-from lazarus.checkpoint.manifest import manifest_path
-from lazarus.checkpoint.store import find_checkpoints
+from lazarus import cli
+from lazarus.checkpoint.files.store import find_checkpoints
+from lazarus.checkpoint.files.verify import newest_usable
+from lazarus.checkpoint.format.manifest import manifest_path
 from lazarus.checkpoint.testing import ToyState
-from lazarus.checkpoint.verify import newest_usable
 from lazarus.commands.plan import read_load
-from lazarus.config import TrainConfig
-from lazarus.control.state import ControlConfig
+from lazarus.config.train_config import TrainConfig
+from lazarus.control.cluster.state import ControlConfig
 from lazarus.errors import ConfigError, JournalError, RecordError
-from lazarus.events import read_events
-from lazarus.runtime.folding import find_journal
-from lazarus.runtime.journal import Journal
-from lazarus.simulate.traces import read_trace
+from lazarus.record import journal_reader
+from lazarus.record.events import read_events
+from lazarus.runtime.controller.folding import find_journal
+from lazarus.runtime.controller.journal import Journal
+from lazarus.simulate.inputs.traces import read_trace
 
 SAMPLE, ALL = 150, 2000
 
@@ -70,7 +71,7 @@ def shows_record(folder: Path) -> None:
 def reads_journal(folder: Path) -> None:
     found = find_journal(folder, ControlConfig(steps=3))
     assert found.told().state.generation in (0, 1)
-    journals.read_journal(folder)
+    journal_reader.read_journal(folder)
 
 
 def reads_config(folder: Path) -> None:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from dispatcher.balance import balanced_quotas, levelled_quotas, pace, split_cost
-from dispatcher.routing import RoutingTable
-from dispatcher.split import MODES, SplitRule, flows, rounded_shares, split_counts
+from dispatcher.splits.balance import balanced_quotas, levelled_quotas, pace, split_cost
+from dispatcher.splits.routing import RoutingTable
+from dispatcher.splits.split import MODES, SplitRule, flows, rounded_shares, split_counts
 
 TRACE = Path(__file__).parents[3] / "shared/data/expert-load/smartmoe-expert-load.npz"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lazarus.control.healing import missing_after, split_moves, without
 from lazarus.control.messages import Move
-from lazarus.control.recovery import needs, schedule_moves
+from lazarus.control.plans.healing import missing_after, split_moves, without
+from lazarus.control.plans.verdict import needs, schedule_moves
 from placement import PlacementRequest, Plan, replan
 
 NODES, EXPERTS, SLOTS = 10, 16, 4

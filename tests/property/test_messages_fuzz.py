@@ -14,14 +14,16 @@ from control_play import play
 from control_worker import Broken
 from odd_messages import BODIES, odd_body
 
-from lazarus.control import checks, machine
+from lazarus.control import machine
+from lazarus.control.cluster.state import Control, Phase
+from lazarus.control.membership import checks
 from lazarus.control.messages import (
     Body,
     Evaluated,
     FaultFired,
     Hello,
-    Odd,
-    Snapshotted,
+    ReplicaMismatch,
+    ShareReported,
     ToDriver,
     ToWorker,
     UserError,
@@ -36,12 +38,11 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
-from lazarus.control.state import Control, Phase
 from lazarus.runtime.rpc import codec
 
 SELDOM: Sequence[Body] = (  # what the plays do not say
-    Snapshotted(generation=1, step=3, record='{"kind": "persist", "ok": true, "files": []}'),
-    Odd(generation=1, step=3, what='{"layer": 0, "expert": 1}'),
+    ShareReported(generation=1, step=3, record='{"kind": "persist", "ok": true, "files": []}'),
+    ReplicaMismatch(generation=1, step=3, what='{"layer": 0, "expert": 1}'),
     FaultFired(generation=1, step=3, kind="join", count=2),
     Evaluated(generation=1, step=3, loss_sum=1.0, count=2.0),
     UserError(generation=1, step=3, error="x", traceback="y"),

@@ -21,9 +21,10 @@ from placement import (
     plan,
     replan,
 )
-from placement.allocate import allocate_by_heap
-from placement.balance import balance_of, dense_shares, node_factors, token_shares
-from placement.migrate import (
+from placement.balance.allocate import allocate_by_heap
+from placement.balance.shares import balance_of, dense_shares, node_factors, token_shares
+from placement.exact.program import is_small
+from placement.migration.migrate import (
     balanced_choice,
     best_relabelling,
     greedy_relabelling,
@@ -31,10 +32,9 @@ from placement.migrate import (
     replicas_moved,
     transfers,
 )
-from placement.program import is_small
 from placement.rebalance import Regret, accumulated, smoothed_load
-from placement.resilience import survival
-from placement.survival import mask_of, minimal_masks
+from placement.survival.bitmasks import mask_of, minimal_masks
+from placement.survival.resilience import survival
 from placement.testing import assert_valid, conformance
 
 LOADS = st.lists(st.floats(0, 1e9) | st.sampled_from([0.0, 1.0, 1e-300]), min_size=1, max_size=12)
@@ -248,7 +248,7 @@ def test_a_smoothed_load_stays_between_the_loads_it_has_seen(rows: list[list[flo
 @given(request=requests())
 @FEW
 def test_factors_are_the_same_in_small_and_large_form(request: PlacementRequest) -> None:
-    from placement import balance
+    from placement.balance import shares as balance
 
     member = plan(request).node_member
     small = dense_shares(member, node_factors(request.load, member))

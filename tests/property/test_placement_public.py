@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from lazarus.commands.plan import as_object
 from placement import InfeasiblePlacementError, PlacementRequest, certificate, plan
-from placement.allocate import losses_floor_survives, slots_from_memory
-from placement.baselines import BASELINES, baseline
+from placement.assignment.baselines import BASELINES, baseline
+from placement.assignment.homes import choose_homes
+from placement.balance.allocate import losses_floor_survives, slots_from_memory
+from placement.exact.search import searched
 from placement.foreign import certified
-from placement.homes import choose_homes
-from placement.order import block_risk, ordered_template
-from placement.resilience import domain_masks, survival, survival_under_hazards
-from placement.search import searched
-from placement.survival import minimal_masks
-from placement.template import segments
-from placement.truth import surviving_counts
+from placement.survival.bitmasks import minimal_masks
+from placement.survival.resilience import domain_masks, survival, survival_under_hazards
+from placement.survival.truth import surviving_counts
+from placement.templates.order import block_risk, ordered_template
+from placement.templates.template import segments
 
 FEW = settings(max_examples=40, deadline=None)
 
@@ -95,7 +95,7 @@ def test_a_fleet_s_homes_are_found_as_those_of_few_ranks(request: PlacementReque
     slots = plan(request).expert_of_slot
     with pytest.MonkeyPatch.context() as patch:
         dense = choose_homes(request.load, slots)
-        patch.setattr("placement.homes._FLEET", 1)
+        patch.setattr("placement.assignment.homes._FLEET", 1)
         assert (choose_homes(request.load, slots) == dense).all()
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import PlacementRequest, plan, replan
-from placement.baselines import baseline
-from placement.cores import repaired_blocks
-from placement.order import block_risk, on_nodes
-from placement.template import Template, segments
+from placement.assignment.baselines import baseline
+from placement.migration.cores import repaired_blocks
+from placement.templates.order import block_risk, on_nodes
+from placement.templates.template import Template, segments
 from placement.testing import assert_valid
 
 

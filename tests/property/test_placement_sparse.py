@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from placement import PlacementRequest, plan
-from placement.balance import count_width, replicas_on_nodes
-from placement.build import slots_of
-from placement.cores import held_by_block
-from placement.repair import surviving
+from placement.assignment.build import slots_of
+from placement.balance.shares import count_width, replicas_on_nodes
+from placement.migration.cores import held_by_block
+from placement.migration.repair import surviving
 from placement.request import Bools
 
 MEMBERS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5)).flatmap(

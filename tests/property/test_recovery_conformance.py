@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from lazarus.checkpoint.policy import decided_by_setting
-from lazarus.checkpoint.recovery import Restore
+from lazarus.checkpoint.restoring.policy import decided_by_setting
+from lazarus.checkpoint.restoring.restore_choice import Restore
 from lazarus.recovery import Answer, ClusterView, ExpertLoss, Rollback, Stop
 from lazarus.testing import conformance
 

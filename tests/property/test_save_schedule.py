@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.checkpoint.schedule import default_schedule
+from lazarus.checkpoint.selection.schedule import default_schedule
 from lazarus.control.messages import Resume
-from lazarus.runtime.save_schedule import SaveSchedule
+from lazarus.runtime.saving.save_schedule import SaveSchedule
 
 LAYERS, EXPERTS = 2, 6
 

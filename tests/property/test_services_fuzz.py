@@ -15,7 +15,9 @@ from odd_bytes import odd_bytes
 from odd_messages import BODIES, odd_body
 
 from lazarus.checkpoint.errors import RefusedError
-from lazarus.checkpoint.store import RecordKey, Tag
+from lazarus.checkpoint.files.store import RecordKey, Tag
+from lazarus.config.timeouts import derive_timeouts
+from lazarus.control.cluster.state import ControlConfig
 from lazarus.control.messages import (
     FromDriver,
     FromWorker,
@@ -25,12 +27,11 @@ from lazarus.control.messages import (
     UserError,
     Welcome,
 )
-from lazarus.control.replay import initial_state
-from lazarus.control.state import ControlConfig
-from lazarus.events import read_events
-from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
-from lazarus.runtime.keeper_client import KeeperClient
-from lazarus.runtime.launch import ProcessLauncher
+from lazarus.control.restart.replay import initial_state
+from lazarus.record.events import read_events
+from lazarus.runtime.keeper.client import KeeperClient
+from lazarus.runtime.keeper.process import KeeperConfig, KeeperProcess, start_keeper
+from lazarus.runtime.launch.launcher import ProcessLauncher
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.rpc.channel import CONTROL, KEEPER, metadata_of, method, open_channel
 from lazarus.runtime.rpc.credentials import Credentials
@@ -46,7 +47,6 @@ from lazarus.runtime.rpc.keeper_messages import (
     Target,
 )
 from lazarus.runtime.spec import ControllerSpec
-from lazarus.timeouts import derive_timeouts
 
 JOB = Credentials(secret="s3cret")
 MEBI = 1 << 20
@@ -213,7 +213,7 @@ def image(floats: int) -> bytes:
     """A record as ``KEY``'s neighbour, expert 0, would be."""
     import torch
 
-    from lazarus.checkpoint.tensors import record_of
+    from lazarus.checkpoint.files.tensors import record_of
 
     key = RecordKey(layer=0, expert=0, step=7, generation=2)
     record = record_of(key, {"w": torch.zeros(floats)}, tag=TAG)

@@ -14,7 +14,7 @@ from typing import Any
 
 from fault_runs import SMALL
 
-from lazarus.events import read_events
+from lazarus.record.events import read_events
 
 PATIENCE_S = 240.0  # for a small run to come to a step on a loaded machine
 

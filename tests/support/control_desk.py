@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from record_checks import check_event
 
+from lazarus.control.cluster.state import Control, ControlConfig, Phase
 from lazarus.control.machine import decide
 from lazarus.control.messages import (
     Align,
@@ -24,8 +25,8 @@ from lazarus.control.messages import (
     Ready,
     Report,
     Resume,
-    Snapped,
-    Snapshotted,
+    ShareReported,
+    SnapshotHeld,
     Vector,
 )
 from lazarus.control.ports import (
@@ -39,8 +40,7 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
-from lazarus.control.replay import initial_state
-from lazarus.control.state import Control, ControlConfig, Phase
+from lazarus.control.restart.replay import initial_state
 from lazarus.control.vector import VectorLayout, contribution
 from placement import Plan
 
@@ -70,7 +70,7 @@ class Desk:
         self.entered = dict.fromkeys(self.committed, 0)
         self.held: dict[str, tuple[int, ...]] = dict.fromkeys(self.committed, ())
         self.plans: dict[str, Plan] = {}
-        self.snaps: dict[str, tuple[Snapped, ...]] = {}  # what each node's keeper holds
+        self.snaps: dict[str, tuple[SnapshotHeld, ...]] = {}  # what each node's keeper holds
         self.deaf: set[str] = set(deaf_at_first)  # orders by type that nobody answers
         for worker in self.committed:
             self.say(worker, self.hello(worker))
@@ -212,7 +212,7 @@ class Desk:
         record: dict[str, Any] = {"kind": "persist", "ok": ok, "files": [], "error": error}
         if measured is not None:
             record["measured"] = measured
-        body = Snapshotted(generation=generation, step=step, record=json.dumps(record))
+        body = ShareReported(generation=generation, step=step, record=json.dumps(record))
         self.say(worker, body)
 
     def lose(self, *workers: str) -> None:

@@ -20,7 +20,9 @@ from control_worker import (
 )
 from control_world import World
 
+from lazarus.config.timeouts import derive_timeouts
 from lazarus.control import machine
+from lazarus.control.cluster.state import ControlConfig, Phase
 from lazarus.control.messages import (
     Aligned,
     Body,
@@ -33,11 +35,9 @@ from lazarus.control.messages import (
     Suspicion,
     Vector,
 )
+from lazarus.control.plans.verdict import slots_for
 from lazarus.control.ports import WorkerSaid
-from lazarus.control.recovery import slots_for
-from lazarus.control.state import ControlConfig, Phase
 from lazarus.control.vector import advance_history, start_history
-from lazarus.timeouts import derive_timeouts
 from placement import PlacementRequest, Plan
 
 FAULTS = (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import (
     Ack,
     Align,
@@ -35,7 +36,6 @@ from lazarus.control.messages import (
     Vector,
     Welcome,
 )
-from lazarus.control.state import Phase
 from lazarus.control.vector import (
     VectorLayout,
     advance_history,
@@ -44,7 +44,7 @@ from lazarus.control.vector import (
     start_history,
 )
 from lazarus.errors import FencedError
-from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.fence.ledger import StepLedger
 from placement import Plan
 
 if TYPE_CHECKING:

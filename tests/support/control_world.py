@@ -18,9 +18,11 @@ import numpy as np
 from control_worker import CLOSED, EXPERTS, LAYERS, Barrier, Broken, SimWorker, digest, need
 from record_checks import check_event
 
-from lazarus.control import evidence, machine, replay
-from lazarus.control.commits import last_words
-from lazarus.control.folded import folded_text, unfolded
+from lazarus.control import machine
+from lazarus.control.cluster import evidence
+from lazarus.control.cluster.state import Control, ControlConfig, Phase
+from lazarus.control.commit.commits import last_words
+from lazarus.control.membership.suspicion import AGAIN
 from lazarus.control.messages import (
     Align,
     Body,
@@ -52,9 +54,9 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
-from lazarus.control.replay import awakened, blank_state, missing_commits, resumed_state
-from lazarus.control.state import Control, ControlConfig, Phase
-from lazarus.control.suspicion import AGAIN
+from lazarus.control.restart import replay
+from lazarus.control.restart.folded import folded_text, unfolded
+from lazarus.control.restart.replay import awakened, blank_state, missing_commits, resumed_state
 from lazarus.control.vector import start_history
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lazarus import ElasticTrainer, TrainConfig
-from lazarus.events import read_events
-from lazarus.journals import read_journal
-from lazarus.trainer import RunHandle
+from lazarus.record.events import read_events
+from lazarus.record.journal_reader import read_journal
+from lazarus.run.trainer import RunHandle
 
 SMALL = (
     "cluster.launcher=process",

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from dispatcher import Exchange, SharedExchange
-from lazarus.runtime.groups import Group
+from lazarus.runtime.comm.groups import Group
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lazarus.runtime.preload"])
+CONTEXT.set_forkserver_preload(["lazarus.runtime.launch.preload"])
 
 
 class RankProcess:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from lazarus.control import messages as m
-from lazarus.control.state import Control
+from lazarus.control.cluster.state import Control
 from lazarus.failure import Failure
 
 BODIES: Sequence[type[m.Body]] = sorted(

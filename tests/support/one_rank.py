@@ -29,17 +29,17 @@ from lazarus.control.ports import (
     WriteManifest,
     each,
 )
-from lazarus.control.replay import initial_state
-from lazarus.run_place import RunPlace, open_place
-from lazarus.run_spec import prepared
-from lazarus.runtime.driver import Driver
-from lazarus.runtime.keeper import KeeperConfig
-from lazarus.runtime.local_nodes import NodePlace
-from lazarus.runtime.manifests import ManifestWriter
-from lazarus.runtime.rendezvous import RendezvousStore
+from lazarus.control.restart.replay import initial_state
+from lazarus.run.run_place import RunPlace, open_place
+from lazarus.run.run_spec import prepared
+from lazarus.runtime.controller.manifests import ManifestWriter
+from lazarus.runtime.controller.rendezvous import RendezvousStore
+from lazarus.runtime.driver.driver import Driver
+from lazarus.runtime.keeper.process import KeeperConfig
+from lazarus.runtime.launch.local_nodes import NodePlace
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
-from lazarus.runtime.worker import Worker
+from lazarus.runtime.worker.process import Worker
 
 UNTIMED = {"t", "wall_s", "loss_s", "tokens_per_s", "phases", "total_s", "bytes_s", "host"}
 

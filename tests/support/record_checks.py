@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lazarus.control.ports import Publish
-from lazarus.events import faults_of
+from lazarus.record.events import faults_of
 
 
 def check_event(publish: Publish) -> None:

@@ -6,7 +6,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from lazarus.runtime.rendezvous import listen
+from lazarus.runtime.controller.rendezvous import listen
 
 
 class StoreDoor:

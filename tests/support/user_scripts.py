@@ -13,7 +13,7 @@ from typing import Any
 
 from fault_runs import SMALL
 
-from lazarus.events import read_events
+from lazarus.record.events import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lazarus.checkpoint.image import TensorSpec
-from lazarus.checkpoint.manifest import LayerEntry
-from lazarus.checkpoint.store import RecordKey, commit_manifest, write_files
-from lazarus.checkpoint.tensors import record_of, specs_of
+from lazarus.checkpoint.files.store import RecordKey, commit_manifest, write_files
+from lazarus.checkpoint.files.tensors import record_of, specs_of
+from lazarus.checkpoint.format.image import TensorSpec
+from lazarus.checkpoint.format.manifest import LayerEntry
 from lazarus.checkpoint.testing import TAG, ToyState
 from lazarus.cli import main
 from lazarus.model.moe import MoELayer

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import lazarus.checkpoint.snapshot as snapshot
+import lazarus.checkpoint.in_memory.snapshot as snapshot
 from lazarus.checkpoint.errors import KeeperUnavailableError
-from lazarus.checkpoint.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
-from lazarus.checkpoint.store import RecordKey, Tag
-from lazarus.checkpoint.tensors import DTYPE_NAMES, fill_image, specs_of, tensors_of
+from lazarus.checkpoint.files.store import RecordKey, Tag
+from lazarus.checkpoint.files.tensors import DTYPE_NAMES, fill_image, specs_of, tensors_of
+from lazarus.checkpoint.in_memory.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
 from lazarus.errors import LazarusError
 
 TAG = Tag(job="job", term=1, generation=1)

@@ -15,13 +15,13 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lazarus.checkpoint.errors import NoCheckpointError, StorageError
-from lazarus.checkpoint.patience import patiently
-from lazarus.checkpoint.place import check_place
-from lazarus.checkpoint.reader import read_newest_expert
-from lazarus.checkpoint.resumable import newest_resumable
-from lazarus.checkpoint.retention import retain, sweep
-from lazarus.checkpoint.storage import no_probe, open_storage, read_file, write_file
-from lazarus.checkpoint.store import Tag, write_files, writer_of
+from lazarus.checkpoint.files.patience import patiently
+from lazarus.checkpoint.files.place import check_place
+from lazarus.checkpoint.files.reader import read_newest_expert
+from lazarus.checkpoint.files.resumable import newest_resumable
+from lazarus.checkpoint.files.retention import retain, sweep
+from lazarus.checkpoint.files.storage import no_probe, open_storage, read_file, write_file
+from lazarus.checkpoint.files.store import Tag, write_files, writer_of
 from lazarus.checkpoint.testing import TAG, ToyState
 from lazarus.errors import ConfigError
 

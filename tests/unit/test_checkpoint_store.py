@@ -16,14 +16,14 @@ from lazarus.checkpoint.errors import (
     NoCheckpointError,
     UnknownFormatError,
 )
-from lazarus.checkpoint.export import export
-from lazarus.checkpoint.image import TensorSpec
-from lazarus.checkpoint.reader import CheckpointReader, open_state_dict, read_newest_expert
-from lazarus.checkpoint.retention import retain
-from lazarus.checkpoint.storage import anchored, is_url, redacted
-from lazarus.checkpoint.store import Tag, find_checkpoints, load_manifest
+from lazarus.checkpoint.files.export import export
+from lazarus.checkpoint.files.reader import CheckpointReader, open_state_dict, read_newest_expert
+from lazarus.checkpoint.files.retention import retain
+from lazarus.checkpoint.files.storage import anchored, is_url, redacted
+from lazarus.checkpoint.files.store import Tag, find_checkpoints, load_manifest
+from lazarus.checkpoint.files.verify import newest_usable, verify
+from lazarus.checkpoint.format.image import TensorSpec
 from lazarus.checkpoint.testing import ToyState
-from lazarus.checkpoint.verify import newest_usable, verify
 
 TOY = ToyState()
 
@@ -157,8 +157,8 @@ def test_foreign_files_are_reported_and_harm_nothing(tmp_path: Path) -> None:
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
-    from lazarus.checkpoint.manifest import FileEntry
-    from lazarus.checkpoint.manifest_text import to_text
+    from lazarus.checkpoint.format.manifest import FileEntry
+    from lazarus.checkpoint.format.manifest_text import to_text
 
     manifest = TOY.save(str(tmp_path), 200)
     outside = {"../secret": FileEntry(num_bytes=1, sha256="0" * 64)}
@@ -217,8 +217,8 @@ def test_retention_clears_what_a_killed_writer_left(tmp_path: Path) -> None:
 
 
 def test_weights_and_moments_may_have_versions_of_their_own(url: str) -> None:
-    from lazarus.checkpoint.store import RecordKey, commit_manifest, write_files
-    from lazarus.checkpoint.tensors import record_of
+    from lazarus.checkpoint.files.store import RecordKey, commit_manifest, write_files
+    from lazarus.checkpoint.files.tensors import record_of
     from lazarus.checkpoint.testing import TAG
 
     first = TOY.save(url, 200)
@@ -289,7 +289,7 @@ def test_a_full_checkpoint_of_the_same_step_replaces_a_partial_one(url: str) -> 
 
 
 def test_retention_leaves_files_that_may_belong_to_a_checkpoint_in_the_making(url: str) -> None:
-    from lazarus.checkpoint.store import write_files
+    from lazarus.checkpoint.files.store import write_files
     from lazarus.checkpoint.testing import TAG
 
     TOY.save(url, 200)

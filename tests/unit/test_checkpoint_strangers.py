@@ -8,10 +8,10 @@ import pytest
 
 from lazarus import ElasticTrainer, TrainConfig
 from lazarus.checkpoint.errors import ForeignCheckpointError
-from lazarus.checkpoint.store import Tag, load_manifest
+from lazarus.checkpoint.files.store import Tag, load_manifest
 from lazarus.checkpoint.testing import ToyState
 from lazarus.errors import ConfigError
-from lazarus.run_place import RunPlace, open_place
+from lazarus.run.run_place import RunPlace, open_place
 
 TOY = ToyState()
 

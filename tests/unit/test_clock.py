@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lazarus import clock
-from lazarus.clock import RunClock, now_s
+from lazarus.basics import clock
+from lazarus.basics.clock import RunClock, now_s
 
 
 def test_seconds_alive_go_on_in_a_later_controller_on_this_machine() -> None:

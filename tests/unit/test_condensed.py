@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazarus.condensed import condensed_events
-from lazarus.events import encode, read_events
-from lazarus.metrics import summarise
+from lazarus.record.condensed import condensed_events
+from lazarus.record.events import encode, read_events
+from lazarus.record.metrics import summarise
 from lazarus.report.series import view_of
 
 
@@ -92,7 +92,7 @@ def test_a_long_record_becomes_short(tmp_path: Path) -> None:
 _AT_THE_END = """
 import resource, sys
 from pathlib import Path
-from lazarus.result import leave_artifacts
+from lazarus.run.result import leave_artifacts
 leave_artifacts(Path(sys.argv[1]))  # of a small run: all imports
 small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 leave_artifacts(Path(sys.argv[2]))

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus import settings
-from lazarus.config import ClusterConfig, PlacementConfig, TrainConfig
+from lazarus.config import layers
+from lazarus.config.layers import Given
+from lazarus.config.train_config import ClusterConfig, PlacementConfig, TrainConfig
 from lazarus.errors import ConfigError
-from lazarus.settings import Given
 
 
 def problems_of(text: str, tmp_path: Path, **more: object) -> list[str]:
@@ -171,9 +171,9 @@ def test_sections_check_themselves_when_built_in_python() -> None:
 
 
 def test_every_key_has_a_meaning_and_a_default_of_its_type() -> None:
-    for dotted, (spec, hint) in settings.keys_of(TrainConfig).items():
+    for dotted, (spec, hint) in layers.keys_of(TrainConfig).items():
         assert spec.metadata["doc"], dotted
-        assert settings.complaint(spec, hint, settings.default_of(spec), dotted) is None
+        assert layers.complaint(spec, hint, layers.default_of(spec), dotted) is None
 
 
 def test_the_environment_is_read_from_its_few_variables_only() -> None:

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.config import TrainConfig
-from lazarus.errors import ConfigError
-from lazarus.preflight import (
+from lazarus.config.preflight import (
     BUILTIN_CHECKS,
     Memory,
     auto_slots_per_node,
     resolve_slots_per_node,
     warnings_of,
 )
-from lazarus.timeouts import derive_timeouts
+from lazarus.config.timeouts import derive_timeouts
+from lazarus.config.train_config import TrainConfig
+from lazarus.errors import ConfigError
 
 
 def refusal(*overrides: str) -> str:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from lazarus import cli
-from lazarus.config import TrainConfig
+from lazarus.config.changes import decisive, resume_problems
+from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError
-from lazarus.resume import decisive, resume_problems
 
 BEFORE = TrainConfig.load(preset="tiny")
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from control_desk import Desk, running
 
+from lazarus.config.timeouts import derive_timeouts
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import (
     Depart,
     Heartbeat,
@@ -17,9 +19,7 @@ from lazarus.control.messages import (
     WorkerDied,
 )
 from lazarus.control.ports import DriverGone, DriverSaid, TellDriver
-from lazarus.control.state import Phase
 from lazarus.failure import Cause, Failure
-from lazarus.timeouts import derive_timeouts
 
 
 def raises(desk: Desk, worker: str, *, step: int = 9, **more: Any) -> None:

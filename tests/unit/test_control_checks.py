@@ -9,7 +9,8 @@ import pytest
 from control_desk import Desk, running
 from msgspec.structs import replace as changed
 
-from lazarus.control import checks
+from lazarus.control.cluster.state import Control, Phase
+from lazarus.control.membership import checks
 from lazarus.control.messages import (
     Aligned,
     Body,
@@ -20,17 +21,16 @@ from lazarus.control.messages import (
     Hello,
     Injected,
     NodeNotice,
-    Odd,
     Paused,
+    ReplicaMismatch,
     Report,
-    Snapped,
-    Snapshotted,
+    ShareReported,
+    SnapshotHeld,
     StopRun,
     Suspicion,
     Vector,
 )
 from lazarus.control.ports import Disconnect, DriverSaid, Garbled, Publish, Tell
-from lazarus.control.state import Control, Phase
 from lazarus.faults import KINDS
 
 
@@ -163,7 +163,7 @@ def aligning() -> tuple[Desk, int]:
         ({"scalars": '{"data": 3}'}, "scalars.data is no JSON object"),
         ({"scalars": '{"data": {"num_samples": 0.5}}'}, "scalars.data.num_samples is no count"),
         (
-            {"snapshots": (Snapped(layer=0, expert=0, generation=1, step=-1),)},
+            {"snapshots": (SnapshotHeld(layer=0, expert=0, generation=1, step=-1),)},
             "a snapshot with a number below 0",
         ),
     ],
@@ -183,10 +183,13 @@ def test_an_aligned_rank_of_a_wrong_shape_is_refused(
         (Paused(generation=1, step=101), "step 101 of 100"),
         (FaultFired(generation=1, step=1, kind="flood"), "no such fault: 'flood'"),
         (FaultFired(generation=1, step=1, kind="join", count=10**12), "a fault that brings"),
-        (Snapshotted(generation=1, step=1, record="nonsense"), "record is no JSON"),
-        (Snapshotted(generation=1, step=1, record="{}"), "record without kind or outcome"),
-        (Odd(generation=1, step=1, what='{"event": "x"}'), "what names no expert"),
-        (Odd(generation=1, step=1, what='{"a":' * 20 + "1" + "}" * 20), "what is nested deeper"),
+        (ShareReported(generation=1, step=1, record="nonsense"), "record is no JSON"),
+        (ShareReported(generation=1, step=1, record="{}"), "record without kind or outcome"),
+        (ReplicaMismatch(generation=1, step=1, what='{"event": "x"}'), "what names no expert"),
+        (
+            ReplicaMismatch(generation=1, step=1, what='{"a":' * 20 + "1" + "}" * 20),
+            "what is nested deeper",
+        ),
         (Evaluated(generation=1, step=1, count=float("inf")), "Evaluated.count is inf"),
         (Fence(generation=1), "no worker says this"),
     ],
@@ -249,8 +252,8 @@ def test_what_no_driver_says_is_refused(body: Body, reason: str) -> None:
         FaultFired(generation=1, step=1, kind="join", count=0),
         FaultFired(generation=1, step=1, kind="join", count=1024),
         Suspicion(generation=1, step=8, bad_source="s" * (1 << 16)),
-        Odd(generation=1, step=1, what='{"layer": 0, "expert": 0, "majority": true}'),
-        Snapshotted(generation=1, step=8, record='{"kind": "persist", "ok": true}'),
+        ReplicaMismatch(generation=1, step=1, what='{"layer": 0, "expert": 0, "majority": true}'),
+        ShareReported(generation=1, step=8, record='{"kind": "persist", "ok": true}'),
     ],
 )
 def test_the_least_and_the_most_that_can_be_are_taken(body: Body) -> None:

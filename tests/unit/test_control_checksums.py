@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lazarus.control import checks
+from lazarus.control.membership import checks
 from lazarus.control.messages import TensorSum
 
 

@@ -12,19 +12,13 @@ from lazarus.control.messages import (
     FaultFired,
     Go,
     Injected,
+    InjectFault,
     KillController,
     StartNode,
     StopRun,
-    Strike,
 )
-from lazarus.control.ports import (
-    DriverSaid,
-    Journal,
-    Publish,
-    Tell,
-    TellDriver,
-)
-from lazarus.control.replay import resumed_state
+from lazarus.control.ports import DriverSaid, Journal, Publish, Tell, TellDriver
+from lazarus.control.restart.replay import resumed_state
 
 
 def fired(desk: Desk, worker: str, spec: str, *, number: int = 1, **more: Any) -> list[Any]:
@@ -159,7 +153,7 @@ def test_a_random_fault_that_only_the_process_can_show_is_passed_on_to_it(
     desk = running()
     commands = driver_says(desk, Injected(kind=kind, node_key="n1", spec=f"chaos:{kind}"))
     told = [(c.worker, c.body) for c in commands if isinstance(c, Tell)]
-    assert told == ([("w1", Strike(kind=kind))] if is_told else [])
+    assert told == ([("w1", InjectFault(kind=kind))] if is_told else [])
     (event,) = desk.events("fault_injected")
     assert (event["node"], event["kind"], event["step"]) == (1, kind, 9)
 

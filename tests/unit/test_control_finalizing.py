@@ -6,6 +6,7 @@ import json
 
 from control_desk import Desk, running
 
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import (
     DigestItem,
     DigestPart,
@@ -20,7 +21,6 @@ from lazarus.control.messages import (
     Suspicion,
 )
 from lazarus.control.ports import DriverSaid, DropFiles, ManifestDone, TellDriver, WriteManifest
-from lazarus.control.state import Phase
 from lazarus.failure import Cause
 
 FULL = StorageProblem(url="/ckpt", operation="write", reason="No space left", is_full=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lazarus.config.timeouts import Timeouts, derive_timeouts
+from lazarus.control.cluster.state import ControlConfig, Phase
 from lazarus.control.machine import decide
 from lazarus.control.messages import (
     Body,
@@ -21,9 +23,7 @@ from lazarus.control.messages import (
     WorkerDied,
 )
 from lazarus.control.ports import Command, DriverSaid, Event, Publish, TellDriver, Tick, WorkerSaid
-from lazarus.control.replay import initial_state
-from lazarus.control.state import ControlConfig, Phase
-from lazarus.timeouts import Timeouts, derive_timeouts
+from lazarus.control.restart.replay import initial_state
 
 BUSY = "a node needs 1 CPU; the cluster has 1 Ray node with 0 CPUs free"
 

@@ -8,6 +8,7 @@ import pytest
 from control_desk import Desk, running
 from msgspec.structs import replace as changed
 
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import (
     Body,
     DigestItem,
@@ -22,7 +23,6 @@ from lazarus.control.messages import (
     Suspicion,
 )
 from lazarus.control.ports import DriverSaid
-from lazarus.control.state import Phase
 
 DIGEST = DigestItem(name="x", sha256=bytes(32))
 

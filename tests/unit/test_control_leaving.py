@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from control_desk import EXPERTS, Desk, running
 
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import (
     Depart,
     LeaveRequest,
@@ -13,7 +14,6 @@ from lazarus.control.messages import (
     Prepare,
 )
 from lazarus.control.ports import DriverSaid, Tell, TellDriver
-from lazarus.control.state import Phase
 
 
 def farewells(desk: Desk) -> list[tuple[str, str]]:

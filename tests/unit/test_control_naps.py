@@ -9,8 +9,8 @@ from control_play import config_of
 from control_world import World
 
 from lazarus.control import machine
+from lazarus.control.cluster.state import Phase
 from lazarus.control.ports import Publish, Tick
-from lazarus.control.state import Phase
 
 
 @pytest.fixture(params=[Phase.RUNNING, Phase.FENCING, Phase.ALIGNING, Phase.PREPARING])

@@ -8,6 +8,9 @@ import pytest
 from control_desk import Desk, running
 from msgspec.structs import replace as changed
 
+from lazarus.config.timeouts import derive_timeouts
+from lazarus.control.cluster.state import Phase
+from lazarus.control.membership.suspicion import AGAIN, MAX_ATTEMPTS, MAX_ERRORS
 from lazarus.control.messages import (
     Aligned,
     Body,
@@ -19,12 +22,9 @@ from lazarus.control.messages import (
     Tail,
     TensorSum,
 )
-from lazarus.control.parting import broken_pair
 from lazarus.control.ports import TellDriver
-from lazarus.control.state import Phase
-from lazarus.control.suspicion import AGAIN, MAX_ATTEMPTS, MAX_ERRORS
+from lazarus.control.reconfiguration.parting import broken_pair
 from lazarus.failure import Cause
-from lazarus.timeouts import derive_timeouts
 
 STALL_S = 10.0
 

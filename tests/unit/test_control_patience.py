@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from control_desk import Desk, running
 
+from lazarus.config.timeouts import derive_timeouts
+from lazarus.control.cluster.state import ControlConfig, Phase
 from lazarus.control.machine import decide
 from lazarus.control.messages import DigestItem, DigestPart, Finalized, Heartbeat, Paused
 from lazarus.control.ports import Tick, WriteManifest
-from lazarus.control.replay import initial_state
-from lazarus.control.state import ControlConfig, Phase
-from lazarus.timeouts import derive_timeouts
+from lazarus.control.restart.replay import initial_state
 
 S = 10.0
 STANDSTILL_S = 600.0

@@ -10,13 +10,13 @@ import pytest
 from control_desk import EXPERTS, Desk, running
 from msgspec.structs import replace as changed
 
+from lazarus.config.timeouts import derive_timeouts
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import Hello, NodeNotice
+from lazarus.control.plans.verdict import SlotMemory, slots_for
 from lazarus.control.ports import DriverSaid
-from lazarus.control.recovery import SlotMemory, slots_for
-from lazarus.control.state import Phase
-from lazarus.policies import CheckedPlacement, CheckedRecovery
+from lazarus.policy.checked import CheckedPlacement, CheckedRecovery
 from lazarus.recovery import Answer, ClusterView, ExpertLoss, Hold, RecoveryPolicy, Stop
-from lazarus.timeouts import derive_timeouts
 from placement import InfeasiblePlacementError, PlacementRequest, Plan, replan
 
 ZONES = {"w0": "a", "w1": "", "w2": "a"}

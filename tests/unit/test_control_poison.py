@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.poison import (
+from lazarus.control.cluster.poison import (
     HUNG,
     Death,
     common_samples,

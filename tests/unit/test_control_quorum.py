@@ -6,9 +6,9 @@ from typing import Any
 
 from control_desk import Desk, running
 
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import Align, Pause, RunOver, StartNode, StopRun
 from lazarus.control.ports import DriverSaid, TellDriver
-from lazarus.control.state import Phase
 from lazarus.failure import Cause
 from placement import InfeasiblePlacementError, Plan, replan
 

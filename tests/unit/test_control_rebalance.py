@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lazarus.control.state import Control, ControlConfig
-from lazarus.control.tuning import REBALANCE_AFTER, REBALANCE_EVERY, _rebalance
+from lazarus.control.cluster.state import Control, ControlConfig
+from lazarus.control.plans.tuning import REBALANCE_AFTER, REBALANCE_EVERY, _rebalance
 from placement import PlacementRequest, plan
-from placement.migrate import transfers
+from placement.migration.migrate import transfers
 from placement.rebalance import MoveCost, Regret, considered
 
 

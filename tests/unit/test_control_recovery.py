@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
+from lazarus.control.cluster.state import Control, ControlConfig, Node, Transition
 from lazarus.control.messages import Align, Aligned, DriverHello, Fence, Held, Report, Seat, Vector
-from lazarus.control.planning import plan_for
-from lazarus.control.ports import Tell, TellAll, TellDriver, each
-from lazarus.control.recovery import (
+from lazarus.control.plans.planning import plan_for
+from lazarus.control.plans.verdict import (
     Verdict,
     aligned_alike,
     holders,
@@ -23,7 +23,7 @@ from lazarus.control.recovery import (
     slots_for,
     verdict,
 )
-from lazarus.control.state import Control, ControlConfig, Node, Transition
+from lazarus.control.ports import Tell, TellAll, TellDriver, each
 from lazarus.control.vector import start_history
 from lazarus.errors import BrokenInvariantError
 from placement import PlacementRequest, Plan, plan, replan

@@ -7,10 +7,10 @@ import json
 from control_desk import Desk, journal_of, running
 from msgspec.structs import replace as changed
 
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import Heartbeat, Paused, Report, WorkerDied
 from lazarus.control.ports import DriverSaid, Garbled, TellDriver
-from lazarus.control.replay import resumed_state
-from lazarus.control.state import Phase
+from lazarus.control.restart.replay import resumed_state
 from lazarus.failure import Cause, Failure
 
 

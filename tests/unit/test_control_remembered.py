@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lazarus.control.remembered import remembered
-from lazarus.control.state import without
+from lazarus.control.cluster.remembered import remembered
+from lazarus.control.cluster.state import without
 
 
 def test_an_answer_is_worked_out_once_for_the_same_two_objects() -> None:

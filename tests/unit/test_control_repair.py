@@ -9,11 +9,11 @@ import pytest
 import torch
 from control_desk import EXPERTS, Flipped, running
 
-from lazarus.control.messages import Aligned, Odd, Prepare, Repaired
+from lazarus.control.cluster.state import Outvoted, Phase
+from lazarus.control.messages import Aligned, Prepare, Repaired, ReplicaMismatch
 from lazarus.control.ports import TellDriver
-from lazarus.control.repair import compare
-from lazarus.control.state import Outvoted, Phase
-from lazarus.runtime.checksums import checksum_of, device_sum
+from lazarus.control.reconfiguration.repair import compare
+from lazarus.runtime.state.checksums import checksum_of, device_sum
 
 
 def desk(*, nodes: int = 4, **config: object) -> Flipped:
@@ -114,10 +114,10 @@ def test_differences_without_a_majority_again_and_again_end_the_run() -> None:
     made.bad_dense = ("w0",)
     what = '{"layer": -1, "expert": -1, "what": "x", "majority": false}'
     for times in (1, 2):
-        made.say("w0", Odd(generation=made.state.resumed, step=8, what=what))
+        made.say("w0", ReplicaMismatch(generation=made.state.resumed, step=8, what=what))
         assert len(made.events("rolled_back")) == times
         assert made.state.phase is Phase.RUNNING
-    made.say("w0", Odd(generation=made.state.resumed, step=8, what=what))
+    made.say("w0", ReplicaMismatch(generation=made.state.resumed, step=8, what=what))
     assert made.state.phase is Phase.ENDED
     (end,) = made.events("run_finished")
     assert (end["status"], end["cause"]) == ("failed", "user_code")

@@ -10,11 +10,11 @@ from control_play import play
 from control_world import World, alike
 
 from lazarus.control import machine
-from lazarus.control.folded import folded_text, unfolded
+from lazarus.control.cluster.state import Control, Phase
 from lazarus.control.messages import Fence, Fenced, Heartbeat, Hello, Welcome
 from lazarus.control.ports import Tell, Tick, WorkerSaid
-from lazarus.control.replay import blank_state, missing_commits, replayed, resumed_state
-from lazarus.control.state import Control, Phase
+from lazarus.control.restart.folded import folded_text, unfolded
+from lazarus.control.restart.replay import blank_state, missing_commits, replayed, resumed_state
 
 
 @pytest.fixture(scope="module")

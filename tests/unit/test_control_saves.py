@@ -8,15 +8,15 @@ from typing import Any
 
 from control_desk import EXPERTS, Desk, running
 
-from lazarus.checkpoint.adaptive import SaveSettings
-from lazarus.checkpoint.recovery import StoredCheckpoint
-from lazarus.control import saves
-from lazarus.control.adapting import WANTED
-from lazarus.control.losses import bad_source_of, place_of_checkpoint
-from lazarus.control.messages import Pause, Paused, Prepare, Resume, Snapped, Suspicion
+from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
+from lazarus.checkpoint.selection.adaptive import SaveSettings
+from lazarus.control.cluster.state import Phase
+from lazarus.control.messages import Pause, Paused, Prepare, Resume, SnapshotHeld, Suspicion
 from lazarus.control.ports import Journal, ManifestDone, WriteManifest
-from lazarus.control.replay import resumed_state
-from lazarus.control.state import Phase
+from lazarus.control.restart.replay import resumed_state
+from lazarus.control.saving import saves
+from lazarus.control.saving.adapting import WANTED
+from lazarus.control.saving.losses import bad_source_of, place_of_checkpoint
 
 REPLICATED = {"slots_per_node": 2, "min_replicas": 2}  # one loss leaves every expert alive
 
@@ -207,7 +207,7 @@ def test_a_damaged_copy_in_memory_is_followed_by_the_next_best_source() -> None:
     for worker in desk.state.seats:
         desk.share(worker, 4)
     desk.written(4)
-    held = Snapped(layer=0, expert=lost, generation=1, step=6, routed=48)
+    held = SnapshotHeld(layer=0, expert=lost, generation=1, step=6, routed=48)
     desk.snaps = {"w0": (held,), "w1": (held,)}
     desk.deaf.add("Prepare")
     desk.lose("w2")

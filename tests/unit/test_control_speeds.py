@@ -7,7 +7,7 @@ from dataclasses import replace
 from control_desk import Desk, running
 
 from lazarus.control.messages import Pause, Prepare
-from lazarus.control.tuning import MIN_WEIGHT, STREAK
+from lazarus.control.plans.tuning import MIN_WEIGHT, STREAK
 from lazarus.data.sampler import share
 
 SLOW = {2: 0.08}  # the others take 0.01 s

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from control_desk import Desk, running
 
+from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import Align, Fence, Injected, Prepare, Ready
 from lazarus.control.ports import DriverSaid
-from lazarus.control.state import Phase
 
 REPLICATED = {"slots_per_node": 2, "min_replicas": 2}  # one loss leaves every expert alive
 

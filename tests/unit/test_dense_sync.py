@@ -13,7 +13,7 @@ from dispatcher import Exchange, run_ranks
 from dispatcher.exchange import Pending
 from dispatcher.processes import run_processes
 from lazarus.errors import ConfigError
-from lazarus.runtime.dense_sync import DenseSync
+from lazarus.runtime.state.dense_sync import DenseSync
 
 WIDTHS = (6, 8, 4, 10, 3)
 

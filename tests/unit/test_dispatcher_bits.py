@@ -20,7 +20,7 @@ from dispatcher import (
     slots_for_exchange,
     sum_replica_gradients,
 )
-from dispatcher.compute import experts_forward
+from dispatcher.layer.compute import experts_forward
 from dispatcher.processes import run_processes
 
 RANKS, EXPERTS, DIM = 4, 8, 32

@@ -22,8 +22,8 @@ from dispatcher import (
     route,
     within_machine,
 )
+from dispatcher.local.shared import STAGE_BYTES
 from dispatcher.processes import run_processes
-from dispatcher.shared import STAGE_BYTES
 
 TOKENS, EXPERTS, DIM = 4096, 6, 512
 INDEX_BYTES = 64

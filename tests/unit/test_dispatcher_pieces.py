@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dispatcher.compute import (
+from dispatcher.gating import choose_experts, gate_scores, top_experts
+from dispatcher.layer.compute import (
     MIN_ROWS,
     Saved,
     arithmetic_dtype,
@@ -17,9 +18,8 @@ from dispatcher.compute import (
     experts_forward,
     groups_of,
 )
-from dispatcher.gating import choose_experts, gate_scores, top_experts
-from dispatcher.layout import ROW_MULTIPLE, ExpertLayout
-from dispatcher.permute import expert_order, inverse_order, send_order, transposed_index
+from dispatcher.layer.layout import ROW_MULTIPLE, ExpertLayout
+from dispatcher.layer.permute import expert_order, inverse_order, send_order, transposed_index
 from dispatcher.reference import expert_output
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import dispatcher.wire
+import dispatcher.local.wire
 from dispatcher import (
     Exchange,
     LinkError,
@@ -23,10 +23,10 @@ from dispatcher import (
     shared_zeros,
     within_machine,
 )
-from dispatcher.blocks import standing
-from dispatcher.links import Door, Link, is_own
+from dispatcher.local.blocks import standing
+from dispatcher.local.links import Door, Link, is_own
+from dispatcher.local.shared import STAGE_BYTES
 from dispatcher.processes import run_processes
-from dispatcher.shared import STAGE_BYTES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.uint8)
 
@@ -237,7 +237,7 @@ def forbidden(*_: object) -> int:
 
 def elsewhere(gloo: Exchange, why: str) -> bool:
     if gloo.rank == 1 and why == "machine":
-        dispatcher.wire.machine = lambda: "another machine"
+        dispatcher.local.wire.machine = lambda: "another machine"
     if gloo.rank == 1 and why == "sandbox":
         os.memfd_create = forbidden
     kept = within_machine(gloo) is gloo
@@ -265,7 +265,7 @@ def test_a_standing_buffer_is_found_by_its_parts_and_goes_with_its_last_view() -
     del part
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == files
-    assert address not in dispatcher.blocks._standing
+    assert address not in dispatcher.local.blocks._standing
 
 
 def test_a_buffer_is_forgotten_before_its_memory_is_given_back() -> None:
@@ -298,7 +298,7 @@ def test_a_stranger_at_the_door_is_sent_away(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(os, "geteuid", lambda: 12345)
         assert not is_own(peer)
     verdicts = iter([False, True])
-    monkeypatch.setattr(dispatcher.links, "is_own", lambda _: next(verdicts))
+    monkeypatch.setattr(dispatcher.local.links, "is_own", lambda _: next(verdicts))
     kept: list[Link] = []
     door.links([door.name, other.name], rank=0, timeout_s=20, kept=kept.append)
     assert [link.peer for link in kept] == [1]

@@ -10,8 +10,8 @@ import pytest
 from documents import ROOT, Block, all_blocks, commands_of, inline_commands, is_shown, pages
 
 from lazarus import cli
-from lazarus.config import TrainConfig
-from lazarus.settings import keys_of, sections_of
+from lazarus.config.layers import keys_of, sections_of
+from lazarus.config.train_config import TrainConfig
 
 RUNNABLE = {"console", "python"}
 FILES = re.compile(

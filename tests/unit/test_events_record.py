@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lazarus import metrics
 from lazarus.errors import RecordError
-from lazarus.events import FIELDS, encode, faults_of, make_event, read_events
+from lazarus.record import metrics
+from lazarus.record.events import FIELDS, encode, faults_of, make_event, read_events
 
 
 def commit(step: int, t: float, *, generation: int = 1, **more: Any) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from control_desk import EXPERTS, Desk
 from msgspec.structs import replace as changed
 
 from lazarus import cli
-from lazarus.checkpoint.plt import PltLedger
-from lazarus.checkpoint.recovery import StoredCheckpoint
+from lazarus.checkpoint.restoring.plt import PltLedger
+from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
+from lazarus.config.timeouts import Timeouts, derive_timeouts
+from lazarus.control.cluster.state import ControlConfig
 from lazarus.control.messages import DigestItem, DigestPart, Finalized, Hello, Paused
 from lazarus.control.ports import ManifestDone, Stored, WriteManifest
-from lazarus.control.state import ControlConfig
-from lazarus.policies import CheckedRecovery
+from lazarus.policy.checked import CheckedRecovery
 from lazarus.recovery import Stop
-from lazarus.timeouts import Timeouts, derive_timeouts
 from placement import PlacementRequest, Plan, replan
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,24 +20,27 @@ import torch
 from certificates import make_pair
 from one_rank import OneRank, Orders, orders_of, spec_of
 
-from lazarus import ElasticTrainer, LossSum, TrainConfig, settings, trainer
+from lazarus import ElasticTrainer, LossSum, TrainConfig
 from lazarus.callbacks import configured
 from lazarus.commands import train as train_command
-from lazarus.control_config import KEYS, policies_of
+from lazarus.config import layers
+from lazarus.console.progress import Progress
 from lazarus.errors import ConfigError
 from lazarus.model import gpt
-from lazarus.progress import Progress
-from lazarus.run_place import open_place
-from lazarus.runtime import builtin, choose_launcher
-from lazarus.runtime import driver as driver_of_runs
-from lazarus.runtime.choose_launcher import joins_cluster, launcher_of, own_hosts
-from lazarus.runtime.groups import Group
-from lazarus.runtime.keeper import KeeperConfig, KeeperProcess, start_keeper
-from lazarus.runtime.local_nodes import NodePlace
-from lazarus.runtime.rank import split_rule
-from lazarus.runtime.rendezvous import RendezvousStore
+from lazarus.run import trainer
+from lazarus.run.control_config import KEYS, policies_of
+from lazarus.run.run_place import open_place
+from lazarus.runtime.comm.groups import Group
+from lazarus.runtime.controller.rendezvous import RendezvousStore
+from lazarus.runtime.driver import driver as driver_of_runs
+from lazarus.runtime.keeper.process import KeeperConfig, KeeperProcess, start_keeper
+from lazarus.runtime.launch import choose_launcher
+from lazarus.runtime.launch.choose_launcher import joins_cluster, launcher_of, own_hosts
+from lazarus.runtime.launch.local_nodes import NodePlace
 from lazarus.runtime.rpc.credentials import Credentials
-from lazarus.runtime.user_errors import UserCodeFailure
+from lazarus.runtime.training import defaults
+from lazarus.runtime.worker.rank import split_rule
+from lazarus.runtime.worker.user_errors import UserCodeFailure
 
 SMALL = (
     "cluster.launcher=process", "cluster.nodes=1", "model.layers=2", "model.dim=16",
@@ -197,7 +200,7 @@ def state_names(at: Place, config: TrainConfig) -> Any:
 
 
 def _with_buffer(ctx: Any) -> torch.nn.Module:
-    model = builtin.model(TrainConfig.load(overrides=SMALL))
+    model = defaults.model(TrainConfig.load(overrides=SMALL))
     model.register_buffer("seen", torch.zeros(3))
     return model
 
@@ -243,16 +246,16 @@ def transport(at: Place, config: TrainConfig) -> Any:
 
 def comparisons(at: Place, config: TrainConfig) -> Any:
     """At which steps replicas are compared."""
-    from lazarus.runtime import boundary
+    from lazarus.runtime.training import between_steps
 
-    count, compare = [0], boundary.compare
+    count, compare = [0], between_steps.compare
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
         return compare(*args, **kwargs)
 
     with at.monkeypatch.context() as patch:
-        patch.setattr(boundary, "compare", counting)
+        patch.setattr(between_steps, "compare", counting)
         at.run(config)
     return count[0]
 
@@ -265,17 +268,17 @@ def repairs(at: Place, config: TrainConfig) -> Any:
 
 def ray_needs(at: Place, config: TrainConfig) -> Any:
     """What a node of the run needs of a Ray cluster, in words."""
-    from lazarus.runtime import ray_launch
+    from lazarus.runtime.launch import ray_launcher
 
     free = {"CPU": 0.5}
-    node = ray_launch.RayNode(id="a", host="h", free=free, labels={"disk": "slow"})
+    node = ray_launcher.RayNode(id="a", host="h", free=free, labels={"disk": "slow"})
     with at.monkeypatch.context() as patch:
         joined = SimpleNamespace(is_own=False, host="127.0.0.1")
-        patch.setattr(ray_launch.RayLauncher, "_connect", lambda self, home: joined)
-        patch.setattr(ray_launch.RayLauncher, "_spawn", lambda self, *args: None)
-        patch.setattr(ray_launch, "total_gpus", lambda: 0.0)
-        patch.setattr(ray_launch, "Wishes", lambda name: None)
-        launcher = ray_launch.RayLauncher(lambda name, cause: None, config, home=None)
+        patch.setattr(ray_launcher.RayLauncher, "_connect", lambda self, home: joined)
+        patch.setattr(ray_launcher.RayLauncher, "_spawn", lambda self, *args: None)
+        patch.setattr(ray_launcher, "total_gpus", lambda: 0.0)
+        patch.setattr(ray_launcher, "Wishes", lambda name: None)
+        launcher = ray_launcher.RayLauncher(lambda name, cause: None, config, home=None)
     launcher._places.update([node])
     return launcher._places.shortage(), launcher._places.machines()
 
@@ -309,7 +312,7 @@ def faults(at: Place, config: TrainConfig) -> Any:
 
 def keeper_story(at: Place, config: TrainConfig) -> Any:
     """What is ordered of the node's keeper: which records are copied, and which are written."""
-    from lazarus.runtime import saver
+    from lazarus.runtime.saving import saver
 
     begun: list[Any] = []
 
@@ -585,7 +588,7 @@ def key_of(entry: Entry) -> str:
 
 
 def test_every_key_has_an_entry() -> None:
-    assert sorted(map(key_of, ENTRIES)) == sorted(settings.keys_of(TrainConfig))
+    assert sorted(map(key_of, ENTRIES)) == sorted(layers.keys_of(TrainConfig))
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 from one_rank import Orders, orders_of, spec_of
 
 from lazarus import ElasticTrainer, TrainConfig
-from lazarus.checkpoint.ref import CheckpointRef
-from lazarus.run_place import open_place
-from lazarus.runtime.keeper import KeeperConfig
+from lazarus.checkpoint.format.ref import CheckpointRef
+from lazarus.run.run_place import open_place
+from lazarus.runtime.keeper.process import KeeperConfig
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
-from lazarus.runtime.worker import Worker
+from lazarus.runtime.worker.process import Worker
 
 SMALL = ["cluster.launcher=process", "cluster.nodes=1", "checkpoint.every=5"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lazarus.callbacks import Callback, Jsonl, TensorBoard, WandB, configured
-from lazarus.config import TrainConfig
+from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError
-from lazarus.records import Reconfiguration, StepRecord
+from lazarus.record.typed import Reconfiguration, StepRecord
 
 START = {"t": 0.0, "event": "run_started", "generation": 1, "num_nodes": 2, "world_size": 2}
 STEP = {

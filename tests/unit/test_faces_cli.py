@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lazarus import cli
-from lazarus.reference import reference
+from lazarus.config.reference import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lazarus.prometheus import METRICS, REPEAT_S, RayMetrics, ray_series
+from lazarus.callbacks.prometheus import METRICS, REPEAT_S, RayMetrics, ray_series
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

@@ -4,7 +4,7 @@ import io
 import json
 from typing import Any
 
-from lazarus.progress import Progress
+from lazarus.console.progress import Progress
 
 NODES = {"num_nodes": 4, "world_size": 4}
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lazarus import cli
-from lazarus.doctor import examine
-from lazarus.events import encode
-from lazarus.status import describe, status_of
+from lazarus.commands.machine_checks import examine
+from lazarus.record.events import encode
+from lazarus.record.status import describe, status_of
 
 START = {"t": 100.0, "event": "run_started", "generation": 1, "num_nodes": 3, "world_size": 3}
 START |= {"steps": 40}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lazarus.files import replaced
+from lazarus.basics.files import replaced
 
 
 def test_a_file_is_the_new_one_or_after_an_error_the_old_one(tmp_path: Path) -> None:

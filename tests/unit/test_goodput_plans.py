@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from lazarus.config import TrainConfig
+from lazarus.config.train_config import TrainConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lazarus.runtime.norms import STRETCH, square_sums
+from lazarus.runtime.state.norms import STRETCH, square_sums
 
 
 @pytest.mark.parametrize("size", [1, 5, STRETCH - 1, STRETCH, STRETCH + 1, 9 * STRETCH + 77])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lazarus.load_history import LoadHistory, each_load
+from lazarus.record.load_history import LoadHistory, each_load
 
 SHAPE = (2, 3)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lazarus.errors import UserMistakeError
-from lazarus.runtime.buffers import Buffers
+from lazarus.runtime.state.buffers import Buffers
 
 
 class Meeting:

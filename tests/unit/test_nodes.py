@@ -8,10 +8,10 @@ from concurrent.futures import Future
 
 import pytest
 
+from lazarus.control.cluster.replacing import Limits, Machine
 from lazarus.control.messages import Body, MachineJudged, NodesAwaited
-from lazarus.control.replacing import Limits, Machine
 from lazarus.errors import RoomTakenError, StartupError
-from lazarus.runtime.nodes import Nodes
+from lazarus.runtime.driver.nodes import Nodes
 
 SOON_S = 30.0
 

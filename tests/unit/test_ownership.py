@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from lazarus import ownership
 from lazarus.errors import ConfigError
-from lazarus.ownership import owner_of, take
+from lazarus.record import ownership
+from lazarus.record.ownership import owner_of, take
 
 _TAKE = """
 import sys
 from pathlib import Path
-from lazarus.ownership import take
+from lazarus.record.ownership import take
 take(Path(sys.argv[1]), run="other", gone_after_s=60.0)
 print("taken", flush=True)
 sys.stdin.read()

@@ -7,10 +7,10 @@ import pytest
 from scipy.optimize import linprog
 
 from placement import PlacementRequest, certificate, plan
-from placement.exact import ExactProblem, problem_of, solve_exact, weighted_survival
-from placement.homes import choose_homes
-from placement.search import searched
-from placement.survival import nodes_of
+from placement.assignment.homes import choose_homes
+from placement.exact.exact import ExactProblem, problem_of, solve_exact, weighted_survival
+from placement.exact.search import searched
+from placement.survival.bitmasks import nodes_of
 
 
 def zipf(layers: int, experts: int, power: float, seed: int = 0) -> np.ndarray:

@@ -7,14 +7,14 @@ from itertools import combinations, combinations_with_replacement
 from math import comb
 
 import pytest
+from placement_oracle import best_counts, best_counts_of_all
 
-from placement.family import best_of_family, complementary_tail, family, mro
-from placement.oracle import best_counts, best_counts_of_all
-from placement.resilience import survival
-from placement.search import searched
-from placement.survival import minimal_masks
-from placement.template import masks
-from placement.truth import surviving_counts
+from placement.exact.search import searched
+from placement.survival.bitmasks import minimal_masks
+from placement.survival.resilience import survival
+from placement.survival.truth import surviving_counts
+from placement.templates.family import best_of_family, complementary_tail, family, mro
+from placement.templates.template import masks
 
 Vector = tuple[int, ...]
 

@@ -20,12 +20,12 @@ from placement import (
     policy_from_path,
     replan,
 )
-from placement.allocate import losses_floor_survives, slots_from_memory
-from placement.balance import balance_of
-from placement.baselines import BASELINES, baseline
-from placement.build import mixed_floors
-from placement.level import levelled
-from placement.migrate import (
+from placement.assignment.baselines import BASELINES, baseline
+from placement.assignment.build import mixed_floors
+from placement.balance.allocate import losses_floor_survives, slots_from_memory
+from placement.balance.level import levelled
+from placement.balance.shares import balance_of
+from placement.migration.migrate import (
     best_relabelling,
     busiest,
     greedy_relabelling,
@@ -33,9 +33,9 @@ from placement.migrate import (
     replicas_moved,
     transfers,
 )
-from placement.order import block_risk, ordered_template
 from placement.rebalance import MoveCost, Regret, accumulated, considered, smoothed_load
-from placement.template import segments
+from placement.templates.order import block_risk, ordered_template
+from placement.templates.template import segments
 from placement.testing import assert_valid, conformance
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from placement import InvalidRequestError
-from placement.estimate import estimated_survival
-from placement.frontier import frontier_counts
-from placement.resilience import METHODS, domain_masks, survival, survival_under_hazards
-from placement.survival import components, mask_of, minimal_masks, minimal_sets, nodes_of
+from placement.survival.bitmasks import components, mask_of, minimal_masks, minimal_sets, nodes_of
+from placement.survival.estimate import estimated_survival
+from placement.survival.frontier import frontier_counts
+from placement.survival.resilience import METHODS, domain_masks, survival, survival_under_hazards
 
 
 def enumerated(sets: list[int], nodes: int) -> list[float]:

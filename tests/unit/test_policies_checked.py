@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lazarus.checkpoint.recovery import Fail, Restore
-from lazarus.policies import CheckedPlacement, CheckedRecovery
+from lazarus.checkpoint.restoring.restore_choice import Fail, Restore
+from lazarus.policy.checked import CheckedPlacement, CheckedRecovery
 from lazarus.recovery import (
     Answer,
     ClusterView,

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from lazarus.checkpoint.policy import RecoveryPolicy
+from lazarus.checkpoint.restoring.policy import RecoveryPolicy
 from lazarus.cli import main
-from lazarus.config import TrainConfig
-from lazarus.control_config import control_config
+from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError
-from lazarus.policies import CheckedPlacement, CheckedRecovery
-from lazarus.policy_paths import PLACEMENTS, RECOVERIES, imported_policy
+from lazarus.policy.checked import CheckedPlacement, CheckedRecovery
+from lazarus.policy.named import PLACEMENTS, RECOVERIES, imported_policy
+from lazarus.run.control_config import control_config
 from placement import PlacementPolicy, PlacementRequest, Plan, replan
 
 

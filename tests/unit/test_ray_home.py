@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lazarus.runtime import ray_home
+from lazarus.runtime.launch import ray_home
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazarus.errors import ConfigError
-from lazarus.runtime.ray_nodes import Places, RayNode, parse_bytes
+from lazarus.runtime.launch.ray_nodes import Places, RayNode, parse_bytes
 
 
 def machine(id: str, cpus: float, labels: Mapping[str, str] | None = None) -> RayNode:

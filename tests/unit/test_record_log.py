@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lazarus import metrics
-from lazarus.events import read_events
-from lazarus.runtime.record_log import Mark, RecordLog
+from lazarus.record import metrics
+from lazarus.record.events import read_events
+from lazarus.runtime.controller.record_log import Mark, RecordLog
 
 Event = dict[str, Any]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.replacing import (
+from lazarus.control.cluster.replacing import (
     MOST_TROUBLES,
     Fleet,
     Limits,

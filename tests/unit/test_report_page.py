@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from lazarus.cli import main
-from lazarus.control import planning
+from lazarus.control.plans import planning
 from lazarus.errors import RecordError
+from lazarus.record.loads import save_loads
 from lazarus.report import compare_reports, write_report
 from lazarus.report.series import thinned, view_of
-from lazarus.simulate.loads import save_loads
 
 MIB = 1_000_000
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lazarus.control.state import ControlConfig
+from lazarus.config.timeouts import derive_timeouts
+from lazarus.control.cluster.state import ControlConfig
 from lazarus.errors import ControllerDiedError, StartupError
 from lazarus.failure import Cause, Failure
-from lazarus.runtime.controller_life import ControllerLife
-from lazarus.runtime.restarts import MAX_DEATHS, Again, GiveUp, PulseWatch, Restarts
+from lazarus.runtime.driver.controller_life import ControllerLife
+from lazarus.runtime.driver.restarts import MAX_DEATHS, Again, GiveUp, PulseWatch, Restarts
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.spec import ControllerSpec
-from lazarus.timeouts import derive_timeouts
 
 STALL_S = 10.0
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lazarus.checkpoint.store import RecordKey, Tag
+from lazarus.checkpoint.files.store import RecordKey, Tag
 from lazarus.control import messages as m
 from lazarus.failure import Cause, Failure
 from lazarus.runtime.rpc import codec

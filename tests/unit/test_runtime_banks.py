@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dispatcher.blocks import standing
+from dispatcher.local.blocks import standing
 from lazarus.model.experts import ExpertBank, deferred_experts
-from lazarus.runtime.banks import arrange, gradients
+from lazarus.runtime.state.banks import arrange, gradients
 
 HELD = [4, -1, 2, 7, -1]
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from lazarus.checkpoint.manifest import LayerEntry, WrittenFile
-from lazarus.checkpoint.ref import CheckpointRef
-from lazarus.checkpoint.store import Tag, commit_manifest, write_files
-from lazarus.config import TrainConfig
+from lazarus.checkpoint.files.store import Tag, commit_manifest, write_files
+from lazarus.checkpoint.format.manifest import LayerEntry, WrittenFile
+from lazarus.checkpoint.format.ref import CheckpointRef
+from lazarus.config.train_config import TrainConfig
 from lazarus.errors import CheckpointError
-from lazarus.runtime import builtin
-from lazarus.runtime.base import Base, read_base
-from lazarus.runtime.finals import share_of, share_report
-from lazarus.runtime.replica import Replica
+from lazarus.runtime.saving.final_checkpoint import share_of, share_report
+from lazarus.runtime.saving.rollback_state import Base, read_base
+from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training import defaults
 from placement import PlacementRequest, plan
 
 TAG = Tag(job="job", term=1, generation=1)
@@ -36,9 +36,9 @@ def replica_of(*, experts: int = 4, layers: int = 2, dim: int = 16, seed: int = 
         ]
     )
     replica = Replica(
-        lambda: builtin.model(config),
-        optimizer=builtin.optimizer(config),
-        schedule=builtin.schedule(config),
+        lambda: defaults.model(config),
+        optimizer=defaults.optimizer(config),
+        schedule=defaults.schedule(config),
         clip_norm=1.0,
         seed=seed,
         device=torch.device("cpu"),

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from lazarus.checkpoint.recovery import StoredCheckpoint
-from lazarus.control import commits
+from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
+from lazarus.control.cluster.state import ControlConfig
+from lazarus.control.commit import commits
 from lazarus.control.messages import Body, DriverHello, FromDriver, Record, RunOver
 from lazarus.control.ports import Journal
-from lazarus.control.replay import initial_state
-from lazarus.control.state import ControlConfig
-from lazarus.runtime.controller import open_controller
-from lazarus.runtime.controller_end import UnrecordedError, unrecorded_end
-from lazarus.runtime.journal import Journal as Storage
-from lazarus.runtime.link import Link
+from lazarus.control.restart.replay import initial_state
+from lazarus.runtime.controller.controller_end import UnrecordedError, unrecorded_end
+from lazarus.runtime.controller.journal import Journal as Storage
+from lazarus.runtime.controller.shell import open_controller
 from lazarus.runtime.rpc.credentials import Credentials
+from lazarus.runtime.rpc.link import Link
 from lazarus.runtime.spec import ControllerSpec
 
 

@@ -10,7 +10,9 @@ import pytest
 HEAVY = ("torch", "scipy", "ray", "plotly", "pulp", "cloudpickle")
 
 
-@pytest.mark.parametrize("module", ["lazarus.runtime.controller", "lazarus.runtime.ray_actors"])
+@pytest.mark.parametrize(
+    "module", ["lazarus.runtime.controller.shell", "lazarus.runtime.launch.ray_actors"]
+)
 def test_the_controllers_process_imports_no_torch_and_no_scipy(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run(

@@ -12,9 +12,9 @@ import torch
 from lazarus import LossSum
 from lazarus.control.vector import StepSums
 from lazarus.errors import UserMistakeError
-from lazarus.runtime.finite import MOST_IN_A_ROW, FiniteWatch, check_total
-from lazarus.runtime.rates import Rates
-from lazarus.runtime.step import checked_loss
+from lazarus.runtime.state.rates import Rates
+from lazarus.runtime.training.finite import MOST_IN_A_ROW, FiniteWatch, check_total
+from lazarus.runtime.training.step import checked_loss
 
 
 def sums(step: int, *, loss: float = 1.0, count: float = 8.0, square: float = 1.0) -> StepSums:

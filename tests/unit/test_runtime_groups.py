@@ -14,8 +14,8 @@ import pytest
 from group_ranks import RankProcess
 from store_door import StoreDoor
 
-from lazarus.runtime import groups
-from lazarus.runtime.rendezvous import RendezvousStore, listen
+from lazarus.runtime.comm import groups
+from lazarus.runtime.controller.rendezvous import RendezvousStore, listen
 
 SIZE = 3
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lazarus import journals
 from lazarus.errors import JournalError, LazarusError
-from lazarus.journals import entries_after, newest_state, read_journal
-from lazarus.runtime.journal import FOLD_ENTRIES, Journal, JournalConflictError
+from lazarus.record import journal_reader
+from lazarus.record.journal_reader import entries_after, newest_state, read_journal
+from lazarus.runtime.controller.journal import FOLD_ENTRIES, Journal, JournalConflictError
 
 
 def test_entries_come_back_in_order(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_a_restart_reads_the_newest_state_and_what_came_after_it(tmp_path: Path)
 
 def test_however_long_a_journal_is_its_folder_stays_small(tmp_path: Path) -> None:
     fill(tmp_path, 1000)
-    entries = journals.numbers_in(tmp_path)
+    entries = journal_reader.numbers_in(tmp_path)
     assert entries == list(range(991, 1001))
-    assert journals.states_in(tmp_path) == [990, 1000]
+    assert journal_reader.states_in(tmp_path) == [990, 1000]
     assert steps(tmp_path) == list(range(1, 1001))
     archived = read_journal(tmp_path)[0]["commits"][0]
     assert archived == {"generation": 1, "step": 1}, "vectors are not archived"
@@ -137,25 +137,25 @@ def test_a_death_between_archiving_and_tidying_up_loses_and_doubles_nothing(
     later.append({"kind": "claim", "step": 31})
     later.fold(state(31))
     assert steps(tmp_path) == list(range(1, 32))
-    assert journals.states_in(tmp_path) == [30, 31]
+    assert journal_reader.states_in(tmp_path) == [30, 31]
 
 
 def test_half_a_line_at_the_end_of_the_archive_is_written_anew(tmp_path: Path) -> None:
     """A controller that died while it archived: the entries are still where they were."""
     journal = fill(tmp_path, 20)
     with (tmp_path / "archive.jsonl").open("ab") as out:
-        out.write(journals.sealed(11, "entry", {"kind": "claim", "step": 11})[:-9])
+        out.write(journal_reader.sealed(11, "entry", {"kind": "claim", "step": 11})[:-9])
     assert steps(tmp_path) == list(range(1, 21))
     journal = Journal(tmp_path)
     journal.append({"kind": "claim", "step": 21})
     journal.fold(state(21))
-    assert journals.numbers_in(tmp_path) == [21]
+    assert journal_reader.numbers_in(tmp_path) == [21]
     assert steps(tmp_path) == list(range(1, 22))
 
 
 def test_who_reads_while_entries_are_archived_sees_them_all(tmp_path: Path) -> None:
     journal = fill(tmp_path, 29)
-    read = journals.read_bytes
+    read = journal_reader.read_bytes
     folded: list[int] = []
 
     def folds_meanwhile(path: Path, *, most: int) -> bytes:
@@ -166,7 +166,7 @@ def test_who_reads_while_entries_are_archived_sees_them_all(tmp_path: Path) -> N
         return read(path, most=most)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journals, "read_bytes", folds_meanwhile)
+        patch.setattr(journal_reader, "read_bytes", folds_meanwhile)
         entries = read_journal(tmp_path)
     assert folded
     assert [entry["step"] for entry in entries] == list(range(1, 31))
@@ -197,10 +197,10 @@ def test_where_the_newest_state_is_damaged_the_one_before_it_and_a_longer_tail_d
 ) -> None:
     """D11: damage to the newest state costs a restart nothing but time."""
     fill(tmp_path, 35)
-    flipped(journals.state_path(tmp_path, 30), 400)
+    flipped(journal_reader.state_path(tmp_path, 30), 400)
     assert newest_state(tmp_path) == (20, {"step": 20})
     assert [n for n, _ in entries_after(tmp_path, 20)] == list(range(21, 36))
-    flipped(journals.state_path(tmp_path, 20), 400)
+    flipped(journal_reader.state_path(tmp_path, 20), 400)
     with pytest.raises(JournalError, match="state/0000000[23]0.json: is damaged"):
         newest_state(tmp_path)
 

@@ -8,7 +8,7 @@ import pytest
 
 from lazarus.control.messages import Report, Vector
 from lazarus.errors import FencedError
-from lazarus.runtime.ledger import StepLedger
+from lazarus.runtime.fence.ledger import StepLedger
 
 
 def vector(step: int, generation: int = 1) -> Vector:

@@ -12,12 +12,12 @@ import grpc
 import pytest
 
 from lazarus.control.messages import Body, FromWorker, Hello, ToWorker, Welcome
-from lazarus.runtime import link as linking
-from lazarus.runtime.link import Link
-from lazarus.runtime.rendezvous import RendezvousStore
+from lazarus.runtime.controller.rendezvous import RendezvousStore
 from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc import link as linking
 from lazarus.runtime.rpc.channel import add_control, bind, make_server
 from lazarus.runtime.rpc.credentials import Credentials
+from lazarus.runtime.rpc.link import Link
 
 Heard = queue.SimpleQueue[tuple[int, Body]]
 

@@ -16,9 +16,9 @@ from dispatcher.exchange import Exchange
 from dispatcher.loopback import LoopbackWorld
 from lazarus.control.messages import Move, Prepare
 from lazarus.errors import TransferError
-from lazarus.runtime import transfer
-from lazarus.runtime.images import DenseImage
-from lazarus.runtime.transfer import Feed, dense_pieces, expert_pieces, rounds_of
+from lazarus.runtime.healing import transfer
+from lazarus.runtime.healing.transfer import TransferRun, dense_pieces, expert_pieces, rounds_of
+from lazarus.runtime.state.flat_bytes import DenseImage
 
 RECORD = 40
 
@@ -51,9 +51,9 @@ def image(seed: int) -> DenseImage:
 
 def feed_all(
     orders: Sequence[Prepare], exchanges: Sequence[Any], images: Sequence[DenseImage]
-) -> list[Feed]:
+) -> list[TransferRun]:
     feeds = [
-        Feed(prepare, exchange, read_record=record, dense=dense, record_bytes=RECORD)
+        TransferRun(prepare, exchange, read_record=record, dense=dense, record_bytes=RECORD)
         for prepare, exchange, dense in zip(orders, exchanges, images, strict=True)
     ]
     with ThreadPoolExecutor(len(feeds)) as pool:

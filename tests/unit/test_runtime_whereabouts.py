@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lazarus.runtime.whereabouts import Note, Whereabouts, read_crash, read_note
+from lazarus.runtime.fence.whereabouts import Note, Whereabouts, read_crash, read_note
 
 DIES = """
 import ctypes, sys
 from pathlib import Path
-from lazarus.runtime.process import crashes_noted
-from lazarus.runtime.whereabouts import Whereabouts
+from lazarus.runtime.worker.setup import crashes_noted
+from lazarus.runtime.fence.whereabouts import Whereabouts
 folder = Path(sys.argv[1])
 where = Whereabouts.in_folder(folder, 0)
 where.generation, where.rank, where.step = 3, 1, 7

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from lazarus.cli import main
-from lazarus.simulate.calibrate import line
-from lazarus.simulate.costs import PROFILES
-from lazarus.simulate.faults import Poisson, Scripted, node_hours
-from lazarus.simulate.findings import cost_of, findings, table
-from lazarus.simulate.loads import uniform_load
-from lazarus.simulate.policies import simulate
+from lazarus.record.loads import uniform_load
+from lazarus.simulate.inputs.costs import PROFILES
+from lazarus.simulate.inputs.faults import Poisson, Scripted, node_hours
+from lazarus.simulate.inputs.shapes import SHAPES
+from lazarus.simulate.inputs.traces import FleetEvent
 from lazarus.simulate.rows import Row, Setting
-from lazarus.simulate.shapes import SHAPES
-from lazarus.simulate.traces import FleetEvent
+from lazarus.simulate.studies.calibrate import line
+from lazarus.simulate.studies.findings import cost_of, findings, table
+from lazarus.simulate.systems.policies import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from lazarus.errors import ConfigError
-from lazarus.simulate.costs import PROFILES
-from lazarus.simulate.faults import FromTrace, Periodic, Poisson, Scripted
-from lazarus.simulate.fleet import VirtualRun
-from lazarus.simulate.loads import uniform_load, zipf_load
-from lazarus.simulate.policies import policy_named, run_one, simulate, with_recovery
+from lazarus.record.loads import uniform_load, zipf_load
+from lazarus.simulate.fleet.fleet import VirtualRun
+from lazarus.simulate.inputs.costs import PROFILES
+from lazarus.simulate.inputs.faults import FromTrace, Periodic, Poisson, Scripted
+from lazarus.simulate.inputs.shapes import SHAPES
+from lazarus.simulate.inputs.traces import FleetEvent, parse_trace
 from lazarus.simulate.rows import FleetPolicy, Row, Setting
-from lazarus.simulate.shapes import SHAPES
-from lazarus.simulate.traces import FleetEvent, parse_trace
+from lazarus.simulate.systems.policies import policy_named, run_one, simulate, with_recovery
 from placement import PlacementRequest, Plan, replan
 
 POLICIES = ("lazarus", "no-adaptive", "spread", "eplb-like", "pec", "ds", "ds-ft", "peer-memory")

@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 
 from lazarus.cli import main
 from lazarus.errors import ConfigError
-from lazarus.result import leave_artifacts
-from lazarus.simulate.costs import PROFILES, grouped_step, read_profile, replicated_step
-from lazarus.simulate.loads import (
+from lazarus.record.loads import (
     counts_of_commits,
     counts_of_run,
     fitted,
@@ -27,9 +25,11 @@ from lazarus.simulate.loads import (
     uniform_load,
     zipf_load,
 )
-from lazarus.simulate.policies import PAPER_COSTS
-from lazarus.simulate.shapes import SHAPES
-from lazarus.simulate.traces import parse_trace, read_trace, segment
+from lazarus.run.result import leave_artifacts
+from lazarus.simulate.inputs.costs import PROFILES, grouped_step, read_profile, replicated_step
+from lazarus.simulate.inputs.shapes import SHAPES
+from lazarus.simulate.inputs.traces import parse_trace, read_trace, segment
+from lazarus.simulate.systems.policies import PAPER_COSTS
 from placement import PlacementRequest, plan
 
 SPOT = Path(__file__).resolve().parents[3] / "shared" / "data" / "spot-traces"

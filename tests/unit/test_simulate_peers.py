@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from lazarus.simulate.costs import PROFILES
-from lazarus.simulate.faults import Scripted
-from lazarus.simulate.loads import uniform_load
-from lazarus.simulate.peers import PeerPolicy, PeerRun
+from lazarus.record.loads import uniform_load
+from lazarus.simulate.inputs.costs import PROFILES
+from lazarus.simulate.inputs.faults import Scripted
+from lazarus.simulate.inputs.shapes import SHAPES
+from lazarus.simulate.inputs.traces import FleetEvent
 from lazarus.simulate.rows import Row, Setting
-from lazarus.simulate.shapes import SHAPES
-from lazarus.simulate.traces import FleetEvent
+from lazarus.simulate.systems.peers import PeerPolicy, PeerRun
 
 Moment = tuple[float, str, tuple[str, ...]]
 

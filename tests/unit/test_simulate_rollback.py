@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lazarus.simulate.costs import PROFILES
-from lazarus.simulate.faults import Scripted
-from lazarus.simulate.fleet import VirtualRun
-from lazarus.simulate.loads import LoadTrace, uniform_load
-from lazarus.simulate.policies import run_one, with_recovery
+from lazarus.record.loads import LoadTrace, uniform_load
+from lazarus.simulate.fleet.fleet import VirtualRun
+from lazarus.simulate.fleet.training import Training
+from lazarus.simulate.inputs.costs import PROFILES
+from lazarus.simulate.inputs.faults import Scripted
+from lazarus.simulate.inputs.shapes import SHAPES
+from lazarus.simulate.inputs.traces import FleetEvent
 from lazarus.simulate.rows import FleetPolicy, Setting
-from lazarus.simulate.shapes import SHAPES
-from lazarus.simulate.traces import FleetEvent
-from lazarus.simulate.training import Training
+from lazarus.simulate.systems.policies import run_one, with_recovery
 
 BARE = FleetPolicy(name="bare", min_replicas=1, slots_per_node=3)
 

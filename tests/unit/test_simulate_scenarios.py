@@ -11,12 +11,12 @@ import pytest
 
 from lazarus.cli import main
 from lazarus.errors import ConfigError
-from lazarus.simulate.calibrate import as_setting, calibrated, measured
-from lazarus.simulate.faults import FromTrace, Periodic, Poisson, Scripted
-from lazarus.simulate.policies import run_one, simulate
-from lazarus.simulate.progress import Progress
+from lazarus.simulate.inputs.faults import FromTrace, Periodic, Poisson, Scripted
+from lazarus.simulate.inputs.traces import parse_trace
 from lazarus.simulate.rows import FleetPolicy
-from lazarus.simulate.scenarios import (
+from lazarus.simulate.studies.calibrate import as_setting, calibrated, measured
+from lazarus.simulate.studies.progress import Progress
+from lazarus.simulate.studies.scenarios import (
     SCENARIOS,
     Claim,
     Files,
@@ -24,8 +24,8 @@ from lazarus.simulate.scenarios import (
     check_claims,
     scenario_named,
 )
-from lazarus.simulate.tables import TABLES
-from lazarus.simulate.traces import parse_trace
+from lazarus.simulate.studies.tables import TABLES
+from lazarus.simulate.systems.policies import run_one, simulate
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 STEP_S, BACK_S = 0.2, 0.5

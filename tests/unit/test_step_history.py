@@ -6,8 +6,8 @@ import math
 import sys
 from random import Random
 
-from lazarus.metrics import committed_steps
-from lazarus.step_history import StepHistory
+from lazarus.record.metrics import committed_steps
+from lazarus.record.step_history import StepHistory
 
 
 def test_steps_done_again_count_as_they_were_done_last() -> None:

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.exactly_once import ids_of_step, ledger_event, num_samples_in
+from lazarus.control.cluster.state import Control, ControlConfig, Node, Phase, Worker
+from lazarus.control.commit.exactly_once import ids_of_step, ledger_event, num_samples_in
+from lazarus.control.commit.measures import measures_of, with_measures
 from lazarus.control.machine import decide
-from lazarus.control.measures import measures_of, with_measures
-from lazarus.control.messages import Evaluated, Odd, Vector
+from lazarus.control.messages import Evaluated, ReplicaMismatch, Vector
 from lazarus.control.ports import Journal, Publish, WorkerSaid
-from lazarus.control.state import Control, ControlConfig, Node, Phase, Worker
 from lazarus.control.vector import VectorLayout, contribution, decode, sample_hash
 from lazarus.errors import BrokenInvariantError
-from lazarus.runtime.compare import differences
-from lazarus.runtime.context import MAX_NAMES, Measures
+from lazarus.runtime.state.compare import differences
+from lazarus.runtime.training.context import MAX_NAMES, Measures
 
 LAYOUT = VectorLayout(world_size=2, num_layers=1, num_experts=3)
 NAMES = st.lists(
@@ -169,7 +169,7 @@ def test_the_odd_copy_is_named_by_majority() -> None:
 
 def test_a_mismatch_is_an_event_with_layer_and_expert() -> None:
     what = differences(np.array([[5, 7], [5, 8]]), num_experts=1)[0].to_json(step=3, nodes=(4, 6))
-    said = WorkerSaid(worker="a", body=Odd(generation=1, step=3, what=what), at_s=1.0)
+    said = WorkerSaid(worker="a", body=ReplicaMismatch(generation=1, step=3, what=what), at_s=1.0)
     _, commands = decide(running(), said)
     (event,) = [c for c in commands if isinstance(c, Publish)]
     assert event.event == "replica_mismatch"

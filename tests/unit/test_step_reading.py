@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset
 from dispatcher import Exchange, run_ranks
 from lazarus.data.sampler import step_sample_ids
 from lazarus.errors import DataError
-from lazarus.runtime.positions import decoded_positions, encoded_positions
-from lazarus.runtime.reading import POSITIONS_EVERY, Reading, open_reading
-from lazarus.runtime.sources import Seating
+from lazarus.runtime.input.positions import decoded_positions, encoded_positions
+from lazarus.runtime.input.reader import POSITIONS_EVERY, Reading, open_reading
+from lazarus.runtime.input.sources import RankPlace
 
 SEED, BATCH = 3, 10
 
@@ -92,7 +92,7 @@ def reading_of(data: Any, *, prefetch_steps: int = 0, num_shards: int = 4) -> Re
 
 
 def seated(reading: Reading, *, rank: int = 0, size: int = 1, committed: int = 0) -> Reading:
-    reading.seat(Seating(rank=rank, size=size, committed=committed))
+    reading.seat(RankPlace(rank=rank, size=size, committed=committed))
     return reading
 
 

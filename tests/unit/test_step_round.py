@@ -15,22 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dispatcher import Exchange, RanksPartedError, run_ranks
-from lazarus.control.measures import measures_of
+from lazarus.control.commit.measures import measures_of
 from lazarus.data.sampler import share, split_rounds
 from lazarus.errors import DataError
 from lazarus.model import gpt
 from lazarus.model.loss import LossSum
 from lazarus.model.moe import MoELayer
-from lazarus.runtime import builtin
-from lazarus.runtime.checksums import text_checksum
-from lazarus.runtime.compare import compare
-from lazarus.runtime.evaluating import Evaluator
-from lazarus.runtime.guard import GuardedExchange
-from lazarus.runtime.hooks import Hooks
-from lazarus.runtime.ledger import StepLedger
-from lazarus.runtime.randomness import fingerprint, reseed, undisturbed
-from lazarus.runtime.replica import Replica
-from lazarus.runtime.step import Step, autocast, checked_loss, move_to
+from lazarus.runtime.comm.guarded_exchange import GuardedExchange
+from lazarus.runtime.fence.ledger import StepLedger
+from lazarus.runtime.input.randomness import fingerprint, reseed, undisturbed
+from lazarus.runtime.state.checksums import text_checksum
+from lazarus.runtime.state.compare import compare
+from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training import defaults
+from lazarus.runtime.training.evaluation import Evaluator
+from lazarus.runtime.training.hooks import Hooks
+from lazarus.runtime.training.step import Step, autocast, checked_loss, move_to
 
 INTEGRATION = Path(__file__).resolve().parents[1] / "integration"
 ranks = SimpleNamespace(**runpy.run_path(str(INTEGRATION / "reference_rank.py")))
@@ -397,8 +397,8 @@ def evaluator_of(replica: Replica, step: Step, **options: Any) -> Evaluator:
         batching=step._batching,
         every=chosen["every"],
         batches=chosen["batches"],
-        collate=builtin.collate,
-        loss=builtin.loss,
+        collate=defaults.collate,
+        loss=defaults.loss,
         observer=step._observer,
         measures=step._measures,
     )

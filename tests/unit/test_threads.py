@@ -10,25 +10,25 @@ from typing import Any
 
 import pytest
 
-from lazarus import ownership
-from lazarus.callbacks_bus import CallbackBus
+from lazarus.basics.threads import say_so, spawn
+from lazarus.callbacks.bus import CallbackBus
+from lazarus.callbacks.prometheus import RayMetrics
+from lazarus.control.cluster.state import ControlConfig
 from lazarus.control.messages import FromWorker
 from lazarus.control.ports import ManifestDone, WriteManifest
-from lazarus.control.state import ControlConfig
 from lazarus.faults import parse_chaos
-from lazarus.prometheus import RayMetrics
-from lazarus.runtime import controller as controlling
-from lazarus.runtime import manifests
-from lazarus.runtime.chaos import Chaos
-from lazarus.runtime.controller import open_controller
-from lazarus.runtime.groups import Group
-from lazarus.runtime.launch import ProcessLauncher
-from lazarus.runtime.link import Link
-from lazarus.runtime.manifests import ManifestWriter
-from lazarus.runtime.ray_actors import ControllerActor
+from lazarus.record import ownership
+from lazarus.runtime.comm.groups import Group
+from lazarus.runtime.controller import manifests
+from lazarus.runtime.controller import shell as controlling
+from lazarus.runtime.controller.manifests import ManifestWriter
+from lazarus.runtime.controller.shell import open_controller
+from lazarus.runtime.driver.chaos import Chaos
+from lazarus.runtime.launch.launcher import ProcessLauncher
+from lazarus.runtime.launch.ray_actors import ControllerActor
 from lazarus.runtime.rpc.credentials import Credentials
+from lazarus.runtime.rpc.link import Link
 from lazarus.runtime.spec import ControllerSpec
-from lazarus.runtime.threads import say_so, spawn
 
 News = queue.SimpleQueue[tuple[str, BaseException]]
 
@@ -224,7 +224,7 @@ def test_whoever_waits_for_a_thread_that_builds_a_group_gets_its_error(how: type
 
 def test_a_ray_launcher_that_sees_nothing_any_more_says_so() -> None:
     pytest.importorskip("ray")
-    from lazarus.runtime.ray_launch import RayLauncher
+    from lazarus.runtime.launch.ray_launcher import RayLauncher
 
     news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
     launcher: Any = object.__new__(RayLauncher)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lazarus.format import plural
-from lazarus.tracebacks import (
+from lazarus.basics.format import plural
+from lazarus.basics.tracebacks import (
     FULL_LIMIT,
     LINE_LIMIT,
     chain,
@@ -46,8 +46,8 @@ def the_users_loss() -> None:
 def test_the_place_is_the_users_innermost_line_and_library_frames_are_left_out() -> None:
     said = describe(raised(the_users_loss))
     assert said.place.endswith(f"{HERE}:{line_of('raises inside the library')} in the_users_loss")
-    assert "lazarus/format.py" in said.full
-    assert "lazarus/format.py" not in said.shown
+    assert "lazarus/basics/format.py" in said.full
+    assert "lazarus/basics/format.py" not in said.shown
     last = said.shown.splitlines()[-5:]
     assert any(
         HERE in line and f"line {line_of('raises inside the library')}" in line for line in last

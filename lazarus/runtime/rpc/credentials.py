@@ -8,9 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazarus.careful import read_bytes
+from lazarus.basics.careful import read_bytes
+from lazarus.config.sections import SecurityConfig
 from lazarus.errors import ConfigError, Problem
-from lazarus.sections import SecurityConfig
 
 _LEAST_SECRET = 16  # letters; a random one has 64
 _MOST_BYTES = 1 << 20  # of a secret, a key or certificates

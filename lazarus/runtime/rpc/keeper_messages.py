@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from lazarus.checkpoint.store import RecordKey, Tag
+from lazarus.checkpoint.files.store import RecordKey, Tag
 from lazarus.runtime.rpc import codec
 
 CHUNK_BYTES = 1 << 20

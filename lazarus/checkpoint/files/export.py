@@ -1,0 +1,110 @@
+"""A checkpoint's model as one plain safetensors file that needs no Lazarus to be read. EFFECTS.
+
+Two layouts. ``model``: the names of ``model.state_dict()``, experts of a layer stacked into
+``{path}.experts.weight`` [E, P], so that ``load_state_dict`` takes it as it is. ``experts``: one
+tensor per expert and field, ``{path}.experts.{id}.{field}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dispatcher.layer.layout import ROW_MULTIPLE
+from lazarus.checkpoint.files.reader import LazyState, open_state_dict
+from lazarus.checkpoint.files.storage import open_storage, write_file
+from lazarus.checkpoint.files.tensors import bytes_of
+from lazarus.checkpoint.format.image import TensorSpec, layout_image
+from lazarus.checkpoint.format.manifest import WEIGHTS, LayerEntry, Manifest
+
+LAYOUTS = ("model", "experts")
+
+_MODEL = "model."
+
+
+class StackedState(Mapping[str, Tensor]):
+    """A lazy state with the experts of each layer stacked, as ``model.state_dict()`` has them."""
+
+    def __init__(self, state: LazyState) -> None:
+        self._state = state
+        self._layers = {f"{layer.path}.experts.weight": layer for layer in state.manifest.layers}
+        inside = {
+            name
+            for layer in state.manifest.layers
+            for expert in range(layer.num_experts)
+            for name, _ in _fields(layer, expert)
+        }
+        self._names = sorted([*(name for name in state if name not in inside), *self._layers])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._layers:
+            return self._state[name]
+        layer, spec = self._layers[name], self.spec(name)
+        first, _ = _fields(layer, 0)[0]
+        stacked = torch.zeros(spec.shape, dtype=self._state[first].dtype)
+        for expert in range(layer.num_experts):
+            fields = [self._state[field].reshape(-1) for field, _ in _fields(layer, expert)]
+            row = torch.cat(fields)
+            stacked[expert, : row.numel()] = row
+        return stacked
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, without reading it."""
+        if name not in self._layers:
+            return self._state.spec(name)
+        layer = self._layers[name]
+        fields = _fields(layer, 0)
+        count = sum(math.prod(spec.shape) for _, spec in fields)
+        padded = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+        return TensorSpec(name=name, dtype=fields[0][1].dtype, shape=(layer.num_experts, padded))
+
+
+def _fields(layer: LayerEntry, expert: int) -> list[tuple[str, TensorSpec]]:
+    """Names of an expert's weights, in record order, each with dtype and shape."""
+    return [
+        (spec.name.removeprefix(_MODEL).replace("{e}", str(expert)), spec)
+        for spec in layer.tensors[WEIGHTS]
+    ]
+
+
+def export(
+    url: str, target: str, *, step: int | None = None, layout: str = "model"
+) -> tuple[Manifest, int]:
+    """Write the model as one plain safetensors file.
+
+    Args:
+        url: Root of the checkpoints.
+        target: File or fsspec URL to write; appears whole or not at all.
+        step: Which checkpoint; the newest usable one by default.
+        layout: ``model`` or ``experts``.
+
+    Returns:
+        The manifest that was exported, and the bytes written.
+
+    Raises:
+        CheckpointError: There is none, or a file of it is damaged.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
+    plain = open_state_dict(url, step=step)
+    state = StackedState(plain) if layout == "model" else plain
+    image = layout_image([state.spec(name) for name in state], metadata={"format": "pt"})
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield image.header
+        for spec in image.specs:
+            yield bytes_of(state[spec.name])
+
+    folder, slash, name = target.rpartition("/")
+    storage = open_storage(folder or slash or ".")
+    num_bytes, _ = write_file(storage, name, chunks(), kind="export")
+    return plain.manifest, num_bytes

@@ -1,0 +1,286 @@
+"""Read a checkpoint: for a resume, for a restore, as a lazy state dict. EFFECTS.
+
+Every file is compared with its checksum before a tensor of it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lazarus.checkpoint.errors import (
+    DamagedError,
+    IncompleteCheckpointError,
+    NoCheckpointError,
+    StorageError,
+)
+from lazarus.checkpoint.files.storage import Storage, open_storage, read_file
+from lazarus.checkpoint.files.store import find_checkpoints, load_manifest
+from lazarus.checkpoint.files.tensors import tensors_of
+from lazarus.checkpoint.files.verify import newest_usable
+from lazarus.checkpoint.format.image import TensorSpec
+from lazarus.checkpoint.format.manifest import (
+    ExpertVersion,
+    LayerEntry,
+    Manifest,
+    TensorEntry,
+    expert_name,
+)
+
+ReadFile = Callable[[Storage, str], bytes]
+_MODEL = "model."
+_CACHED_FILES = 4
+
+
+class CheckpointReader:
+    """Reads the tensors of one checkpoint. Keeps a few files in memory, no more.
+
+    ``read`` gets a file's bytes; whoever can wait passes one that asks storage again.
+    """
+
+    def __init__(self, url: str, manifest: Manifest, *, read: ReadFile = read_file) -> None:
+        self.manifest = manifest
+        self._read = read
+        self._storage: Storage = open_storage(url)
+        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def file(self, path: str) -> dict[str, Tensor]:
+        """All tensors of one file, checked.
+
+        Raises:
+            DamagedError: The file is missing or is not what the manifest says.
+        """
+        if path in self._cache:
+            self._cache.move_to_end(path)
+            return self._cache[path]
+        entry = self.manifest.files[path]
+        try:
+            data = self._read(self._storage, path)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{path} is missing") from error
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise DamagedError(f"{path} sha256 differs (flipped or truncated)")
+        self._cache[path] = tensors_of(data, where=path)
+        while len(self._cache) > _CACHED_FILES:
+            self._cache.popitem(last=False)
+        return self._cache[path]
+
+    def tensor(self, name: str) -> Tensor:
+        """One dense tensor by its global name."""
+        return self.file(self.manifest.dense[name].file)[name]
+
+    def dense(self) -> dict[str, Tensor]:
+        """The whole dense state by global name."""
+        names = sorted(self.manifest.dense, key=lambda n: self.manifest.dense[n].file)
+        return {name: self.tensor(name) for name in names}
+
+    def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """One expert's tensors, weights and optimizer state, by global name.
+
+        Raises:
+            DamagedError: A file of it is damaged, or lacks a tensor.
+        """
+        found: dict[str, Tensor] = {}
+        for part in self.manifest.layers[layer].parts():
+            version = self.manifest.experts[layer][expert][part]
+            tensors = self.file(version.file)
+            for spec in self.manifest.layers[layer].tensors[part]:
+                name = spec.name.replace("{e}", str(expert))
+                if name not in tensors:
+                    raise DamagedError(f"{version.file} lacks {name}")
+                found[name] = tensors[name]
+        return found
+
+    def require(self, *, dense: Sequence[TensorSpec], layers: Sequence[LayerEntry]) -> None:
+        """Refuse a checkpoint that does not fit a model, before anything is loaded.
+
+        Raises:
+            IncompleteCheckpointError: It lacks tensors or experts; the message names them.
+        """
+        where = f"checkpoint of step {self.manifest.step}"
+        gaps = list(self.manifest.missing())
+        if len(layers) != len(self.manifest.layers):
+            gaps.append(f"{len(layers)} MoE layers (it has {len(self.manifest.layers)})")
+        for index, (want, have) in enumerate(zip(layers, self.manifest.layers, strict=False)):
+            gaps += [expert_name(index, e) for e in range(have.num_experts, want.num_experts)]
+            for part, specs in want.tensors.items():
+                present = {(s.name, s.dtype, s.shape) for s in have.tensors.get(part, ())}
+                gaps += [
+                    f"{s.name} {s.dtype}{list(s.shape)}"
+                    for s in specs
+                    if (s.name, s.dtype, s.shape) not in present
+                ]
+        gaps += _dense_gaps(dense, self.manifest.dense)
+        if gaps:
+            raise IncompleteCheckpointError(where=where, missing=tuple(gaps))
+
+
+def _dense_gaps(want: Sequence[TensorSpec], have: Mapping[str, TensorEntry]) -> list[str]:
+    gaps = []
+    for spec in want:
+        entry = have.get(spec.name)
+        if entry is None:
+            gaps.append(f"tensor {spec.name}")
+        elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            shape = list(spec.shape)
+            gaps.append(f"{spec.name} as {spec.dtype}{shape} (has {entry.dtype}{entry.shape})")
+    return gaps
+
+
+def expert_versions(
+    manifests: Sequence[Manifest], layer: int, expert: int
+) -> tuple[tuple[Manifest, Mapping[str, ExpertVersion]], ...]:
+    """All stored versions of an expert, newest first, each with a manifest that names it.
+
+    A restore tries them in this order and takes the first whose files are sound.
+    """
+    seen: set[tuple[str, ...]] = set()
+    versions = []
+    for manifest in sorted(manifests, key=lambda m: -m.step):
+        parts = manifest.layers[layer].parts()
+        version = manifest.experts[layer][expert]
+        files = tuple(version[p].file for p in parts if p in version)
+        if len(files) == len(parts) and files not in seen:
+            seen.add(files)
+            versions.append((manifest, version))
+    return tuple(versions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredExpert:
+    """An expert read from storage: its tensors, its version, and what was wrong with newer ones."""
+
+    tensors: Mapping[str, Tensor]
+    step: int
+    generation: int
+    routed: int
+    passed_over: tuple[str, ...]
+
+
+class StoredExperts:
+    """Reads experts from storage, each in its newest sound version that the lineage allows.
+
+    Manifests are read once, so that all experts of one restore come from one look at storage.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        lineage: Sequence[tuple[int, int]],
+        resume_step: int,
+        read: ReadFile = read_file,
+    ) -> None:
+        self._url, self._read = url, read
+        self._manifests = [
+            m for m in find_checkpoints(url).on_lineage(lineage) if m.step <= resume_step
+        ]
+        self._readers: dict[int, CheckpointReader] = {}
+
+    def read(self, layer: int, expert: int, *, upto: int | None = None) -> StoredExpert:
+        """The newest sound version of one expert, of step ``upto`` or before.
+
+        Raises:
+            StorageError: There may be one, but storage refuses.
+            NoCheckpointError: There is none; the message says what is wrong with each.
+        """
+        problems, refused = [], None
+        for manifest, version in expert_versions(self._manifests, layer, expert):
+            oldest = min(version.values(), key=lambda v: v.step)
+            if upto is not None and oldest.step > upto:
+                continue
+            try:
+                tensors = self._reader(manifest).expert(layer, expert)
+            except (DamagedError, StorageError) as error:
+                refused = refused or (error if isinstance(error, StorageError) else None)
+                problems.append(str(error))
+                continue
+            return StoredExpert(
+                tensors=tensors,
+                step=oldest.step,
+                generation=oldest.generation,
+                routed=oldest.routed,
+                passed_over=tuple(problems),
+            )
+        if refused is not None:
+            raise refused
+        what = "; ".join(problems) or "no checkpoint on this run's history has it"
+        raise NoCheckpointError(f"{expert_name(layer, expert)} cannot be read from storage: {what}")
+
+    def _reader(self, manifest: Manifest) -> CheckpointReader:
+        if manifest.step not in self._readers:
+            self._readers[manifest.step] = CheckpointReader(self._url, manifest, read=self._read)
+        return self._readers[manifest.step]
+
+
+def read_newest_expert(
+    url: str,
+    layer: int,
+    expert: int,
+    *,
+    lineage: Sequence[tuple[int, int]],
+    resume_step: int,
+) -> StoredExpert:
+    """The newest sound version of one expert on storage that the lineage allows.
+
+    Raises:
+        NoCheckpointError: There is none; the message says what is wrong with each.
+    """
+    return StoredExperts(url, lineage=lineage, resume_step=resume_step).read(layer, expert)
+
+
+class LazyState(Mapping[str, Tensor]):
+    """The model's parameters and buffers of one checkpoint, read when asked for.
+
+    Names are those of ``model.named_parameters()`` and buffers; an expert's tensors are
+    ``{layer path}.experts.{id}.{field}``.
+    """
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+        self.manifest = manifest = reader.manifest
+        names: dict[str, tuple[TensorSpec, str]] = {}
+        for name, entry in manifest.dense.items():
+            spec = TensorSpec(name=name, dtype=entry.dtype, shape=entry.shape)
+            names[name] = (spec, entry.file)
+        for layer, row in zip(manifest.layers, manifest.experts, strict=True):
+            for part in layer.parts():
+                for spec in layer.tensors[part]:
+                    for expert, versions in enumerate(row):
+                        full = spec.name.replace("{e}", str(expert))
+                        own = TensorSpec(name=full, dtype=spec.dtype, shape=spec.shape)
+                        names[full] = (own, versions[part].file)
+        self._entries = {
+            name.removeprefix(_MODEL): entry
+            for name, entry in sorted(names.items())
+            if name.startswith(_MODEL)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        spec, path = self._entries[name]
+        return self._reader.file(path)[spec.name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, without reading it."""
+        spec, _ = self._entries[name]
+        return TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)
+
+
+def open_state_dict(url: str, *, step: int | None = None) -> LazyState:
+    """The model of the newest usable checkpoint (or of one step), nothing read yet.
+
+    Raises:
+        NoCheckpointError: There is none.
+    """
+    manifest = newest_usable(url) if step is None else load_manifest(url, step)
+    return LazyState(CheckpointReader(url, manifest))

@@ -1,0 +1,148 @@
+"""Which checkpoint a run goes on from, where files of the newest are damaged. EFFECTS (reads)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lazarus.checkpoint.errors import NoCheckpointError
+from lazarus.checkpoint.files.storage import Storage, file_size, open_storage, redacted
+from lazarus.checkpoint.files.store import find_checkpoints
+from lazarus.checkpoint.files.verify import file_problem
+from lazarus.checkpoint.format.manifest import ExpertVersion, Manifest, expert_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OlderVersion:
+    """An expert whose own file in a checkpoint is no good, and the sound version used instead."""
+
+    layer: int
+    expert: int
+    step: int
+    behind_steps: int  # behind the version that the checkpoint names
+    problem: str
+
+    def __str__(self) -> str:
+        name = expert_name(self.layer, self.expert)
+        return f"{name} comes from step {self.step}: {self.problem}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumable:
+    """The newest checkpoint that all state can come from.
+
+    Attributes:
+        manifest: As it stands on storage.
+        older: Experts that come from an older version, because a file of it is no good.
+        passed_over: What is wrong with each newer checkpoint.
+    """
+
+    manifest: Manifest
+    older: tuple[OlderVersion, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+
+def newest_resumable(
+    url: str, *, lineage: Sequence[tuple[int, int]] | None = None, check: str = "sha256"
+) -> Resumable:
+    """The newest true checkpoint whose dense state is sound, with a sound version of each expert.
+
+    Partial checkpoints share files: one flipped bit in one of them must not take every checkpoint
+    away. An expert whose file is no good comes from its next older version, as it does after the
+    loss of its last replica; whoever resumes says so and counts the tokens that it costs.
+
+    Args:
+        url: Root of the checkpoints.
+        lineage: History known from a journal; None takes the one recorded in the manifests.
+        check: ``sha256`` reads every file that counts, ``sizes`` looks at sizes alone.
+
+    Raises:
+        NoCheckpointError: There is none; the message says what is wrong with each.
+    """
+    found = find_checkpoints(url)
+    files = _Files(open_storage(url), content=check == "sha256")
+    reasons = [str(error) for _, error in found.unreadable]
+    true = found.on_lineage(lineage)
+    for at in reversed(range(len(true))):
+        manifest = true[at]
+        problem = _dense_problem(files, manifest) or next(iter(manifest.missing()), "")
+        if not problem:
+            older, problem = _older_versions(files, manifest, true[:at])
+            if not problem:
+                return Resumable(manifest=manifest, older=older, passed_over=tuple(reasons))
+        reasons.append(f"checkpoint of step {manifest.step}: {problem}")
+    what = "; ".join(reasons[:4]) if reasons else "no checkpoint folder with a manifest"
+    raise NoCheckpointError(f"no usable checkpoint at {redacted(url)}: {what}")
+
+
+@dataclass
+class _Files:
+    """Files that were looked at, each once."""
+
+    storage: Storage
+    content: bool
+    seen: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def problem(self, manifest: Manifest, path: str) -> str:
+        """What is wrong with a file, or nothing."""
+        key = (path, manifest.files[path].sha256)
+        if key not in self.seen:
+            look = file_problem if self.content else _size_problem
+            wrong = look(self.storage, path, manifest)
+            self.seen[key] = f"{path} {wrong}" if wrong else ""
+        return self.seen[key]
+
+
+def _size_problem(storage: Storage, path: str, manifest: Manifest) -> str | None:
+    size, wanted = file_size(storage, path), manifest.files[path].num_bytes
+    if size is None:
+        return "is missing"
+    return None if size == wanted else f"has {size} bytes, not {wanted} (truncated)"
+
+
+def _dense_problem(files: _Files, manifest: Manifest) -> str:
+    paths = sorted({entry.file for entry in manifest.dense.values()})
+    return next((p for p in (files.problem(manifest, path) for path in paths) if p), "")
+
+
+def _older_versions(
+    files: _Files, manifest: Manifest, before: Sequence[Manifest]
+) -> tuple[tuple[OlderVersion, ...], str]:
+    """Experts that need an older version; or what is wrong where one has none that is sound."""
+    older = []
+    for layer, experts in enumerate(manifest.experts):
+        for expert, version in enumerate(experts):
+            problem = _version_problem(files, manifest, version)
+            if not problem:
+                continue
+            wanted = manifest.expert_step(layer, expert)
+            step = _newest_sound(files, before, layer, expert)
+            if step is None:
+                return (), problem
+            older.append(
+                OlderVersion(
+                    layer=layer,
+                    expert=expert,
+                    step=step,
+                    behind_steps=wanted - step,
+                    problem=problem,
+                )
+            )
+    return tuple(older), ""
+
+
+def _newest_sound(
+    files: _Files, manifests: Sequence[Manifest], layer: int, expert: int
+) -> int | None:
+    for one in reversed(manifests):
+        version = one.experts[layer][expert]
+        if version and not _version_problem(files, one, version):
+            return one.expert_step(layer, expert)
+    return None
+
+
+def _version_problem(
+    files: _Files, manifest: Manifest, version: Mapping[str, ExpertVersion]
+) -> str:
+    checks = (files.problem(manifest, part.file) for part in version.values())
+    return next((problem for problem in checks if problem), "")

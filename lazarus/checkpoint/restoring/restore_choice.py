@@ -1,0 +1,207 @@
+"""Where a lost expert comes back from. PURE.
+
+Every replica of an expert without a live copy is restored from ONE chosen copy: valid on the
+lineage, newest step first, then the nearest source. What the restore costs is known before it
+starts, so that the bill can be journaled with the decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from lazarus.checkpoint.format.lineage import Lineage, is_valid
+from lazarus.checkpoint.format.manifest import expert_name
+
+POLICIES = ("partial", "rollback", "fail")
+
+
+class Source(IntEnum):
+    """Where a copy lies, nearest first."""
+
+    LIVE = 0
+    OWN_NODE = 1
+    OTHER_NODE = 2
+    STORAGE = 3
+    INITIAL = 4
+
+    @property
+    def label(self) -> str:
+        """Name in records and messages."""
+        return ("live", "own_snapshot", "node_snapshot", "storage", "initial")[self]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """One complete copy of one expert, as an inventory or a manifest states it.
+
+    ``node`` holds it (-1: storage or initial state); ``routed`` is the expert's cumulative count
+    in it, ``checksum`` its digest where one is known.
+    """
+
+    layer: int
+    expert: int
+    generation: int
+    step: int
+    source: Source
+    node: int = -1
+    routed: int = 0
+    checksum: str = ""
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """An expert without a live replica: where it will live, its count, its known copies."""
+
+    layer: int
+    expert: int
+    targets: tuple[int, ...]
+    routed: int
+    copies: tuple[Copy, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoredExpert:
+    """The chosen copy of one lost expert, and the bill before double losses are taken off."""
+
+    copy: Copy
+    source: Source
+    behind_steps: int
+    lost_copies: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restore:
+    """Go on at the resume step; these experts come back from these copies.
+
+    ``refused`` says why the policy that was asked did not decide this; empty if it did.
+    """
+
+    experts: tuple[RestoredExpert, ...]
+    refused: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollback:
+    """Go back to a checkpoint on storage: all state, and the samples after it again."""
+
+    step: int
+    reason: str = ""
+    refused: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fail:
+    """Nothing that the policy allows; the run ends resumable. ``experts`` names the lost."""
+
+    reason: str
+    experts: tuple[tuple[int, int], ...]
+    refused: str = ""
+
+
+RecoveryDecision = Restore | Rollback | Fail
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredCheckpoint:
+    """A usable manifest, as far as a decision needs it."""
+
+    generation: int
+    step: int
+    is_full: bool
+
+
+def decide_recovery(
+    losses: Sequence[Loss],
+    *,
+    policy: str,
+    lineage: Lineage,
+    resume_step: int,
+    checkpoints: Sequence[StoredCheckpoint] = (),
+    start_step: int = 0,
+) -> RecoveryDecision:
+    """What happens to experts that have no live replica left.
+
+    Args:
+        losses: The lost experts; each with all copies that any inventory or manifest knows.
+        policy: ``partial`` restores each from its newest copy, ``rollback`` takes all state back
+            to the newest full checkpoint (newest at all, if none is full; the start of the run, if
+            there is none), ``fail`` gives up.
+        lineage: Pairs (generation, step) of every RESUME so far.
+        resume_step: The committed step that training goes on from.
+        checkpoints: Usable checkpoints on storage.
+        start_step: Step that the run started from; any node makes that state anew.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"on_lost_expert={policy!r} is none of {', '.join(POLICIES)}")
+    names = ", ".join(expert_name(x.layer, x.expert) for x in losses[:5])
+    keys = tuple((x.layer, x.expert) for x in losses)
+    if not losses:
+        return Restore(experts=())
+    if policy == "fail":
+        return Fail(reason=f"no live replica of {names}, and on_lost_expert=fail", experts=keys)
+    if policy == "rollback":
+        usable = [c for c in checkpoints if _is_usable(c, lineage, resume_step)]
+        return _rollback(names, usable, resume_step=resume_step, start_step=start_step)
+    chosen = [choose_copy(x, lineage=lineage, resume_step=resume_step) for x in losses]
+    if lost := [x for x, choice in zip(losses, chosen, strict=True) if choice is None]:
+        first = expert_name(lost[0].layer, lost[0].expert)
+        seen = len(lost[0].copies)
+        return Fail(
+            reason=f"{first} has no live replica and none of its {seen} known copies is valid "
+            f"at step {resume_step}; resume from a checkpoint",
+            experts=tuple((x.layer, x.expert) for x in lost),
+        )
+    return Restore(experts=tuple(choice for choice in chosen if choice is not None))
+
+
+def choose_copy(loss: Loss, *, lineage: Lineage, resume_step: int) -> RestoredExpert | None:
+    """The copy that a lost expert comes back from, or None if none is valid.
+
+    Newest step first; then the nearest source, the newer generation, the lower node.
+    """
+    valid = [
+        (copy, _nearness(copy, loss.targets))
+        for copy in loss.copies
+        if (copy.layer, copy.expert) == (loss.layer, loss.expert)
+        and is_valid(
+            generation=copy.generation, step=copy.step, lineage=lineage, resume_step=resume_step
+        )
+    ]
+    if not valid:
+        return None
+    best, source = min(valid, key=lambda c: (-c[0].step, c[1], -c[0].generation, c[0].node))
+    return RestoredExpert(
+        copy=best,
+        source=source,
+        behind_steps=resume_step - best.step,
+        lost_copies=max(0, loss.routed - best.routed),
+    )
+
+
+def _nearness(copy: Copy, targets: Sequence[int]) -> Source:
+    if copy.source in (Source.OWN_NODE, Source.OTHER_NODE):
+        return Source.OWN_NODE if copy.node in targets else Source.OTHER_NODE
+    return copy.source
+
+
+def _is_usable(checkpoint: StoredCheckpoint, lineage: Lineage, resume_step: int) -> bool:
+    return is_valid(
+        generation=checkpoint.generation,
+        step=checkpoint.step,
+        lineage=lineage,
+        resume_step=resume_step,
+    )
+
+
+def _rollback(
+    names: str, usable: Sequence[StoredCheckpoint], *, resume_step: int, start_step: int
+) -> Rollback:
+    best = max(usable, key=lambda c: (c.is_full, c.step), default=None)
+    step = start_step if best is None else best.step
+    return Rollback(
+        step=step,
+        reason=f"no live replica of {names}: back to step {step}, {resume_step - step} steps again",
+    )

@@ -1,0 +1,78 @@
+"""What may differ between a run and its continuation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lazarus.config import layers
+from lazarus.config.train_config import TrainConfig
+from lazarus.errors import ConfigError, Problem
+
+# What decides the mathematics stays: a run goes on as the run that it was.
+_FREE_SECTIONS = frozenset(
+    {
+        "cluster",
+        "recovery",
+        "metrics",
+        "checkpoint",
+        "security",
+        "eval",
+        "placement",
+        "dispatch",
+        "faults",
+    }
+)
+_FREE_KEYS = frozenset(
+    {
+        "preset",
+        "model.preset",
+        "data.prefetch_steps",
+        "train.steps",
+        "train.micro_batch_size",
+        "train.recompute",
+        "run.dir",
+        "run.name",
+        "run.digest_every",
+        "run.ledger",
+    }
+)
+
+
+def decisive(config: TrainConfig) -> dict[str, Any]:
+    """What decides the mathematics of a run: dotted key -> value as JSON has it.
+
+    Every checkpoint's manifest carries this as ``meta["config"]``, so that a checkpoint that is
+    found anywhere says which run may go on from it.
+    """
+    return {
+        dotted: layers.jsonable(layers.value_of(config, dotted))
+        for dotted in layers.keys_of(TrainConfig)
+        if dotted.split(".")[0] not in _FREE_SECTIONS and dotted not in _FREE_KEYS
+    }
+
+
+def resume_problems(
+    before: Mapping[str, Any], now: TrainConfig, *, allowed: Collection[str] = ()
+) -> list[Problem]:
+    """Every key that changed and must not, unless the user allows that key.
+
+    Args:
+        before: What was decisive when the run began; a key that is missing there is not compared.
+        now: The configuration of the continuation.
+        allowed: Keys that may differ.
+
+    Raises:
+        ConfigError: ``allowed`` names a key that does not exist.
+    """
+    known = layers.keys_of(TrainConfig)
+    if unknown := [name for name in allowed if name not in known]:
+        raise ConfigError(f"--allow-change {unknown[0]}: there is no such key")
+    problems = []
+    for dotted, new in decisive(now).items():
+        if dotted in allowed or dotted not in before or before[dotted] == new:
+            continue
+        change = f"{layers.toml_value(before[dotted])} -> {layers.toml_value(new)}"
+        text = f"{dotted} changed since the run began: {change}; --allow-change {dotted}"
+        problems.append(Problem(text, key=dotted))
+    return problems

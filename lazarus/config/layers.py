@@ -1,0 +1,436 @@
+"""Layered settings for frozen dataclasses of sections: types, ranges, origins, all errors at once.
+
+Knows nothing of Lazarus: a *root* is a dataclass whose fields are section dataclasses (and perhaps
+plain top-level keys), a *layer* maps dotted keys to values with the place where each was said.
+"""
+
+from __future__ import annotations
+
+import json
+import operator as op
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lazarus.basics.careful import read_text
+from lazarus.errors import ConfigError, Problem
+
+_NONE = "none"  # how an optional key is cleared, TOML having no null
+_MOST_BYTES = 16 << 20  # of a configuration
+_DEEPEST = 32
+_RANGE = (("ge", ">=", op.ge), ("gt", ">", op.gt), ("le", "<=", op.le), ("lt", "<", op.lt))
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value and where it was said: "configs/a.toml:14", "--nodes", "preset tiny"."""
+
+    value: Any
+    where: str
+
+
+Layer = Mapping[str, Given]  # dotted key -> what was given for it
+
+
+def setting(default: Any, doc: str, *, internal: bool = False, **bounds: float) -> Any:
+    """A dataclass field with its meaning and its range (``ge``, ``gt``, ``le``, ``lt``)."""
+    if not bounds.keys() <= {name for name, _, _ in _RANGE}:
+        raise TypeError(f"unknown bounds {sorted(bounds)}")
+    metadata = {"doc": doc, "internal": internal, "bounds": bounds}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Resolved annotations of a dataclass's fields."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def sections_of(root: type) -> dict[str, type]:
+    """Section name -> its dataclass."""
+    return {n: h for n, h in hints_of(root).items() if isinstance(h, type) and is_dataclass(h)}
+
+
+def keys_of(root: type) -> dict[str, tuple[Field[Any], Any]]:
+    """Every dotted key of the root -> its field and type; top-level keys have no dot."""
+    found: dict[str, tuple[Field[Any], Any]] = {}
+    sections = sections_of(root)
+    for top in fields(root):
+        if top.name in sections:
+            hints = hints_of(sections[top.name])
+            for f in fields(sections[top.name]):
+                found[f"{top.name}.{f.name}"] = (f, hints[f.name])
+        elif "doc" in top.metadata:
+            found[top.name] = (top, hints_of(root)[top.name])
+    return found
+
+
+def value_of(root: object, dotted: str) -> Any:
+    """The value of a dotted key."""
+    section, _, name = dotted.rpartition(".")
+    return getattr(getattr(root, section) if section else root, name)
+
+
+def default_of(spec: Field[Any]) -> Any:
+    """A field's default value."""
+    if spec.default_factory is not MISSING:
+        return spec.default_factory()
+    return spec.default
+
+
+def require(section: object, *extra: tuple[bool, str, str]) -> None:
+    """Check a section in its ``__post_init__``: types, ranges, then ``(holds, key, message)``.
+
+    Raises:
+        ConfigError: Every problem of the section at once.
+    """
+    cls: type = type(section)
+    hints = hints_of(cls)
+    name = getattr(cls, "SECTION", "")
+    problems = []
+    for spec in fields(cls):
+        dotted = f"{name}.{spec.name}" if name else spec.name
+        said = complaint(spec, hints[spec.name], getattr(section, spec.name), dotted)
+        if said:
+            problems.append(Problem(said, key=dotted))
+    if not problems:
+        problems = [Problem(text, key=f"{name}.{k}") for holds, k, text in extra if not holds]
+    if problems:
+        raise ConfigError(problems)
+
+
+def complaint(spec: Field[Any], hint: Any, value: Any, dotted: str) -> str | None:
+    """What is wrong with a value of a key, or None."""
+    if not _conforms(value, hint):
+        expected = type_text(hint)
+        close = _nearest(value, [a for a in _literals(hint) if isinstance(a, str)])
+        return f"{dotted} = {toml_value(value)} must be {expected}{close}"
+    if isinstance(value, str) and not _is_text(value):
+        return f"{dotted} = {value!a} holds a byte that is no text: NUL, or no UTF-8"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        for bound, sign, holds in _RANGE:
+            limit = spec.metadata.get("bounds", {}).get(bound)
+            if limit is not None and not holds(value, limit):
+                return f"{dotted} = {value} must be {sign} {limit}"
+    return None
+
+
+def _is_text(value: str) -> bool:
+    """Whether files can hold it and be named by it; bytes of the command line may be anything."""
+    try:
+        return b"\0" not in value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+
+
+def toml_of(text: str) -> dict[str, Any]:
+    """A TOML document.
+
+    Raises:
+        ValueError: It is none, or has numbers beyond 64 bits or tables in tables in tables ...
+    """
+    try:
+        content = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check_numbers(content)
+    return content
+
+
+def _check_numbers(value: Any, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise ValueError(f"nested more than {_DEEPEST} deep")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError(f"a number of {value.bit_length()} bits")
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in items:
+        _check_numbers(item, depth + 1)
+
+
+def read_toml(path: str | Path, root: type) -> tuple[dict[str, Given], list[Problem]]:
+    """A layer from a TOML file, with line numbers; and what cannot be read in it."""
+    place = Path(path)
+    try:
+        text = read_text(place, most=_MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return {}, [Problem(f"cannot read the configuration: {reason}", where=str(path))]
+    try:
+        content = toml_of(text)
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        where = f"{path}:{line[1] if line else len(text.splitlines())}"
+        return {}, [Problem(f"not valid TOML: {error}", where=where)]
+    except ValueError as error:
+        return {}, [Problem(f"not valid TOML: {error}", where=str(path))]
+    lines = _line_numbers(text)
+    return flatten(content, root, lambda dotted: f"{path}:{lines.get(dotted, 1)}")
+
+
+def flatten(
+    content: Mapping[str, Any], root: type, where: Callable[[str], str]
+) -> tuple[dict[str, Given], list[Problem]]:
+    """Nested mappings to a layer of dotted keys."""
+    layer: dict[str, Given] = {}
+    problems = []
+    sections = sections_of(root)
+    for name, value in content.items():
+        if name in sections and not isinstance(value, Mapping):
+            text = f"[{name}] is a section; {name} = {toml_value(value)} makes no sense"
+            problems.append(Problem(text, where=where(name)))
+        elif isinstance(value, Mapping) and (name in sections or name not in keys_of(root)):
+            if name not in sections:
+                close = _nearest(name, list(sections), show="[{}]")
+                problems.append(Problem(f"unknown section [{name}]{close}", where=where(name)))
+                continue
+            for inner, inner_value in value.items():
+                dotted = f"{name}.{inner}"
+                layer[dotted] = Given(inner_value, where(dotted))
+        else:
+            layer[name] = Given(value, where(name))
+    return layer, problems
+
+
+def read_override(text: str, origin: str) -> tuple[dict[str, Given], list[Problem]]:
+    """A layer of one from ``a.b=VALUE``; VALUE is TOML where it parses as such, else a string."""
+    dotted, equals, raw = (part.strip() for part in text.partition("="))
+    where = f"{origin} {text}".strip()
+    if not equals or not dotted or not raw:
+        message = 'must be section.key=value; section.key="none" clears an optional key'
+        return {}, [Problem(message, where=where)]
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    return {dotted: Given(value, where)}, []
+
+
+def assemble(
+    root: type, layers: Sequence[Layer]
+) -> tuple[dict[str, Any] | None, dict[str, str], list[Problem]]:
+    """Lay layers over the defaults, the last one wins.
+
+    Returns:
+        Keyword arguments for the root (None if a value is unusable), the origin of every key that
+        is not at its default, and all problems. Unknown keys alone leave the arguments usable.
+    """
+    known = keys_of(root)
+    problems: list[Problem] = []
+    chosen: dict[str, Given] = {}
+    for layer in layers:
+        for dotted, given in layer.items():
+            if dotted in known:
+                chosen[dotted] = replace(given, value=_normal(given.value, known[dotted][1]))
+            else:
+                problems.append(Problem(_unknown(dotted, root), where=given.where))
+    bad = [
+        Problem(said, where=given.where, key=dotted)
+        for dotted, given in chosen.items()
+        if (said := complaint(*known[dotted], given.value, dotted))
+    ]
+    origins = {dotted: given.where for dotted, given in chosen.items()}
+    spoiled = {p.key.split(".")[0] for p in bad}
+    sound = {k: given for k, given in chosen.items() if k.split(".")[0] not in spoiled}
+    arguments, unusable = _sections(root, sound, origins)
+    usable = not bad and not unusable
+    return (arguments if usable else None), origins, problems + bad + unusable
+
+
+def _sections(
+    root: type, chosen: Mapping[str, Given], origins: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    arguments: dict[str, Any] = {k: g.value for k, g in chosen.items() if "." not in k}
+    problems: list[Problem] = []
+    for name, cls in sections_of(root).items():
+        given = {k.split(".")[1]: g.value for k, g in chosen.items() if k.startswith(f"{name}.")}
+        try:
+            arguments[name] = cls(**given)
+        except ConfigError as error:
+            problems += located(error.problems, origins)
+    return arguments, problems
+
+
+def located(problems: Iterable[Problem], origins: Mapping[str, str]) -> list[Problem]:
+    """Problems that name a key get the place where that key was given."""
+    return [p if p.where else replace(p, where=origins.get(p.key, "")) for p in problems]
+
+
+def type_text(hint: Any) -> str:
+    """A type as the manual writes it."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return " | ".join(f'"{a}"' for a in get_args(hint))
+    if origin in (Union, UnionType):
+        return " | ".join(type_text(a) for a in get_args(hint))
+    if hint is NoneType:
+        return f'"{_NONE}"'
+    if origin is tuple:
+        inner = get_args(hint)
+        if inner[-1] is Ellipsis:
+            return f"list of {type_text(inner[0])}"
+        return f"list of {len(inner)} {type_text(inner[0])}"
+    if origin is not None:
+        return "table"
+    return str(hint.__name__)
+
+
+def toml_value(value: Any) -> str:
+    """A value in TOML's notation, on one line."""
+    if value is None:
+        return f'"{_NONE}"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_quoted(k)} = {toml_value(v)}" for k, v in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(toml_value(v) for v in value)}]"
+    return repr(value) if isinstance(value, int | float) else _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's notation, but no surrogate pairs, and no raw DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, tuple):
+        return [jsonable(v) for v in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _normal(value: Any, hint: Any) -> Any:
+    """TOML and JSON values to the types that the dataclasses hold."""
+    if value is None or (value == _NONE and NoneType in _members(hint)):
+        return None
+    if isinstance(value, list):
+        inner = [get_args(m)[0] for m in _members(hint) if get_origin(m) is tuple]
+        return tuple(_normal(v, inner[0]) if inner else v for v in value)
+    if type(value) is int and float in _members(hint) and int not in _members(hint):
+        return float(value)
+    return value
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _literals(hint: Any) -> list[Any]:
+    return [a for m in _members(hint) if get_origin(m) is Literal for a in get_args(m)]
+
+
+def _conforms(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_conforms(value, member) for member in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint) and isinstance(value, str)
+    if origin is tuple:
+        inner = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(_conforms(v, inner[0]) for v in value)
+        return len(value) == len(inner) and all(map(_conforms, value, inner))
+    if origin is not None:  # Mapping[str, str]
+        return isinstance(value, Mapping) and all(
+            isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+        )
+    if hint is float:
+        finite = isinstance(value, float | int) and abs(value) < float("inf")
+        return finite and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _unknown(dotted: str, root: type) -> str:
+    known = [k for k, (spec, _) in keys_of(root).items() if not spec.metadata.get("internal")]
+    section = dotted.split(".")[0]
+    if "." in dotted and section not in sections_of(root):
+        close = _nearest(section, list(sections_of(root)), show="[{}]")
+        return f"unknown section [{section}] in {dotted}{close}"
+    siblings = [k for k in known if "." in k and k.split(".")[0] == section]
+    name = dotted.split(".")[-1]
+    # First among the keys of the same section, then the right key in the wrong section.
+    close = _nearest(name, [k.split(".")[-1] for k in siblings], full=siblings)
+    close = close or _nearest(name, [k.split(".")[-1] for k in known], full=known)
+    return f"unknown key {dotted}{close}"
+
+
+def _nearest(
+    word: Any, known: Sequence[str], *, show: str = "{}", full: Sequence[str] | None = None
+) -> str:
+    close = get_close_matches(str(word), known, n=1, cutoff=0.6)
+    if not close:
+        return ""
+    answer = close[0] if full is None else full[list(known).index(close[0])]
+    return f"; did you mean {show.format(answer)}?"
+
+
+_HEADER = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+")
+_ASSIGN = re.compile(r"""\s*([A-Za-z0-9_."' -]+?)\s*=""")
+
+
+def _line_numbers(text: str) -> dict[str, int]:
+    """Dotted key or section -> line, from 1. Lines inside multi-line values are passed over."""
+    found: dict[str, int] = {}
+    section = ""
+    for number, line in _logical_lines(text):
+        if header := _HEADER.match(line):
+            section = _bare(header[1])
+            found.setdefault(section, number)
+        elif assign := _ASSIGN.match(line):
+            name = _bare(assign[1])
+            dotted = f"{section}.{name}" if section else name
+            found[dotted] = number
+            found.setdefault(dotted.split(".")[0], number)
+            for inner in re.findall(r"[{,]\s*([A-Za-z0-9_-]+)\s*=", line):
+                found.setdefault(f"{dotted}.{inner}", number)
+    return found
+
+
+def _bare(name: str) -> str:
+    return ".".join(part.strip().strip("\"'") for part in name.split("."))
+
+
+def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines that begin a statement; what continues a bracket or a triple quote is left out."""
+    depth, quote = 0, ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not depth and not quote:
+            yield number, line
+        depth, quote = _scan(line, depth, quote)
+
+
+_TOKEN = re.compile(r'"""|\'\'\'|"(?:\\.|[^"\\])*"|\'[^\']*\'|#|[\[\]{}]')
+
+
+def _scan(line: str, depth: int, quote: str) -> tuple[int, str]:
+    position = 0
+    while True:
+        if quote:
+            end = line.find(quote, position)
+            if end < 0:
+                return depth, quote
+            position, quote = end + 3, ""
+        token = _TOKEN.search(line, position)
+        if token is None or token[0] == "#":
+            return depth, quote
+        position = token.end()
+        if token[0] in ('"""', "'''"):
+            quote = token[0]
+        elif token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1

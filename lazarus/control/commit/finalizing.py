@@ -1,0 +1,168 @@
+"""The end of a run: last digest, last checkpoint, and what if storage refuses that one. PURE.
+
+Ranks hold the state until the checkpoint stands. One that cannot be written where it belongs is
+written once more, to the run's ``rescue`` folder; where that fails too, the run ends with what the
+reader must know: where it was to go, what the storage said, how much room it needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lazarus.basics.format import bytes_text
+from lazarus.checkpoint.format.lineage import is_valid
+from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.commit import commits
+from lazarus.control.messages import Finalize, Finalized, StorageProblem
+from lazarus.control.ports import Command, DropFiles, ManifestDone, Publish, TellAll, WriteManifest
+from lazarus.control.saving import saves
+from lazarus.failure import Cause, Failure, Status
+
+
+def begin(state: Control, *, at_s: float) -> Decision:
+    """All ranks stand at the last step: digest, and a full checkpoint."""
+    order = Finalize(
+        generation=state.resumed,
+        step=state.step,
+        checkpoint=state.config.final_checkpoint,
+        term=state.term,
+    )
+    state = replace(
+        state,
+        phase=Phase.FINALIZING,
+        phase_s=at_s,
+        finalized={},
+        digest="",
+        final_url="",
+        final_problem=None,
+    )
+    return state, (TellAll(workers=state.seats, body=order),)
+
+
+def on_finalized(state: Control, worker: str, body: Finalized, *, at_s: float) -> Decision:
+    """One rank's share of the last checkpoint is durable, or can not be."""
+    wanted = (state.resumed, state.final_url)
+    if state.phase is not Phase.FINALIZING or (body.generation, body.url) != wanted:
+        return replace(state, stale=state.stale + 1), ()
+    state = replace(state, finalized={**state.finalized, worker: body})
+    if not set(state.finalized) >= set(state.seats):
+        return state, ()
+    bodies = [state.finalized[seat] for seat in state.seats]
+    state = replace(state, final_bytes=sum(body.num_bytes for body in bodies))
+    problem = next((body.problem for body in bodies if body.problem is not None), None)
+    if problem is not None:
+        return _refused(state, problem, at_s=at_s)
+    parts = tuple(body.files for body in bodies)
+    if not any(parts):
+        return state, ()
+    order = WriteManifest(
+        step=body.step,
+        generation=state.resumed,
+        parts=parts,
+        meta=saves.meta_of(state, wall_s=max(body.wall_s for body in bodies)),
+        final=True,
+        url=state.final_url,
+    )
+    # Never an older one after it: it would point to versions that are newer than itself.
+    return replace(state, manifest_pending=True, ordered=body.step), (order,)
+
+
+def on_refused_manifest(state: Control, event: ManifestDone) -> Decision:
+    """The shares are durable, but the checkpoint did not become true."""
+    if state.phase is not Phase.FINALIZING or event.generation != state.resumed:
+        return state, ()
+    url = state.final_url or state.config.checkpoint_url
+    problem = event.problem or StorageProblem(url=url, operation="commit", reason=event.error)
+    return _refused(state, problem, at_s=event.at_s)
+
+
+def _refused(state: Control, problem: StorageProblem, *, at_s: float) -> Decision:
+    """Try the other place once; then it is said what to do."""
+    rescue = state.config.rescue_url
+    what = f"{problem.operation} {problem.url}: {problem.reason}"
+    fields = {"generation": state.resumed, "step": state.step, "reason": what}
+    events: tuple[Command, ...] = (Publish(t=at_s, event="checkpoint_failed", fields=fields),)
+    events += _left_behind(state)
+    if state.final_url or not rescue:
+        state, over = _end(state, problem, at_s=at_s)
+        return state, (*events, *over)
+    state = replace(state, final_url=rescue, final_problem=problem, finalized={})
+    order = Finalize(
+        generation=state.resumed, step=state.step, checkpoint=True, term=state.term, url=rescue
+    )
+    return state, (*events, TellAll(workers=state.seats, body=order))
+
+
+def _left_behind(state: Control) -> tuple[DropFiles, ...]:
+    """Shares that some ranks could write, although the checkpoint will not be."""
+    if state.final_url:
+        return ()
+    shares = {worker: body.files for worker, body in state.finalized.items()}
+    return saves.dropped(shares)
+
+
+def _end(state: Control, problem: StorageProblem, *, at_s: float) -> Decision:
+    first = state.final_problem or problem
+    tried = f"; nor to {state.final_url}: {problem.reason}" if state.final_url else ""
+    newest = newest_standing(state)
+    failure = Failure(
+        cause=Cause.STORAGE,
+        error="StorageError",
+        message=f"the checkpoint of step {state.step} cannot be written to {first.url}: "
+        f"{first.reason}{tried}; it needs {bytes_text(state.final_bytes)}",
+        way_out=_way_out(state, newest),
+        step=state.step,
+        url=first.url,
+        operation=first.operation,
+    )
+    status: Status = "failed" if newest is None else "short"
+    return commits.end(state, status=status, failure=failure, at_s=at_s)
+
+
+def _way_out(state: Control, newest: int | None) -> str:
+    if newest is None:
+        return "make room there or set checkpoint.url to another place, then train again"
+    return (
+        f"make room there or set checkpoint.url to another place, then resume the run: its newest "
+        f"checkpoint is of step {newest}"
+    )
+
+
+def newest_standing(state: Control) -> int | None:
+    """The newest step that a next life of the run could go on from."""
+    standing = [
+        c.step
+        for c in state.checkpoints
+        if is_valid(generation=c.generation, step=c.step, lineage=state.lineage, resume_step=c.step)
+    ]
+    if state.config.resume is not None:
+        standing.append(state.config.start_step)
+    return max(standing, default=None)
+
+
+def finish(state: Control, *, at_s: float) -> Decision:
+    """Everything is written. Where it is in the rescue folder, somebody must look."""
+    problem = state.final_problem
+    if problem is None:
+        return _good_end(state, at_s=at_s)
+    failure = Failure(
+        cause=Cause.STORAGE,
+        error="StorageError",
+        message=f"the checkpoint of step {state.step} cannot be written to {problem.url}: "
+        f"{problem.reason}; it is in {state.final_url}",
+        way_out="resume the run's folder once there is room: it goes on from there",
+        step=state.step,
+        url=problem.url,
+        operation=problem.operation,
+    )
+    return commits.end(state, status="short", failure=failure, at_s=at_s)
+
+
+def _good_end(state: Control, *, at_s: float) -> Decision:
+    if state.step >= state.config.steps:
+        return commits.end(state, status="finished", failure=None, at_s=at_s)
+    if state.preempted:
+        message = f"stopped by {state.stopping}"
+        reason = Failure(cause=Cause.REQUEST, error="StoppedError", message=message)
+        return commits.end(state, status="short", failure=reason, at_s=at_s)
+    return commits.end(state, status="stopped", failure=None, at_s=at_s)

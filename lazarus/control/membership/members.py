@@ -1,0 +1,360 @@
+"""Who is there: hellos, losses, notices, silence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lazarus.control.cluster.poison import HUNG, Gone
+from lazarus.control.cluster.roster import node_of, staying
+from lazarus.control.cluster.state import (
+    TRANSITION_PHASES,
+    Control,
+    Decision,
+    Node,
+    Phase,
+    Worker,
+    without,
+)
+from lazarus.control.commit import commits
+from lazarus.control.membership import checks
+from lazarus.control.messages import (
+    Fenced,
+    Hello,
+    KillNode,
+    LeaveRequest,
+    MachineJudged,
+    NodeEndsMachine,
+    NodeNotice,
+    NodesAwaited,
+    NodeUp,
+    Welcome,
+    WorkerDied,
+)
+from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
+from lazarus.control.reconfiguration import reconfigure as change
+from lazarus.failure import Cause, Failure, Status
+
+STREAM_CLOSED = "stream closed"
+
+
+def on_hello(state: Control, body: Hello, *, at_s: float) -> Decision:
+    """Admit a process; its node gets the next number, journaled before the welcome (rule 1)."""
+    if refusal := _refusal(state, body):
+        if body.worker in state.seats and body.worker not in state.workers:
+            state = replace(state, dropped={**state.dropped, body.worker: ("Hello", refusal)})
+        return replace(state, num_refused=state.num_refused + 1), (
+            Tell(worker=body.worker, body=Fenced(reason=refusal)),
+            Disconnect(worker=body.worker),
+        )
+    commands: tuple[Command, ...] = ()
+    found = node_of(state, body.node_key)
+    if found is None:
+        serial = state.next_serial
+        node = Node(key=body.node_key, workers=("",) * body.ranks_per_node)
+        entry = {"kind": "serial", "term": state.term, "node": serial, "key": body.node_key}
+        commands = (Journal(entry=entry),)
+        state = replace(state, next_serial=serial + 1)
+    else:
+        serial, node = found
+    workers = list(node.workers)
+    workers[body.local_rank] = body.worker
+    node = replace(
+        node, workers=tuple(workers), joined_s=at_s, zone=body.zone, memory_bytes=body.memory_bytes
+    )
+    known = Worker(
+        node=serial,
+        local_rank=body.local_rank,
+        host=body.host,
+        keeper=body.keeper,
+        heard_s=at_s,
+        progress_s=at_s,
+        undisturbed=body.generation == body.fence == state.resumed,
+    )
+    state = replace(
+        state,
+        nodes={**state.nodes, serial: node},
+        workers={**state.workers, body.worker: known},
+    )
+    commands = (*commands, Tell(worker=body.worker, body=Welcome(node=serial)))
+    if node.complete:
+        commands = (*commands, TellDriver(body=NodeUp(node_key=body.node_key)))
+    if (early := state.notices.get(body.node_key)) is None:
+        return state, commands
+    state, told = on_notice(state, early, at_s=at_s)
+    return state, (*commands, *told)
+
+
+def _refusal(state: Control, body: Hello) -> str:
+    if body.version != state.config.version:
+        return f"worker runs version {body.version}, the controller {state.config.version}"
+    if body.ranks_per_node != state.config.ranks_per_node:
+        return (
+            f"node {body.node_key} has {body.ranks_per_node} ranks, "
+            f"the run {state.config.ranks_per_node} a node"
+        )
+    if state.phase is Phase.ENDED or (state.stopping and not body.generation):
+        return "the run is ending"
+    there = node_of(state, body.node_key) is not None
+    expected = state.phase is Phase.RECONNECTING and body.worker in state.seats and there
+    if body.generation and body.worker not in state.workers and not expected:
+        return f"worker {body.worker} is not a member of generation {state.generation}"
+    return checks.misplaced_hello(state, body)
+
+
+def on_died(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
+    """The driver saw a process end. It is always answered: what of the node is left must go."""
+    known = state.workers.get(body.worker)
+    state, commands = on_closed(state, body.worker, at_s=at_s, cause=body.cause)
+    if known is not None or commands:
+        return state, commands
+    order = KillNode(node_key=_key_of(body.worker), cause=body.cause)
+    return state, (TellDriver(body=order),)
+
+
+def on_closed(state: Control, worker: str, *, at_s: float, cause: str) -> Decision:
+    """A stream or a process ended: its node is lost."""
+    known = state.workers.get(worker)
+    if known is None:
+        if state.phase is not Phase.RECONNECTING:
+            return state, ()
+        if worker in state.dropped:  # whoever is sent away ends its process
+            cause = f"Lazarus failed: its hello was refused: {state.dropped[worker][1]}"
+        missing = tuple(n for n in state.members if _key_of(worker) == state.nodes[n].key)
+        return lose(state, missing, cause=cause, at_s=at_s)
+    if cause == STREAM_CLOSED and known.node in state.members:
+        state = _unexplained(state, known, at_s=at_s)
+    return lose(state, (known.node,), cause=cause, at_s=at_s)
+
+
+def _unexplained(state: Control, known: Worker, *, at_s: float) -> Control:
+    """How this process ended the launcher will tell, unless it was ended on purpose."""
+    key = state.nodes[known.node].key
+    struck = any(_key_of(worker) == key for worker, _ in state.struck)
+    if struck or known.node in state.fired or known.node in state.doomed:
+        return state
+    gone = Gone(
+        worker=f"{key}.{known.local_rank}",
+        generation=state.resumed,
+        step=state.step + 1,
+        at_s=at_s,
+    )
+    kept = (one for one in state.unexplained if one.step > state.step)
+    return replace(state, unexplained=(*kept, gone))
+
+
+def _key_of(worker: str) -> str:
+    """A worker is named after its node."""
+    return worker.rpartition(".")[0]
+
+
+def lose(
+    state: Control,
+    serials: tuple[int, ...],
+    *,
+    cause: str,
+    at_s: float,
+    is_silent: bool = False,
+) -> Decision:
+    """Nodes are gone: forget them, tell their other processes, and recover if they mattered.
+
+    Args:
+        is_silent: They were not seen to end: they say nothing, or do not move.
+    """
+    serials = tuple(serial for serial in serials if serial in state.nodes)
+    if not serials:
+        return state, ()
+    taking_part = _taking_part(state)
+    state, flushed = commits.flush(state, at_s=at_s)
+    commands: list[Command] = [*flushed]
+    for serial in serials:
+        node = state.nodes[serial]
+        for worker in node.workers:
+            if worker:
+                commands.append(Tell(worker=worker, body=Fenced(reason=f"node lost: {cause}")))
+        order = KillNode(node_key=node.key, cause=cause, is_silent=is_silent)
+        commands.append(TellDriver(body=order))
+        if serial in taking_part:
+            fields = {"generation": state.generation, "node": serial, "cause": cause}
+            commands.append(Publish(t=at_s, event="node_lost", fields=fields))
+    gone = {worker for serial in serials for worker in state.nodes[serial].workers}
+    matters = taking_part & set(serials)
+    on_purpose = {state.nodes[n].key for n in serials if n in state.fired or n in state.doomed}
+    hung = {state.nodes[n].key for n in serials} if cause == HUNG else set()
+    state = replace(
+        state,
+        excused=state.excused | on_purpose,
+        hung=state.hung | hung,
+        nodes=without(state.nodes, serials),
+        workers=without(state.workers, gone),
+        members=tuple(n for n in state.members if n not in serials),
+        paused={w: step for w, step in state.paused.items() if w not in gone},
+        errors=(),
+    )
+    if matters:
+        state, more = _recover(state, tuple(sorted(matters)), at_s=at_s)
+        commands.extend(more)
+    return state, tuple(commands)
+
+
+def _taking_part(state: Control) -> set[int]:
+    """Nodes whose loss changes what the controller is doing."""
+    part = set(state.members)
+    if state.transition is not None:
+        part |= set(state.transition.voters) | set(state.transition.joiners)
+    return part
+
+
+def _recover(state: Control, lost: tuple[int, ...], *, at_s: float) -> Decision:
+    active = {Phase.RUNNING, Phase.FINALIZING} | TRANSITION_PHASES
+    if state.phase not in active:
+        return state, ()
+    if state.resumed and not state.members:  # the last one: nobody is left to answer
+        return replace(state, transition=None), ()
+    if not state.resumed:
+        return replace(state, phase=Phase.GATHERING, phase_s=at_s, transition=None), ()
+    fired = [state.fired[node] for node in lost if node in state.fired]
+    state, commands = change.begin(state, reason="node_lost", at_s=at_s)
+    line = state.timeline
+    assert line is not None
+    trigger = min([line.trigger_s, *fired])
+    marks = {**line.marks, "detect": max(line.marks.get("detect", 0.0), at_s - trigger)}
+    line = replace(line, trigger_s=trigger, marks=marks, lost=line.lost + lost, reason="node_lost")
+    return replace(state, timeline=line), commands
+
+
+def on_leave(state: Control, worker: str, body: LeaveRequest, *, at_s: float) -> Decision:
+    """A node says that it will go: it leaves at the next boundary (rule 33)."""
+    serial = state.workers[worker].node
+    return _mark_leaving(
+        state, serial, cause=body.cause or "leave", notice_s=body.notice_s, at_s=at_s
+    )
+
+
+def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Decision:
+    """The cluster says so instead."""
+    found = node_of(state, body.node_key)
+    if found is None:  # it may be on its way
+        return replace(state, notices={**state.notices, body.node_key: body}), ()
+    cause = body.cause or "drain"
+    return _mark_leaving(state, found[0], cause=cause, notice_s=body.notice_s, at_s=at_s)
+
+
+def on_awaited(state: Control, body: NodesAwaited, *, at_s: float) -> Decision:
+    """What the driver waits for: machines, or processes that are coming up."""
+    idle_s = None if body.coming else at_s if state.idle_s is None else state.idle_s
+    told = state.awaited_told if body.missing or body.coming else 0
+    state = replace(state, awaited=body, idle_s=idle_s, awaited_told=max(told, body.missing))
+    if body.is_hopeless and not staying(state):
+        return _nobody_starts(state, body.reason, at_s=at_s)
+    if body.missing <= told:
+        return state, ()
+    fields = {"generation": state.generation, "missing": body.missing, "reason": body.reason}
+    return state, (Publish(t=at_s, event="nodes_awaited", fields=fields),)
+
+
+def _nobody_starts(state: Control, reason: str, *, at_s: float) -> Decision:
+    """No node is there, and none will be."""
+    failure = Failure(
+        cause=Cause.NODE,
+        error="StoppedError" if state.resumed else "StartupError",
+        message=f"no node starts any more: {reason}",
+    )
+    status: Status = "short" if state.resumed else "failed"
+    return commits.end(state, status=status, failure=failure, at_s=at_s)
+
+
+def on_judged(state: Control, body: MachineJudged, *, at_s: float) -> Decision:
+    """A machine on which nodes die or do not start."""
+    name = "node_banned" if body.is_banned else "machine_suspect"
+    fields = {"generation": state.generation, "machine": body.machine, "reason": body.reason}
+    return state, (Publish(t=at_s, event=name, fields=fields),)
+
+
+def _mark_leaving(
+    state: Control, serial: int, *, cause: str, notice_s: float, at_s: float
+) -> Decision:
+    node = state.nodes[serial]
+    if node.leaving:
+        return state, ()
+    fields = {
+        "generation": state.generation,
+        "node": serial,
+        "cause": cause,
+        "notice_s": notice_s,
+    }
+    nodes = {**state.nodes, serial: replace(node, leaving=cause)}
+    return replace(state, nodes=nodes), (
+        Publish(t=at_s, event="drain_notice", fields=fields),
+        TellDriver(body=NodeEndsMachine(node_key=node.key)),
+    )
+
+
+def settle_reconnecting(state: Control, *, at_s: float) -> Decision:
+    """Adopt the newest generation if all of it is back undisturbed, else claim (rule 38)."""
+    missing = tuple(n for n in state.members if not state.nodes[n].complete)
+    if missing:
+        if at_s <= _back_by_s(state, missing):
+            return state, ()
+        return lose(state, missing, cause="did not come back to the controller", at_s=at_s)
+    fields = {"generation": state.resumed, "term": state.term, "nodes": list(state.members)}
+    event = Publish(t=at_s, event="controller_restarted", fields=fields)
+    whole = all(worker in state.workers for worker in state.seats)
+    if whole and all(state.workers[worker].undisturbed for worker in state.seats):
+        return replace(state, phase=Phase.RUNNING, phase_s=at_s), (event,)
+    state, commands = change.begin(state, reason="controller", at_s=at_s)
+    return state, (event, *commands)
+
+
+def _back_by_s(state: Control, missing: tuple[int, ...]) -> float:
+    """Until when members that are missing after a restart may come back.
+
+    What kept everybody away, a machine that is busy starting the controller for example, says
+    nothing about any of them: the others have their time from when the first one is back.
+    """
+    timeouts = state.config.timeouts
+    back = [state.nodes[n].joined_s for n in state.members if n not in missing]
+    if not back:
+        return state.phase_s + timeouts.comeback_s
+    first_s = min(min(back), state.phase_s + timeouts.comeback_s)
+    return max(state.phase_s, first_s) + timeouts.reconnect_s
+
+
+def excuse(state: Control, *, slept_s: float) -> Control:
+    """The controller itself stood still: nobody is late because of that."""
+    workers = {
+        name: replace(w, heard_s=w.heard_s + slept_s, progress_s=w.progress_s + slept_s)
+        for name, w in state.workers.items()
+    }
+    transition = state.transition
+    if transition is not None:
+        transition = replace(transition, phase_s=transition.phase_s + slept_s)
+    return replace(state, workers=workers, transition=transition, phase_s=state.phase_s + slept_s)
+
+
+def silent(state: Control, *, at_s: float) -> tuple[int, ...]:
+    """Nodes that said nothing for longer than the tolerated stall."""
+    limit_s = state.config.timeouts.heartbeat_timeout_s
+    late = {known.node for known in state.workers.values() if at_s - known.heard_s > limit_s}
+    return tuple(sorted(late))
+
+
+def stuck(state: Control, *, at_s: float) -> tuple[int, ...]:
+    """Nodes whose training thread stands still outside any collective while another waits.
+
+    Slow is not stuck: a slow rank passes phases. A thread that nobody waits for (the last node's,
+    or all at once, who may be compiling) has much longer: ``standstill_s``. Standing still counts
+    from RESUME: before, the ready ones waited for the others.
+    """
+    if state.phase is not Phase.RUNNING:
+        return ()
+    seated = [w for w in state.seats if w in state.workers and w not in state.paused]
+    awaited = state.paused or any(state.workers[w].waiting for w in seated)
+    timeouts = state.config.timeouts
+    limit = timeouts.no_progress_s if awaited else timeouts.standstill_s
+    late = {
+        state.workers[w].node
+        for w in seated
+        if not state.workers[w].waiting
+        and at_s - max(state.phase_s, state.workers[w].progress_s) > limit
+    }
+    return tuple(sorted(late))

@@ -1,0 +1,81 @@
+"""How long each phase waits, for whom, and what happens then. PURE.
+
+S is ``tolerated_stall_s``; ``standstill_s`` is 60 S, at least 600 s. Whoever is silent for S, in
+any phase, is lost (``members.silent``). Only progress counts: who moves is never late.
+
+| phase        | waits for                           | for                   | then               |
+|--------------|-------------------------------------|-----------------------|--------------------|
+| GATHERING    | nodes to start                      | start, quorum timeout | ends short         |
+| RUNNING      | a thread that others wait for       | S                     | node lost          |
+| RUNNING      | a thread that nobody waits for      | standstill_s          | node lost          |
+| RUNNING      | vectors, when all have paused       | S                     | asked by a fence   |
+| FENCING      | reports                             | S                     | node lost          |
+| ALIGNING     | applies                             | S                     | node lost          |
+| ALIGNING     | a checkpoint in flight              | S                     | goes on without it |
+| ALIGNING     | a recovery policy that says hold    | start timeout         | it is passed over  |
+| PREPARING    | transfers                           | S                     | node lost          |
+| RUNNING      | ranks that all wait in a collective | S                     | asked by a fence   |
+| PREPARING    | ranks that all wait in a collective | 3 S                   | asked by a fence   |
+| PREPARING    | the launcher's word on a death      | S                     | goes on without it |
+| RECONNECTING | a first member to come back         | 6 S                   | nodes lost         |
+| RECONNECTING | the others, from then on            | S                     | nodes lost         |
+| HOLDING      | nodes to come                       | quorum timeout        | ends short         |
+| FINALIZING   | a rank's last share and digest      | 6 S                   | node lost          |
+| FINALIZING   | the last manifest                   | standstill_s          | ends without it    |
+"""
+
+from __future__ import annotations
+
+from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.commit import commits
+from lazarus.failure import Cause, Failure, Status
+
+
+def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
+    """Nodes whose rank owes the last digest or share, and does not move.
+
+    A rank moves with every tensor that it digests and while it watches its storage thread, which it
+    gives up after the same time without a byte (``checkpoint.patience``): then it says so itself.
+    """
+    if state.phase is not Phase.FINALIZING:
+        return ()
+    digested = () if state.digest else state.digests.get(state.step, {})
+    owing = [
+        w
+        for w in state.seats
+        if w in state.workers
+        and (w not in state.finalized or (not state.digest and w not in digested))
+    ]
+    limit = state.config.timeouts.final_s
+    late = {
+        state.workers[w].node
+        for w in owing
+        if at_s - max(state.phase_s, state.workers[w].progress_s) > limit
+    }
+    return tuple(sorted(late))
+
+
+def has_lost_vectors(state: Control, *, at_s: float) -> bool:
+    """Whether all ranks have paused, and a vector of what they committed still has not come."""
+    return at_s - max(state.paused_s, state.flushed_s) > state.config.timeouts.report_s
+
+
+def manifest_too_long(state: Control, *, at_s: float) -> bool:
+    """Whether the last manifest has not been written for so long that it will not be."""
+    pending = state.phase is Phase.FINALIZING and state.manifest_pending
+    return pending and at_s - state.finalized_s > state.config.timeouts.standstill_s
+
+
+def end_without_manifest(state: Control, *, at_s: float) -> Decision:
+    """The last checkpoint's place does not answer: end, with what stands before it."""
+    waited_s, newest = at_s - state.finalized_s, max((c.step for c in state.checkpoints), default=0)
+    stands = f"the newest is of step {newest}" if newest else "there is none"
+    failure = Failure(
+        cause=Cause.STORAGE,
+        message=f"the last checkpoint was not written within {waited_s:.0f} s; {stands}",
+        step=state.step,
+        url=state.config.checkpoint_url,
+        operation="write",
+    )
+    status: Status = "short" if newest else "failed"
+    return commits.end(state, status=status, failure=failure, at_s=at_s)

@@ -1,0 +1,105 @@
+"""Messages that cannot be, and members whose answer was one of them. PURE.
+
+A malformed message is dropped: counted, put on record, and remembered of a member until the next
+RESUME or its next good message of that kind. If the controller goes on to lose that member because
+it owes an answer, or seems to say nothing, then no machine has failed. Sender and receiver are both
+ours, so that is an error of our own, and is dealt with as one that a rank reports itself
+(``blame``): it counts against its node alone until a second node has one in the same step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lazarus.control.cluster.state import Control, Decision, without
+from lazarus.control.commit import commits
+from lazarus.control.membership import members
+from lazarus.control.membership.blame import is_alone
+from lazarus.control.ports import Command, Publish
+from lazarus.failure import Cause, Failure
+
+_SAID = 20  # of a run, in the record; the number of all is in its last event
+_REASON_CHARS = 300
+
+
+def refuse(state: Control, worker: str, message: str, reason: str, *, at_s: float) -> Decision:
+    """Drop a message that says what cannot be: count it, and put the first ones on record."""
+    state = replace(state, num_refused=state.num_refused + 1)
+    reason = reason[:_REASON_CHARS]
+    there = worker in state.workers
+    if (not there and worker in state.seats) if message == "Hello" else there:
+        state = replace(state, dropped={**state.dropped, worker: (message, reason)})
+    if state.num_refused > _SAID:
+        return state, ()
+    fields = {
+        "generation": state.generation,
+        "worker": worker,
+        "message": message,
+        "reason": reason,
+    }
+    return state, (Publish(t=at_s, event="message_refused", fields=fields),)
+
+
+def made_good(state: Control, worker: str, message: str) -> Control:
+    """The worker has said it properly: what was dropped before is not missing any more."""
+    if state.dropped.get(worker, ("", ""))[0] != message:
+        return state
+    return replace(state, dropped=without(state.dropped, (worker,)))
+
+
+def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> Decision:
+    """Nodes that owe an answer are lost; those whose answer was refused, through our own fault."""
+    ours = {node: why for node in late if (why := _why(state, node))}
+    others = tuple(node for node in late if node not in ours)
+    commands: tuple[Command, ...] = ()
+    for node, why in ours.items():
+        if node not in state.nodes:
+            continue
+        failure = _failure(state, node, why)
+        state, flushed = commits.flush(state, at_s=at_s)
+        commands = (*commands, *flushed, _told(state, failure, at_s=at_s))
+        joining = bool(state.resumed and state.members) and node not in state.members
+        if not joining and not is_alone(state, node, step=failure.step):
+            state, over = commits.end(state, status="failed", failure=failure, at_s=at_s)
+            return state, (*commands, *over)
+        state = replace(state, raised=(*state.raised, (node, failure.step)))
+        what = f"Lazarus failed: {why}"
+        state, more = members.lose(state, (node,), cause=what, at_s=at_s, is_silent=True)
+        commands += more
+    state, more = members.lose(state, others, cause=cause, at_s=at_s, is_silent=True)
+    return state, (*commands, *more)
+
+
+def _why(state: Control, node: int) -> str:
+    """What of this node's was refused; empty: nothing."""
+    known = state.nodes.get(node)
+    found = [state.dropped[w] for w in (known.workers if known else ()) if w in state.dropped]
+    return "" if not found else f"{found[0][0]} of its worker was refused: {found[0][1]}"
+
+
+def _failure(state: Control, node: int, why: str) -> Failure:
+    (worker,) = [w for w in state.nodes[node].workers if w in state.dropped][:1]
+    return Failure(
+        cause=Cause.INTERNAL,
+        error="InternalError",
+        message=f"node {node} waits for an answer to what was thrown away: {why}",
+        node=node,
+        rank=state.seats.index(worker) if worker in state.seats else -1,
+        step=state.step + 1,
+        phase=state.phase.value,
+    )
+
+
+def _told(state: Control, failure: Failure, *, at_s: float) -> Publish:
+    fields = {
+        "generation": state.generation,
+        "node": failure.node,
+        "rank": failure.rank,
+        "step": failure.step,
+        "phase": failure.phase,
+        "sample_ids": [],
+        "where": "",
+        "error": failure.message,
+        "traceback": "",
+    }
+    return Publish(t=at_s, event="internal_error", fields=fields)

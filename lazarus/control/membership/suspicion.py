@@ -1,0 +1,123 @@
+"""Collectives that fail, or in which all wait: whom to suspect if nobody has died (rule 16)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.commit import commits
+from lazarus.control.membership import members
+from lazarus.control.messages import Suspicion
+from lazarus.control.reconfiguration import reconfigure as change
+from lazarus.control.reconfiguration.parting import STALLED
+from lazarus.failure import Cause, Failure, Status
+
+MAX_ERRORS = 3  # generations in a row that end in an error without a death and without a commit
+MAX_ATTEMPTS = 10  # the same where no error says anything about a node
+
+AGAIN = "collectives fail again and again"
+
+
+def on_suspicion(state: Control, worker: str, body: Suspicion, *, at_s: float) -> Decision:
+    """A failed collective usually precedes the news of a death by milliseconds: wait for it."""
+    if body.bad_source:
+        return _on_bad_source(state, body, at_s=at_s)
+    steady = state.phase in (Phase.RUNNING, Phase.RECONNECTING)
+    current = state.resumed if steady else state.generation
+    if not (steady or state.phase is Phase.PREPARING) or body.generation != current:
+        return replace(state, stale=state.stale + 1), ()
+    node = state.workers[worker].node
+    if node not in state.complaints and not body.store:
+        state = replace(state, complaints=(*state.complaints, node))
+    if state.suspicion_s is None:
+        state = replace(state, suspicion_s=at_s)
+    return state, ()
+
+
+def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Decision:
+    """A copy that was chosen for a restore cannot be read: choose again without it."""
+    if body.storage_url:
+        refusal = (body.storage_url, body.operation, body.error)
+        state = replace(state, refused=state.refused | {body.bad_source}, refusal=refusal)
+    if not state.resumed:
+        failure = change.storage_failure(
+            replace(state, refusal=(body.storage_url, body.operation, body.error)),
+            what="cannot start",
+        )
+        status: Status = "failed" if state.config.resume is None else "short"
+        return commits.end(state, status=status, failure=failure, at_s=at_s)
+    state = replace(state, bad_sources=state.bad_sources | {body.bad_source})
+    reading = state.phase in (Phase.ALIGNING, Phase.PREPARING)
+    if not reading or body.generation != state.generation:
+        return state, ()
+    return change.begin(state, reason="damaged_copy", at_s=at_s)
+
+
+def is_due(state: Control, *, at_s: float) -> bool:
+    """Whether the news of a death would have come by now."""
+    grace = state.config.timeouts.suspicion_grace_s
+    return state.suspicion_s is not None and at_s - state.suspicion_s >= grace
+
+
+def all_wait(state: Control, *, at_s: float) -> bool:
+    """Whether every rank waits inside a collective and none has moved for the tolerated stall.
+
+    Each one answers, so none is to blame: the data path between them is broken, or user code has
+    let them part ways. Groups have their own, longer time to be built.
+    """
+    timeouts = state.config.timeouts
+    if state.phase is Phase.RUNNING:
+        awaited = [w for w in state.seats if w not in state.paused]
+        limit_s = timeouts.no_progress_s
+    elif state.phase is Phase.PREPARING and state.transition is not None:
+        transition = state.transition
+        awaited = [s.worker for s in transition.feeders if s.worker not in transition.ready]
+        limit_s = timeouts.group_wait_s
+    else:
+        return False
+    known = [state.workers.get(worker) for worker in awaited]
+    return bool(known) and all(
+        w is not None and w.waiting and at_s - max(state.phase_s, w.progress_s) > limit_s
+        for w in known
+    )
+
+
+def on_stall(state: Control, *, at_s: float) -> Decision:
+    """All wait: fence, so that each says where, and build the groups anew."""
+    return settle(replace(state, complaints=()), at_s=at_s, reason=STALLED)
+
+
+def settle(state: Control, *, at_s: float, reason: str = "collective_error") -> Decision:
+    """Try again with the same members; a pair that fails again and again loses its higher serial.
+
+    Both ends of a broken link see the error first, all others because these two give up.
+    """
+    errors = (*state.errors, state.complaints[:2])
+    state = replace(state, errors=errors, complaints=())
+    taking_part = set(state.members)
+    if state.transition is not None:
+        taking_part |= set(state.transition.next_nodes)
+    telling = tuple(pair for pair in errors if pair)
+    odd = culprit(telling, alive=taking_part)
+    if odd is not None and len(telling) >= MAX_ERRORS and len(taking_part) > 1:
+        return members.lose(state, (odd,), cause=AGAIN, at_s=at_s)
+    if len(errors) >= MAX_ATTEMPTS:
+        return commits.end(state, status="short", failure=_nobody_knows(), at_s=at_s)
+    return change.begin(state, reason=reason, at_s=at_s)
+
+
+def _nobody_knows() -> Failure:
+    return Failure(
+        cause=Cause.INTERNAL,
+        message=f"groups of ranks broke {MAX_ATTEMPTS} times in a row without a step between, and "
+        "nothing says which node is at fault",
+        way_out="look at the network between the nodes and to the controller, then resume the run",
+    )
+
+
+def culprit(errors: tuple[tuple[int, ...], ...], *, alive: set[int]) -> int | None:
+    """The higher serial of the two nodes that most errors tell of; None if they tell of nobody."""
+    times = Counter(node for pair in errors for node in pair if node in alive)
+    ranked = sorted(times, key=lambda node: (-times[node], node))
+    return max(ranked[:2], default=None)

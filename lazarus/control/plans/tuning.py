@@ -1,0 +1,122 @@
+"""What running steps teach: slow nodes get fewer samples, drifting loads a better plan (rule 34).
+
+Both depend on measurements, so they change at a pause only and are journaled with RESUME.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from statistics import median
+
+from lazarus.control.cluster.state import Control, Decision
+from lazarus.control.plans.planning import request_for
+from lazarus.control.ports import Command, Publish
+from lazarus.control.vector import StepSums
+from lazarus.data.sampler import share
+from placement.migration.migrate import transfers
+from placement.rebalance import MoveCost, considered
+
+SLOW_FACTOR = 2.0  # a node this much slower than the median is slow
+STREAK = 8  # consecutive committed steps that must agree
+MIN_WEIGHT = 0.25  # nobody gets less than a quarter of a fair share
+REBALANCE_EVERY = 10  # steps between looks at the plan
+REBALANCE_AFTER = 100  # steps that a plan is left alone
+MOVE_COST_S = 0.15  # of a planned pause, measured on small machines
+
+
+def learned(state: Control, sums: Sequence[StepSums], *, at_s: float) -> Decision:
+    """Fold committed steps in; perhaps ask for a pause by setting ``wants``."""
+    events: tuple[Command, ...] = ()
+    for one in sums:
+        state = _measured(state, one)
+    # A stream's samples follow its shards, whatever the weights.
+    if state.num_samples >= 0 and not state.wants:
+        state, events = _speeds(state, at_s=at_s)
+    if not state.wants and sums:
+        state = _rebalance(state, step=sums[-1].step)
+    return state, events
+
+
+def _measured(state: Control, sums: StepSums) -> Control:
+    """Seconds of own compute per sample and node, smoothed."""
+    nodes = state.seat_nodes
+    weights = [state.speeds.get(node, 1.0) for node in nodes] if state.speeds else [1.0]
+    sizes = share(state.config.global_batch, len(nodes), weights if min(weights) < 1.0 else None)
+    slowest: dict[int, float] = {}
+    for node, size, own_s in zip(nodes, sizes, sums.times, strict=True):
+        # A rank without samples says nothing of its node.
+        measured = own_s / size if size else inf
+        if measured > slowest.get(node, -1.0):
+            slowest[node] = measured
+    members, last = set(state.members), state.pace
+    pace = {node: s for node, s in last.items() if node in members}
+    for node, now_s in slowest.items():
+        if now_s < inf and node in members:
+            pace[node] = 0.7 * last.get(node, now_s) + 0.3 * now_s
+    return replace(state, pace=pace)
+
+
+def wanted_weight(own_s: float, usual_s: float) -> float:
+    """Share weight in eighths, from the pace of a node and of the median node."""
+    if usual_s <= 0 or own_s < SLOW_FACTOR * usual_s:
+        return 1.0
+    return max(MIN_WEIGHT, round(8.0 * usual_s / own_s) / 8.0)
+
+
+def _speeds(state: Control, *, at_s: float) -> Decision:
+    if len(state.pace) < 3:  # of two nodes nobody can say which one is the odd one
+        return state, ()
+    usual = median(state.pace.values())
+    streaks: dict[int, int] = {}
+    changed: dict[int, float] = {}
+    for node, own in state.pace.items():
+        weight, now = wanted_weight(own, usual), state.speeds.get(node, 1.0)
+        differs = max(weight, now) >= 1.5 * min(weight, now)
+        streaks[node] = state.streaks.get(node, 0) + 1 if differs else 0
+        if streaks[node] >= STREAK:
+            changed[node] = weight
+    state = replace(state, streaks=streaks)
+    if not changed:
+        return state, ()
+    events = tuple(
+        _slow_event(state, node, weight, usual, at_s=at_s) for node, weight in changed.items()
+    )
+    speeds = {**_kept(state.speeds, state.members), **changed}
+    return replace(state, wants="speed", next_speeds=speeds, streaks={}), events
+
+
+def _kept(speeds: Mapping[int, float], nodes: Sequence[int]) -> dict[int, float]:
+    return {node: weight for node, weight in speeds.items() if node in nodes and weight < 1.0}
+
+
+def _slow_event(state: Control, node: int, weight: float, usual: float, *, at_s: float) -> Publish:
+    fields = {
+        "generation": state.resumed,
+        "node": node,
+        "rank": state.seat_nodes.index(node),  # the first of its ranks
+        "slowdown": round(state.pace[node] / usual, 3),
+        "weight": weight,
+    }
+    return Publish(t=at_s, event="rank_slow", fields=fields)
+
+
+def _rebalance(state: Control, *, step: int) -> Control:
+    plan = state.plan
+    since = state.lineage[-1][1] if state.lineage else 0
+    if plan is None or step - since < REBALANCE_AFTER or step - state.looked < REBALANCE_EVERY:
+        return state
+    steps, state = step - state.looked, replace(state, looked=step)
+    fixed = MOVE_COST_S / max(state.step_s, 1e-3)
+    regret, better = considered(
+        state.regret,
+        request_for(state, load=state.history[0], nodes=plan.node_ids, slots=plan.slots_per_node),
+        previous=plan,
+        latest=state.history[2],
+        steps=min(steps, REBALANCE_EVERY),
+        cost=MoveCost(fixed=fixed),
+    )
+    # New shares alone do not pay for a pause of all ranks; they come with the next RESUME.
+    moves = better is not None and transfers(plan, better)
+    return replace(state, regret=regret, wants="rebalance" if moves else "")

@@ -1,0 +1,380 @@
+"""Replicas that differ: who is outvoted, what heals it, and who is outvoted too often. PURE.
+
+What the others outvote is repaired from them, and is never a source meanwhile: not of a transfer,
+not of the history that a plan is made from. The controller remembers it until a RESUME, since those
+who outvoted it may die before they have repaired it. Without a majority nobody can say who is
+right: an expert then counts as lost, and all state goes back to the newest checkpoint where it is
+the dense state that differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from lazarus.control.cluster.state import Control, Decision, Outvoted, Phase, Transition
+from lazarus.control.commit import commits
+from lazarus.control.messages import Aligned, Held, Repaired, ReplicaMismatch
+from lazarus.control.ports import Publish
+from lazarus.failure import Cause, Failure, Status
+
+Expert = tuple[int, int]  # (layer, expert)
+
+MOST_REPORTED = 16  # differences of one comparison in the record; the first says enough
+STRIKES = 3  # a node that is outvoted after so many different steps is suspect
+APART_STEPS = 1000  # two suspects within so many steps: it is not the machines
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What differs between ranks that stand at one step."""
+
+    outvoted: Outvoted = field(default_factory=Outvoted)
+    is_tied: bool = False  # the dense state differs, and nobody has a majority
+    tied: tuple[Expert, ...] = ()  # experts of which no copy is to be trusted
+
+
+def compare(aligned: Mapping[str, Aligned], known: Outvoted) -> Comparison:
+    """Vote on the dense state and on every expert that several ranks hold.
+
+    Args:
+        known: Outvoted earlier and not repaired since: without a vote.
+    """
+    workers, is_tied = _dense_vote(aligned, known.workers)
+    copies, tied = _expert_votes(aligned, known.copies)
+    outvoted = Outvoted(workers=workers, copies=copies)
+    return Comparison(outvoted=outvoted, is_tied=is_tied, tied=tied)
+
+
+def _dense_key(body: Aligned) -> tuple[str, str, str]:
+    return body.dense_digest, body.history_digest, body.settings_digest
+
+
+def _dense_vote(
+    aligned: Mapping[str, Aligned], known: frozenset[str]
+) -> tuple[frozenset[str], bool]:
+    """Who is outvoted, and whether nobody has a majority."""
+    bodies = {id(body): body for body in aligned.values()}.values()  # each object once
+    if len({_dense_key(body) for body in bodies}) < 2 and known.isdisjoint(aligned):
+        return frozenset(), False
+    votes = Counter(_dense_key(body) for worker, body in aligned.items() if worker not in known)
+    if not votes:
+        return frozenset(aligned), True
+    usual, times = votes.most_common(1)[0]
+    if 2 * times <= votes.total():
+        return frozenset(), True
+    return frozenset(w for w, body in aligned.items() if _dense_key(body) != usual), False
+
+
+def _expert_votes(
+    aligned: Mapping[str, Aligned], known: frozenset[tuple[str, int, int]]
+) -> tuple[frozenset[tuple[str, int, int]], tuple[Expert, ...]]:
+    """Copies that are outvoted, and experts of which no copy is to be trusted."""
+    bodies = {id(body): body for body in aligned.values()}.values()
+    if not known and not any(held.sums for body in bodies for held in body.held):
+        return frozenset(), ()
+    outvoted: set[tuple[str, int, int]] = set()
+    tied: list[Expert] = []
+    for expert, sums in sorted(_sums(aligned).items()):
+        usual = _usual({w: s for w, s in sums.items() if (w, *expert) not in known})
+        if usual is None:
+            tied.append(expert)
+        outvoted |= {(worker, *expert) for worker, s in sums.items() if s != usual}
+    return frozenset(outvoted), tuple(tied)
+
+
+def _sums(aligned: Mapping[str, Aligned]) -> dict[Expert, dict[str, int]]:
+    """Checksums of each expert's copies by worker; 0 where none was made."""
+    found: dict[Expert, dict[str, int]] = {}
+    for worker, body in aligned.items():
+        for held in body.held:
+            sums = held.sums or (0,) * len(held.experts)
+            for expert, checksum in zip(held.experts, sums, strict=False):
+                found.setdefault((held.layer, expert), {})[worker] = checksum
+    return found
+
+
+def _usual(sums: Mapping[str, int]) -> int | None:
+    """The checksum of most copies; None: no majority, or no copy."""
+    votes = Counter(sums.values())
+    if not votes:
+        return None
+    usual, times = votes.most_common(1)[0]
+    return usual if 2 * times > votes.total() else None
+
+
+def without_outvoted(aligned: Mapping[str, Aligned], outvoted: Outvoted) -> dict[str, Aligned]:
+    """What the ranks have to offer: all say what the majority says, and bad copies are not held."""
+    if not outvoted:
+        return dict(aligned)
+    sound = next(body for worker, body in aligned.items() if worker not in outvoted.workers)
+    common = {
+        name: getattr(sound, name)
+        for name in ("dense_digest", "history_digest", "settings_digest", "history", "scalars")
+    }
+    bad: dict[str, set[Expert]] = {}
+    for worker, layer, expert in outvoted.copies:
+        bad.setdefault(worker, set()).add((layer, expert))
+    offered = {}
+    for worker, body in aligned.items():
+        changes = dict(common) if worker in outvoted.workers else {}
+        if worker in bad:
+            changes["held"] = tuple(_without(held, bad[worker]) for held in body.held)
+        offered[worker] = msgspec.structs.replace(body, **changes) if changes else body
+    return offered
+
+
+def _without(held: Held, bad: set[Expert]) -> Held:
+    left = tuple(e for e in held.experts if (held.layer, e) not in bad)
+    return Held(layer=held.layer, experts=left)
+
+
+def judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
+    """All are aligned: repair what differs, or end the run if that is what was asked for."""
+    found = compare(transition.aligned, state.outvoted)
+    if not (found.outvoted or found.is_tied):
+        return replace(state, outvoted=Outvoted()), ()
+    events = _mismatches(state, transition, found, at_s=at_s)
+    if state.config.on_mismatch == "stop":
+        state, commands = stop(state, what=str(events[0].fields["what"]), at_s=at_s)
+        return state, (*events, *commands)
+    is_tied = found.is_tied or bool(found.tied)
+    recent = [step for step in state.ties if transition.step - step <= APART_STEPS]
+    if is_tied and (not state.resumed or len(recent) + 1 >= STRIKES):
+        state, commands = _give_up_on_ties(state, at_s=at_s)
+        return state, (*events, *commands)
+    offered = {} if found.is_tied else without_outvoted(transition.aligned, found.outvoted)
+    transition = replace(
+        transition,
+        aligned=offered or transition.aligned,
+        outvoted=frozenset() if found.is_tied else found.outvoted.workers,
+        goes_back=found.is_tied,
+        is_tied=is_tied,
+    )
+    return replace(state, transition=transition, outvoted=found.outvoted), events
+
+
+def _mismatches(
+    state: Control, transition: Transition, found: Comparison, *, at_s: float
+) -> tuple[Publish, ...]:
+    """What the record says of differences that it does not know yet."""
+    fresh = found.outvoted.less(state.outvoted)
+    places: list[tuple[Expert, list[str], bool]] = []
+    if found.is_tied:
+        places.append(((-1, -1), sorted(transition.aligned), False))
+    elif fresh.workers:
+        places.append(((-1, -1), sorted(fresh.workers), True))
+    by_expert: dict[Expert, list[str]] = {}
+    for worker, layer, expert in sorted(fresh.copies):
+        by_expert.setdefault((layer, expert), []).append(worker)
+    places += [(e, who, e not in found.tied) for e, who in sorted(by_expert.items())]
+    return tuple(
+        Publish(
+            t=at_s,
+            event="replica_mismatch",
+            fields={
+                "generation": transition.generation,
+                "step": transition.step,
+                "layer": layer,
+                "expert": expert,
+                "what": _sentence(state, (layer, expert), who, majority, step=transition.step),
+                "ranks": [state.seats.index(w) for w in who if w in state.seats],
+                "nodes": sorted({state.workers[w].node for w in who}),
+                "majority": majority,
+            },
+        )
+        for (layer, expert), who, majority in places[:MOST_REPORTED]
+    )
+
+
+def place_name(layer: int, expert: int) -> str:
+    """How people call what differs."""
+    return "dense state" if layer < 0 else f"L{layer}/E{expert}"
+
+
+def _sentence(
+    state: Control, expert: Expert, workers: Iterable[str], majority: bool, *, step: int
+) -> str:
+    nodes = ", ".join(str(node) for node in sorted({state.workers[w].node for w in workers}))
+    verb = "differs on" if majority else "differs between"
+    return f"{place_name(*expert)} {verb} node {nodes} after step {step}"
+
+
+def stop(state: Control, *, what: str, at_s: float) -> Decision:
+    """``recovery.on_mismatch = "stop"``: end at the first difference."""
+    resumable = bool(state.checkpoints) or state.config.resume is not None
+    failure = Failure(
+        cause=Cause.NODE,
+        error="StoppedError" if resumable else "LazarusError",
+        message=f"replicas differ, and recovery.on_mismatch is stop: {what}",
+        step=state.step,
+        way_out="resume from a checkpoint of an earlier step"
+        if resumable
+        else "no checkpoint stands to resume from; start again",
+    )
+    status: Status = "short" if resumable else "failed"
+    return commits.end(state, status=status, failure=failure, at_s=at_s)
+
+
+def _give_up_on_ties(state: Control, *, at_s: float) -> Decision:
+    message = (
+        f"state or the optimizer's settings differ between ranks at step {state.step}, "
+        "without a majority"
+    )
+    if state.resumed:
+        message += f", {STRIKES} times in {APART_STEPS} steps: going back does not help"
+    failure = Failure(
+        cause=Cause.USER_CODE,
+        error="LazarusError",
+        message=message,
+        step=state.step,
+        way_out="the model, the optimizer and hooks must do the same on every rank",
+    )
+    return commits.end(state, status="failed", failure=failure, at_s=at_s)
+
+
+def on_odd(state: Control, body: ReplicaMismatch, *, at_s: float) -> Decision:
+    """The comparison while training found a difference; the ranks repair it if most agree."""
+    fields = {"generation": body.generation, "step": body.step, **json.loads(body.what)}
+    event = Publish(t=at_s, event="replica_mismatch", fields=fields)
+    if state.config.on_mismatch == "stop":
+        state, commands = stop(state, what=str(fields.get("what", "")), at_s=at_s)
+        return state, (event, *commands)
+    if not fields.get("majority") and body.generation == state.resumed:
+        state = replace(state, undecided=True)
+    return state, (event,)
+
+
+def on_repaired(state: Control, worker: str, body: Repaired, *, at_s: float) -> Decision:
+    """The ranks have repaired what the comparison while training found."""
+    if body.generation != state.resumed or worker not in state.seats:
+        return replace(state, stale=state.stale + 1), ()
+    ranks = [rank for rank in body.ranks if 0 <= rank < len(state.seat_nodes)]
+    nodes = [state.seat_nodes[rank] for rank in ranks]
+    state = with_strikes(state, nodes, step=body.step)
+    place = (body.layer, body.expert)
+    events = (
+        _repaired(state, place, rank=rank, node=node, step=body.step, source="peer", at_s=at_s)
+        for rank, node in zip(ranks, nodes, strict=True)
+    )
+    return state, tuple(events)
+
+
+def with_strikes(state: Control, nodes: Iterable[int], *, step: int) -> Control:
+    """One more step after which these nodes were outvoted."""
+    known = dict(state.outvotes)
+    for node in set(nodes):
+        if step not in known.get(node, ()):
+            known[node] = (*known.get(node, ()), step)
+    return replace(state, outvotes=known)
+
+
+def at_resume(
+    state: Control, transition: Transition, *, at_s: float
+) -> tuple[Control, tuple[Publish, ...]]:
+    """A RESUME leaves nothing unrepaired: say so, and remember whose fault it was."""
+    if not (state.outvoted or transition.goes_back):
+        return state, ()
+    if transition.is_tied:  # once, however many attempts it took
+        state = replace(state, ties=(*state.ties, transition.step)[-STRIKES:])
+    bad = state.outvoted
+    step, seats = transition.step, [seat.worker for seat in transition.seats]
+    source = "checkpoint" if transition.goes_back else "peer"
+    places: list[tuple[Expert, str, str]] = [((-1, -1), w, source) for w in sorted(bad.workers)]
+    if transition.goes_back:
+        places = [((-1, -1), w, source) for w in seats]
+    restored = {(restore.layer, restore.expert) for restore in transition.restores}
+    for worker, layer, expert in sorted(bad.copies):
+        known = "checkpoint" if (layer, expert) in restored else "peer"
+        places.append(((layer, expert), worker, known))
+    outvoted = [w for _, w, known in places if known == "peer"]
+    blamed = [state.workers[w].node for w in outvoted if w in state.workers]
+    state = with_strikes(state, blamed, step=step)
+    events = tuple(
+        _repaired(
+            state,
+            place,
+            rank=seats.index(worker),
+            node=state.workers[worker].node,
+            step=step,
+            source=known,
+            at_s=at_s,
+        )
+        for place, worker, known in places[:MOST_REPORTED]
+        if worker in seats and _is_planned(transition, place, seats.index(worker))
+    )
+    return replace(state, outvoted=Outvoted()), events
+
+
+def _is_planned(transition: Transition, place: Expert, rank: int) -> bool:
+    """Whether the plan leaves the rank a copy that could be repaired."""
+    layer, expert = place
+    plan = transition.plan
+    return layer < 0 or (plan is not None and expert in plan.expert_of_slot[layer, rank])
+
+
+def _repaired(
+    state: Control, place: Expert, *, rank: int, node: int, step: int, source: str, at_s: float
+) -> Publish:
+    layer, expert = place
+    fields = {
+        "generation": state.generation,
+        "step": step,
+        "what": place_name(layer, expert),
+        "layer": layer,
+        "expert": expert,
+        "rank": rank,
+        "node": node,
+        "source": source,
+    }
+    return Publish(t=at_s, event="replica_repaired", fields=fields)
+
+
+def suspect(state: Control) -> int | None:
+    """A member that is outvoted again and again, if there is one."""
+    if state.phase is not Phase.RUNNING or len(state.members) < 2:
+        return None
+    often = (n for n in state.members if len(state.outvotes.get(n, ())) >= STRIKES)
+    return next(often, None)
+
+
+def on_suspect(state: Control, node: int, *, at_s: float) -> tuple[Control, Publish | None]:
+    """Say that the node is suspect; the caller evicts it. None: the run has ended instead.
+
+    The second suspect in a row says that it is not the machines.
+    """
+    steps = state.outvotes[node]
+    fields = {
+        "generation": state.resumed,
+        "node": node,
+        "times": len(steps),
+        "steps": list(steps),
+        "reason": f"outvoted by the other ranks after steps {', '.join(map(str, steps))}",
+    }
+    event = Publish(t=at_s, event="node_suspect", fields=fields)
+    before = [step for _, step in state.suspects if steps[-1] - step <= APART_STEPS]
+    if before:
+        return state, None
+    state = replace(state, suspects=(*state.suspects, (node, steps[-1])))
+    return state, event
+
+
+def end_by_user_code(state: Control, node: int, *, at_s: float) -> Decision:
+    """One node after the other is outvoted: what runs on them is different, not the machines."""
+    first = state.suspects[-1][0]
+    failure = Failure(
+        cause=Cause.USER_CODE,
+        error="LazarusError",
+        message=(
+            f"ranks part ways again and again: node {first} was outvoted until it was evicted, "
+            f"and now node {node} is"
+        ),
+        node=node,
+        step=state.step,
+        way_out="the model, the optimizer and hooks must do the same on every rank",
+    )
+    return commits.end(state, status="failed", failure=failure, at_s=at_s)

@@ -1,0 +1,270 @@
+"""The last step of a reconfiguration: all ranks are ready, RESUME (rules 24 and 25). PURE."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lazarus.control.cluster.poison import awaited
+from lazarus.control.cluster.roster import workers_of
+from lazarus.control.cluster.state import Control, Decision, Phase, Transition, without
+from lazarus.control.commit import commits
+from lazarus.control.messages import Depart, Ready, Resume, StorageProblem
+from lazarus.control.plans.planning import adoption
+from lazarus.control.ports import Command, Journal, Publish, TellAll
+from lazarus.control.reconfiguration import repair
+from lazarus.control.reconfiguration.reconfigure import begin, hold, lineage_text
+from lazarus.control.reconfiguration.timeline import mark_resume
+from lazarus.control.saving import adapting, saves
+from lazarus.control.saving.losses import (
+    bill_restores,
+    differently_read,
+    over_budget,
+    place_of_checkpoint,
+    plt_of,
+    restored_entry,
+    with_versions_read,
+)
+from lazarus.failure import Cause, Failure, Status
+from placement import Plan
+
+
+def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Decision:
+    """One rank is healed and grouped; with the last of them RESUME (rule 25)."""
+    transition = state.transition
+    if (
+        state.phase is not Phase.PREPARING
+        or transition is None
+        or body.generation != transition.generation
+    ):
+        return replace(state, stale=state.stale + 1), ()
+    plan = transition.plan
+    assert plan is not None
+    if body.plan_digest != plan.digest:
+        return hold(state, reason=f"plan digest differs on {worker}", at_s=at_s, broken=True)
+    transition = replace(transition, ready={**transition.ready, worker: body})
+    return settle(replace(state, transition=transition), at_s=at_s)
+
+
+def settle(state: Control, *, at_s: float) -> Decision:
+    """RESUME, once all are ready and nothing is awaited any more."""
+    transition = state.transition
+    assert transition is not None
+    missing = len(transition.ready) < len(transition.feeders)
+    if missing or not all(seat.worker in transition.ready for seat in transition.feeders):
+        return state, ()
+    if troubled := _cannot_store(state, transition):
+        return _without_place(state, transition, troubled, at_s=at_s)
+    if odd := differently_read(transition):
+        state = replace(state, readable={**state.readable, **odd})
+        return begin(state, reason="damaged_copy", at_s=at_s)
+    if _awaits_word(state, at_s=at_s):
+        return replace(state, transition=replace(transition, awaits_word=True)), ()
+    plan = transition.plan
+    assert plan is not None
+    transition = with_versions_read(transition)
+    return _resume(state, transition, plan, at_s=at_s)
+
+
+def _awaits_word(state: Control, *, at_s: float) -> bool:
+    """Whether the launcher's word on a lost member may show that the next step is poisoned."""
+    unsure = awaited(state.deaths, state.unexplained, step=state.step)
+    return any(at_s - gone.at_s <= state.config.timeouts.news_s for gone in unsure)
+
+
+def _cannot_store(state: Control, transition: Transition) -> dict[int, StorageProblem]:
+    """Nodes that cannot use the checkpoint place, as they say before the first step."""
+    if state.resumed:
+        return {}
+    return {
+        state.workers[worker].node: body.place
+        for worker, body in transition.ready.items()
+        if body.place is not None
+    }
+
+
+def _without_place(
+    state: Control, transition: Transition, troubled: Mapping[int, StorageProblem], *, at_s: float
+) -> Decision:
+    """The run ends before its first step."""
+    first = troubled[min(troubled)]
+    names = " and ".join(str(node) for node in sorted(troubled))
+    what = f"{first.operation} {first.url}: {first.reason}"
+    failure = Failure(
+        cause=Cause.STORAGE,
+        error="StorageError",
+        message=f"the checkpoint place cannot be used from node {names}: {what}",
+        way_out="set checkpoint.url to a place that every node can write to and read from",
+        node=min(troubled),
+        url=first.url,
+        operation=first.operation,
+    )
+    status: Status = "failed" if state.config.resume is None else "short"
+    return commits.end(state, status=status, failure=failure, at_s=at_s)
+
+
+def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Decision:
+    entry = _entry(state, transition, plan)
+    if transition.rollback:
+        if not transition.restarts:  # ALIGNED brought it
+            state = replace(state, history=_reloaded_history(state, transition))
+        entry["history"] = base64.b64encode(state.history.astype("<f8").tobytes()).decode()
+    state = mark_resume(state, transition, at_s=at_s)
+    adapted = adapting.at_resume(state, plan)
+    entry["adapted"] = [] if adapted is None else list(astuple(adapted))
+    before = state
+    bills, state = bill_restores(state, transition, at_s=at_s)
+    state, repaired = repair.at_resume(state, transition, at_s=at_s)
+    over = bool(bills) and over_budget(state)
+    if over:
+        state = replace(state, plt_spent=plt_of(state))
+    double = over or (state.doubling and not _has_committed(state, transition))
+    entry["double_k"] = double
+    state = replace(_resumed(state, transition, plan, at_s=at_s), adapted=adapted, doubling=double)
+    told = _told_to_resume(before, state, transition, plan)
+    events = _resume_events(before, state, transition, plan, at_s=at_s)
+    return state, (Journal(entry=entry), *told, *events, *bills, *repaired)
+
+
+def _resumed(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Control:
+    """The state in which the next members train."""
+    nodes = transition.next_nodes
+    lineage = (*state.lineage, (transition.generation, transition.step))
+    return replace(
+        state,
+        phase=Phase.RUNNING,
+        phase_s=at_s,
+        resumed=transition.generation,
+        step=transition.step if transition.rollback else max(state.step, transition.step),
+        saves=saves.after_resume(state, lineage),
+        past_seats=saves.seats_remembered(state),
+        ordered=min(state.ordered, transition.step),
+        members=nodes,
+        seats=tuple([seat.worker for seat in transition.seats]),
+        seat_nodes=tuple([seat.node for seat in transition.seats]),
+        rolled=(transition.generation, transition.step) if transition.rollback else state.rolled,
+        speeds=_weights(state, nodes),
+        wants="",
+        streaks={},
+        plan=plan,
+        base_plan=plan if state.base_plan is None else state.base_plan,
+        lineage=lineage,
+        known={},
+        dropped={},
+        readable={},
+        newest=None if transition.rollback else state.newest,
+        transition=None,
+        hold_reason="",
+        nodes=without(state.nodes, transition.leavers),
+        workers=without(state.workers, workers_of(state, transition.leavers)),
+    )
+
+
+def _told_to_resume(
+    before: Control, state: Control, transition: Transition, plan: Plan
+) -> list[Command]:
+    """RESUME for those who train on, and a farewell for those who leave."""
+    order = Resume(
+        generation=transition.generation,
+        step=transition.step,
+        plan_digest=plan.digest,
+        lineage=lineage_text(state.lineage),
+        double_k=state.doubling,
+        save_all=saves.none_stands(state),
+        halt=bool(state.stopping),
+        **({} if state.adapted is None else asdict(state.adapted)),
+    )
+    told: list[Command] = [TellAll(workers=state.seats, body=order)]
+    if departed := workers_of(before, transition.leavers):
+        told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
+    return told
+
+
+def _has_committed(state: Control, transition: Transition) -> bool:
+    """Whether a step was committed since the newest RESUME: only then is its word in force."""
+    return not state.lineage or transition.step > state.lineage[-1][1]
+
+
+def _entry(state: Control, transition: Transition, plan: Plan) -> dict[str, Any]:
+    """What the journal keeps of a RESUME."""
+    nodes = transition.next_nodes
+    return {
+        "kind": "resume",
+        "term": state.term,
+        "generation": transition.generation,
+        "step": transition.step,
+        "nodes": list(nodes),
+        "seats": [seat.worker for seat in transition.seats],
+        "seat_nodes": [seat.node for seat in transition.seats],
+        "speeds": [[n, w] for n, w in sorted(_weights(state, nodes).items())],
+        "plan": plan.to_dict(),
+        "shape": list(state.shape),
+        "record_bytes": list(state.record_bytes),
+        "restores": [restored_entry(restore) for restore in transition.restores],
+        "rollback": transition.rollback,
+        "top_k": state.top_k,
+        "num_samples": state.num_samples,
+    }
+
+
+def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
+    """Share weights below 1 of the nodes that stay."""
+    found = [(node, state.next_speeds[node]) for node in nodes if node in state.next_speeds]
+    return {node: weight for node, weight in found if weight < 1.0}
+
+
+def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.float64]:
+    """The load history that every rank read with the checkpoint."""
+    body = next(iter(transition.ready.values()))
+    return np.frombuffer(body.history, dtype="<f8").reshape((3, *state.shape))
+
+
+def _resume_events(
+    before: Control, state: Control, transition: Transition, plan: Plan, *, at_s: float
+) -> tuple[Publish, ...]:
+    generation, events = transition.generation, []
+    fields: Mapping[str, Any]
+    if transition.restarts:
+        fields = {
+            "generation": generation,
+            "step": transition.step,
+            "from_step": before.step,
+            "checkpoint": place_of_checkpoint(state, transition.step).rpartition(" ")[0],
+        }
+        events.append(Publish(t=at_s, event="run_restarted", fields=fields))
+    if before.hold_reason:
+        fields = {"generation": generation, "nodes": list(state.members)}
+        events.append(Publish(t=at_s, event="quorum_regained", fields=fields))
+    if not before.resumed:
+        fields = {
+            "schema": 1,
+            "run": state.config.run_id,
+            "num_nodes": len(state.members),
+            "world_size": len(state.seats),
+            "steps": state.config.steps,
+            "start_step": transition.step,
+            "nodes": list(state.members),
+            "num_layers": state.shape[0],
+            "num_experts": state.shape[1],
+            "top_k": state.top_k,
+        }
+        fields = {"generation": generation, **fields}
+        events.append(Publish(t=at_s, event="run_started", fields=fields))
+        if state.config.resume:
+            fields = {**fields, "checkpoint": state.config.resume}
+            events.append(Publish(t=at_s, event="run_resumed", fields=fields))
+    for node in transition.joiners:
+        events.append(
+            Publish(t=at_s, event="node_joined", fields={"generation": generation, "node": node})
+        )
+    for node in transition.leavers:
+        events.append(
+            Publish(t=at_s, event="node_left", fields={"generation": generation, "node": node})
+        )
+    events += adoption(state, transition, plan, at_s=at_s)
+    return (*events, *adapting.adapted_events(state, before.adapted, at_s=at_s))

@@ -1,0 +1,224 @@
+"""The controller's state from its journal, after its death (rules 35-39)."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lazarus.checkpoint.restoring.plt import PltLedger
+from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
+from lazarus.checkpoint.selection.adaptive import Adapted
+from lazarus.control.cluster import evidence
+from lazarus.control.cluster.state import Control, ControlConfig, Node, Phase
+from lazarus.control.commit.commits import commit_events, counts_of
+from lazarus.control.messages import Vector
+from lazarus.control.ports import Publish, Stored
+from lazarus.control.saving.saves import seats_remembered
+from lazarus.control.vector import advance_history, start_history
+from placement import Plan
+
+
+def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
+    """Before anything has happened, or at the checkpoint that the run starts from."""
+    return Control(
+        config=config,
+        term=term,
+        started_s=now_s,
+        phase_s=now_s,
+        step=config.start_step,
+        generation=config.start_generation,
+        lineage=config.start_lineage,
+        checkpoints=config.checkpoints,
+        stored=config.stored,
+        plt=config.start_plt,
+        plt_spent=config.start_plt_spent,
+    )
+
+
+def resumed_state(
+    entries: Sequence[Mapping[str, Any]], config: ControlConfig, *, now_s: float
+) -> Control:
+    """What a new life of the controller knows before any worker has spoken."""
+    state = blank_state(config)
+    for entry in entries:
+        state = replayed(state, entry)
+    return awakened(state, now_s=now_s)
+
+
+def blank_state(config: ControlConfig) -> Control:
+    """What ``replayed`` begins with: no term, no time."""
+    return initial_state(config, term=0, now_s=0.0)
+
+
+def awakened(state: Control, *, now_s: float) -> Control:
+    """The beginning of a controller's next life, from what its journal told.
+
+    Workers of the newest RESUMEd generation are expected back; whoever does not come within the
+    tolerated stall is lost. Generations claimed but never resumed are void.
+    """
+    state = replace(state, term=state.term + 1, started_s=now_s, phase_s=now_s)
+    if not state.resumed:
+        return replace(state, nodes={}, next_serial=state.next_serial)
+    wanted = set(state.members)
+    return replace(
+        state,
+        phase=Phase.RECONNECTING,
+        nodes={n: node for n, node in state.nodes.items() if n in wanted},
+    )
+
+
+def missing_commits(
+    entries: Iterable[Mapping[str, Any]], state: Control, *, said: Callable[[str, int, int], bool]
+) -> Iterator[Publish]:
+    """What the record lacks of the commits that are journaled, and of a restart that voids some.
+
+    Args:
+        entries: What was journaled after ``state``.
+        said: Whether the record has this event of this generation and step.
+    """
+    names = ("step_committed", "ledger") if state.config.ledger else ("step_committed",)
+    found: list[Publish] = []
+    for entry in entries:
+        for commit in entry.get("commits", ()):
+            generation, step = int(commit["generation"]), int(commit["step"])
+            missing = [name for name in names if not said(name, generation, step)]
+            if missing == ["ledger"] and said("ledger_mismatch", generation, step):
+                missing = []
+            if missing:
+                events = commit_events(state, vector_of(commit))
+                found += (e for e in events if e.event != "step_committed" or e.event in missing)
+        if entry["kind"] == "resume" and entry["rollback"]:
+            found = []  # of what is void nobody need hear any more
+            fields = {"generation": int(entry["generation"]), "step": int(entry["step"])}
+            if not said("rolled_back", fields["generation"], fields["step"]):
+                at_s = 0.0 if state.newest is None else state.newest.at_s
+                found.append(Publish(t=at_s, event="rolled_back", fields=fields))
+        state = replayed(state, entry)
+    return iter(found)
+
+
+def vector_of(commit: Mapping[str, Any]) -> Vector:
+    """A commit as it was journaled."""
+    return Vector(
+        generation=int(commit["generation"]),
+        step=int(commit["step"]),
+        lanes=base64.b64decode(commit["lanes"]),
+        wall_s=float(commit["wall_s"]),
+        at_s=float(commit["at_s"]),
+    )
+
+
+def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
+    """What the journal tells after one more entry."""
+    if (found := entry if entry["kind"] == evidence.KIND else entry.get(evidence.KIND)) is not None:
+        state = evidence.recalled(state, found)
+    match entry["kind"]:
+        case "term":
+            return replace(state, term=max(state.term, int(entry["term"])))
+        case "serial":
+            serial = int(entry["node"])
+            empty = Node(key=str(entry["key"]), workers=("",) * state.config.ranks_per_node)
+            return replace(
+                state,
+                next_serial=max(state.next_serial, serial + 1),
+                nodes={**state.nodes, serial: empty},
+            )
+        case "claim":
+            voters = set(entry["members"])  # whom it left out is lost, whoever says hello (rule 38)
+            members = tuple(n for n in state.members if n in voters)
+            return replace(state, generation=int(entry["generation"]), members=members)
+        case "commits":
+            vectors = [vector_of(commit) for commit in entry["commits"]]
+            history, last = state.history, vectors[-1]
+            for vector in vectors:
+                lanes = np.frombuffer(vector.lanes, dtype="<f8")
+                history = advance_history(history, counts_of(state, lanes))
+            base = state.plan if last.generation == state.resumed else state.base_plan
+            return replace(state, step=last.step, base_plan=base, history=history, newest=last)
+        case "resume":
+            return _resumed(state, entry)
+        case "fault":
+            key = (str(entry["worker"]), int(entry["number"]))
+            specs = state.fired_specs | ({str(entry["spec"])} if "spec" in entry else set())
+            return replace(state, struck=state.struck | {key}, fired_specs=specs)
+        case "evaluated":
+            return replace(state, evaluated=int(entry["step"]))
+        case "manifest":
+            stored = tuple(
+                Stored(layer=x, expert=e, generation=g, step=t, routed=r)
+                for x, e, g, t, r in entry["stored"]
+            )
+            standing = tuple(
+                StoredCheckpoint(generation=g, step=t, is_full=full)
+                for g, t, full in entry["standing"]
+            )
+            return replace(state, checkpoints=standing, stored=stored, ordered=int(entry["step"]))
+    return state
+
+
+def _ledger(state: Control, entry: Mapping[str, Any]) -> PltLedger:
+    """Lost tokens so far, from the restores that RESUME entries name; ``state`` stands there."""
+    ledger = state.plt
+    if entry["rollback"]:
+        ledger = ledger.rolled_back(state.routed.tolist())
+    for restore in entry["restores"]:
+        if restore["detail"]:
+            layer, expert = int(restore["layer"]), int(restore["expert"])
+            routed = int(state.routed[layer, expert])
+            ledger, _ = ledger.restored(
+                layer=layer,
+                expert=expert,
+                version_routed=min(int(restore["detail"].split(",")[2]), routed),
+                routed=routed,
+            )
+    return ledger
+
+
+def _adapted(figures: Sequence[int]) -> Adapted | None:
+    return (
+        None
+        if not figures
+        else Adapted(k_snapshot=figures[0], snapshot_every=figures[1], persist_every=figures[2])
+    )
+
+
+def _resumed(state: Control, entry: Mapping[str, Any]) -> Control:
+    plan = Plan.from_dict(entry["plan"])
+    layers, experts = int(entry["shape"][0]), int(entry["shape"][1])
+    history = state.history
+    if history.shape != (3, layers, experts):
+        history = start_history(layers, experts)
+    if entry["rollback"]:
+        history = np.frombuffer(base64.b64decode(entry["history"]), dtype="<f8")
+        history = history.reshape((3, layers, experts))
+    generation, step = int(entry["generation"]), int(entry["step"])
+    return replace(
+        state,
+        generation=generation,
+        past_seats=seats_remembered(state) if state.resumed else {},
+        ordered=min(state.ordered, step),
+        resumed=generation,
+        step=step if entry["rollback"] else max(state.step, step),
+        newest=None if entry["rollback"] else state.newest,
+        top_k=int(entry["top_k"]),
+        num_samples=int(entry.get("num_samples", 0)),
+        members=tuple(int(n) for n in entry["nodes"]),
+        seats=tuple(str(w) for w in entry["seats"]),
+        seat_nodes=tuple(int(n) for n in entry["seat_nodes"]),
+        rolled=(generation, step) if entry["rollback"] else state.rolled,
+        adapted=_adapted(entry["adapted"]),
+        doubling=bool(entry.get("double_k", False)),
+        speeds={int(n): float(w) for n, w in entry["speeds"]},
+        next_speeds={int(n): float(w) for n, w in entry["speeds"]},
+        plan=plan,
+        base_plan=plan if state.base_plan is None else state.base_plan,
+        lineage=(*state.lineage, (generation, step)),
+        shape=(layers, experts),
+        plt=_ledger(replace(state, history=history), entry),
+        history=history,
+        record_bytes=(int(entry["record_bytes"][0]), int(entry["record_bytes"][1])),
+    )

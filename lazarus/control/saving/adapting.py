@@ -1,0 +1,87 @@
+"""The schedule of saves from measured rates: when to look, what RESUME tells the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lazarus.checkpoint.selection.adaptive import Adapted, Measured, adapt, busiest_rank, default_of
+from lazarus.control.cluster.state import Control
+from lazarus.control.ports import Publish
+from placement import Plan
+
+WANTED = "checkpoint schedule"  # reason of the pause
+
+
+def on_measured(state: Control, worker: str, record: Mapping[str, Any]) -> Control:
+    """A rank's share of a checkpoint says how fast it was made.
+
+    The first time that all ranks have said so, a schedule that differs much is worth a pause;
+    later ones come with the RESUMEs that happen anyway.
+    """
+    figures = record.get("measured")
+    if figures is None or not state.config.saves.is_adaptive:
+        return state
+    found = Measured(**{name: float(value) for name, value in figures.items()})
+    state = replace(state, measured={**state.measured, worker: found})
+    if state.adapted is not None or not set(state.measured) >= set(state.seats) or state.wants:
+        return state
+    plan = state.plan
+    assert plan is not None
+    chosen = chosen_for(state, plan)
+    layers, experts = state.shape
+    default = default_of(state.config.saves, num_layers=layers, num_experts=experts)
+    if chosen is not None and chosen.is_far_from(default):
+        return replace(state, wants=WANTED)
+    return replace(state, adapted=default)
+
+
+def chosen_for(state: Control, plan: Plan) -> Adapted | None:
+    """The schedule under a plan; None while nothing is measured."""
+    known = [state.measured[worker] for worker in state.seats if worker in state.measured]
+    if not known or not state.config.saves.is_adaptive or state.step_s <= 0:
+        return None
+    layers, experts = state.shape
+    busiest = partial(
+        busiest_rank,
+        ranks_of=plan.ranks_of,
+        num_ranks=plan.num_nodes * state.config.ranks_per_node,
+        num_layers=layers,
+        num_experts=experts,
+        expert_bytes=state.record_bytes[1],
+        dense_bytes=state.record_bytes[0],
+    )
+    return adapt(
+        state.config.saves,
+        known,
+        num_layers=layers,
+        num_experts=experts,
+        step_s=state.step_s,
+        busiest=busiest,
+    )
+
+
+def at_resume(state: Control, plan: Plan) -> Adapted | None:
+    """What holds from the RESUME of ``plan`` on; None: as configured."""
+    return chosen_for(state, plan) or state.adapted
+
+
+def adapted_events(state: Control, before: Adapted | None, *, at_s: float) -> tuple[Publish, ...]:
+    """A changed schedule on record, with the figures behind it."""
+    now = state.adapted
+    if now is None or now == before:
+        return ()
+    known = [m for worker, m in state.measured.items() if worker in state.seats]
+    fields = {
+        "generation": state.resumed,
+        "step": state.step,
+        "k_snapshot": now.k_snapshot,
+        "snapshot_every": now.snapshot_every,
+        "persist_every": now.persist_every,
+        "copy_rate": min((m.copy_rate for m in known), default=0.0),
+        "write_rate": min((m.write_rate for m in known), default=0.0),
+        "window_s": min((m.window_s for m in known), default=0.0),
+    }
+    return (Publish(t=at_s, event="checkpoint_adapted", fields=fields),)

@@ -1,0 +1,298 @@
+"""The record of a run: one JSON object a line in ``events.jsonl``, and what each must hold.
+
+Every event has ``t`` (unix seconds), ``event`` and ``generation``; runs write ``m`` as well, the
+seconds that the run has been alive, which no step of the wall clock touches: durations are
+differences of these (``moment``). Readers ignore fields and events that they do not know, so both
+may be added; none that is listed here may go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lazarus.basics.careful import lines_of, open_regular, parse_object
+from lazarus.errors import RecordError
+
+SCHEMA = 1  # written into run_started
+FILE_NAME = "events.jsonl"
+
+Event = Mapping[str, Any]
+
+_INT = (int,)
+_NUMBER = (int, float)
+_TEXT = (str,)
+_NODE = (int, type(None))
+_LOSS = (int, float, type(None))  # null: not a finite number
+_HEADER: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {"t": _NUMBER, "event": _TEXT, "generation": _INT}
+)
+# Fields that an event always has, beside the header. More may be there.
+FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
+    {
+        "run_started": {"num_nodes": _INT, "world_size": _INT, "schema": _INT},
+        "run_resumed": {},
+        "step_committed": {
+            "step": _INT,
+            "loss": _LOSS,
+            "tokens": _INT,
+            "num_nodes": _INT,
+            "wall_s": _NUMBER,
+        },
+        "fault_injected": {"node": _NODE, "kind": _TEXT, "step": _INT},
+        "fault_not_fired": {"spec": _TEXT, "reason": _TEXT},
+        "node_lost": {"node": _INT, "cause": _TEXT},
+        "node_left": {"node": _INT},
+        "node_joined": {"node": _INT},
+        "drain_notice": {"node": _INT},
+        "nodes_awaited": {"missing": _INT, "reason": _TEXT},
+        "machine_suspect": {"machine": _TEXT, "reason": _TEXT},
+        "node_banned": {"machine": _TEXT, "reason": _TEXT},
+        "reconfigured": {
+            "reason": _TEXT,
+            "wall_s": _NUMBER,
+            "phases": (dict,),
+            "num_nodes": _INT,
+            "moves": _INT,
+            "bytes_moved": _INT,
+        },
+        "plan_adopted": {"digest": _TEXT},
+        "plan_fallback": {"reason": _TEXT},
+        "quorum_lost": {"reason": _TEXT},
+        "quorum_regained": {},
+        "rolled_back": {"step": _INT},
+        "run_restarted": {"step": _INT, "from_step": _INT, "checkpoint": _TEXT},
+        "expert_restored": {
+            "layer": _INT,
+            "expert": _INT,
+            "source": _TEXT,
+            "behind_steps": _INT,
+            "lost_copies": _NUMBER,
+        },
+        "checkpoint_persisted": {"step": _INT, "bytes": _INT, "wall_s": _NUMBER},
+        "checkpoint_adapted": {
+            "step": _INT,
+            "k_snapshot": _INT,
+            "snapshot_every": _INT,
+            "persist_every": _INT,
+        },
+        "checkpoint_failed": {"step": _INT, "reason": _TEXT},
+        "rank_slow": {"rank": _INT, "slowdown": _NUMBER},
+        "ledger": {"step": _INT, "sample_ids": (list,)},
+        "ledger_mismatch": {"step": _INT, "samples": _INT, "expected": _INT},
+        "evaluated": {"step": _INT, "loss": _LOSS},
+        "message_refused": {"worker": _TEXT, "message": _TEXT, "reason": _TEXT},
+        "state_digest": {"step": _INT, "digest": _TEXT},
+        "replica_mismatch": {"layer": _INT, "expert": _INT},
+        "replica_repaired": {
+            "step": _INT,
+            "what": _TEXT,
+            "layer": _INT,
+            "expert": _INT,
+            "rank": _INT,
+            "node": _INT,
+        },
+        "node_suspect": {"node": _INT, "times": _INT, "reason": _TEXT},
+        "callback_failed": {"callback": _TEXT, "error": _TEXT},
+        "user_error": {
+            "where": _TEXT,
+            "error": _TEXT,
+            "node": _INT,
+            "rank": _INT,
+            "step": _INT,
+            "phase": _TEXT,
+            "sample_ids": (list,),
+        },
+        "internal_error": {"error": _TEXT, "node": _INT, "step": _INT},
+        "worker_died": {"worker": _TEXT, "cause": _TEXT, "step": _INT, "phase": _TEXT},
+        "step_skipped": {"step": _INT, "reason": _TEXT},
+        "collective_stalled": {"step": _INT, "where": _TEXT, "nodes": (list,)},
+        "run_finished": {
+            "status": _TEXT,
+            "cause": _TEXT,
+            "steps": _INT,
+            "wall_s": _NUMBER,
+            "goodput_tokens_per_s": _NUMBER,
+            "ettr": _NUMBER,
+            "plt": _NUMBER,
+        },
+    }
+)
+
+# Fields that records of earlier versions are without.
+_LATER: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "run_started": ("schema",),
+        "run_finished": ("status", "cause", "goodput_tokens_per_s", "ettr", "plt"),
+        "rank_slow": ("rank",),
+        "user_error": ("where", "node", "rank", "step", "phase", "sample_ids"),
+        "replica_mismatch": ("layer", "expert"),
+    }
+)
+_LATEST_S = 1e11  # what is later is no time
+_ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
+
+
+def make_event(event: str, *, t: float, generation: int, **fields: Any) -> dict[str, Any]:
+    """Build a known event and check it.
+
+    Raises:
+        ValueError: The event is not known, or a field is missing or of the wrong type.
+    """
+    made = {"t": t, "event": event, "generation": generation, **fields}
+    if event == "run_started":
+        made.setdefault("schema", SCHEMA)
+    if event not in FIELDS:
+        raise ValueError(f"unknown event {event!r}; known: {', '.join(FIELDS)}")
+    if wrong := faults_of(made):
+        raise ValueError(f"{event}: {'; '.join(wrong)}")
+    return made
+
+
+def faults_of(event: Event) -> list[str]:
+    """What a listed event lacks, or has of the wrong type; nothing for an unknown event."""
+    wanted = {**_HEADER, **FIELDS.get(str(event.get("event")), {})}
+    wrong = []
+    for name, types in wanted.items():
+        if name not in event:
+            wrong.append(f"field {name} is missing")
+        elif not _is(event[name], types):
+            kinds = " or ".join(kind.__name__ for kind in types)
+            wrong.append(f"{name} = {event[name]!r} must be {kinds}")
+    return wrong
+
+
+def encode(event: Event) -> str:
+    """One line of the record, with its line end. What is not a finite number becomes null."""
+    return json.dumps(_finite(event), separators=(", ", ": "), allow_nan=False) + "\n"
+
+
+def decode(line: str) -> dict[str, Any]:
+    """The event of one line.
+
+    Raises:
+        ValueError: It is not a JSON object with ``t``, ``event`` and ``generation``, or an event
+            that is known lacks a field or has another kind of value in it.
+    """
+    event = parse_object(line)
+    for name, types in _HEADER.items():
+        if not _is(event.get(name), types):
+            raise ValueError(f"{name} = {_short(event.get(name))} must be {types[0].__name__}")
+    for name in ("t", "m"):
+        if not _is(event.get(name, 0), _NUMBER) or abs(event.get(name, 0)) > _LATEST_S:
+            raise ValueError(f"{name} = {_short(event[name])} is no time")
+    if wrong := [text for text in faults_of(event) if not _came_later(event, text)]:
+        raise ValueError(f"{event['event']}: {wrong[0]}")
+    return event
+
+
+def _came_later(event: Event, fault: str) -> bool:
+    """Whether records of earlier versions may well be without that field."""
+    later = _LATER.get(str(event["event"]), ())
+    return any(fault == f"field {name} is missing" for name in later)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """All events of a record: ``path`` is the file, or the run's folder. See ``each_event``."""
+    return list(each_event(path))
+
+
+def each_event(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The events of a record one by one, so that a long one needs no memory.
+
+    A last line without its line end was being written when the run ended: it is left out.
+
+    Raises:
+        RecordError: The file cannot be read, or a line is damaged; with its number.
+    """
+    place = Path(path)
+    place = place / FILE_NAME if place.is_dir() else place
+    number = 0  # of the line that is read
+    try:
+        with open_regular(place) as file:
+            for _, line in lines_of(file):
+                number += 1
+                if line.strip():
+                    yield decode_bytes(line)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RecordError(path=str(place), line=0, reason=f"cannot be read: {reason}") from error
+    except ValueError as error:
+        raise RecordError(path=str(place), line=number, reason=str(error)) from error
+
+
+@contextmanager
+def blamed_on_record(path: str | Path) -> Iterator[None]:
+    """For whoever works with events that were read: what is odd inside of one is damage.
+
+    Raises:
+        RecordError: A value deep in an event is not what a run writes.
+    """
+    place = Path(path)
+    try:
+        yield
+    except RecordError:
+        raise
+    except _ODD as error:
+        place = place / FILE_NAME if place.is_dir() else place
+        reason = f"an event makes no sense: {type(error).__name__}: {error}"[:200]
+        raise RecordError(path=str(place), line=0, reason=reason.replace("\n", " ")) from error
+
+
+def decode_bytes(line: bytes) -> dict[str, Any]:
+    """``decode`` of a line as it lies in the file.
+
+    Raises:
+        ValueError: See ``decode``, or it is no UTF-8.
+    """
+    try:
+        return decode(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} of the line is no UTF-8") from None
+
+
+def parse_lines(text: str, *, name: str = FILE_NAME) -> Iterator[dict[str, Any]]:
+    """Events of a text; see ``each_event``."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            yield decode(line)
+        except ValueError as error:
+            raise RecordError(path=name, line=number, reason=str(error)) from error
+
+
+def moment(event: Event) -> float:
+    """Seconds on the record's own scale, to be subtracted from one another; see ``m`` above."""
+    return float(event.get("m", event.get("t", 0.0)))
+
+
+def of_kind(events: Iterable[Event], *names: str) -> list[Event]:
+    """Only the events of these names, in order."""
+    return [event for event in events if event["event"] in names]
+
+
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, types)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,262 @@
+"""Who owns a run's folder: one driver at a time, and whoever asks can tell whether it still lives.
+
+The owner is the file ``owner-N.json`` with the highest N. Taking a folder means to create the next
+number, which only one process can; an owner that ends removes its file, one that was killed leaves
+it behind. Whether such an owner has gone is decided by evidence: on its own machine by its process
+(number, start time, boot), from elsewhere by its beats, of which there is one every few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from lazarus.basics.threads import spawn
+from lazarus.errors import ConfigError
+
+_NAME = re.compile(r"owner-(\d{1,9})\.json")
+_BEATS = 6  # of a living owner in the time after which a silent one counts as gone
+_LOOK_S = 0.1  # between two looks at the beats of an owner on another machine
+_STARTED_WORD = 19  # of /proc/PID/stat behind the name: start time in ticks since boot
+_MOST_BYTES = 1 << 16  # of an owner's file
+_LONGEST_SILENCE_S = 7 * 86400.0
+
+State = Literal["alive", "gone", "elsewhere"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """The process that took a folder, as its file names it.
+
+    ``gone_after_s`` is how long an owner may be silent before others may take the folder.
+    """
+
+    pid: int
+    host: str
+    run: str
+    boot: str
+    namespace: str
+    started: int
+    gone_after_s: float
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def state(self) -> State:
+        """Whether its process lives; "elsewhere" if it cannot be seen from here."""
+        here = _myself(run="", gone_after_s=0.0)
+        if (self.host, self.boot, self.namespace) != (here.host, here.boot, here.namespace):
+            return "elsewhere"
+        return "alive" if started_at(self.pid) == self.started else "gone"
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Who owns a run's folder, or owned it and was killed; None after an orderly end.
+
+    ``lazarus status`` reads a record without an end: with an ``Owner`` whose ``state`` is "gone"
+    its driver was killed. For one that is "elsewhere", see ``silence_s``.
+
+    Raises:
+        ConfigError: The file cannot be read as what it should be.
+    """
+    found = _newest(folder)
+    return None if found is None else _read(found)
+
+
+def silence_s(folder: Path, *, now_s: float) -> float:
+    """Seconds since the owner's last beat, by wall clock: for people to read, not to decide by."""
+    found = _newest(folder)
+    try:
+        return 0.0 if found is None else max(0.0, now_s - found.stat().st_mtime)
+    except FileNotFoundError:
+        return 0.0
+
+
+class Ownership:
+    """A taken folder; give it back with ``release``. Made by ``take``."""
+
+    def __init__(self, path: Path, owner: Owner) -> None:
+        self.owner = owner
+        self._path = path
+        self._released = threading.Event()
+        self.on_lost: Callable[[str], None] = lambda reason: None
+        self._thread = spawn("owner", self._beat, on_death=self._died)
+
+    def _died(self, name: str, problem: BaseException) -> None:
+        """Others would take the folder for free."""
+        self.on_lost(f"the thread that keeps the run's folder died: {problem!r}")
+
+    def _beat(self) -> None:
+        while not self._released.wait(self.owner.gone_after_s / _BEATS):
+            try:
+                os.utime(self._path)
+                lost = _newest(self._path.parent) != self._path
+            except FileNotFoundError:
+                lost = True
+            except OSError:
+                continue  # a disk or network that has a bad moment; the next beat may get through
+            if lost and not self._released.is_set():
+                folder = self._path.parent
+                self.on_lost(f"the run's folder {folder} was removed, or taken by another run")
+                return
+
+    def release(self) -> None:
+        """The folder is free again; fine if it was released before."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def take(
+    folder: Path, *, run: str, gone_after_s: float, say: Callable[[str], None] | None = None
+) -> Ownership:
+    """Become the one owner of an existing folder.
+
+    Args:
+        folder: Of a run.
+        run: Id of the run, for people who look into the file.
+        gone_after_s: How long an owner that cannot be seen from here may be silent.
+        say: Takes a line when this will take a while.
+
+    Raises:
+        ConfigError: It has an owner, who is named.
+        OSError: The folder cannot be written.
+    """
+    me = _myself(run=run, gone_after_s=min(gone_after_s, _LONGEST_SILENCE_S))
+    while True:
+        standing = _newest(folder)
+        if standing is not None:
+            _refuse_unless_gone(standing, say or _say)
+        number = 1 + _number(standing)
+        path = folder / f"owner-{number}.json"
+        if not _create(path, me):
+            continue  # somebody else was quicker
+        newest = _newest(folder)
+        if newest is None or _number(newest) > number:  # our number had been used, and removed
+            path.unlink(missing_ok=True)
+            continue
+        _remove_below(folder, number)
+        return Ownership(path, me)
+
+
+def _refuse_unless_gone(standing: Path, say: Callable[[str], None]) -> None:
+    """Return if the owner has gone, else raise. From elsewhere that takes a while to tell."""
+    try:
+        owner = _read(standing)
+    except FileNotFoundError:
+        return  # it has just ended
+    state = owner.state
+    if state == "elsewhere":
+        say(f"{standing.parent} was taken by {owner}; looking whether that still lives, for up to "
+            f"{owner.gone_after_s:.0f} s")  # fmt: skip
+        state = "alive" if _beats(standing, owner.gone_after_s) else "gone"
+    if state == "alive":
+        itself = " (this process)" if owner.pid == os.getpid() else ""
+        raise ConfigError(
+            f"{standing.parent} belongs to a run under way: {owner}{itself}; end that one first, "
+            f"or give another run.dir"
+        )
+
+
+def _beats(path: Path, limit_s: float) -> bool:
+    """Whether the owner's file is touched within the limit. Compares no clocks of two machines."""
+    pause = threading.Event()
+    until = time.monotonic() + limit_s
+    try:
+        before = _looked_at(path)
+        while time.monotonic() < until:
+            pause.wait(_LOOK_S)
+            if _looked_at(path) != before:
+                return True
+    except FileNotFoundError:
+        pass  # it ended in good order
+    return False
+
+
+def _looked_at(path: Path) -> int:
+    with path.open("rb") as file:  # opening makes a network file system ask its server
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _newest(folder: Path) -> Path | None:
+    """The owner's file: that with the highest number."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return max(found, key=_number, default=None)
+
+
+def _number(path: Path | None) -> int:
+    match = None if path is None else _NAME.fullmatch(path.name)
+    return 0 if match is None else int(match[1])
+
+
+def _read(path: Path) -> Owner:
+    status = path.stat()
+    try:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            raise ValueError("not a small file")
+        owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
+        if any(type(getattr(owner, f.name)).__name__ != f.type for f in fields(Owner)):
+            raise ValueError("a field of another type")
+        if not 0 < owner.gone_after_s <= _LONGEST_SILENCE_S:
+            raise ValueError("a time that no owner gives")
+    except (ValueError, TypeError, RecursionError) as problem:
+        text = f"{path} does not say who owns the folder; remove it if no run uses the folder"
+        raise ConfigError(text) from problem
+    return owner
+
+
+def _create(path: Path, owner: Owner) -> bool:
+    """Whether the file was not there; it appears whole."""
+    draft = path.with_name(f".owner-{os.getpid()}-{threading.get_ident()}")
+    try:
+        draft.write_text(json.dumps(asdict(owner)), encoding="utf-8")
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _remove_below(folder: Path, number: int) -> None:
+    for path in folder.iterdir():
+        if _NAME.fullmatch(path.name) and _number(path) < number:
+            path.unlink(missing_ok=True)
+
+
+def _myself(*, run: str, gone_after_s: float) -> Owner:
+    return Owner(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        run=run,
+        boot=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+        namespace=os.readlink("/proc/self/ns/pid"),
+        started=started_at(os.getpid()) or 0,
+        gone_after_s=float(gone_after_s),
+    )
+
+
+def started_at(pid: int) -> int | None:
+    """When a process started, in ticks since boot; None if it is gone, reaped or not."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    words = text.rpartition(")")[2].split()
+    return None if words[0] in "ZX" else int(words[_STARTED_WORD])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

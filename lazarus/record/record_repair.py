@@ -1,0 +1,75 @@
+"""Lines of a record that were damaged: blanked, so that the run goes on and all its readers read.
+
+Every other line stays where it was, and keeps its number. The damaged bytes are kept beside the
+record, in ``events.damaged``: one object a line, with the offset and the bytes in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazarus.basics.careful import lines_of, open_regular
+from lazarus.record.events import decode_bytes
+
+DAMAGED_NAME = "events.damaged"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DamagedLine:
+    """A whole line that is no event. ``at`` and ``data`` are where and what it was, in bytes."""
+
+    path: Path
+    at: int
+    data: bytes
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: the line at byte {self.at:,} was damaged ({self.reason}); it is left "
+            f"out, its bytes are in {DAMAGED_NAME}"
+        )
+
+
+def blank_damaged(path: Path, *, since: int = 0) -> tuple[DamagedLine, ...]:
+    """Overwrite what is no event with blanks. Only for whoever may write the record.
+
+    Args:
+        path: Of the record.
+        since: Where a line begins; what lies before it is not looked at.
+
+    Returns:
+        What was damaged.
+
+    Raises:
+        OSError: It cannot be read or written.
+        ValueError: A line is longer than any of ours.
+    """
+    found = tuple(_damaged(path, since))
+    if not found:
+        return ()
+    with path.with_name(DAMAGED_NAME).open("ab") as kept:
+        for line in found:
+            held = {"at": line.at, "bytes": base64.b64encode(line.data).decode("ascii")}
+            kept.write(json.dumps(held).encode() + b"\n")
+    with path.open("r+b") as file:
+        for line in found:
+            os.pwrite(file.fileno(), b" " * len(line.data), line.at)
+        os.fsync(file.fileno())
+    return found
+
+
+def _damaged(path: Path, since: int) -> Iterator[DamagedLine]:
+    at = since
+    with open_regular(path) as file:
+        for end, data in lines_of(file, at=since):
+            try:
+                if data.strip():
+                    decode_bytes(data)
+            except ValueError as problem:
+                yield DamagedLine(path=path, at=at, data=data, reason=str(problem)[:200])
+            at = end

@@ -1,0 +1,139 @@
+"""What a run would begin with, found by the code that begins it; no process is started.
+
+The folder is taken, the checkpoint to go on from is chosen, the place of checkpoints is tried and
+the driver's orders are made just as for a run. Then the controller's own ``decide`` is asked, with
+workers that answer as those of the run would, until it orders the first plan. Nothing is left.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+
+import cloudpickle
+import torch
+from msgspec.structs import replace as changed
+
+from lazarus.checkpoint.errors import CheckpointError
+from lazarus.control.machine import decide
+from lazarus.control.messages import Align, Aligned, Body, Fence, Hello, Prepare, Report, RunOver
+from lazarus.control.ports import Command, Tell, TellDriver, WorkerSaid, each
+from lazarus.control.restart.replay import initial_state
+from lazarus.errors import BrokenInvariantError, ConfigError
+from lazarus.run.run_place import RunPlace
+from lazarus.run.run_spec import prepared, scratch_folder
+from lazarus.run.trainer import ElasticTrainer
+from lazarus.runtime.host.memory import visible_bytes
+from lazarus.runtime.launch.choose_launcher import joins_cluster, own_hosts
+from lazarus.runtime.rpc.credentials import check_certificate
+from lazarus.runtime.saving.rollback_state import read_base
+from lazarus.runtime.spec import RunSpec, UserCode
+from lazarus.runtime.training.factory import first_context, first_replica
+from placement import Plan
+
+
+def first_plan(trainer: ElasticTrainer, place: RunPlace) -> Plan:
+    """The plan that the run at this place would begin with. The place is given back.
+
+    On a cluster to join, neither the zones nor the memory of its machines are known before nodes of
+    the run are there: the plan is for machines that tell of neither.
+
+    Raises:
+        ConfigError: The run would be refused, or could not begin; in its own words.
+        StorageError: The place of checkpoints is full or out of order.
+    """
+    scratch = scratch_folder(place)
+    try:
+        spec = prepared(
+            place,
+            policies=trainer.policies,
+            faults=trainer.faults,
+            user=trainer.user,
+            scratch=scratch,
+        )
+        if not joins_cluster(spec.config):
+            check_certificate(spec.credentials, host=own_hosts(spec.config)[0])
+        return _ordered(spec, _aligned(spec))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        place.leave()
+
+
+def _aligned(spec: RunSpec) -> Aligned:
+    """How every rank of the run would say where it stands, before the first generation."""
+    device, user = torch.device("cpu"), _unpickled(spec.user)
+    context = first_context(spec.config, node=0, device=device)
+    replica = first_replica(spec.config, user, context=context)
+    history = replica.history
+    if spec.resume is not None:
+        try:
+            history = read_base(spec.resume, replica).history
+        except CheckpointError as problem:
+            raise ConfigError(f"cannot resume from {spec.resume.url}: {problem}") from problem
+    return Aligned(
+        generation=0,
+        step=spec.control.start_step,
+        history=history.astype("<f8").tobytes(),
+        scalars="{}",
+        **replica.shape(),
+    )
+
+
+def _unpickled(blob: bytes) -> UserCode:
+    user: UserCode = cloudpickle.loads(blob)  # made by this very process
+    return user
+
+
+def _ordered(spec: RunSpec, aligned: Aligned) -> Plan:
+    """Ask the controller, with workers that answer at once, until it orders the first plan."""
+    config = spec.control
+    state = initial_state(config, term=1, now_s=0.0)
+    asked: list[Body] = []
+    said: list[tuple[str, Body]] = [(hello.worker, hello) for hello in _hellos(spec)]
+    while said:
+        worker, body = said.pop(0)
+        state, commands = decide(state, WorkerSaid(worker=worker, body=body, at_s=0.0))
+        for order, to in _orders(commands):
+            asked.append(order)
+            match order:
+                case Prepare():
+                    return Plan.from_json(order.plan)
+                case Fence(generation=generation):
+                    step = config.start_step
+                    report = Report(generation=generation, committed=step, prepared=step, entered=0)
+                    said.append((to, report))
+                case Align(generation=generation):
+                    said.append((to, changed(aligned, generation=generation)))
+                case RunOver(failure=failure) if failure is not None:
+                    raise ConfigError(failure.message)
+    names = ", ".join(type(order).__name__ for order in asked)
+    raise BrokenInvariantError(f"the controller ordered no plan, but {names}")
+
+
+def _hellos(spec: RunSpec) -> list[Hello]:
+    """Every rank of the nodes that the run begins with; its node's ranks share its memory."""
+    control = spec.control
+    memory = 0 if joins_cluster(spec.config) else visible_bytes() // control.nodes
+    return [
+        Hello(
+            worker=f"n{node}.{local_rank}",
+            node_key=f"n{node}",
+            local_rank=local_rank,
+            ranks_per_node=control.ranks_per_node,
+            version=control.version,
+            memory_bytes=memory,
+        )
+        for node in range(control.nodes)
+        for local_rank in range(control.ranks_per_node)
+    ]
+
+
+def _orders(commands: Iterable[Command]) -> list[tuple[Body, str]]:
+    """What is told to workers, and whom, and to the driver."""
+    found: list[tuple[Body, str]] = []
+    for command in each(commands):
+        if isinstance(command, Tell):
+            found.append((command.body, command.worker))
+        elif isinstance(command, TellDriver):
+            found.append((command.body, ""))
+    return found

@@ -1,0 +1,101 @@
+"""What a run left, as a value."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from lazarus.control.messages import RunOver
+from lazarus.errors import LazarusError
+from lazarus.record.events import each_event
+from lazarus.record.step_history import StepHistory
+from lazarus.record.typed import StepRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left. ``checkpoint`` is the URL of the last one."""
+
+    run_id: str
+    run_dir: Path
+    status: Literal["finished", "stopped"]
+    steps: int
+    history: Sequence[StepRecord]
+    final_loss: float
+    goodput_tokens_per_s: float
+    ettr: float
+    plt: float
+    state_digest: str
+    checkpoint: str | None
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Model weights by name, read one by one from the last checkpoint.
+
+        Raises:
+            LazarusError: The run wrote no checkpoint.
+        """
+        if self.checkpoint is None:
+            raise LazarusError("the run wrote no checkpoint; set checkpoint.full_at_end = true")
+        from lazarus.checkpoint.files.reader import open_state_dict
+
+        return open_state_dict(self.checkpoint)
+
+
+def result_of(over: RunOver, *, run_id: str, run_dir: Path, url: str) -> Result:
+    """The result of a run that ended well, from its record.
+
+    Args:
+        url: Where the run keeps its checkpoints.
+    """
+    history, persisted = StepHistory(), False
+    for event in each_event(run_dir / "events.jsonl"):
+        if event["event"] == "step_committed":
+            history.add(event)
+        persisted = persisted or event["event"] == "checkpoint_persisted"
+    totals = json.loads(over.result)
+    return Result(
+        run_id=run_id,
+        run_dir=run_dir,
+        status="finished" if over.status == "finished" else "stopped",
+        steps=int(totals["steps"]),
+        history=history,
+        final_loss=history[-1].loss if history else float("nan"),
+        goodput_tokens_per_s=float(totals["goodput_tokens_per_s"]),
+        ettr=float(totals["ettr"]),
+        plt=float(totals["plt"]),
+        state_digest=str(totals["state_digest"]),
+        checkpoint=url if persisted else None,
+    )
+
+
+def leave_artifacts(run_dir: Path) -> None:
+    """What readers of a finished run expect beside its record: expert loads and the report.
+
+    Neither can fail a run, nor the other: a problem becomes one line.
+    """
+    for what, leave in (("expert loads", _leave_loads), ("report", _leave_report)):
+        try:
+            leave(run_dir)
+        except Exception as problem:  # noqa: BLE001 - the run itself is over and well
+            print(f"warning: no {what} of this run: {problem}", file=sys.stderr)
+
+
+def _leave_loads(run_dir: Path) -> None:
+    from lazarus.record.loads import counts_of_run, save_loads
+
+    trace = counts_of_run(run_dir)
+    if trace is not None:
+        save_loads(run_dir / "expert_load.npz", trace.counts, steps=trace.steps)
+
+
+def _leave_report(run_dir: Path) -> None:
+    from lazarus.report import write_report
+
+    if (run_dir / "events.jsonl").exists():
+        write_report(run_dir)

@@ -1,0 +1,148 @@
+"""The controller's journal: one numbered sequence of entries, each created if absent (rule 36).
+
+Claims and commits race for the same next number, so whoever claims has read every commit before it.
+Now and then everything so far is folded into one state, so that a restart reads that and a short
+tail, however long the run is; see ``lazarus.record.journal_reader`` for what lies where.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lazarus.basics.files import synced
+from lazarus.errors import JournalError, LazarusError
+from lazarus.record import journal_reader
+from lazarus.record.journal_reader import ARCHIVE, STATES, entry_path, state_path
+
+FOLD_ENTRIES = 256  # a tail that is longer, or has more bytes, is folded
+FOLD_BYTES = 8 << 20
+
+_DURABLE = frozenset({"header", "term", "serial", "claim", "resume", "evidence", "manifest", "end"})
+
+
+class JournalConflictError(LazarusError):
+    """Another controller wrote this number: it rules now, this one must end."""
+
+    def __init__(self, *, number: int) -> None:
+        super().__init__(
+            f"journal entry {number} exists already: another controller has taken over"
+        )
+        self.number = number
+
+
+class Journal:
+    """Append-only, on storage that outlives nodes.
+
+    Raises:
+        JournalError: The folder holds a journal of an earlier version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if journal_reader.numbers_in(folder) and not (folder / STATES).is_dir():
+            reason = (
+                f"was written by an earlier version; this one writes format {journal_reader.FORMAT}"
+            )
+            raise JournalError(path=str(folder), reason=reason)
+        (folder / STATES).mkdir(exist_ok=True)
+        self._next = 1 + journal_reader.last_number(folder)
+        self._archived = journal_reader.last_archived(folder)
+        folded = max(journal_reader.states_in(folder), default=0)
+        tail = [n for n in journal_reader.numbers_in(folder) if n > folded]
+        self._tail_entries = len(tail)
+        self._tail_bytes = sum(entry_path(folder, n).stat().st_size for n in tail)
+        self._lines: dict[int, bytes] = {}  # of entries that are not archived yet
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is time to fold."""
+        return self._tail_entries >= FOLD_ENTRIES or self._tail_bytes >= FOLD_BYTES
+
+    def append(self, entry: Mapping[str, Any]) -> int:
+        """Write the next entry whole or not at all.
+
+        Raises:
+            JournalConflictError: The number is taken.
+            OSError: The storage failed; the controller must end.
+        """
+        number = self._next
+        final = entry_path(self._folder, number)
+        data = journal_reader.sealed(number, "entry", entry)
+        if not self._create(final, data, is_durable=entry["kind"] in _DURABLE):
+            raise JournalConflictError(number=number)
+        # A number whose file was archived can be created again; the states that stand tell.
+        if max(journal_reader.states_in(self._folder), default=0) >= number:
+            final.unlink()
+            raise JournalConflictError(number=number)
+        self._next = number + 1
+        self._tail_entries += 1
+        self._tail_bytes += len(data)
+        self._lines[number] = archived_line(number, entry)
+        return number
+
+    def _create(self, final: Path, data: bytes, *, is_durable: bool) -> bool:
+        """Whether the file was not there; it appears whole."""
+        draft = self._folder / f".{final.stem}.{os.getpid()}"
+        try:
+            with draft.open("wb") as out:
+                out.write(data)
+                if is_durable:
+                    out.flush()
+                    os.fsync(out.fileno())
+            os.link(draft, final)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+        return True
+
+    def put_off(self) -> None:
+        """It could not be folded now: not before the tail has grown as long again."""
+        self._tail_entries = self._tail_bytes = 0
+
+    def fold(self, state: str) -> None:
+        """Everything up to the newest entry has come to this JSON object.
+
+        The state before it stays, with the entries behind that one, in case the newest file is
+        damaged; what is older goes to the archive.
+
+        Raises:
+            OSError: There was no room, or the storage failed; nothing is lost by that.
+        """
+        number = self._next - 1
+        with synced(state_path(self._folder, number)) as out:
+            out.write(journal_reader.sealed(number, "state", state))
+        before = [n for n in journal_reader.states_in(self._folder) if n < number]
+        self._tail_entries = self._tail_bytes = 0
+        if before:
+            self._archive(upto=before[-1])
+        for older in before[:-1]:
+            state_path(self._folder, older).unlink(missing_ok=True)
+
+    def _archive(self, *, upto: int) -> None:
+        """Entries go only when they are in the archive."""
+        going = [n for n in journal_reader.numbers_in(self._folder) if n <= upto]
+        lines = []
+        for number in going:
+            line = self._lines.pop(number, b"")
+            if number > self._archived:  # of an earlier controller, if it is not known here
+                entry = journal_reader.entry_of
+                lines.append(line or archived_line(number, entry(self._folder, number)))
+        if lines:
+            with journal_reader.appended(self._folder / ARCHIVE) as out:
+                out.write(b"".join(lines))
+            self._archived = going[-1]
+        for number in going:
+            entry_path(self._folder, number).unlink(missing_ok=True)
+
+
+def archived_line(number: int, entry: Mapping[str, Any]) -> bytes:
+    """What the archive keeps of an entry: of commits their steps, of all others everything."""
+    if isinstance(commits := entry.get("commits"), list):
+        kept = [{k: v for k, v in commit.items() if k != "lanes"} for commit in commits]
+        entry = {**entry, "commits": kept}
+    return journal_reader.sealed(number, "entry", entry) + b"\n"

@@ -1,0 +1,312 @@
+"""The controller's shell: one event queue, one consumer, one ``decide``; it carries out commands.
+
+It decides nothing. Streams feed the queue; the consumer alone owns the state, the journal and the
+record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+from msgspec.structs import replace as changed
+
+from lazarus.basics.clock import now_s
+from lazarus.basics.threads import spawn
+from lazarus.control.commit.commits import end, last_words
+from lazarus.control.machine import decide
+from lazarus.control.messages import (
+    Body,
+    ControllerFailed,
+    Hello,
+    Prepare,
+    Pulse,
+    Record,
+    RunOver,
+    ToDriver,
+)
+from lazarus.control.ports import (
+    Command,
+    Disconnect,
+    DriverGone,
+    DropFiles,
+    Exit,
+    Journal,
+    Publish,
+    Tell,
+    TellDriver,
+    Tick,
+    WorkerSaid,
+    WriteManifest,
+)
+from lazarus.control.restart.replay import awakened
+from lazarus.errors import LazarusError
+from lazarus.runtime.controller.chronicle import Chronicle
+from lazarus.runtime.controller.controller_end import (
+    Reserve,
+    UnrecordedError,
+    failure_of,
+    unrecorded_end,
+)
+from lazarus.runtime.controller.manifests import ManifestWriter
+from lazarus.runtime.controller.record_log import finite, line_of
+from lazarus.runtime.controller.rendezvous import RendezvousStore
+from lazarus.runtime.controller.streams import Heard, Peer, Streams, tell_peer
+from lazarus.runtime.rpc import codec
+from lazarus.runtime.rpc.channel import add_control, bind, endpoint, make_server
+from lazarus.runtime.spec import ControllerSpec
+
+_TICK_S = 0.02
+_MAX_STREAMS = 4096
+_PULSE = codec.encode(ToDriver(Pulse()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Died:
+    """A thread of the controller ended with an error: so does the controller."""
+
+    thread: str
+    problem: BaseException
+
+
+class Controller:
+    """One life of the controller process."""
+
+    def __init__(self, spec: ControllerSpec, chronicle: Chronicle) -> None:
+        self._spec = spec
+        self._chronicle = chronicle
+        self._state = awakened(chronicle.told.state, now_s=now_s())
+        self._ended = chronicle.told.end  # how an earlier life ended the run
+        self._events: queue.SimpleQueue[Heard | _Died] = queue.SimpleQueue()
+        self._streams = Streams(spec.config, post=self._events.put, on_death=self._thread_died)
+        self._done = False
+        self._next_tick_s = self._next_pulse_s = now_s()
+        self._waiting: int | None = None  # messages to hear before the tick that is due
+        self._is_last_word = False  # nothing can be written: say it, then end
+        self._reserve = Reserve(spec.run_dir / spec.journal)
+        bind_host, timeouts = spec.bind_host or spec.host, spec.config.timeouts
+        self._timeouts = timeouts
+        self._store = RendezvousStore(
+            spec.host, bind_host=bind_host, timeout_s=timeouts.collective_s
+        )
+        self._manifests = ManifestWriter(
+            spec, lambda done: self._events.put((done, None)), on_death=self._thread_died
+        )
+        self._server = make_server(spec.credentials, max_streams=_MAX_STREAMS)
+        add_control(self._server, attach=self._streams.attach, drive=self._streams.drive)
+        self.port = bind(self._server, endpoint(bind_host, spec.port), spec.credentials)
+
+    def _thread_died(self, name: str, problem: BaseException) -> None:
+        self._events.put(_Died(name, problem))
+
+    def orphaned(self) -> None:
+        """The driver was killed: record the end, if that takes no longer than a stall."""
+        self._events.put((DriverGone(at_s=now_s()), None))
+        last = threading.Timer(self._timeouts.driver_away_s, os._exit, (1,))
+        last.daemon = True
+        last.start()
+
+    def begin(self) -> None:
+        """Say what an earlier life did not get to say, and rule."""
+        for command in self._chronicle.unsaid():
+            self._publish(command)
+        self._chronicle.begin(term=self._state.term, port=self.port)
+
+    def _end_again(self, entry: Mapping[str, Any]) -> None:
+        """An earlier life died while it ended the run: say what it may not have said."""
+        event, told = last_words(entry)
+        if self._chronicle.last_event != event.event:
+            self._publish(event)
+        self._carry_out(told)
+        self._streams.driver_there.wait(self._timeouts.startup_s)
+        self._carry_out(Exit())
+
+    # ---- the one consumer ----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the run is over.
+
+        Raises:
+            Exception: Whatever this loop died of; the driver has been told. The process must end.
+        """
+        self._server.start()
+        spawn("preparing", self._prepare_groups, on_death=self._thread_died)
+        try:
+            if self._ended is not None:
+                self._end_again(self._ended)
+            else:
+                self._chronicle.fold()
+            self._loop()
+        except Exception as problem:
+            self._streams.tell_driver(ControllerFailed(failure=failure_of(problem)))
+            self._streams.hang_up()
+            self._server.stop(grace=1.0).wait()
+            raise
+        self._server.stop(grace=2.0).wait()
+        self._manifests.close()
+        self._chronicle.close()
+        self._reserve.release()
+
+    def _prepare_groups(self) -> None:
+        """Load what only the next groups need: others are heard and answered meanwhile."""
+        self._store.open()
+        import_module("scipy.optimize")  # of the next plan
+
+    def _loop(self) -> None:
+        while not self._done:
+            self._pulse()
+            event, peer = self._next_event()
+            if isinstance(event, WorkerSaid) and not self._hears(event, peer):
+                continue
+            state, commands = decide(self._state, event)
+            if peer is not None and isinstance(event, WorkerSaid) and isinstance(event.body, Hello):
+                commands = self._admit(event.worker, peer, commands)
+            try:
+                for command in commands:
+                    self._carry_out(command)
+            except UnrecordedError as problem:
+                self._end_unrecorded(problem)
+                return
+            self._state = state
+            self._chronicle.tidy()
+
+    def _hears(self, event: WorkerSaid, peer: Peer | None) -> bool:
+        """Whether this stream may speak for the worker: with its hello, or once admitted."""
+        return peer is None or peer.is_heard or isinstance(event.body, Hello)
+
+    def _admit(self, name: str, peer: Peer, commands: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Make a stream the worker's, or close it, as was decided of its hello.
+
+        Returns:
+            What is left to carry out: a refusal concerns this stream alone, not another of that
+            name.
+        """
+        if Disconnect(worker=name) not in commands:
+            self._streams.admit(name, peer)
+            return commands
+        for command in commands:
+            if isinstance(command, Tell) and command.worker == name:
+                tell_peer(peer, command.body, term=self._state.term)
+        peer.close()
+        return tuple(c for c in commands if not isinstance(c, Tell | Disconnect))
+
+    def _next_event(self) -> Heard:
+        """What came in, or that time has passed: however much comes in, time passes too.
+
+        What waits when a tick is due is heard first, so that nobody is late who spoke in time.
+        """
+        wait_s = self._next_tick_s - now_s()
+        if wait_s <= 0 and self._waiting is None:
+            self._waiting = self._events.qsize()
+        if wait_s > 0 or self._waiting:
+            self._waiting = self._waiting - 1 if self._waiting else None
+            with suppress(queue.Empty):
+                return self._of(self._events.get(timeout=max(0.0, wait_s)))
+        late_s = now_s() - self._next_tick_s
+        self._waiting, self._next_tick_s = None, now_s() + _TICK_S
+        slept_s = late_s if late_s > self._timeouts.nap_s else 0.0
+        return Tick(at_s=now_s(), slept_s=slept_s), None
+
+    def _of(self, item: Heard | _Died) -> Heard:
+        if isinstance(item, _Died):
+            raise LazarusError(f"thread {item.thread} died") from item.problem
+        return item
+
+    def _pulse(self) -> None:
+        """Tell the driver that this loop turns."""
+        if now_s() < self._next_pulse_s:
+            return
+        self._next_pulse_s = now_s() + self._timeouts.pulse_interval_s
+        self._streams.pulse(_PULSE)
+
+    def _end_unrecorded(self, problem: UnrecordedError) -> None:
+        """What is decided from here on cannot be kept: end the run, and tell whoever hears it."""
+        self._is_last_word = True
+        self._reserve.release()
+        self._streams.driver_there.wait(self._timeouts.driver_away_s)
+        status, failure = unrecorded_end(self._state, problem)
+        state = replace(self._state, known={})
+        self._state, commands = end(state, status=status, failure=failure, at_s=now_s())
+        for command in commands:
+            with suppress(UnrecordedError):
+                self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Tell(worker=worker, body=body):
+                self._tell(worker, body)
+            case TellDriver(body=body):
+                self._tell_driver(body)
+            case Journal(entry=entry):
+                self._chronicle.note(entry)
+            case Publish():
+                self._publish(command)
+            case WriteManifest() | DropFiles():
+                self._manifests.order(command)
+            case Disconnect(worker=worker):
+                self._streams.disconnect(worker)
+            case Exit():
+                self._done = True
+                self._streams.hang_up()
+
+    def _tell(self, worker: str, body: Body) -> None:
+        if isinstance(body, Prepare):
+            body = changed(body, store=self._store.address)
+        self._streams.tell(worker, body, term=self._state.term)
+
+    def _tell_driver(self, body: Body) -> None:
+        if isinstance(body, RunOver):
+            result = {**json.loads(body.result), **self._chronicle.figures()}
+            body = changed(body, result=json.dumps(finite(result)))
+        self._streams.tell_driver(body)
+
+    def _publish(self, command: Publish) -> None:
+        event = self._chronicle.event_of(command)
+        try:
+            self._chronicle.say(event)
+        except UnrecordedError:
+            if not self._is_last_word:
+                raise
+        self._tell_driver(Record(line=line_of(event)))
+
+
+def open_controller(spec: ControllerSpec) -> Controller:
+    """A controller that listens: a first life, or one that reads its journal.
+
+    Raises:
+        OSError: The port of the earlier life is not to be had.
+        JournalError, RecordError: What the earlier life left cannot be taken for true.
+    """
+    chronicle = Chronicle(spec)
+    controller = Controller(replace(spec, port=spec.port or chronicle.told.port), chronicle)
+    controller.begin()
+    return controller
+
+
+def start_controller(
+    spec: ControllerSpec, on_bound: Callable[[int], None], *, is_orphan: Callable[[], bool]
+) -> None:
+    """Entry point of the controller's own process.
+
+    Args:
+        on_bound: Called with the port once it listens.
+        is_orphan: Whether the driver is gone; asked when this process is told to end.
+    """
+    controller = open_controller(spec)
+
+    def terminated(*_: object) -> None:
+        if not is_orphan():
+            os._exit(1)  # by somebody, or with the fork server: the driver starts another one
+        controller.orphaned()
+
+    signal.signal(signal.SIGTERM, terminated)
+    on_bound(controller.port)
+    controller.run()

@@ -1,0 +1,396 @@
+"""The driver owns every process of a run: it starts, ends and watches them, and tells the user.
+
+It decides nothing about training: the controller says what to start and when the run is over.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lazarus import errors
+from lazarus.control.cluster.replacing import Limits
+from lazarus.control.messages import (
+    Body,
+    ControllerFailed,
+    DriverHello,
+    FromDriver,
+    Injected,
+    KillController,
+    KillNode,
+    NodeEndsMachine,
+    NodeNotice,
+    NodesAwaited,
+    NodeUp,
+    Pulse,
+    Record,
+    RunOver,
+    StartNode,
+    StopRun,
+    WorkerDied,
+)
+from lazarus.failure import Cause, Failure, Status
+from lazarus.runtime.driver.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
+from lazarus.runtime.driver.controller_life import ControllerLife
+from lazarus.runtime.driver.nodes import Nodes
+from lazarus.runtime.fence.whereabouts import last_words
+from lazarus.runtime.keeper.process import KeeperConfig
+from lazarus.runtime.launch.launcher import Launcher, OnExit
+from lazarus.runtime.launch.local_nodes import NodePlace
+from lazarus.runtime.rpc.channel import endpoint
+from lazarus.runtime.rpc.credentials import check_certificate
+from lazarus.runtime.rpc.link import Link
+from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
+
+
+class Driver:
+    """One run, seen from its owner."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        make_launcher: Callable[[OnExit], Launcher],
+        on_event: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._spec = spec
+        self.say = say
+        self._on_event = on_event
+        self._inbox: queue.SimpleQueue[Body] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._dead: list[WorkerDied] = []
+        self._alive: dict[str, set[str]] = {}  # node name -> its live ranks, oldest node first
+        self._wishes: list[StopRun | NodeNotice] = []  # of the user and the cluster
+        self._doomed: set[str] = set()  # struck at random, not yet gone
+        self._chaos: Chaos | None = None
+        self._over = False
+        self._persisted = spec.resume is not None  # whether a checkpoint stands
+        self._awaited: NodesAwaited | None = None
+        self._launcher = make_launcher(self._on_exit)
+        self._nodes = Nodes(self, self._launcher, self._limits())
+        self._link: Link | None = None
+        self._life = ControllerLife(
+            self._launcher,
+            timeouts=spec.config.timeouts,
+            on_over=self._controller_over,
+        )
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    def run(self) -> RunOver:
+        """Start everything, follow the run, end everything.
+
+        Raises:
+            StartupError: The controller did not come up.
+        """
+        over = False
+        try:
+            self._start()
+            while True:
+                body = self._inbox.get()
+                if isinstance(body, RunOver):
+                    over = True
+                    return body
+                self._handle(body)
+        finally:
+            self._close(over=over)
+
+    def _start(self) -> None:
+        spec, host = self._spec, self._launcher.host
+        check_certificate(spec.credentials, host=host)
+        controller = ControllerSpec(
+            config=spec.control,
+            host=host,
+            port=0,
+            bind_host=self._launcher.bind_host,
+            credentials=spec.credentials,
+            run_dir=spec.run_dir,
+            decisive=spec.decisive,
+            lives=spec.lives,
+            keep_checkpoints=spec.config.checkpoint.keep,
+            journal=spec.journal,
+        )
+        port = self._life.start(controller)
+        self._address = endpoint(host, port)
+        self._link = Link(
+            self._address,
+            credentials=spec.credentials,
+            speaker=FromDriver,
+            hello=lambda: DriverHello(run=spec.control.run_id),
+            on_connect=self._connected,
+            on_message=lambda term, body: self._hear(body),
+            on_dead=self._controller_lost,
+            allowance_s=spec.config.timeouts.controller_restart_s,
+        )
+        self._link.start()
+        self._nodes.start()
+        self._launcher.follow_nodes(self._nodes.machines_came, self._noticed)
+
+    def _limits(self) -> Limits:
+        cluster, timeouts = self._spec.config.cluster, self._spec.config.timeouts
+        return Limits(
+            wanted=cluster.nodes,
+            most=cluster.max_nodes,
+            replaces=cluster.replace_lost,
+            is_fixed=self._launcher.is_fixed,
+            rest_s=timeouts.machine_rest_s,
+            settled_s=timeouts.node_settled_s,
+            start_s=timeouts.startup_s,
+            salt=self._spec.control.run_id,
+        )
+
+    def _close(self, *, over: bool) -> None:
+        self._over = True
+        if self._chaos is not None:
+            self._chaos.close()
+        self._life.close()
+        self._nodes.close()
+        if self._link is not None:
+            self._link.close(timeout_s=1.0)
+        self._launcher.close(grace_s=5.0 if over else 0.0)
+
+    # ---- what the controller says --------------------------------------------------------------
+
+    def _hear(self, body: Body) -> None:
+        """On the stream's thread: what must not wait for others goes its own way."""
+        match body:
+            case Pulse():
+                self._life.pulse()
+            case ControllerFailed(failure=failure):
+                self._life.failed(failure)
+            case _:
+                self._inbox.put(body)
+
+    def _handle(self, body: Body) -> None:
+        match body:
+            case WorkerDied():
+                self._life.died(body.cause)
+            case Record(line=line):
+                self._recorded(json.loads(line))
+            case StartNode(is_extra=True):
+                self._nodes.one_more()
+            case StartNode():
+                self._nodes.held()
+            case NodeUp(node_key=key):
+                self._nodes.came_up(key)
+            case NodeEndsMachine(node_key=key):
+                self._nodes.ends_machine(key)
+            case KillNode(node_key=key):
+                self.take_down(key)
+                self._nodes.lost(key, cause=body.cause, is_silent=body.is_silent)
+            case KillController():
+                self._life.strike()
+            case _:
+                raise errors.LazarusError(f"the controller sent {type(body).__name__}")
+
+    def _connected(self) -> None:
+        """The stream is (back) there: what a new life of the controller does not know."""
+        with self._lock:
+            news = (*self._dead, *self._wishes, *filter(None, [self._awaited]))
+        for body in news:
+            if self._link is not None:
+                self._link.send(body)
+
+    def _wish(self, body: StopRun | NodeNotice) -> None:
+        """Say it now, and again to every new life of the controller."""
+        with self._lock:
+            if body not in self._wishes:
+                self._wishes.append(body)
+        if self._link is not None:
+            self._link.send(body)
+
+    def _recorded(self, event: dict[str, Any]) -> None:
+        if event["event"] == "run_started" and self._chaos is None:
+            chaos = self._spec.config.faults.parsed_chaos()
+            self._chaos = None if chaos is None else Chaos(chaos, self)
+        self._persisted = self._persisted or event["event"] == "checkpoint_persisted"
+        self._on_event(event)
+
+    def has_room(self) -> bool:
+        """Whether one more node could take part."""
+        limit = self._spec.config.cluster.max_nodes
+        with self._lock:
+            return limit is None or len(self._alive) < limit
+
+    def live_nodes(self) -> list[str]:
+        """Names of the nodes that have not been lost and will not be."""
+        with self._lock:
+            return [node for node in self._alive if node not in self._doomed]
+
+    def inject(self, kind: str, node_key: str, spec: str) -> None:
+        """Strike one node, on record."""
+        assert self._link is not None
+        self._link.send(Injected(kind=kind, node_key=node_key, spec=spec))
+        if kind in FATAL_KINDS:
+            self._doomed.add(node_key)
+            self._nodes.ends_machine(node_key)
+        match kind:
+            case "kill":
+                self.take_down(node_key)
+            case "join":
+                self._nodes.one_more()
+            case "leave":
+                self.notice(node_key, notice_s=0.0, cause="leave")
+            case "controller":
+                self._life.strike()
+            case _ if kind in PROCESS_KINDS:
+                pass  # the controller tells the process
+            case _:
+                raise errors.LazarusError(f"the driver cannot inject {kind}")
+
+    # ---- nodes ---------------------------------------------------------------------------------
+
+    def take_down(self, key: str) -> None:
+        """End whatever there is of a node."""
+        with self._lock:
+            self._alive.pop(key, None)
+        for local_rank in range(self._spec.control.ranks_per_node):
+            self._launcher.kill(f"{key}.{local_rank}")
+        self._launcher.close_node(key)
+
+    def start_node(self) -> str:
+        """Bring one more node up. Returns its name.
+
+        Raises:
+            StartupError: There is no room for it, or it did not start.
+        """
+        return self._nodes.one_more().result()
+
+    def bring_up(self, key: str, machine: str) -> None:
+        """Start a node's processes on a machine."""
+        self._start_workers(key, self._open_node(key, machine))
+
+    def thread_died(self, name: str, problem: BaseException) -> None:
+        """Without it nodes would be neither started nor replaced."""
+        text = f"driver's thread {name}: {type(problem).__name__}: {problem}"
+        self._failed(Failure(cause=Cause.INTERNAL, message=text))
+
+    def tell(self, body: Body) -> None:
+        """Tell the controller; what nodes are waited for is said again to each new life of it."""
+        if isinstance(body, NodesAwaited):
+            with self._lock:
+                self._awaited = body
+        if self._link is not None:
+            self._link.send(body)
+
+    def _open_node(self, key: str, machine: str) -> NodePlace:
+        spec = self._spec
+        keeper = KeeperConfig(
+            job=spec.control.run_id,
+            credentials=spec.credentials,
+            silent_s=spec.config.timeouts.keeper_silent_s,
+        )
+        return self._launcher.open_node(
+            key,
+            machine,
+            keeper=keeper if spec.config.checkpoint.every != 0 else None,
+            folder=spec.scratch / key,
+        )
+
+    def _start_workers(self, key: str, place: NodePlace) -> None:
+        spec, control = self._spec, self._spec.control
+        names = [f"{key}.{local_rank}" for local_rank in range(control.ranks_per_node)]
+        with self._lock:
+            self._alive[key] = set(names)
+        self._launcher.start_workers(
+            [
+                WorkerSpec(
+                    run_id=control.run_id,
+                    worker=name,
+                    node_key=key,
+                    local_rank=local_rank,
+                    ranks_per_node=control.ranks_per_node,
+                    host=place.host,
+                    controller=self._address,
+                    credentials=spec.credentials,
+                    config=spec.config,
+                    user=spec.user,
+                    node_folder=spec.scratch / key,
+                    faults=control.faults,
+                    resume=spec.resume,
+                    keeper=place.keeper,
+                    zone=place.zone,
+                    memory_share=place.memory_share,
+                    checkpoint_url=control.checkpoint_url,
+                )
+                for local_rank, name in enumerate(names)
+            ]
+        )
+
+    def _on_exit(self, name: str, cause: str) -> None:
+        if self._over:
+            return
+        if name == "controller":
+            self._inbox.put(WorkerDied(worker=name, cause=cause))
+            return
+        if name == "launcher":
+            text = f"the thread that watches the run's processes died: {cause}"
+            self._failed(Failure(cause=Cause.INTERNAL, error="InternalError", message=text))
+            return
+        key, _, local_rank = name.rpartition(".")
+        died = last_words(name, cause, self._spec.scratch / key, int(local_rank))
+        with self._lock:
+            self._dead.append(died)
+            left = self._alive.get(key)
+            if left is not None:
+                left.discard(name)
+                if not left:
+                    del self._alive[key]
+        if self._link is not None:
+            self._link.send(died)
+        if not left:
+            self._launcher.close_node(key)
+        self._nodes.died(key, cause=cause)
+
+    def _failed(self, failure: Failure) -> None:
+        self._inbox.put(RunOver(status="failed", failure=failure))
+
+    def _controller_over(self, failure: Failure) -> None:
+        """No controller will live. Where storage is why, a checkpoint is resumed with a new one."""
+        if failure.cause is Cause.STORAGE and self._persisted:
+            way_out = f"go on with: lazarus train --resume {self._spec.run_dir}"
+            self._inbox.put(RunOver(status="short", failure=replace(failure, way_out=way_out)))
+            return
+        self._failed(failure)
+
+    def _controller_lost(self, reason: str) -> None:
+        self._inbox.put(RunOver(status="failed", failure=_unreachable(reason)))
+
+    # ---- what the user says --------------------------------------------------------------------
+
+    def stop(self, *, now: bool, reason: str, preempted: bool = False) -> None:
+        """End the run at the next commit, or at once.
+
+        Args:
+            preempted: The machine wants it, not the user: the run ends short, to be resumed.
+        """
+        self._nodes.enough()
+        self._wish(StopRun(now=now, reason=reason, preempted=preempted))
+
+    def fail(self, failure: Failure) -> None:
+        """End the run at once, as failed: what runs in the driver cannot go on."""
+        self._nodes.enough()
+        self._wish(StopRun(now=True, reason=failure.message, failure=failure))
+
+    def notice(self, node_key: str, *, notice_s: float, cause: str) -> None:
+        """A node will go."""
+        self._wish(NodeNotice(node_key=node_key, notice_s=notice_s, cause=cause))
+
+    def _noticed(self, node_key: str, notice_s: float) -> None:
+        self.notice(node_key, notice_s=notice_s, cause="drain")
+
+    def abandon(
+        self, reason: str, *, cause: Cause = Cause.REQUEST, status: Status = "short"
+    ) -> None:
+        """Wake ``run`` even if no controller answers any more."""
+        failure = Failure(cause=cause, error="StoppedError", message=reason)
+        self._inbox.put(RunOver(status=status, failure=failure))
+
+
+def _unreachable(message: str) -> Failure:
+    text = f"the controller cannot be reached: {message}"
+    return Failure(cause=Cause.INTERNAL, error="InternalError", message=text)

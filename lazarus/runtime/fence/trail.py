@@ -1,0 +1,109 @@
+"""Which exchanges a rank has run: labels that are equal on all ranks that meet.
+
+User code that runs other layers on one rank than on another makes ranks meet in different
+collectives. Exchanges within a machine compare the labels themselves; over a network the newest
+labels of all ranks are compared when a collective fails, and a checksum at every commit.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import zlib
+from collections import deque
+from collections.abc import Callable
+
+from lazarus.basics.tracebacks import innermost
+from lazarus.control.messages import Tail
+
+KEPT = 24  # ranks that wait for each other are at most a few exchanges apart
+
+_PLACES = {
+    "counts": "layer {layer} forward (counts)",
+    "dispatch": "layer {layer} forward (dispatch)",
+    "combine": "layer {layer} forward (combine)",
+    "combine_grad": "layer {layer} backward (combine_grad)",
+    "dispatch_grad": "layer {layer} backward (dispatch_grad)",
+    "replica_grad": "layer {layer} gradients (replica_grad)",
+    "dense_grad": "dense gradients (dense_grad)",
+    "meeting": "end of the backward (meeting)",
+}
+
+
+class Trail:
+    """Labels of one group's exchanges, in order; any thread may ask for the newest ones.
+
+    ``step`` and ``round`` are set by who computes them, -1 where there is none: labels are equal on
+    all ranks, and where a rank stood before the group was made is its own affair.
+
+    Args:
+        generation: Of the group.
+        group: Its name within the generation.
+        rank: This one's in the group.
+        mute_peers: Tells to which ranks a link carries nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        generation: int,
+        group: str,
+        rank: int,
+        mute_peers: Callable[[], tuple[int, ...]] = tuple,
+    ) -> None:
+        self.name = f"{group} of generation {generation}"
+        self.step = self.round = -1
+        self._rank, self._mute_peers = rank, mute_peers
+        self._count = 0
+        self._newest: deque[tuple[int, str]] = deque(maxlen=KEPT)
+        self._checksum = 0
+
+    def note(self, label: str, *, layer: int) -> str:
+        """Add an exchange that is about to begin; returns its whole label."""
+        place = _PLACES.get(label, label).format(layer=layer)
+        within = f" of round {self.round}" if self.round >= 0 else ""
+        when = f" in step {self.step}" if self.step >= 0 else ""
+        text = f"{place}{within}{when} #{self._count}"
+        self._newest.append((self._count, text))
+        self._count += 1
+        self._checksum = zlib.crc32(text.encode(), self._checksum)
+        return text
+
+    def newest(self) -> tuple[str, ...]:
+        """The newest labels, in order."""
+        return tuple(text for _, text in tuple(self._newest))
+
+    def tail(self, *, step: int, thread: int) -> Tail:
+        """The newest exchanges, for a report. For any thread; never waits.
+
+        Args:
+            step: That is computed.
+            thread: Which computes, by its number.
+        """
+        kept = tuple(self._newest)
+        return Tail(
+            group=self.name,
+            last=kept[-1][0] if kept else -1,
+            labels=tuple(text for _, text in kept),
+            rank=self._rank,
+            step=step,
+            place=user_line(thread),
+            mute=self._mute_peers(),
+        )
+
+    def start_step(self, step: int) -> None:
+        """The labels from here on are of ``step``; what the checksum covers begins."""
+        self.step, self.round, self._checksum = step, -1, 0
+
+    @property
+    def checksum(self) -> int:
+        """Of the labels since ``start_step``, below 2**20: sums of its square stay exact."""
+        return self._checksum & 0xFFFFF
+
+
+def user_line(thread: int) -> str:
+    """The innermost line of the user's that a thread is in, "train.py:12 in loss"; or empty."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return ""
+    return innermost(traceback.extract_stack(frame))

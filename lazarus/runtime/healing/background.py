@@ -1,0 +1,41 @@
+"""Replicas that are refilled behind training, in rounds between two optimizer steps."""
+
+from __future__ import annotations
+
+from lazarus.control.messages import Prepare
+from lazarus.control.plans.healing import missing_after, without
+from lazarus.runtime.healing.transfer import TransferRun, expert_pieces, rounds_of
+from lazarus.runtime.state.replica import Replica
+from placement import Plan
+
+
+class Refill:
+    """What one generation still has to move after RESUME; nothing, if all was moved before it."""
+
+    def __init__(self, order: Prepare, plan: Plan, feed: TransferRun, replica: Replica) -> None:
+        moves = order.moves_behind
+        pieces = expert_pieces(moves, record_bytes=replica.record_bytes)
+        self._rounds = list(rounds_of(pieces))
+        self._missing = missing_after(moves)
+        self._plan, self._feed, self._replica = plan, feed, replica
+        self.num_bytes = len(moves) * replica.record_bytes
+
+    @property
+    def is_over(self) -> bool:
+        return not self._rounds
+
+    @property
+    def plan(self) -> Plan:
+        """The plan with the replicas that are there: what routing may use now."""
+        return without(self._plan, self._missing)
+
+    def run_round(self, rank: int) -> None:
+        """The next round, while the tensors stand still; places what ``rank`` got."""
+        batch = self._rounds.pop(0)
+        self._feed.run_round(batch)
+        self._missing -= {(piece.layer, piece.expert, piece.target) for piece in batch}
+        plan = self.plan
+        for layer in sorted({piece.layer for piece in batch if piece.target == rank}):
+            experts = [int(e) for e in plan.expert_of_slot[layer, rank] if e >= 0]
+            self._replica.place(layer, experts, self._feed.staged)
+        self._feed.staged.clear()

@@ -1,0 +1,1 @@
+"""What any process of a run sees of its machine: its memory, and its own TCP sockets."""

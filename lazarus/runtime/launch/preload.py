@@ -1,0 +1,14 @@
+"""Imported once by the fork server, so that each forked worker starts in milliseconds.
+
+Nothing here may start a thread: threads do not survive a fork.
+"""
+
+import scipy.optimize  # noqa: F401 - of the first plan
+import torch
+
+import lazarus.runtime.controller.shell
+import lazarus.runtime.worker.process  # noqa: F401
+
+torch.set_num_threads(1)
+# The first optimizer of a process imports the compiler's front end, for a second and more.
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)

@@ -1,0 +1,70 @@
+"""What runs inside Ray's processes: a rank, the controller, and a node's own things."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lazarus.basics.threads import spawn
+from lazarus.runtime.keeper.process import KeeperConfig
+from lazarus.runtime.launch.local_nodes import LocalNodes, NodePlace
+from lazarus.runtime.spec import ControllerSpec, WorkerSpec
+
+
+class WorkerActor:
+    """One rank; ``run`` is its whole life."""
+
+    def warm_up(self) -> None:
+        """Import what a rank needs."""
+        import lazarus.runtime.worker.process  # noqa: F401
+
+    def is_there(self) -> None:
+        """Answers as soon as the actor has a process."""
+
+    def run(self, spec: WorkerSpec) -> int:
+        from lazarus.runtime.worker.process import run_worker
+
+        return run_worker(spec)
+
+
+class ControllerActor:
+    """One life of the controller. The driver starts the next, which reads the journal."""
+
+    def __init__(self, spec: ControllerSpec) -> None:
+        from lazarus.runtime.controller.shell import open_controller
+
+        self._controller = open_controller(spec)
+        self._death: BaseException | None = None
+        self._thread = spawn("controller", self._controller.run, on_death=self._died)
+
+    def _died(self, name: str, problem: BaseException) -> None:
+        self._death = problem
+
+    def place(self) -> tuple[int, int]:
+        """The port it listens on, and its process."""
+        return int(self._controller.port), os.getpid()
+
+    def wait(self) -> None:
+        """Until the controller's work is done.
+
+        Raises:
+            Exception: Whatever it died of.
+        """
+        self._thread.join()
+        if self._death is not None:
+            raise self._death
+
+
+class NodeActor:
+    """Owns the keeper of one node, on the node's own machine; both end together."""
+
+    def __init__(self, host: str, bind_host: str) -> None:
+        self._nodes = LocalNodes(host, bind_host=bind_host)
+
+    def open(self, key: str, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
+        place = self._nodes.open(key, keeper=keeper, folder=folder)
+        self._nodes.note(key)
+        return place
+
+    def close(self, key: str) -> None:
+        self._nodes.close(key)

@@ -1,0 +1,153 @@
+"""A full checkpoint written by the ranks themselves, at the end of a run: each rank its share."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lazarus.checkpoint.errors import StorageError
+from lazarus.checkpoint.files.patience import patiently
+from lazarus.checkpoint.files.storage import redacted
+from lazarus.checkpoint.files.store import Record, RecordKey, Tag, write_files
+from lazarus.checkpoint.files.tensors import record_of, specs_of
+from lazarus.checkpoint.format.manifest import WrittenFile
+from lazarus.control.messages import Finalize, Finalized, problem_of
+from lazarus.runtime.state.replica import Replica
+from placement import Plan
+
+
+class FinalWriter:
+    """Writes this rank's share of the last checkpoint, for as long as it takes within a bound.
+
+    Args:
+        url: Where the run's checkpoints are.
+        patience_s: For how long storage that refuses is asked again, and a write may stand still.
+        waiting: Called all the time meanwhile: this rank is alive, and not fenced.
+    """
+
+    def __init__(self, url: str, *, patience_s: float, waiting: Callable[[], None]) -> None:
+        self._url, self._patience_s, self._waiting = url, patience_s, waiting
+        self._moved = 0
+
+    def write(
+        self,
+        order: Finalize,
+        replica: Replica,
+        plan: Plan,
+        *,
+        rank: int,
+        size: int,
+        tag: Tag,
+        scalars: str,
+    ) -> Finalized:
+        """Experts at home here, and every size-th dense tensor; or what storage refused."""
+        started = time.monotonic()
+        records = share_of(
+            replica, plan, rank=rank, size=size, tag=tag, step=order.step, moved=self._waiting
+        )
+        url = order.url or self._url
+        # A name of its own: a partial checkpoint of the same step may be under way.
+        own = replace(tag, job=f"{tag.job}-full")
+        files, problem = "", None
+        try:
+            written = patiently(
+                lambda: write_files(url, records, tag=own, progress=self._count),
+                for_s=0.0 if order.url else self._patience_s,
+                stuck_s=self._patience_s,
+                waiting=self._waiting,
+                moved=lambda: self._moved,
+                place=redacted(url),
+                operation="write",
+            )
+            files = json.dumps(share_report(replica, written, rank=rank, scalars=scalars))
+        except StorageError as error:
+            problem = problem_of(error)
+        return Finalized(
+            generation=order.generation,
+            step=order.step,
+            files=files,
+            wall_s=time.monotonic() - started,
+            url=order.url,
+            num_bytes=sum(memoryview(c).nbytes for record in records for c in record.chunks),
+            problem=problem,
+        )
+
+    def _count(self, num_bytes: int) -> None:
+        self._moved += num_bytes
+
+
+def share_of(
+    replica: Replica,
+    plan: Plan,
+    *,
+    rank: int,
+    size: int,
+    tag: Tag,
+    step: int,
+    moved: Callable[[], None] = lambda: None,
+) -> list[Record]:
+    """What this rank writes of a full checkpoint; the tensors must not change meanwhile.
+
+    Args:
+        moved: Called at every expert: from a device they are copied one by one.
+    """
+    records = [_dense_record(replica, rank=rank, size=size, tag=tag, step=step)]
+    for layer in range(len(replica.layers)):
+        for expert in range(replica.num_experts):
+            if plan.home[layer, expert] == rank:
+                records.append(_expert_record(replica, layer, expert, tag=tag, step=step))
+                moved()
+    return [record for record in records if record.specs]
+
+
+def share_report(
+    replica: Replica, files: Sequence[WrittenFile], *, rank: int, scalars: str
+) -> dict[str, Any]:
+    """JSON-able report of a written share, for the manifest."""
+    report: dict[str, Any] = {"files": [file.to_json() for file in files]}
+    if rank == 0:
+        report |= {
+            "layers": [layer_entry(replica, layer) for layer in range(len(replica.layers))],
+            "dense_names": [name for name, _ in replica.dense_tensors()],
+            "scalars": scalars,
+            "history": replica.history.tolist(),
+            "routed": replica.history[1].astype(int).tolist(),
+        }
+    return report
+
+
+def _dense_record(replica: Replica, *, rank: int, size: int, tag: Tag, step: int) -> Record:
+    tensors = replica.dense_tensors()[rank::size]
+    key = RecordKey(layer=-1, expert=rank, step=step, generation=tag.generation)
+    return record_of(key, dict(tensors), tag=tag)
+
+
+def _expert_record(replica: Replica, layer: int, expert: int, *, tag: Tag, step: int) -> Record:
+    key = RecordKey(
+        layer=layer,
+        expert=expert,
+        step=step,
+        generation=tag.generation,
+        routed=int(replica.history[1, layer, expert]),
+    )
+    return record_of(key, dict(replica.expert_tensors(layer, expert)), tag=tag)
+
+
+def layer_entry(replica: Replica, layer: int) -> dict[str, Any]:
+    """What a manifest says of one MoE layer: path, experts, tensors of each."""
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
+    for name, tensor in replica.expert_names(layer):
+        part = "weights" if name.startswith("model.") else "optimizer"
+        parts[part][name] = tensor
+    return {
+        "path": replica.layer_names[layer],
+        "num_experts": replica.num_experts,
+        "tensors": {
+            part: [spec.to_json() for spec in specs_of(tensors)] for part, tensors in parts.items()
+        },
+    }

@@ -1,0 +1,312 @@
+"""One rank's part in partial expert checkpoints: which experts, when, and what came of it.
+
+Every rank computes the same schedule from committed counts, so a snapshot starts at one step on
+all of them without a message. Nothing here delays an optimizer step by more than a memory copy.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from typing import Any
+
+from lazarus.basics.threads import say_so, spawn
+from lazarus.checkpoint.errors import CheckpointError
+from lazarus.checkpoint.files.store import RecordKey, Tag
+from lazarus.checkpoint.in_memory.snapshot import SnapshotItem, SnapshotRequest, Snapshotter
+from lazarus.checkpoint.selection.adaptive import DEFAULT_EVERY
+from lazarus.checkpoint.selection.saving import RankShare, plan_save
+from lazarus.checkpoint.selection.schedule import ScheduleConfig, Selection, default_schedule
+from lazarus.config.train_config import TrainConfig
+from lazarus.control.messages import ShareReported, SnapshotHeld
+from lazarus.runtime.keeper.client import KeeperClient
+from lazarus.runtime.keeper.trainer_link import RemoteKeeperLink
+from lazarus.runtime.rpc.credentials import Credentials
+from lazarus.runtime.saving.final_checkpoint import layer_entry
+from lazarus.runtime.saving.save_schedule import SaveSchedule
+from lazarus.runtime.state.replica import Replica
+from placement import Plan
+
+_SHARES_KEPT = 2  # one that is being written, one that waits for its manifest
+
+
+class Saver:
+    """Schedules, takes and reports snapshots on one rank."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        replica: Replica,
+        *,
+        keeper: str,
+        credentials: Credentials,
+        job: str,
+        url: str,
+        scalars: Callable[[], str],
+        send: Callable[[ShareReported], None],
+    ) -> None:
+        self._config = config
+        self._scalars = scalars
+        self._replica = replica
+        self._keeper = keeper
+        self._credentials = credentials
+        self._job = job
+        self._url = url
+        self.schedule = SaveSchedule(
+            _schedule(config, replica),
+            last_step=config.train.steps if config.checkpoint.full_at_end else 0,
+        )
+        self._send = send
+        self._lock = threading.Lock()
+        self._heads: dict[int, dict[str, Any]] = {}
+        self._told: deque[ShareReported] = deque(maxlen=_SHARES_KEPT)
+        self._link = RemoteKeeperLink(
+            keeper,
+            credentials=credentials,
+            timeout_s=config.timeouts.keeper_answer_s,
+            on_report=self._report,
+        )
+        self._snapshotter = Snapshotter(self._link)
+        self._began_s: float | None = None  # when the newest snapshot began, until the apply
+        self._window_s = 0.0  # from there to the optimizer step that it must not delay
+        self.stalled_s = 0.0  # training waited for copies, in all
+
+    def aligned(self, generation: int) -> None:
+        """The generation is over. A share of a checkpoint that was never begun is told."""
+        step = self.schedule.aligned()
+        if step is not None:
+            record = {"kind": "persist", "step": step, "generation": generation, "ok": False}
+            self._report({**record, "error": "the members changed before the save began"})
+
+    # ---- protocol points -----------------------------------------------------------------------
+
+    def wait_before_write(self) -> None:
+        """Nothing reads the training tensors when this returns (before apply, before place)."""
+        self.stalled_s += self._snapshotter.wait_before_apply()
+
+    def before_apply(self) -> None:
+        """``wait_before_write`` at the end of a step: the window for a snapshot is over."""
+        if self._began_s is not None:
+            self._window_s, self._began_s = time.monotonic() - self._began_s, None
+        self.wait_before_write()
+
+    def after_commit(
+        self,
+        step: int,
+        *,
+        plan: Plan,
+        rank: int,
+        nodes: Sequence[int],
+        keepers: Sequence[str],
+        generation: int,
+        term: int,
+        published: int,
+    ) -> None:
+        """Begin what the schedule says for the state after ``step``; returns at once.
+
+        Args:
+            nodes: Node of each rank; keepers: its keeper's address.
+        """
+        selection = self.schedule.take_due(step)
+        if selection is None:
+            return
+        share = self._share(selection, plan, rank=rank, nodes=nodes)
+        keeper_of = dict(zip(nodes, keepers, strict=True))
+        items = self._items(share, step=step, rank=rank, generation=generation, keepers=keeper_of)
+        if selection.persists and rank == 0:
+            head = self._head()
+            with self._lock:
+                self._heads[step] = head
+        base = {"kind": "persist", "step": step, "generation": generation}
+        if not items:
+            if selection.persists:
+                self._report({**base, "ok": True, "files": []})
+            return
+        request = SnapshotRequest(
+            tag=Tag(job=self._job, term=term, generation=generation),
+            step=step,
+            items=items,
+            url=self._url,
+            published_step=published,
+        )
+        if self._snapshotter.begin(request):
+            self._began_s = time.monotonic()
+        elif selection.persists:
+            error = "the snapshot before this one has not ended"
+            self._report({**base, "ok": False, "error": error})
+
+    def _share(
+        self, selection: Selection, plan: Plan, *, rank: int, nodes: Sequence[int]
+    ) -> RankShare:
+        replica, checkpoint = self._replica, self._config.checkpoint
+        weight = replica.banks[0].weight
+        own = weight.shape[1] * weight.element_size()
+        dense = {name: t.numel() * t.element_size() for name, t in replica.dense_tensors()}
+        return plan_save(
+            selection,
+            ranks_of=plan.ranks_of,
+            node_of_rank=nodes,
+            num_experts=replica.num_experts,
+            part_bytes={"weights": own, "optimizer": replica.record_bytes - own},
+            dense_bytes=dense,
+            parts=checkpoint.parts,
+            copies=checkpoint.copies,
+        )[rank]
+
+    def _items(
+        self,
+        share: RankShare,
+        *,
+        step: int,
+        rank: int,
+        generation: int,
+        keepers: dict[int, str],
+    ) -> tuple[SnapshotItem, ...]:
+        replica, items = self._replica, []
+        for order in share.experts:
+            prefixes = tuple("model." if p == "weights" else "optimizer." for p in order.parts)
+            tensors = {
+                name: tensor
+                for name, tensor in replica.expert_tensors(order.layer, order.expert)
+                if name.startswith(prefixes)
+            }
+            key = RecordKey(
+                layer=order.layer,
+                expert=order.expert,
+                step=step,
+                generation=generation,
+                routed=int(self.schedule.routed_LE[order.layer, order.expert]),
+                parts=order.parts,
+            )
+            copy_to = tuple(keepers[node] for node in order.copy_nodes if keepers.get(node))
+            items.append(
+                SnapshotItem(key=key, tensors=tensors, copy_to=copy_to, persist=order.persist)
+            )
+        if share.dense_names:
+            dense = dict(replica.snapshot_tensors())
+            key = RecordKey(layer=-1, expert=rank, step=step, generation=generation)
+            chosen = {name: dense[name] for name in share.dense_names}
+            items.append(SnapshotItem(key=key, tensors=chosen, persist=True))
+        return tuple(items)
+
+    def _head(self) -> dict[str, Any]:
+        """What a manifest says beside the files, as of this very step."""
+        replica = self._replica
+        return {
+            "layers": [layer_entry(replica, layer) for layer in range(len(replica.layers))],
+            "dense_names": [name for name, _ in replica.dense_tensors()],
+            "scalars": self._scalars(),
+            "history": replica.history.tolist(),
+            "routed": self.schedule.routed_LE.tolist(),
+        }
+
+    def _report(self, record: dict[str, Any]) -> None:
+        """Tell the controller at once: a node that dies next must not take the news along."""
+        step = int(record.get("step", -1))
+        if record["kind"] == "persist":
+            with self._lock:
+                head = self._heads.get(step)
+                self._heads = {s: h for s, h in self._heads.items() if s > step}
+            record = record if head is None else {**record, "head": head}
+            record = record | self._measured(record)
+        body = ShareReported(
+            generation=int(record.get("generation", 0)), step=step, record=json.dumps(record)
+        )
+        if record["kind"] == "persist" and record["ok"]:
+            with self._lock:
+                self._told.append(body)
+        self._send(body)
+
+    def _measured(self, record: dict[str, Any]) -> dict[str, Any]:
+        """How fast a share was copied and written, and the time that a copy may take."""
+        rate, wall_s = self._snapshotter.rate(), float(record.get("wall_s", 0.0))
+        if rate is None or wall_s <= 0 or self._window_s <= 0:
+            return {}
+        figures = {
+            "copy_rate": rate,
+            "write_rate": int(record["bytes"]) / wall_s,
+            "window_s": self._window_s,
+        }
+        return {"measured": figures}
+
+    @property
+    def told(self) -> tuple[ShareReported, ...]:
+        """The last shares that this rank reported: a new controller must hear them again."""
+        with self._lock:
+            return tuple(self._told)
+
+    def inventory(self, *, term: int, generation: int) -> tuple[SnapshotHeld, ...]:
+        """Complete expert copies in this node's keeper; none if it does not answer."""
+        client = KeeperClient(
+            self._keeper,
+            credentials=self._credentials,
+            tag=Tag(job=self._job, term=term, generation=generation),
+            timeout_s=self._config.timeouts.keeper_list_s,
+        )
+        try:
+            copies = client.inventory().copies(node=0)
+        except CheckpointError:
+            return ()
+        finally:
+            client.close()
+        return tuple(
+            SnapshotHeld(
+                layer=copy.layer,
+                expert=copy.expert,
+                generation=copy.generation,
+                step=copy.step,
+                routed=copy.routed,
+                num_bytes=copy.num_bytes,
+            )
+            for copy in copies
+            if copy.layer >= 0
+        )
+
+    def tell_resumed(
+        self, lineage: Sequence[tuple[int, int]], step: int, *, term: int, generation: int
+    ) -> None:
+        """Tell the keeper what the newest RESUME voids in its memory; nobody waits for it."""
+        client = KeeperClient(
+            self._keeper,
+            credentials=self._credentials,
+            tag=Tag(job=self._job, term=term, generation=generation),
+            timeout_s=self._config.timeouts.keeper_list_s,
+        )
+
+        def tell() -> None:
+            # A dead keeper holds nothing that could be wrong.
+            with closing(client), suppress(CheckpointError):
+                client.tell(lineage=lineage, resume_step=step)
+
+        spawn("keeper", tell, on_death=say_so)
+
+    def close(self) -> None:
+        self._snapshotter.close()
+        self._link.close()
+
+
+def _schedule(config: TrainConfig, replica: Replica) -> ScheduleConfig:
+    """The configured schedule; ``auto`` takes the library's defaults."""
+    return default_schedule_of(
+        config, num_layers=len(replica.layers), num_experts=replica.num_experts
+    )
+
+
+def default_schedule_of(
+    config: TrainConfig, *, num_layers: int, num_experts: int
+) -> ScheduleConfig:
+    checkpoint = config.checkpoint
+    return default_schedule(
+        num_layers=num_layers,
+        num_experts=num_experts,
+        every=DEFAULT_EVERY if checkpoint.every == "auto" else int(checkpoint.every),
+        k_snapshot=None if checkpoint.k_snapshot == "auto" else int(checkpoint.k_snapshot),
+        k_persist=None if checkpoint.k_persist == "auto" else int(checkpoint.k_persist),
+        select=checkpoint.select,
+        parts=checkpoint.parts,
+        plt_budget=checkpoint.plt_budget,
+    )

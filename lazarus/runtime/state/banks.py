@@ -1,0 +1,42 @@
+"""Rows of a rank's expert banks: where their gradients lie, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dispatcher.local.blocks import shared_zeros
+from lazarus.model.experts import ExpertBank
+from lazarus.runtime.state.flat_bytes import state_tensors
+
+
+def gradients(parameters: Tensor) -> Tensor:
+    """A buffer of zeros for gradients; on a CPU, where ranks of the same machine can read it."""
+    if parameters.device.type == "cpu":
+        return shared_zeros(parameters.shape, parameters.dtype)
+    return torch.zeros_like(parameters)
+
+
+def arrange(bank: ExpertBank, optimizer: Optimizer, order: Sequence[int]) -> None:
+    """Move the bank's rows, with their optimizer state, into the given order of experts.
+
+    Does nothing where the bank holds other experts. Gradients stay behind: they are scratch.
+
+    Args:
+        bank: One layer's experts on this rank.
+        optimizer: Holds their moments.
+        order: Experts by slot, -1 for an empty one; further slots stay empty.
+    """
+    held = list(bank.expert_of_slot)
+    wanted = [*order, *[-1] * (len(held) - len(order))]
+    if wanted == held or sorted(wanted) != sorted(held):
+        return
+    empty = iter(slot for slot, expert in enumerate(held) if expert < 0)
+    source_S = [held.index(expert) if expert >= 0 else next(empty) for expert in wanted]
+    weight = bank.weight
+    for tensor in (weight.detach(), *(t for _, t in state_tensors(optimizer, weight))):
+        tensor.copy_(tensor[source_S])
+    bank.expert_of_slot[:] = wanted

@@ -1,0 +1,61 @@
+"""Fast checksums of state, equal wherever the bits are; no defence against an adversary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lazarus.runtime.state.flat_bytes import as_bytes
+
+_STRETCH = 1 << 22  # words at a time: temporaries stay small
+
+
+def checksum_of(rows: Sequence[Tensor]) -> int:
+    """Of tensors one after the other, in (0, 2**62]; never 0.
+
+    On a device it is computed there: copying all experts to the host would take longer than
+    anything else in a change of members.
+    """
+    if all(row.device.type == "cpu" for row in rows):
+        digest = xxhash.xxh3_64()
+        for row in rows:
+            digest.update(as_bytes(row.contiguous()).numpy().data)
+        return _positive(digest.intdigest())
+    sums = torch.stack([device_sum(row) for row in rows])
+    return _positive(xxhash.xxh3_64_intdigest(sums.cpu().numpy().tobytes()))
+
+
+def text_checksum(*words: str) -> int:
+    """The same of texts."""
+    return _positive(xxhash.xxh3_64_intdigest("\n".join(words).encode()))
+
+
+def _positive(value: int) -> int:
+    return (value >> 2) + 1
+
+
+def device_sum(row: Tensor) -> Tensor:
+    """A weighted sum of a tensor's words, modulo 2**64: exact, so its order does not matter.
+
+    Weights are odd, so that no change of a single word cancels out.
+
+    Returns:
+        int64 scalar on the tensor's device.
+    """
+    words = as_bytes(row.contiguous())
+    for dtype in (torch.int32, torch.int16):
+        size = torch.empty(0, dtype=dtype).element_size()
+        if words.numel() % size == 0:
+            words = words.view(dtype)
+            break
+    total = torch.zeros((), dtype=torch.int64, device=row.device)
+    for first in range(0, words.numel(), _STRETCH):
+        part = words[first : first + _STRETCH].to(torch.int64)
+        place = torch.arange(first, first + part.numel(), device=row.device)
+        weight = place * -7046029254386353131  # a large odd number: spreads neighbours apart
+        weight = (weight ^ (weight >> 29)) | 1
+        total += (part * weight).sum()
+    return total

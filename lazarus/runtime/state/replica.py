@@ -1,0 +1,420 @@
+"""Everything one rank trains: model, optimizer, load history; addressed by global names.
+
+Shapes: L MoE layers, E experts, S slots on this rank, P parameters of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lazarus.control.messages import Held
+from lazarus.control.vector import StepSums, advance_history, start_history
+from lazarus.model.balance import updated_bias
+from lazarus.model.experts import ExpertBank, deferred_experts
+from lazarus.model.moe import MoELayer
+from lazarus.runtime.state.banks import gradients
+from lazarus.runtime.state.buffers import Buffers
+from lazarus.runtime.state.checksums import checksum_of
+from lazarus.runtime.state.dense_sync import DenseSync
+from lazarus.runtime.state.flat_bytes import (
+    DenseImage,
+    as_bytes,
+    fill_state,
+    read_scalars,
+    read_settings,
+    state_tensors,
+    write_scalars,
+    write_settings,
+)
+from lazarus.runtime.state.norms import square_sums
+from lazarus.runtime.state.rates import Rates, Schedule
+from placement import Plan
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
+Expert = tuple[int, int]
+
+
+class Replica:
+    """One rank's share of the model: all dense state, and the experts that its plan gives it."""
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        *,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        clip_norm: float,
+        seed: int,
+        device: torch.device,
+        num_slots: int = 1,
+        overlaps: bool = False,
+        scratch_buffers: Sequence[str] = (),
+    ) -> None:
+        torch.manual_seed(seed)
+        with deferred_experts():
+            self.model = build().to(device)
+        self.device = device
+        self.rates = Rates(schedule)
+        self._clip_norm = clip_norm
+        found = [(name, m) for name, m in self.model.named_modules() if isinstance(m, MoELayer)]
+        if not found:
+            raise ValueError(
+                "the model has no MoELayer; use lazarus.MoELayer where experts are wanted"
+            )
+        self.layer_names = [name for name, _ in found]
+        self.layers = [layer for _, layer in found]
+        self.banks: list[ExpertBank] = [layer.experts for layer in self.layers]
+        counts = {layer.num_experts for layer in self.layers}
+        if len(counts) > 1:
+            raise ValueError(f"MoE layers have {sorted(counts)} experts; all must have the same")
+        self.num_experts = counts.pop()
+        for bank in self.banks:
+            bank.allocate(num_slots=num_slots, device=device)
+            bank.weight.grad = gradients(bank.weight)
+        self._flatten()
+        dense = [p for _, p in self.dense]
+        self.dense_sync = DenseSync(dense, self.flat_grad, overlaps=overlaps)
+        self._make_optimizer(optimizer)
+        self.history = start_history(len(self.layers), self.num_experts)
+        routers = [f"{name}.router_bias" for name in self.layer_names]
+        self.buffers = Buffers(self.model, scratch=scratch_buffers, own=routers)
+
+    # ---- building ------------------------------------------------------------------------------
+
+    def _flatten(self) -> None:
+        """Put all dense parameters and their gradients into two flat tensors."""
+        expert = {id(bank.weight) for bank in self.banks}
+        self.dense = [(name, p) for name, p in self.model.named_parameters() if id(p) not in expert]
+        total = sum(p.numel() for _, p in self.dense)
+        self.flat = torch.zeros(total, dtype=torch.float32, device=self.device)
+        self.flat_grad = gradients(self.flat)
+        start = 0
+        for name, param in self.dense:
+            if param.dtype != torch.float32:
+                raise ValueError(f"parameter {name} is {param.dtype}; master weights are float32")
+            view = self.flat[start : start + param.numel()].view(param.shape)
+            view.copy_(param.detach())
+            param.data = view
+            param.grad = self.flat_grad[start : start + param.numel()].view(param.shape)
+            start += param.numel()
+
+    def _make_optimizer(self, factory: OptimizerFactory) -> None:
+        decay = [p for _, p in self.dense if p.requires_grad and p.dim() >= 2]
+        plain = [p for _, p in self.dense if p.requires_grad and p.dim() < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": decay, "name": "dense"},
+            {"params": plain, "name": "no_decay", "weight_decay": 0.0},
+            {"params": [bank.weight for bank in self.banks], "name": "expert"},
+        ]
+        self.optimizer = factory([group for group in groups if group["params"]])
+        self._base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+        fill_state(self.optimizer)
+
+    @property
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        trained = [(name, p) for name, p in self.dense if p.requires_grad]
+        return trained + [
+            (f"{name}.experts", bank.weight)
+            for name, bank in zip(self.layer_names, self.banks, strict=True)
+        ]
+
+    # ---- experts -------------------------------------------------------------------------------
+
+    def slot_of(self, layer: int, expert: int) -> int:
+        return self.banks[layer].expert_of_slot.index(expert)
+
+    def held(self, plan: Plan | None = None) -> tuple[Held, ...]:
+        """Live copies on this rank.
+
+        Args:
+            plan: In force so far: copies that others hold too come with their checksums.
+        """
+        return tuple(self._held(layer, plan) for layer in range(len(self.banks)))
+
+    def _held(self, layer: int, plan: Plan | None) -> Held:
+        experts = tuple(sorted(e for e in self.banks[layer].expert_of_slot if e >= 0))
+        sums: tuple[int, ...] = ()
+        if plan is not None:
+            sums = tuple(
+                self.record_checksum(layer, e) if len(plan.ranks_of(layer, e)) > 1 else 0
+                for e in experts
+            )
+        return Held(layer=layer, experts=experts, sums=sums)
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Hold this expert no longer, if it is held: another copy takes its place."""
+        bank = self.banks[layer]
+        if expert in bank.expert_of_slot:
+            bank.assign(self.slot_of(layer, expert), -1)
+
+    def _rows(self, layer: int, slot: int) -> list[Tensor]:
+        weight = self.banks[layer].weight
+        return [weight.detach()[slot]] + [
+            tensor[slot] for _, tensor in state_tensors(self.optimizer, weight)
+        ]
+
+    def shape(self) -> dict[str, Any]:
+        """What a plan must know of the model, as ranks report it at ALIGN."""
+        return {
+            "num_layers": len(self.layers),
+            "num_experts": self.num_experts,
+            "top_k": self.layers[0].top_k,
+            "dense_bytes": self.dense_image().num_bytes,
+            "expert_bytes": self.record_bytes,
+        }
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert's record."""
+        return sum(row.numel() * row.element_size() for row in self._rows(0, 0))
+
+    def read_record(self, layer: int, expert: int) -> Tensor:
+        """One expert's record, uint8 on the host."""
+        rows = self._rows(layer, self.slot_of(layer, expert))
+        return torch.cat([as_bytes(row).cpu() for row in rows])
+
+    def record_checksum(self, layer: int, expert: int) -> int:
+        """Fast checksum of one expert's record; never 0."""
+        return checksum_of(self._rows(layer, self.slot_of(layer, expert)))
+
+    def write_record(self, layer: int, slot: int, record: Tensor) -> None:
+        start = 0
+        for row in self._rows(layer, slot):
+            size = row.numel() * row.element_size()
+            piece = record[start : start + size].contiguous().to(self.device)
+            as_bytes(row).copy_(piece)
+            start += size
+
+    def record_of(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        """An expert's record, as bytes, from its tensors by global name.
+
+        Raises:
+            KeyError: A tensor is missing.
+        """
+        bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{expert}"
+        kinds = ["model"]
+        kinds += [f"optimizer.{key}" for key, _ in state_tensors(self.optimizer, bank.weight)]
+        rows = []
+        for kind, like in zip(kinds, self._rows(layer, 0), strict=True):
+            row = torch.zeros_like(like, device="cpu")
+            for field, view in bank.field_views(row).items():
+                view.copy_(tensors[f"{kind}.{path}.{field}"])
+            rows.append(as_bytes(row))
+        return torch.cat(rows)
+
+    def load_dense(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over all dense state by global name.
+
+        Raises:
+            KeyError: A tensor is missing.
+            ValueError: One has another shape.
+        """
+        with torch.no_grad():
+            for name, own in self.dense_tensors():
+                if tensors[name].shape != own.shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, "
+                        f"{tuple(own.shape)} in the model"
+                    )
+                own.copy_(tensors[name])
+        self.keep_buffers()
+
+    def forget_experts(self) -> None:
+        """Empty every slot: what was held belongs to no step that counts."""
+        for bank in self.banks:
+            bank.expert_of_slot[:] = [-1] * len(bank.expert_of_slot)
+
+    def place(self, layer: int, experts: Sequence[int], staged: Mapping[Expert, Tensor]) -> None:
+        """Hold exactly ``experts`` in this layer: stay, drop, and take over staged records."""
+        bank = self.banks[layer]
+        wanted = set(experts)
+        if not wanted - set(bank.expert_of_slot) and wanted == {
+            e for e in bank.expert_of_slot if e >= 0
+        }:
+            return
+        for slot, expert in enumerate(bank.expert_of_slot):
+            if expert >= 0 and expert not in wanted:
+                bank.assign(slot, -1)
+        for expert in sorted(wanted - set(bank.expert_of_slot)):
+            slot = bank.expert_of_slot.index(-1)
+            bank.assign(slot, expert)
+            record = staged.get((layer, expert))
+            if record is None:
+                bank.initialise(slot)
+                for row in self._rows(layer, slot)[1:]:
+                    row.zero_()
+            else:
+                self.write_record(layer, slot, record)
+
+    def ensure_slots(self, num_slots: int) -> None:
+        """Grow every bank to at least ``num_slots``; rows and optimizer state move along."""
+        for bank in self.banks:
+            have = bank.weight.shape[0]
+            if have >= num_slots:
+                continue
+            weight = bank.weight
+            state = self.optimizer.state[weight]
+            shaped = [key for key, _ in state_tensors(self.optimizer, weight)]
+            rows = {key: state[key] for key in shaped}
+            old, held = weight.detach(), list(bank.expert_of_slot)
+            grown = torch.zeros(num_slots, old.shape[1], dtype=old.dtype, device=old.device)
+            grown[:have] = old
+            weight.data = grown
+            weight.grad = gradients(grown)
+            for key, value in rows.items():
+                state[key] = torch.zeros_like(grown)
+                state[key][:have] = value
+            bank.expert_of_slot[:] = held + [-1] * (num_slots - have)
+
+    # ---- dense state ---------------------------------------------------------------------------
+
+    def dense_tensors(self) -> list[tuple[str, Tensor]]:
+        """Every dense tensor that is state, by global name, in one fixed order."""
+        found = [(f"model.{name}", p.detach()) for name, p in self.dense]
+        for name, param in self.dense:
+            if param.requires_grad:
+                for key, value in state_tensors(self.optimizer, param):
+                    found.append((f"optimizer.{key}.{name}", value))
+        found += [(f"model.{name}", value) for name, value in self.buffers.state()]
+        return found
+
+    def dense_image(self) -> DenseImage:
+        return DenseImage([tensor for _, tensor in self.dense_tensors()])
+
+    def scalars(self) -> str:
+        return read_scalars(self.optimizer, self._trained)
+
+    def take_scalars(self, text: str) -> None:
+        write_scalars(self.optimizer, self._trained, text)
+
+    def settings(self) -> str:
+        """The optimizer's settings: no state, and yet equal on all ranks."""
+        return read_settings(self.optimizer, base_lr=self._base_lr)
+
+    def take_settings(self, text: str) -> None:
+        self._base_lr = write_settings(self.optimizer, text)
+
+    def dense_digest(self) -> str:
+        """Fast checksum of all dense state, compared between ranks at every ALIGN."""
+        digest = xxhash.xxh3_128()
+        for _, tensor in self.dense_tensors():
+            digest.update(as_bytes(tensor).cpu().numpy().data)
+        digest.update(self.scalars().encode())
+        return digest.hexdigest()
+
+    def history_digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self.history.tobytes())
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def zero_gradients(self) -> None:
+        """Experts' gradients are overwritten by a step's first backward, see ``LayerContext``."""
+        self.flat_grad.zero_()
+        self.dense_sync.start_step()
+
+    def dense_square_sum(self) -> float:
+        """Square sum of the reduced dense gradient: equal bits on all ranks, so never summed."""
+        return square_sums([self.flat_grad])[0]
+
+    def expert_square_sums(self, home_LE: NDArray[np.int32], rank: int) -> NDArray[np.float64]:
+        """Square sums of the gradients of the experts whose home is this rank, [L, E]."""
+        squares = np.zeros((len(self.layers), self.num_experts), dtype=np.float64)
+        rows: dict[Expert, Tensor] = {}
+        for layer, bank in enumerate(self.banks):
+            assert bank.weight.grad is not None
+            for slot, expert in enumerate(bank.expert_of_slot):
+                if expert >= 0 and home_LE[layer, expert] == rank:
+                    rows[layer, expert] = bank.weight.grad[slot]
+        for place, value in zip(rows, square_sums(list(rows.values())), strict=True):
+            squares[place] = value
+        return squares
+
+    def apply(self, sums: StepSums, *, dense_square: float) -> float:
+        """One optimizer step from the gradient sums in the buffers and the committed vector.
+
+        No collective, no wait, no randomness: the same bits on every rank (rule 13).
+
+        Returns:
+            The global gradient norm, before clipping.
+        """
+        norm = float(np.sqrt(dense_square + sums.squares.sum())) / max(sums.count, 1.0)
+        is_taken = not sums.skips and bool(np.isfinite(norm)) and sums.count > 0
+        if is_taken:
+            self._descend(sums, norm)
+        self.buffers.fold(is_taken=is_taken)
+        self.history = advance_history(self.history, sums.counts)
+        for layer, counts in zip(self.layers, sums.counts, strict=True):
+            if layer.router_bias is not None:
+                fresh_E = updated_bias(
+                    layer.router_bias, torch.from_numpy(counts.copy()), rate=layer.bias_rate
+                )
+                layer.router_bias.copy_(fresh_E)
+        self.keep_buffers()
+        return norm
+
+    def _descend(self, sums: StepSums, norm: float) -> None:
+        clip = self._clip_norm
+        factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        scale = factor / sums.count
+        self.flat_grad.mul_(scale)
+        for bank in self.banks:
+            assert bank.weight.grad is not None
+            bank.weight.grad.mul_(scale)
+        rate = self.rates.of(sums.step)
+        for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * rate
+        self.optimizer.step()
+
+    def keep_buffers(self) -> None:
+        """What buffers hold now belongs to the last committed step."""
+        self.buffers.keep()
+
+    def restore_scratch(self) -> None:
+        """Undo what an abandoned attempt changed outside the optimizer (rule 6)."""
+        self.buffers.restore()
+
+    def expected_fractions(self, layer: int) -> Tensor:
+        """Expert fractions of the last committed step, f32 [E]; uniform before the first."""
+        last = self.history[2, layer]
+        total = last.sum()
+        if total > 0:
+            return torch.from_numpy((last / total).astype(np.float32)).to(self.device)
+        return torch.full((self.num_experts,), 1.0 / self.num_experts, device=self.device)
+
+    # ---- names ---------------------------------------------------------------------------------
+
+    def expert_tensors(self, layer: int, expert: int) -> Iterator[tuple[str, Tensor]]:
+        """One expert's state by global name: fields, then the optimizer's tensors of each."""
+        bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{expert}"
+        slot = self.slot_of(layer, expert)
+        for field, view in bank.field_views(bank.weight.detach()[slot]).items():
+            yield f"model.{path}.{field}", view
+        for key, tensor in state_tensors(self.optimizer, bank.weight):
+            for field, view in bank.field_views(tensor[slot]).items():
+                yield f"optimizer.{key}.{path}.{field}", view
+
+    def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
+        """Dense state that stands still until the next apply: buffers as the last commit left them.
+
+        A forward pass may write buffers (scratch of an attempt) while a snapshot reads.
+        """
+        names = {f"model.{name}": kept for name, kept in self.buffers.kept().items()}
+        return [(name, names.get(name, tensor)) for name, tensor in self.dense_tensors()]
+
+    def expert_names(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and shapes of any expert's tensors in this layer, with ``{e}`` for its id."""
+        bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{{e}}"
+        rows = [("model", bank.weight.detach()[0])]
+        shaped = state_tensors(self.optimizer, bank.weight)
+        rows += [(f"optimizer.{key}", tensor[0]) for key, tensor in shaped]
+        for kind, row in rows:
+            for field, view in bank.field_views(row).items():
+                yield f"{kind}.{path}.{field}", view

@@ -1,0 +1,100 @@
+"""What a run uses where the user gave nothing: the GPT-MoE, the corpus, AdamW, the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import default_collate
+
+from lazarus.config.train_config import TrainConfig
+from lazarus.data.corpus import TokenDataset, check_tokens, datasets, load_corpus
+from lazarus.errors import DataError
+from lazarus.model import gpt
+from lazarus.model.gpt import GPTOptions
+
+
+def model(config: TrainConfig) -> nn.Module:
+    """The built-in GPT-MoE."""
+    return gpt.build(config.model, options=GPTOptions(recompute=config.train.recompute))
+
+
+def training_data(config: TrainConfig) -> Any:
+    """Windows of the configured text, the training part."""
+    corpus = load_corpus(config.data.path)
+    check_tokens(corpus, vocab=config.model.vocab)
+    train, _ = datasets(corpus, seq_len=config.seq_len, split=config.data.split)
+    return train
+
+
+def held_out_data(config: TrainConfig) -> Any:
+    """Windows of the configured text that are not trained on.
+
+    Raises:
+        DataError: ``data.split`` leaves none.
+    """
+    corpus = load_corpus(config.data.path)
+    _, held_out = datasets(corpus, seq_len=config.seq_len, split=config.data.split)
+    if held_out is None:
+        raise DataError(
+            f"data.split={config.data.split} holds nothing out of {corpus.name}; lower it, or set "
+            f"eval.every=0"
+        )
+    return held_out
+
+
+def prefetch_steps(config: TrainConfig, data: Any) -> int:
+    """Steps that are read ahead: none where the tokens are in memory already."""
+    in_memory = isinstance(data, TokenDataset) and not isinstance(data.corpus.tokens, np.memmap)
+    return 0 if in_memory else config.data.prefetch_steps
+
+
+def collate(items: list[Any]) -> Any:
+    """Tensors of equal shape stacked, nested containers kept."""
+    return default_collate(items)
+
+
+def optimizer(config: TrainConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    """AdamW as configured, fused."""
+    optim = config.optim
+
+    def make(groups: list[dict[str, Any]]) -> Optimizer:
+        return torch.optim.AdamW(
+            groups,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+
+    return make
+
+
+def schedule(config: TrainConfig) -> Callable[[int], float]:
+    """Learning-rate multiplier as a pure function of the step, counted from 1."""
+    optim, steps = config.optim, config.train.steps
+    warmup = min(optim.warmup_steps, max(1, steps // 10))
+
+    def rate(step: int) -> float:
+        if step <= warmup:
+            return step / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        if optim.schedule == "constant":
+            return 1.0
+        if optim.schedule == "wsd":
+            return 1.0 if done < 0.8 else 1.0 - (1.0 - optim.min_lr_ratio) * (done - 0.8) / 0.2
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * cosine
+
+    return rate
+
+
+def loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """Next-token cross-entropy."""
+    return gpt.loss(module, batch)

@@ -1,0 +1,81 @@
+"""The user's worker hooks: at set-up, on gradients before the commit, after each commit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lazarus.runtime.fence.whereabouts import Whereabouts
+from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training.context import WorkerContext
+
+
+class WorkerHook(Protocol):
+    """What a hook may define; each method may be missing. Runs in every worker.
+
+    A step may run twice (a redo), so a hook has no side effect but ``ctx.log``.
+    """
+
+    def on_setup(self, ctx: WorkerContext, model: nn.Module) -> None:
+        """The model is built; experts come later."""
+
+    def on_gradients(self, ctx: WorkerContext, named_grads: Mapping[str, Tensor]) -> None:
+        """Gradients of the step's sum (not yet divided by its count), equal on all replicas.
+
+        They may be changed in place, by the same function on every rank: what it does to a
+        gradient must not depend on the rank. Experts appear where they are held, as
+        ``{layer path}.experts.{expert}.{field}``. Clipping comes after this.
+        """
+
+    def on_commit(self, ctx: WorkerContext, step: int) -> None:
+        """The step is committed and applied on this rank."""
+
+
+class Hooks:
+    """All hooks of a run, called in the order in which they were given."""
+
+    def __init__(self, hooks: Sequence[Any], *, where: Whereabouts | None = None) -> None:
+        self._hooks = tuple(hooks)
+        self._where = Whereabouts() if where is None else where
+        self._on_gradients = [h for h in self._hooks if hasattr(h, "on_gradients")]
+
+    def setup(self, ctx: WorkerContext, model: nn.Module) -> None:
+        for hook in self._hooks:
+            if hasattr(hook, "on_setup"):
+                hook.on_setup(ctx, model)
+
+    def gradients(self, ctx: WorkerContext, replica: Replica) -> None:
+        """After all sums, before anything is computed from them."""
+        if not self._on_gradients:
+            return
+        found = named_gradients(replica)
+        self._where.enter("on_gradients")
+        for hook in self._on_gradients:
+            hook.on_gradients(ctx, found)
+        self._where.leave()
+
+    @property
+    def watch_commits(self) -> bool:
+        """Whether any hook is called after a commit."""
+        return any(hasattr(hook, "on_commit") for hook in self._hooks)
+
+    def commit(self, ctx: WorkerContext, step: int) -> None:
+        for hook in self._hooks:
+            if hasattr(hook, "on_commit"):
+                self._where.enter("on_commit")
+                hook.on_commit(ctx, step)
+        self._where.leave()
+
+
+def named_gradients(replica: Replica) -> dict[str, Tensor]:
+    """Views of all gradient buffers of this rank, by global name."""
+    found = {name: p.grad for name, p in replica.dense if p.requires_grad and p.grad is not None}
+    for path, bank in zip(replica.layer_names, replica.banks, strict=True):
+        assert bank.weight.grad is not None
+        for slot, expert in enumerate(bank.expert_of_slot):
+            if expert >= 0:
+                for field, view in bank.field_views(bank.weight.grad[slot]).items():
+                    found[f"{path}.experts.{expert}.{field}"] = view
+    return found

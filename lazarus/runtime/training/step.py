@@ -1,0 +1,335 @@
+"""One step on one rank: rounds of forward and backward, gradient sums, the commit vector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dispatcher.gradients import sum_replica_gradients
+from lazarus.control.commit.measures import with_measures
+from lazarus.control.vector import HASH_BITS, Lanes, StepSums, contribution, decode, sample_hash
+from lazarus.data.sampler import split_rounds
+from lazarus.errors import BrokenInvariantError, UserMistakeError
+from lazarus.model.loss import LossSum
+from lazarus.runtime.comm.gathering import gather_texts
+from lazarus.runtime.fence.observer import Observer
+from lazarus.runtime.input.randomness import reseed
+from lazarus.runtime.input.reader import Reading
+from lazarus.runtime.input.sources import StepShare
+from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training.context import WorkerContext
+from lazarus.runtime.training.finite import check_total
+from lazarus.runtime.training.hooks import Hooks
+from lazarus.runtime.training.world import World
+
+Loss = Callable[[nn.Module, Any], LossSum]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """How samples become micro-batches; equal on all ranks."""
+
+    seed: int
+    global_batch: int
+    micro_batch_size: int
+    precision: str = "fp32"
+    stop_on_nonfinite: bool = False
+
+
+class Step:
+    """Computes steps of one world; holds what the commit needs until the vector is decided."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        world: World,
+        *,
+        batching: Batching,
+        reading: Reading,
+        loss: Loss,
+        observer: Observer,
+        context: WorkerContext,
+        hooks: Hooks,
+    ) -> None:
+        self._replica = replica
+        self._world = world
+        self._batching = batching
+        self._reading = reading
+        self._loss = loss
+        self._observer = observer
+        self._context = context
+        self._measures = context.measures
+        self._hooks = hooks
+        self._observer.where.generation = world.generation
+        self._observer.where.rank = world.exchange.rank
+        self.must_repeat = False  # a buffer was written that no rank has exchanged: not committed
+        self._must_agree = True  # on the names of measures, before the next commit
+        self._summed: set[int] = set()  # layers whose replicas have equal gradients in this step
+        self.dense_square = 0.0
+        self.shared: StepShare | None = None
+
+    def compute(
+        self, step: int, *, pause: Callable[[], bool], prepared: Callable[[], None]
+    ) -> Lanes:
+        """Gradient sums of ``step`` in the buffers and the summed commit vector.
+
+        Args:
+            pause: Asked last: whether this rank wants all to stop after the step (rule 15).
+            prepared: Called when every gradient of the step is complete here (rule 9).
+
+        Raises:
+            FencedError, CollectiveError: The attempt is over.
+        """
+        began = time.monotonic()
+        replica, world = self._replica, self._world
+        where = self._observer.where
+        self._prepare_scratch()
+        world.start_step(step)
+        where.enter("schedule")
+        replica.rates.of(step)
+        where.enter("data")
+        self._reading.exchange_state(step, world.exchange, device=replica.device)
+        shared = self.shared = self._reading.share(step)
+        total, aux, count = self._rounds(step, shared)
+        where.leave()
+        self._observer.enter("grad_sync")
+        # In flight beside the replicas' exchanges, which another stream or thread may serve.
+        dense = replica.dense_sync.finish(world.exchange)
+        for layer in range(len(world.contexts)):
+            if layer not in self._summed:
+                self._sum_replicas(layer)
+        dense.wait()
+        self._hooks.gradients(self._context, replica)
+        rank = world.exchange.rank
+        self.dense_square = replica.dense_square_sum()
+        squares = replica.expert_square_sums(world.plan.home, rank)
+        replica.buffers.exchange(
+            world.exchange,
+            samples=len(shared.mine),
+            total=len(shared.ids_B),
+            agree=self._must_agree,
+        )
+        if self._must_agree:
+            replica.dense_sync.agree(world.exchange)
+            self._agree()
+        prepared()
+        own_s = time.monotonic() - began - self._observer.waited_s
+        self._observer.drag(own_s)
+        own_s = time.monotonic() - began - self._observer.waited_s
+        bad = not np.isfinite(total) or not np.isfinite(self.dense_square + squares.sum())
+        lanes = contribution(
+            world.layout,
+            rank=rank,
+            generation=world.generation,
+            step=step,
+            samples=len(shared.mine),
+            count=count,
+            sample_hash=sample_hash(shared.mine, step=step),
+            loss_sum=total,
+            aux_sum=aux,
+            found_inf=bad,
+            pause=pause(),
+            own_s=own_s,
+        )
+        lanes[world.layout.squares] = squares.reshape(-1)
+        if rank == 0:
+            counts = np.stack([context.counts_E.cpu().numpy() for context in world.contexts])
+            lanes[world.layout.counts] = counts.reshape(-1)
+        return self._commit_barrier(lanes)
+
+    def _overlap(self) -> None:
+        """Sum gradients while the next backward goes on; it is this step's last one here."""
+        sync = self._replica.dense_sync
+        if sync.overlaps:
+            sync.arm()
+            for layer, context in enumerate(self._world.contexts):
+                context.after_backward = partial(self._layer_done, layer)
+
+    def _layer_done(self, layer: int) -> None:
+        """Sum what no later part of the backward adds to."""
+        self._sum_replicas(layer)
+        self._replica.dense_sync.pass_layer(self._world.exchange)
+
+    def _sum_replicas(self, layer: int) -> None:
+        bank, context = self._replica.banks[layer], self._world.contexts[layer]
+        assert bank.weight.grad is not None
+        sum_replica_gradients(
+            bank.weight.grad,
+            context.table,
+            context.exchange,
+            served_ER=context.served_ER,
+            expert_of_slot=bank.expert_of_slot,
+            written=context.written,
+        )
+        self._summed.add(layer)
+
+    def _agree(self) -> None:
+        """All ranks sum the measures that any of them has logged."""
+        texts = gather_texts(
+            "\n".join(self._measures.logged), self._world.exchange, device=self._replica.device
+        )
+        found = {name for text in texts for name in text.split("\n") if name}
+        self._measures.agree(found | set(self._measures.names))
+
+    def _commit_barrier(self, lanes: Lanes) -> Lanes:
+        """The sum over all ranks on the host: fixed lanes, whether somebody logged a name or wrote
+        a buffer that is not agreed on, whether all ran the same exchanges, and the measures
+        (rule 10)."""
+        measures, buffers = self._measures, self._replica.buffers
+        unknown = [float(measures.has_unknown), float(buffers.has_unknown)]
+        same = self._world.trail_lanes()
+        own = torch.from_numpy(np.concatenate([lanes, unknown, same, measures.lanes()]))
+        summed = own.to(self._replica.device)
+        self._world.exchange.all_reduce(summed, label="commit")
+        found: Lanes = summed.cpu().numpy()
+        fixed = self._world.layout.num_lanes
+        self.must_repeat = bool(found[fixed + 1] > 0)
+        self._must_agree = bool(found[fixed] > 0) or self.must_repeat
+        self._world.require_one_trail(found[fixed + 2 : fixed + 4])
+        return with_measures(found[:fixed], measures.names, found[fixed + 4 :])
+
+    def check(self, lanes: Lanes, *, step: int) -> StepSums:
+        """Decode the vector and hold it against what the step must contain (rule 12, I9).
+
+        Raises:
+            BrokenInvariantError: Members, generation, step, samples or hashes are not as expected.
+        """
+        sums = decode(self._world.layout, lanes)
+        assert self.shared is not None
+        ids_B = self.shared.ids_B
+        expected = sample_hash(ids_B, step=step) % (1 << HASH_BITS)
+        size = self._world.layout.world_size
+        generation = lanes[self._world.layout.lane("generation")] / size
+        wanted = (step, self._world.generation, len(ids_B), expected)
+        got = (sums.step, int(generation), sums.samples, sums.sample_hash)
+        if wanted != got:
+            raise BrokenInvariantError(
+                f"commit vector of step {step} says (step, generation, samples, hash) {got}, "
+                f"expected {wanted}"
+            )
+        return sums
+
+    def _prepare_scratch(self) -> None:
+        self._replica.zero_gradients()
+        self._summed.clear()
+        self._measures.start()
+        for layer, context in enumerate(self._world.contexts):
+            context.start_step()
+            context.expected_E = self._replica.expected_fractions(layer)
+
+    def _sizes(self, shared: StepShare) -> tuple[int, ...]:
+        """This rank's micro-batches; every rank has as many, some of them empty."""
+        rank = self._world.exchange.rank
+        return split_rounds(shared.sizes, self._batching.micro_batch_size)[rank]
+
+    def _rounds(self, step: int, shared: StepShare) -> tuple[float, float, float]:
+        totals = np.zeros(3)
+        first = 0
+        sizes = self._sizes(shared)
+        for number, size in enumerate(sizes):
+            self._world.start_round(number)
+            if number + 1 == len(sizes):
+                self._overlap()
+            with self._replica.buffers.untouched() if not size else nullcontext():
+                totals += self._round(step, shared, first=first, size=size)
+            first += size
+            if number == 0:
+                self._reading.read_ahead(step, self._sizes)
+        self._world.meet()
+        return float(totals[0]), float(totals[1]), float(totals[2])
+
+    def _round(
+        self, step: int, shared: StepShare, *, first: int, size: int
+    ) -> tuple[float, float, float]:
+        """Forward and backward of one micro-batch; without samples, only its collectives."""
+        self._observer.enter("data")
+        is_ghost = size == 0
+        where, mine = self._observer.where, shared.mine[first : first + size]
+        where.enter("data", mine)
+        batch = self._reading.batch(step, first=first, size=size)
+        batch = move_to(batch, self._replica.device)
+        reseed(self._batching.seed, step, int(shared.ids_B[0] if is_ghost else shared.mine[first]))
+        self._measures.muted = is_ghost
+        for context in self._world.contexts:
+            context.ghost = is_ghost
+            context.aux_sum = None
+        where.enter("forward", mine)
+        self._observer.enter("forward")
+        with autocast(self._batching.precision, self._replica.device):
+            result = self._loss(self._replica.model, batch)
+        total, count = checked_loss(result)
+        check_total(total, stops=self._batching.stop_on_nonfinite)
+        self._measures.muted = False
+        parts = [c.aux_sum for c in self._world.contexts if c.aux_sum is not None]
+        objective = total + sum(parts) if parts else total
+        if is_ghost:
+            objective = objective * 0.0
+        where.enter("backward", mine)
+        self._observer.enter("backward")
+        differentiate(objective, [a for c in self._world.contexts for a in c.take_anchors()])
+        if is_ghost:
+            return 0.0, 0.0, 0.0
+        aux = float(sum(float(part.detach()) for part in parts))
+        return float(total.detach()), aux, float(count)
+
+
+def differentiate(objective: Tensor, anchors: Sequence[Tensor]) -> None:
+    """Backward of the loss and of every MoE layer that ran forward, whatever the loss depends on.
+
+    A rank whose loss is a constant (all its labels are masked) still has to serve the tokens of
+    its peers. Autograd runs nodes in the reverse order in which they were made, so that all ranks
+    pass the layers in one order, wherever their losses begin.
+    """
+    roots = [root for root in (objective, *anchors) if root.requires_grad]
+    if roots:
+        torch.autograd.backward(roots)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision that the forward computes in."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def checked_loss(result: Any) -> tuple[Tensor, float]:
+    """What the user's loss must be: a sum and what it is a sum over.
+
+    Raises:
+        TypeError: Anything else, with the two-line fix.
+        UserMistakeError: The count is no finite number >= 0, or the total no single number.
+    """
+    if isinstance(result, Tensor) or not isinstance(result, LossSum):
+        raise TypeError(
+            f"loss returned {type(result).__name__}; return a sum and its count, since a mean of "
+            "means is wrong with uneven shares:\n"
+            '    total = F.cross_entropy(logits, targets, reduction="sum")\n'
+            "    return LossSum(total, targets.numel())"
+        )
+    if not isinstance(result.total, Tensor) or result.total.numel() != 1:
+        shape = tuple(getattr(result.total, "shape", ()))
+        kind = type(result.total).__name__
+        raise UserMistakeError(f"LossSum.total must be a tensor of one number, not {kind} {shape}")
+    count = float(result.count)
+    if not 0 <= count < float("inf"):
+        raise UserMistakeError(f"LossSum.count must be a finite number >= 0, not {count}")
+    return result.total, count
+
+
+def move_to(batch: Any, device: torch.device) -> Any:
+    """Tensors of a nested batch on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move_to(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
+        return type(batch)(move_to(value, device) for value in batch)
+    return batch

@@ -1,0 +1,120 @@
+"""One generation as one rank computes in it: exchange, tables, shares, and where its step is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dispatcher.errors import RanksPartedError
+from dispatcher.exchange import Exchange
+from dispatcher.gradients import slots_for_exchange
+from dispatcher.layer.dispatch import meet
+from dispatcher.layer.places import Meeting, place_code
+from dispatcher.splits.routing import RoutingTable
+from dispatcher.splits.split import SplitRule
+from lazarus.control.vector import VectorLayout
+from lazarus.model.context import LayerContext
+from lazarus.runtime.comm.gathering import gather_texts
+from lazarus.runtime.comm.guarded_exchange import in_layer, trail_of
+from lazarus.runtime.state.banks import arrange
+from lazarus.runtime.state.replica import Replica
+from placement import Plan
+
+
+class World:
+    """Made anew for each generation, and whenever a rank holds other replicas."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        plan: Plan,
+        exchange: Exchange,
+        *,
+        generation: int,
+        speeds: Sequence[float] = (),
+        rule: SplitRule | None = None,
+    ) -> None:
+        self.generation = generation
+        self.plan = plan
+        self.exchange = exchange
+        self.trail = trail_of(exchange)
+        self.step = self.round = -1
+        self.device = replica.device
+        self.speeds = tuple(speeds) or None
+        self.layout = VectorLayout(
+            world_size=exchange.size,
+            num_layers=len(replica.layers),
+            num_experts=replica.num_experts,
+        )
+        self.contexts = [
+            LayerContext(
+                layer=index,
+                exchange=in_layer(exchange, index),
+                table=RoutingTable.from_plan_arrays(
+                    plan.expert_of_slot[index],
+                    plan.shares[index],
+                    rank=exchange.rank,
+                    home_E=plan.home[index],
+                    generation=generation,
+                ),
+                rule=rule,
+                expected_E=replica.expected_fractions(index),
+                counts_E=torch.zeros(replica.num_experts, dtype=torch.int64),
+            )
+            for index in range(len(replica.layers))
+        ]
+        for layer, context in zip(replica.layers, self.contexts, strict=True):
+            arrange(layer.experts, replica.optimizer, slots_for_exchange(context.table))
+            context.written, context.anchors = set(), []
+            layer.attach(context)
+        replica.dense_sync.begin_generation()
+
+    def start_step(self, step: int) -> None:
+        """What is exchanged from here on belongs to ``step``."""
+        self.step = step
+        if self.trail is not None:
+            self.trail.start_step(step)
+
+    def start_round(self, number: int) -> None:
+        """And to this micro-batch of it; -1: to none."""
+        self.round = number
+        for context in self.contexts:
+            context.step, context.round = self.step, number
+        if self.trail is not None:
+            self.trail.round = number
+
+    def meet(self) -> None:
+        """Nobody goes on before it is known that all ranks have run the same layers.
+
+        Raises:
+            RanksPartedError: One is still in a layer.
+        """
+        if self.exchange.size > 1:
+            place = place_code(Meeting.BACKWARD_OVER, round=self.round, step=self.step)
+            meet(self.contexts[0].table, self.exchange, place=place, device=self.device)
+        self.start_round(-1)
+
+    def trail_lanes(self) -> list[float]:
+        """What of this step's exchanges all ranks sum: a checksum and its square."""
+        checksum = 0.0 if self.trail is None else float(self.trail.checksum)
+        return [checksum, checksum * checksum]
+
+    def require_one_trail(self, summed: NDArray[np.float64]) -> None:
+        """Numbers are equal where the mean of their squares is the square of their mean.
+
+        Exchanges of different layers that fit each other by chance give wrong gradients.
+
+        Raises:
+            RanksPartedError: Ranks ran different exchanges in this step; on all ranks.
+        """
+        checksums, squares = (int(lane) for lane in summed)
+        if self.exchange.size * squares != checksums * checksums:
+            newest = "" if self.trail is None else "\n".join(self.trail.newest())
+            texts = gather_texts(newest, self.exchange, device=self.device)
+            by_number = zip(*(text.split("\n") for text in texts), strict=False)
+            odd = next((labels for labels in by_number if len(set(labels)) > 1), None)
+            earlier = [f"exchanges of step {self.step} that differ from a peer's"] * len(texts)
+            raise RanksPartedError(earlier if odd is None else odd)

@@ -1,0 +1,432 @@
+"""One rank: a training thread that computes and obeys, a control thread that fences and reports.
+
+Workers never decide. The training thread waits for orders (ALIGN, PREPARE, RESUME, FINALIZE),
+trains from RESUME until a pause, a fence or an error, and then waits again.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager
+
+import cloudpickle
+import numpy as np
+
+from lazarus.basics.threads import spawn
+from lazarus.control.messages import (
+    Ack,
+    Align,
+    Aligned,
+    AskStacks,
+    Body,
+    Depart,
+    Fence,
+    Fenced,
+    Finalize,
+    FromWorker,
+    Go,
+    Heartbeat,
+    Hello,
+    InjectFault,
+    LeaveRequest,
+    Pause,
+    Paused,
+    Prepare,
+    Resume,
+    Stacks,
+    Suspicion,
+    Vector,
+    Welcome,
+)
+from lazarus.errors import (
+    BadSourceError,
+    BrokenInvariantError,
+    CollectiveError,
+    DataError,
+    FencedError,
+    TransferError,
+)
+from lazarus.failure import Cause
+from lazarus.runtime.comm.rank_groups import STORE
+from lazarus.runtime.fence.ledger import StepLedger
+from lazarus.runtime.fence.observer import Observer, register_process
+from lazarus.runtime.fence.whereabouts import Note, Whereabouts
+from lazarus.runtime.host.memory import visible_bytes
+from lazarus.runtime.rpc.link import Link
+from lazarus.runtime.spec import WorkerSpec
+from lazarus.runtime.training.finite import FiniteWatch
+from lazarus.runtime.worker.rank import Rank
+from lazarus.runtime.worker.setup import crashes_noted, prepare_process, stacks
+from lazarus.runtime.worker.user_errors import (
+    UserCodeFailure,
+    catch_exit,
+    fatal,
+    message_of,
+    places_of,
+    user_code,
+)
+from lazarus.version import __version__
+
+_FOREVER = 1 << 60  # a fence that nothing follows
+
+
+class Worker:
+    """The process of one rank, from hello to depart."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        start = 0 if spec.resume is None else spec.resume.step
+        self._ledger = StepLedger(committed=start)
+        self._orders: queue.SimpleQueue[Body] = queue.SimpleQueue()
+        self._rank: Rank | None = None
+        self._node = -1
+        self._term = 0
+        self._pause = 0  # newest generation that shall pause; may be told before it is entered
+        self._building = True
+        self._over = threading.Event()
+        self._acked = 0
+        self._last_words: Body | None = None  # what a new controller must hear again
+        self._timeouts = spec.config.timeouts
+        self._link = Link(
+            spec.controller,
+            credentials=spec.credentials,
+            speaker=FromWorker,
+            hello=self._hello,
+            on_message=self._on_message,
+            on_dead=self._on_dead,
+            allowance_s=self._timeouts.controller_restart_s,
+        )
+        self._observer = Observer(
+            ledger=self._ledger,
+            faults=(),
+            send=self._link.send,
+            node_folder=spec.node_folder,
+            go_timeout_s=self._timeouts.fault_recorded_s,
+            is_first=self._is_first,
+        )
+        self._welcomed = threading.Event()
+        self._finite = FiniteWatch(stops=spec.config.train.on_nonfinite == "stop")
+        self._memory_bytes = int(spec.memory_share * visible_bytes())
+
+    # ---- control thread ------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        spec, ledger = self._spec, self._ledger
+        return Hello(
+            worker=spec.worker,
+            node_key=spec.node_key,
+            local_rank=spec.local_rank,
+            ranks_per_node=spec.ranks_per_node,
+            host=spec.host,
+            pid=os.getpid(),
+            version=__version__,
+            term=self._term,
+            generation=ledger.gen,
+            fence=ledger.fence,
+            committed=ledger.decided,
+            keeper=spec.keeper,
+            zone=spec.zone,
+            memory_bytes=self._memory_bytes,
+        )
+
+    def _on_message(self, term: int, body: Body) -> None:
+        if term < self._term:
+            return
+        if term > self._term:
+            self._term = term
+            self._resend()
+        match body:
+            case Welcome(node=node):
+                self._node = node
+                self._welcomed.set()
+            case Fence(generation=generation):
+                tail = self._observer.tail()
+                report = self._ledger.raise_fence(generation, self._release, tail=tail)
+                if report is not None:
+                    self._link.send(report)
+            case Pause(generation=generation):
+                self._pause = max(self._pause, generation)
+            case Ack(step=step):
+                self._acked = step
+                self._ledger.acknowledge(step)
+            case Go(is_done=is_done):
+                self._observer.go(is_done=is_done)
+            case InjectFault(kind=kind):
+                self._observer.strike(kind)
+            case AskStacks():
+                self._link.send(Stacks(text=stacks()))
+            case Depart() | Fenced():
+                self._end(body)
+            case _:
+                self._orders.put(body)
+
+    def _resend(self) -> None:
+        """A new controller: say again what it may not have heard (rule 14)."""
+        for vector in self._ledger.unacknowledged(above=self._acked):
+            self._link.send(vector)
+        if self._observer.leaving:  # before its pause: the transition there takes it out
+            self._link.send(LeaveRequest(generation=self._ledger.gen, cause="leave"))
+        if (last := self._last_words) is not None:
+            self._link.send(last)
+        for told in () if self._rank is None else self._rank.told:
+            self._link.send(told)
+        if (announced := self._observer.announced) is not None:
+            self._link.send(announced)
+
+    def _release(self) -> None:
+        rank = self._rank
+        if rank is not None:
+            rank.release()
+
+    def _end(self, body: Body) -> None:
+        self._over.set()
+        self._welcomed.set()
+        self._ledger.raise_fence(_FOREVER, self._release)
+        self._orders.put(body)
+
+    def _on_dead(self, reason: str) -> None:
+        print(f"worker {self._spec.worker}: {reason}", file=sys.stderr, flush=True)
+        self._end(Fenced(reason=reason))
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._timeouts.heartbeat_interval_s):
+            observer = self._observer
+            if self._building:
+                observer.progress += 1
+            self._link.send(
+                Heartbeat(
+                    generation=self._ledger.gen,
+                    step=observer.step,
+                    phase=observer.phase,
+                    progress=observer.progress,
+                    waiting=observer.is_waiting,
+                    acked=self._acked,
+                )
+            )
+
+    # ---- training thread -----------------------------------------------------------------------
+
+    def run(self) -> int:
+        """The whole life of the process.
+
+        Returns:
+            0 after Depart, 1 after an error or exclusion.
+        """
+        spec, observer = self._spec, self._observer
+        register_process(spec.node_folder)
+        observer.where = Whereabouts.in_folder(spec.node_folder, spec.local_rank)
+        catch_exit(observer.where)
+        with crashes_noted(spec.node_folder, spec.local_rank):
+            return self._run()
+
+    def _run(self) -> int:
+        self._link.start()
+        spawn("heartbeat", self._beat, on_death=self._thread_died)
+        self._welcomed.wait()
+        try:
+            return self._serve()
+        except UserCodeFailure as failure:
+            return self._failed(failure.problem, failure.note, Cause.USER_CODE)
+        except BaseException as problem:  # noqa: BLE001 - the edge of the process
+            return self._failed(problem, self._observer.where.now, Cause.INTERNAL)
+        finally:
+            self._observer.where.leave()
+            self._over.set()
+            self._release()
+            if self._rank is not None:
+                self._rank.close()
+            self._link.close()
+
+    def _thread_died(self, name: str, problem: BaseException) -> None:
+        """Without that thread this rank would be a lie: say so, and go."""
+        self._failed(problem, self._observer.where.now, Cause.INTERNAL)
+        self._link.close()
+        os._exit(1)
+
+    def _serve(self) -> int:
+        if self._over.is_set():
+            return 1
+        self._observer.add_faults(self._spec.faults, node=self._node, rank=self._spec.local_rank)
+        self._rank = self._build()
+        self._building = False
+        while True:
+            order = self._orders.get()
+            if isinstance(order, Depart):
+                return 0
+            if isinstance(order, Fenced):
+                return 1
+            generation = getattr(order, "generation", 0)
+            if generation != self._ledger.fence:
+                continue  # of an older attempt
+            try:
+                self._obey(order)
+            except FencedError:
+                continue
+            except (CollectiveError, TransferError) as problem:
+                self._suspect(problem)
+            except DataError as problem:
+                raise UserCodeFailure(problem, self._observer.where.now) from problem
+
+    def _is_first(self) -> bool:
+        """Whether this rank speaks for all; while groups are built every one may."""
+        return self._rank is None or self._rank.may_report
+
+    def _build(self) -> Rank:
+        where = self._observer.where
+        with fatal(where, "build"):
+            where.places = places_of(cloudpickle.loads(self._spec.user))
+            where.enter("build")
+            return Rank(
+                self._spec,
+                node=self._node,
+                ledger=self._ledger,
+                observer=self._observer,
+                send=self._link.send,
+            )
+
+    def _obey(self, order: Body) -> None:
+        rank = self._rank
+        assert rank is not None
+        self._observer.phase = type(order).__name__.lower()
+        self._observer.progress += 1
+        match order:
+            case Align():
+                self._last_words = None
+                self._observer.enter("reconfigure")
+                self._link.send(self._align(rank, order))
+            case Prepare():
+                self._observer.step = max(self._observer.step, order.step)  # a joiner's first
+                self._link.send(rank.prepare(order, self._term))
+            case Resume():
+                self._acked = min(self._acked, order.step)  # a rollback does steps again
+                rank.resume(order)
+                if self._ledger.enter(order.generation):
+                    self._train(rank, order.step + 1, halt=order.halt)
+            case Finalize():
+                for body in rank.finalize(order):
+                    self._link.send(body)
+            case _:
+                raise BrokenInvariantError(f"no such order: {type(order).__name__}")
+
+    def _align(self, rank: Rank, order: Align) -> Aligned:
+        if order.commit and self._ledger.decided < order.step:
+            lanes = np.frombuffer(order.lanes, dtype="<f8").copy()
+            with fatal(self._observer.where, "optimizer"):
+                rank.accept(lanes, order)
+        else:
+            self._ledger.withdraw()
+            rank.redo()
+        if order.reload:
+            self._acked = order.step
+            rank.reload(order.reload)
+        return rank.aligned(order.generation, self._term, step=order.step)
+
+    def _train(self, rank: Rank, first: int, *, halt: bool = False) -> None:
+        step = first
+        steps = 0 if halt else self._spec.config.train.steps
+        with self._user_code():
+            rank.before_training(first - 1, self._link.send)
+        while step <= steps:
+            self._ledger.check()
+            self._observer.begin_step(step)
+            pause = self._one_step(rank, step)
+            if pause:
+                break
+            step += 1
+        self._observer.phase = "paused"
+        self._say(Paused(generation=self._ledger.gen, step=self._ledger.committed))
+
+    def _one_step(self, rank: Rank, step: int) -> bool:
+        """Compute, commit, apply (rules 9-13). True: all ranks stop here."""
+        began = time.monotonic()
+        with self._user_code():
+            lanes = rank.compute(step, pause=self._wants_pause)
+        sums = rank.step.check(lanes, step=step)
+        with self._user_code():
+            self._observer.where.enter("forward")
+            self._finite.check(sums)
+        vector = Vector(
+            generation=self._ledger.gen,
+            step=step,
+            lanes=lanes.astype("<f8").tobytes(),
+            wall_s=time.monotonic() - began,
+        )
+        if not self._ledger.decide(vector):
+            self._ledger.check()
+        self._observer.enter("optimizer")
+        with fatal(self._observer.where, "optimizer"):
+            rank.apply(sums)
+        self._ledger.applied(step)
+        if rank.is_reporter or sums.skips:
+            self._link.send(vector)
+        with self._user_code():
+            self._observer.where.enter("forward")
+            self._finite.committed(sums)
+            self._observer.where.leave()
+            rank.after_commit(step, self._link.send, published=self._acked, saves=not sums.skips)
+        return sums.pause
+
+    def _user_code(self) -> AbstractContextManager[None]:
+        return user_code(self._ledger, self._observer.where)
+
+    def _wants_pause(self) -> bool:
+        return self._pause == self._ledger.gen or self._observer.leaving
+
+    def _suspect(self, problem: CollectiveError | TransferError) -> None:
+        if self._over.is_set():
+            return
+        self._say(
+            Suspicion(
+                generation=self._ledger.fence,
+                step=self._observer.step,
+                phase=self._observer.phase,
+                error=str(problem),
+                **_bad_source(problem),
+                store=isinstance(problem, CollectiveError) and problem.label == STORE,
+            )
+        )
+
+    def _say(self, body: Body) -> None:
+        """Send, and keep: a controller that comes back must hear it too."""
+        self._last_words = body
+        self._link.send(body)
+
+    def _failed(self, problem: BaseException, note: Note, cause: Cause) -> int:
+        """Say what happened and wait to be let go: the controller decides what it means."""
+        told = message_of(problem, note, generation=self._ledger.gen, cause=cause)
+        if cause is Cause.INTERNAL:
+            print(f"worker {self._spec.worker}: {told.traceback}", file=sys.stderr, flush=True)
+        for vector in self._ledger.unacknowledged(above=self._acked):
+            self._link.send(vector)  # what was committed before is on record before the error
+        self._say(told)
+        self._release()
+        self._over.wait(self._timeouts.controller_restart_s)
+        return 1
+
+    def leave(self, cause: str) -> None:
+        """Ask to go (SIGTERM, a notice from the machine)."""
+        self._observer.leaving = True
+        self._link.send(LeaveRequest(generation=self._ledger.gen, cause=cause))
+
+
+def _bad_source(problem: CollectiveError | TransferError) -> dict[str, str]:
+    """What a suspicion says of a copy that is no good."""
+    if not isinstance(problem, BadSourceError):
+        return {}
+    found = {"storage_url": problem.url, "operation": problem.operation}
+    return {"bad_source": problem.name, **found}
+
+
+def run_worker(spec: WorkerSpec) -> int:
+    """Entry point of a rank's process, whoever started it."""
+    prepare_process(max(1, int(spec.config.cluster.cpus_per_rank)))
+    worker = Worker(spec)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: worker.leave(f"SIGTERM on {socket.gethostname()}"))
+    return worker.run()

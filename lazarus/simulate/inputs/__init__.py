@@ -1,0 +1,1 @@
+"""What a simulation assumes: model shapes, traces of fleets, faults, and what things cost."""

@@ -1,0 +1,1 @@
+"""Named experiments, their tables and findings, and cost models from records of real runs."""

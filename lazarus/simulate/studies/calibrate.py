@@ -1,0 +1,197 @@
+"""A cost model from records of real runs, and a real run as a setting of the simulator. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from lazarus.errors import ConfigError
+from lazarus.record.events import Event, moment, of_kind
+from lazarus.record.loads import uniform_load
+from lazarus.record.metrics import committed_steps, recoveries
+from lazarus.simulate.inputs.costs import Costs
+from lazarus.simulate.inputs.faults import Scripted, names
+from lazarus.simulate.inputs.shapes import Shape
+from lazarus.simulate.inputs.traces import FleetEvent
+from lazarus.simulate.rows import Setting
+
+Point = tuple[int, float]  # number of nodes, seconds
+
+_WARM_STEPS = 3  # first steps of a run, which allocate and compile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What a real run did, in the simulator's terms."""
+
+    goodput_tokens_per_s: float
+    recovery_median_s: float
+    recoveries: int
+    wall_s: float
+    tokens: int
+
+
+def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") -> Costs:
+    """The cost model that the records show.
+
+    Step times are the mean gaps between commits, by number of nodes (slow steps take their time
+    too). The phases of recoveries are lines over the number of nodes that were left, or medians
+    where the records show a single size. Bandwidths are left out of the way: what moves took is in
+    ``transfer_fixed_s`` (0 where nothing moved), the check of a change that moved nothing in
+    ``groups_s``.
+
+    Raises:
+        ConfigError: No record has commits.
+    """
+    found: dict[str, list[Point]] = {}
+    gaps: dict[int, list[float]] = {}
+    for events in records:
+        own: dict[int, list[float]] = {}
+        for nodes, seconds in _gaps(events):
+            own.setdefault(nodes, []).append(seconds)
+            gaps.setdefault(nodes, []).append(seconds)
+        for change in of_kind(events, "reconfigured"):
+            nodes = int(change["num_nodes"])
+            usual_s = fmean(own[nodes]) if nodes in own else None
+            for part, seconds in _parts(change, usual_s=usual_s).items():
+                found.setdefault(part, []).append((nodes, seconds))
+    if not gaps:
+        raise ConfigError("no committed steps in the records; nothing to calibrate from")
+    return Costs(
+        name=name,
+        source="measured",
+        net_bytes_per_s=1e15,
+        storage_bytes_per_s=1e15,
+        plan_per_cell_s=0.0,
+        start_s=0.0,
+        snapshot_overhead=0.0,
+        step_table_s=tuple(sorted((nodes, fmean(some)) for nodes, some in gaps.items())),
+    ).changed(_figures(found))
+
+
+def _parts(change: Event, *, usual_s: float | None) -> dict[str, float]:
+    """Seconds of one change by what takes them; ``usual_s`` is a step of that size."""
+    phases = {name: float(seconds) for name, seconds in change["phases"].items()}
+    parts = {
+        name: phases[name] for name in ("detect", "release", "align", "plan") if name in phases
+    }
+    if "groups" in phases:
+        made = "regrouping" if change["bytes_moved"] else "groups"
+        parts[made] = phases["groups"] + phases.get("transfer", 0.0)
+    if usual_s is not None and "redo" in phases:
+        parts["warmup"] = phases["redo"] - usual_s
+    return parts
+
+
+def _figures(found: Mapping[str, Sequence[Point]]) -> dict[str, float]:
+    """The figures of the cost model that the parts of changes show."""
+    figures = {}
+    for part in ("detect", "plan"):
+        if part in found:
+            figures[f"{part}_s"] = median(seconds for _, seconds in found[part])
+    for part in ("release", "align", "groups", "warmup"):
+        points = found.get(part) or (found.get("regrouping", ()) if part == "groups" else ())
+        if points:
+            figures[f"{part}_s"], figures[f"{part}_per_node_s"] = line(points)
+    if "groups_s" in figures:
+        moved = [
+            seconds - figures["groups_s"] - figures["groups_per_node_s"] * nodes
+            for nodes, seconds in found.get("regrouping", ())
+        ]
+        figures["transfer_fixed_s"] = max(0.0, median(moved)) if moved else 0.0
+    return figures
+
+
+def line(points: Sequence[Point]) -> tuple[float, float]:
+    """Fixed part and part per node, both >= 0, of seconds over numbers of nodes, one or more.
+
+    Source: Theil and Sen, the median slope over all pairs of points, which no outlier moves.
+    """
+    slopes = [(t - s) / (m - n) for n, s in points for m, t in points if m > n]
+    slope = max(0.0, median(slopes)) if slopes else 0.0
+    fixed = median(seconds - slope * nodes for nodes, seconds in points)
+    if fixed < 0 < slope:
+        return 0.0, max(0.0, median(seconds / nodes for nodes, seconds in points))
+    return max(0.0, fixed), slope
+
+
+def _gaps(events: Sequence[Event]) -> list[tuple[int, float]]:
+    """(nodes, seconds) between commits that follow each other in one generation."""
+    commits = sorted(committed_steps(events).values(), key=lambda e: int(e["step"]))
+    found = []
+    for before, after in zip(commits[_WARM_STEPS:], commits[_WARM_STEPS + 1 :], strict=False):
+        together = before["generation"] == after["generation"]
+        if together and int(after["step"]) == int(before["step"]) + 1:
+            found.append((int(after["num_nodes"]), moment(after) - moment(before)))
+    return found
+
+
+def measured(events: Sequence[Event]) -> Measured:
+    """The figures to predict: goodput from the first commit on, and recoveries."""
+    commits = sorted(committed_steps(events).values(), key=moment)
+    start, end = moment(commits[0]), moment(commits[-1])
+    tokens = sum(int(e["tokens"]) for e in commits[1:])
+    # Nodes that were lost together come back together.
+    known = [((r.step, r.rebuild_s), r.back_s) for r in recoveries(events) if r.back_s is not None]
+    backs = [max(s for at, s in known if at == one) for one in sorted({at for at, _ in known})]
+    return Measured(
+        goodput_tokens_per_s=tokens / (end - start),
+        recovery_median_s=median(backs) if backs else 0.0,
+        recoveries=len(backs),
+        wall_s=end - start,
+        tokens=tokens,
+    )
+
+
+def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
+    """The same fleet and the same faults, for the simulator.
+
+    Time 0 is the run's first commit; a node goes when its fault was injected (else when its loss
+    was noticed), and comes when the change that takes it in began.
+    """
+    header = next(iter(of_kind(events, "run_started")), None)
+    if header is None:
+        raise ConfigError(f"{name}: no run_started in the record")
+    commits = sorted(committed_steps(events).values(), key=moment)
+    if len(commits) < 2:
+        raise ConfigError(f"{name}: fewer than two committed steps in the record")
+    start = moment(commits[0])
+    plans = of_kind(events, "plan_adopted")
+    layers, experts = int(header.get("num_layers", 1)), int(header.get("num_experts", 1))
+    shape = Shape(
+        name=name, moe_layers=layers, dim=1, hidden=1, matrices=2, experts=experts, top_k=1,
+        dense_params=1.0, attention_layers=1, seq_len=1,
+    )  # fmt: skip
+    return Setting(
+        name=name,
+        shape=shape,
+        costs=costs,
+        load=uniform_load(layers, experts),
+        faults=Scripted(script=_script(events, start, int(header["num_nodes"]))),
+        num_nodes=int(header["num_nodes"]),
+        slots_per_node=int(plans[0]["slots_per_node"]) if plans else experts,
+        min_replicas=int(plans[0].get("requested_floor", 2)) if plans else 2,
+        horizon_s=moment(commits[-1]) - start,
+        tokens_per_step=float(commits[0]["tokens"]),
+        join_debounce_s=0.0,
+    )
+
+
+def _script(events: Sequence[Event], start: float, num_nodes: int) -> tuple[FleetEvent, ...]:
+    """Real node numbers are join-order numbers, as the simulator's names are."""
+    del num_nodes
+    found = []
+    injected = {e["node"]: moment(e) for e in of_kind(events, "fault_injected")}
+    for lost in of_kind(events, "node_lost"):
+        at_s = min(moment(lost), injected.get(lost["node"], float("inf")))
+        found.append((at_s, "remove", int(lost["node"])))
+    for change in of_kind(events, "reconfigured"):
+        began = moment(change) - float(change["wall_s"])
+        found += [(began, "add", int(node)) for node in change.get("joined", ())]
+    for left in of_kind(events, "node_left"):
+        found.append((moment(left), "remove", int(left["node"])))
+    return tuple(
+        FleetEvent(at_s=max(0.0, at_s - start), kind=kind, nodes=names(1, first=node))
+        for at_s, kind, node in sorted(found)
+    )

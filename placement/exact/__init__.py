@@ -1,0 +1,1 @@
+"""Slower planners for planned moments: an integer program, and a bounded local search."""

@@ -1,0 +1,232 @@
+"""Moving from one plan to the next: fewest bytes, then a schedule that keeps everybody busy.
+
+Shapes: L layers, E experts, N nodes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placement.errors import InvalidRequestError
+from placement.migration.pairs import cheapest_pairs
+from placement.plan import Plan
+from placement.request import Bools, Floats, Ints
+
+_AUGMENT_UP_TO = 20_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """One replica to be filled.
+
+    Attributes:
+        layer: Layer of the expert.
+        expert: Its id.
+        source_rank: Rank of the previous plan that sends it; -1 if no replica is left.
+        source_node: Its node id; -1 likewise.
+        target_rank: Rank of the new plan that receives it.
+        target_node: Its node id.
+        owners: Live replicas to choose the source from.
+    """
+
+    layer: int
+    expert: int
+    source_rank: int
+    source_node: int
+    target_rank: int
+    target_node: int
+    owners: int
+
+
+def replicas_moved(present: Bools, wanted: Bools) -> int:
+    """Replicas of ``wanted`` [L, E, N] that no node of ``present`` holds in its place."""
+    return int((wanted & ~present).sum())
+
+
+def relabel_costs(present: Bools, wanted: Bools) -> Floats:
+    """Replicas to move if plan position p is played by node n, summed over layers; [N, N]."""
+    num_nodes = present.shape[2]
+    has = present.reshape(-1, num_nodes).astype(np.float32)
+    needs = wanted.reshape(-1, num_nodes).astype(np.float32)
+    costs: Floats = (needs.sum(0)[:, None] - needs.T @ has).astype(np.float64)
+    return costs
+
+
+def best_relabelling(present: Bools, wanted: Bools) -> Ints:
+    """The node that plays each position of a new plan so that the fewest replicas move.
+
+    One permutation for all layers: alignment between layers is what joint survival rests on.
+
+    Args:
+        present: What each node holds now, bool [L, E, N]; nothing for a joiner.
+        wanted: The new plan, bool [L, E, N].
+
+    Returns:
+        int32 [N]: position -> node.
+
+    Raises:
+        InvalidRequestError: The shapes differ.
+    """
+    if present.shape != wanted.shape:
+        raise InvalidRequestError(
+            f"placements of shapes {present.shape} and {wanted.shape} cannot be matched"
+        )
+    costs = relabel_costs(present, wanted)
+    # Among equals a node that stays where it is wins.
+    costs = costs - 1e-6 * np.eye(len(costs))
+    position, node = cheapest_pairs(costs)
+    answer = np.empty(len(costs), dtype=np.int32)
+    answer[position] = node
+    return answer
+
+
+def greedy_relabelling(present: Bools, wanted: Bools) -> Ints:
+    """The paper's rule, for comparison: the cheapest pair first, over and over."""
+    costs = relabel_costs(present, wanted)
+    answer = np.full(len(costs), -1, dtype=np.int32)
+    for _ in range(len(costs)):
+        position, node = divmod(int(costs.argmin()), len(costs))
+        answer[position] = node
+        costs[position, :] = np.inf
+        costs[:, node] = np.inf
+    return answer
+
+
+def relabelled_member(wanted: Bools, node_of_position: Ints) -> Bools:
+    """``wanted`` with positions renamed to nodes."""
+    moved = np.zeros_like(wanted)
+    moved[:, :, node_of_position] = wanted
+    return moved
+
+
+def transfers(
+    previous: Plan, plan: Plan, *, lost: frozenset[int] = frozenset()
+) -> tuple[Transfer, ...]:
+    """Every replica that ``plan`` needs and its rank does not hold yet, with its sender.
+
+    Rarest experts come first. Reads are spread over all live owners so that the busiest sender
+    sends as little as possible; a lost node never sends. The order and the senders are the same
+    on every rank.
+    """
+    live = _owners(previous, lost)
+    held = _held(previous, lost)
+    todo: list[Transfer] = []
+    layer_, rank_, slot_ = np.nonzero(plan.expert_of_slot >= 0)
+    expert_ = plan.expert_of_slot[layer_, rank_, slot_]
+    for layer, rank, expert in zip(layer_.tolist(), rank_.tolist(), expert_.tolist(), strict=True):
+        node = plan.node_ids[rank // plan.ranks_per_node]
+        if (layer, expert, node, rank % plan.ranks_per_node) in held:
+            continue
+        todo.append(
+            Transfer(
+                layer=layer,
+                expert=expert,
+                source_rank=-1,
+                source_node=-1,
+                target_rank=rank,
+                target_node=node,
+                owners=len(live.get((layer, expert), ())),
+            )
+        )
+    todo.sort(key=lambda t: (t.owners, t.layer, t.expert, t.target_rank))
+    choices = [live.get((t.layer, t.expert), ()) for t in todo]
+    senders = balanced_choice(choices)
+    return tuple(
+        replace(t, source_rank=s, source_node=previous.node_ids[s // previous.ranks_per_node])
+        if s >= 0
+        else t
+        for t, s in zip(todo, senders, strict=True)
+    )
+
+
+def _owners(previous: Plan, lost: frozenset[int]) -> dict[tuple[int, int], tuple[int, ...]]:
+    owners: dict[tuple[int, int], list[int]] = {}
+    layer_, rank_, slot_ = np.nonzero(previous.expert_of_slot >= 0)
+    expert_ = previous.expert_of_slot[layer_, rank_, slot_]
+    for layer, rank, expert in zip(layer_.tolist(), rank_.tolist(), expert_.tolist(), strict=True):
+        if previous.node_ids[rank // previous.ranks_per_node] not in lost:
+            owners.setdefault((layer, expert), []).append(rank)
+    return {key: tuple(sorted(ranks)) for key, ranks in owners.items()}
+
+
+def _held(previous: Plan, lost: frozenset[int]) -> set[tuple[int, int, int, int]]:
+    per_node = previous.ranks_per_node
+    return {
+        (layer, expert, previous.node_ids[rank // per_node], rank % per_node)
+        for (layer, expert), ranks in _owners(previous, lost).items()
+        for rank in ranks
+    }
+
+
+def balanced_choice(choices: Sequence[Sequence[int]]) -> list[int]:
+    """One of each row's options, so that the most chosen option is chosen as rarely as possible.
+
+    Least loaded first; then alternating paths move work from busier to idler options until none
+    is left, which makes the answer optimal. -1 for a row without options.
+
+    Source: Harvey, Ladner, Lovasz and Tamir, optimal semi-matchings.
+    """
+    load: dict[int, int] = {}
+    chosen: list[int] = []
+    for options in choices:
+        best = min(options, key=lambda o: (load.get(o, 0), o), default=-1)
+        if best >= 0:
+            load[best] = load.get(best, 0) + 1
+        chosen.append(best)
+    if len(chosen) <= _AUGMENT_UP_TO:
+        while _augment(choices, chosen, load):
+            pass
+    return chosen
+
+
+def _augment(choices: Sequence[Sequence[int]], chosen: list[int], load: dict[int, int]) -> bool:
+    """Shorten the busiest option's list along one alternating path; False if none helps."""
+    if not load:
+        return False
+    rows_of: dict[int, list[int]] = {}
+    for row, option in enumerate(chosen):
+        rows_of.setdefault(option, []).append(row)
+    peak = max(load.values())
+    for start in sorted(o for o, n in load.items() if n == peak):
+        came: dict[int, tuple[int, int]] = {}
+        queue, seen = deque([start]), {start}
+        while queue:
+            here = queue.popleft()
+            for row in rows_of.get(here, ()):
+                for option in choices[row]:
+                    if option in seen:
+                        continue
+                    seen.add(option)
+                    came[option] = (here, row)
+                    if load.get(option, 0) <= peak - 2:
+                        _shift(option, came, chosen, load)
+                        return True
+                    queue.append(option)
+    return False
+
+
+def _shift(
+    end: int, came: dict[int, tuple[int, int]], chosen: list[int], load: dict[int, int]
+) -> None:
+    option = end
+    while option in came:
+        before, row = came[option]
+        chosen[row] = option
+        load[option] = load.get(option, 0) + 1
+        load[before] -= 1
+        option = before
+
+
+def busiest(todo: Sequence[Transfer]) -> tuple[int, int]:
+    """Most replicas that one rank sends, and that one rank receives."""
+    sent: dict[int, int] = {}
+    received: dict[int, int] = {}
+    for t in todo:
+        received[t.target_rank] = received.get(t.target_rank, 0) + 1
+        if t.source_rank >= 0:
+            sent[t.source_rank] = sent.get(t.source_rank, 0) + 1
+    return max(sent.values(), default=0), max(received.values(), default=0)

@@ -1,0 +1,1 @@
+"""Templates: the core node sets that all layers share, their families and their node order."""
