@@ -6,6 +6,7 @@ from typing import Any
 
 from control_desk import Desk, running
 
+from lazarus.config.timeouts import derive_timeouts
 from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import Align, Pause, RunOver, StartNode, StopRun
 from lazarus.control.ports import DriverSaid, TellDriver
@@ -158,7 +159,7 @@ def test_fresh_nodes_go_on_from_the_newest_checkpoint() -> None:
 
 
 def test_fresh_nodes_do_not_wait_long_for_others() -> None:
-    desk = nobody_left(tolerated_stall_s=10.0)
+    desk = nobody_left(timeouts=derive_timeouts(10.0))
     desk.join("w3", "w4")
     keep_alive(desk, 9.0)
     assert desk.state.phase is Phase.HOLDING
@@ -179,7 +180,7 @@ def test_fresh_nodes_wait_for_a_checkpoint_that_is_just_being_written() -> None:
 
 
 def test_a_checkpoint_that_never_ends_keeps_fresh_nodes_no_longer_than_a_stall() -> None:
-    desk = running(**REPLICATED, tolerated_stall_s=10.0)
+    desk = running(**REPLICATED, timeouts=derive_timeouts(10.0))
     for worker in desk.state.seats:
         desk.share(worker, 8)
     desk.lose("w0", "w1", "w2")

@@ -20,7 +20,7 @@ from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
 from lazarus.runtime.worker.process import Worker
 
 SMALL = ["cluster.launcher=process", "cluster.nodes=1", "checkpoint.every=5"]
-ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = Path(__file__).resolve().parents[2] / "lazarus" / "runtime"
 
 
 def orders(folder: Path) -> Orders:
@@ -67,21 +67,19 @@ def test_a_worker_goes_by_its_spec(name: str, tmp_path: Path) -> None:
 
 
 # Where each spec is read, and by which names it goes there.
-READERS: Mapping[type, tuple[str, tuple[str, ...]]] = {
-    RunSpec: ("spec|_spec", ("driver",)),
-    ControllerSpec: ("spec|_spec", ("controller", "manifests", "chronicle")),
-    WorkerSpec: ("spec|_spec", ("worker", "rank", "rank_groups")),
-    KeeperConfig: ("config", ("keeper", "keeper_service")),
-    Credentials: ("credentials", ("channel", "credentials")),
+READERS: Mapping[type, tuple[str, str]] = {
+    RunSpec: ("spec|_spec", "driver"),
+    ControllerSpec: ("spec|_spec", "controller"),
+    WorkerSpec: ("spec|_spec", "worker|comm"),
+    KeeperConfig: ("config", "keeper"),
+    Credentials: ("credentials", "rpc"),
 }
 
 
-def names_read(names: str, modules: tuple[str, ...]) -> set[str]:
-    """Attributes that modules read of what goes by these names."""
+def names_read(names: str, rooms: str) -> set[str]:
+    """Attributes that the modules of some rooms read of what goes by these names."""
     found: set[str] = set()
-    for path in (ROOT / "lazarus").rglob("*.py"):
-        if path.stem not in modules:
-            continue
+    for path in (path for room in rooms.split("|") for path in (RUNTIME / room).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 of = node.value
@@ -93,9 +91,9 @@ def names_read(names: str, modules: tuple[str, ...]) -> set[str]:
 
 @pytest.mark.parametrize("spec", READERS, ids=lambda spec: spec.__name__)
 def test_every_field_is_read_by_who_is_handed_it(spec: type) -> None:
-    names, modules = READERS[spec]
+    names, rooms = READERS[spec]
     given = {f.name for f in fields(spec)}
-    assert given - names_read(names, modules) == set()
+    assert given - names_read(names, rooms) == set()
 
 
 def test_what_the_driver_hands_out_is_the_runs(tmp_path: Path) -> None:

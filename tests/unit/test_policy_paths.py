@@ -17,7 +17,7 @@ from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError
 from lazarus.policy.checked import CheckedPlacement, CheckedRecovery
 from lazarus.policy.named import PLACEMENTS, RECOVERIES, imported_policy
-from lazarus.run.control_config import control_config
+from lazarus.run.control_config import policies_of
 from placement import PlacementPolicy, PlacementRequest, Plan, replan
 
 
@@ -86,16 +86,16 @@ def test_simulate_stops_where_an_answer_cannot_be_used(
 def test_a_live_run_refuses_it_before_it_starts(name: str, said: str) -> None:
     config = TrainConfig.load(overrides=[f"placement.policy=strange:{name}"])
     with pytest.raises(ConfigError, match="placement.policy") as problem:
-        control_config(config, placement=None, recovery=None, ranks_per_node=1)
+        policies_of(config, placement=None, recovery=None)
     assert said in str(problem.value)
 
 
 def test_an_object_is_checked_as_a_path_is() -> None:
     config = TrainConfig.load()
     with pytest.raises(ConfigError, match="is called with"):
-        control_config(config, placement=positional, recovery=None, ranks_per_node=1)  # type: ignore[arg-type]
+        policies_of(config, placement=positional, recovery=None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="is called with"):
-        control_config(config, placement=replan, recovery=fails, ranks_per_node=1)  # type: ignore[arg-type]
+        policies_of(config, placement=replan, recovery=fails)  # type: ignore[arg-type]
 
 
 def test_what_can_be_called_is_given_back() -> None:
@@ -121,7 +121,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("installed")
 def test_an_installed_package_offers_policies_by_name() -> None:
     config = TrainConfig.load(overrides=["placement.policy=mine", "recovery.policy=my-copy"])
-    found = control_config(config, placement=None, recovery=None, ranks_per_node=1)
+    found = policies_of(config, placement=None, recovery=None)
     assert isinstance(found.placement, CheckedPlacement)
     assert isinstance(found.recovery, CheckedRecovery)
     like: type = PlacementPolicy
@@ -141,7 +141,7 @@ def test_an_installed_package_offers_policies_by_name() -> None:
 def test_a_name_that_nobody_offers_is_refused_with_those_there_are(name: str, said: str) -> None:
     config = TrainConfig.load(overrides=[f"placement.policy={name}"])
     with pytest.raises(ConfigError) as problem:
-        control_config(config, placement=None, recovery=None, ranks_per_node=1)
+        policies_of(config, placement=None, recovery=None)
     assert said in str(problem.value)
 
 
