@@ -29,8 +29,11 @@ COLUMNS, ROWS = 100, 26
 LONGEST_PAUSE_MS, END_MS = 1000, 5000
 
 
-def record(command: list[str], cast: Path) -> int:
-    """Run a command in a new terminal, write what it shows with its times, return its exit code."""
+def record(command: list[str], cast: Path, *, folder: str) -> int:
+    """Run a command in a new terminal, write what it shows with its times, return its exit code.
+
+    The name of the temporary folder that the record goes to is shown as ``runs/demo``.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
@@ -49,7 +52,8 @@ def record(command: list[str], cast: Path) -> int:
                 break
             if not data:
                 break
-            sys.stdout.write(text := decoder.decode(data))
+            text = decoder.decode(data).replace(folder, "runs/demo")
+            sys.stdout.write(text)
             file.write(json.dumps([time.monotonic() - began, "o", text]) + "\n")
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -69,7 +73,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         cast, run = Path(folder) / "demo.cast", Path(folder) / "run"
         command = [sys.executable, "-m", "lazarus", "demo", "--run-dir", str(run)]
-        if code := record(command, cast):
+        if code := record(command, cast, folder=str(run)):
             return code
         render(cast)
     print(f"wrote {PICTURE}")
