@@ -81,6 +81,9 @@ def test_keys_files_and_functions_that_a_page_names_are_there(page: Path) -> Non
         if section in sections_of(TrainConfig) and not (ROOT / f"{section}.{name}").exists():
             is_field = name in ("npz", "json", "py", "toml", "safetensors")
             assert is_field or f"{section}.{name}" in keys, f"{section}.{name}"
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= set(targets)
+    assert all((ROOT / path).is_file() for path in re.findall(r"`python ([\w/]+\.py)", text))
     for path, members in FILES.findall(text):
         assert list(ROOT.glob(path)), path
         for member in filter(None, members.split(", ")):
