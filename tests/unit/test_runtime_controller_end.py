@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from lazarus.basics.clock import now_s
 from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
 from lazarus.control.cluster.state import ControlConfig
 from lazarus.control.commit import commits
-from lazarus.control.messages import Body, DriverHello, FromDriver, Record, RunOver
-from lazarus.control.ports import Journal
+from lazarus.control.messages import Body, DriverHello, FromDriver, Record, RunOver, StopRun
+from lazarus.control.ports import DriverSaid, Journal
 from lazarus.control.restart.replay import initial_state
 from lazarus.runtime.controller.controller_end import UnrecordedError, unrecorded_end
 from lazarus.runtime.controller.journal import Journal as Storage
-from lazarus.runtime.controller.shell import open_controller
+from lazarus.runtime.controller.shell import Controller, open_controller
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.rpc.link import Link
 from lazarus.runtime.spec import ControllerSpec
@@ -31,33 +32,65 @@ def end_entry(config: ControlConfig) -> dict[str, object]:
     return dict(journaled.entry)
 
 
+def spec_of(folder: Path, config: ControlConfig) -> ControllerSpec:
+    return ControllerSpec(
+        host="127.0.0.1",
+        port=0,
+        credentials=Credentials(secret="s3cret"),
+        run_dir=folder,
+        config=config,
+    )
+
+
+def driver_of(controller: Controller) -> tuple[queue.SimpleQueue[Body], Link]:
+    """A driver that comes (back) to a controller, and what it hears."""
+    heard: queue.SimpleQueue[Body] = queue.SimpleQueue()
+    link = Link(
+        f"127.0.0.1:{controller.port}",
+        credentials=Credentials(secret="s3cret"),
+        speaker=FromDriver,
+        hello=lambda: DriverHello(run="r"),
+        on_message=lambda term, body: heard.put(body),
+        on_dead=print,
+        allowance_s=30.0,
+    )
+    link.start()
+    return heard, link
+
+
+def test_a_run_that_ends_before_its_driver_is_back_tells_it_in_the_same_life(
+    tmp_path: Path,
+) -> None:
+    """Otherwise one more controller has to start, only to say that the run is over."""
+    controller = open_controller(spec_of(tmp_path, ControlConfig(steps=3)))
+    controller._events.put((DriverSaid(body=StopRun(), at_s=now_s()), None))
+    thread = threading.Thread(target=controller.run)
+    thread.start()
+    record = tmp_path / "events.jsonl"
+    look, deadline_s = threading.Event(), now_s() + 30
+    while b"run_finished" not in record.read_bytes() and now_s() < deadline_s:
+        look.wait(0.01)
+    heard, link = driver_of(controller)
+    said = [heard.get(timeout=20)]
+    while not isinstance(said[-1], RunOver):
+        said.append(heard.get(timeout=20))
+    assert said[-1].status == "short"
+    thread.join(20)
+    assert not thread.is_alive()
+    link.close()
+
+
 def test_the_next_life_tells_the_driver_and_the_record(tmp_path: Path) -> None:
     config = ControlConfig(steps=3)
     storage = Storage(tmp_path / "journal")
     storage.append({"kind": "header", "run": "r", "format": 1})
     storage.append(end_entry(config))
-    spec = ControllerSpec(
-        host="127.0.0.1",
-        port=0,
-        credentials=Credentials(secret="s3cret"),
-        run_dir=tmp_path,
-        config=config,
-    )
+    spec = spec_of(tmp_path, config)
     for life in range(2):  # it may die there again
         controller = open_controller(spec)
         thread = threading.Thread(target=controller.run)
         thread.start()
-        heard: queue.SimpleQueue[Body] = queue.SimpleQueue()
-        link = Link(
-            f"127.0.0.1:{controller.port}",
-            credentials=Credentials(secret="s3cret"),
-            speaker=FromDriver,
-            hello=lambda: DriverHello(run="r"),
-            on_message=lambda term, body, heard=heard: heard.put(body),
-            on_dead=print,
-            allowance_s=30.0,
-        )
-        link.start()
+        heard, link = driver_of(controller)
         said = heard.get(timeout=20)
         if life == 0:
             assert isinstance(said, Record) and json.loads(said.line)["event"] == "run_finished"

@@ -90,6 +90,7 @@ class Controller:
         self._done = False
         self._next_tick_s = self._next_pulse_s = now_s()
         self._waiting: int | None = None  # messages to hear before the tick that is due
+        self._is_orphan = False  # the driver was killed
         self._is_last_word = False  # nothing can be written: say it, then end
         self._reserve = Reserve(spec.run_dir / spec.journal)
         bind_host, timeouts = spec.bind_host or spec.host, spec.config.timeouts
@@ -109,6 +110,7 @@ class Controller:
 
     def orphaned(self) -> None:
         """The driver was killed: record the end, if that takes no longer than a stall."""
+        self._is_orphan = True
         self._events.put((DriverGone(at_s=now_s()), None))
         last = threading.Timer(self._timeouts.driver_away_s, os._exit, (1,))
         last.daemon = True
@@ -255,6 +257,8 @@ class Controller:
                 self._streams.disconnect(worker)
             case Exit():
                 self._done = True
+                if not self._is_orphan:  # a driver that is on its way back would miss the end
+                    self._streams.driver_there.wait(self._timeouts.driver_away_s)
                 self._streams.hang_up()
 
     def _tell(self, worker: str, body: Body) -> None:
