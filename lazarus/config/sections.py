@@ -324,9 +324,9 @@ class MetricsConfig:
 
     SECTION: ClassVar[str] = "metrics"
 
-    prometheus: bool = setting(True, "through Ray's metrics")
-    tensorboard: bool = setting(False, "event files below `{run.dir}/tensorboard`")
-    wandb_project: str | None = setting(None, "Weights & Biases project")
+    prometheus: bool = setting(True, "`lazarus train`: figures through Ray's metrics")
+    tensorboard: bool = setting(False, "`lazarus train`: event files below `{run.dir}/tensorboard`")
+    wandb_project: str | None = setting(None, "`lazarus train`: project at Weights & Biases")
     progress: Literal["auto", "line", "json", "off"] = setting("auto", "auto: redraw on a terminal")
     on_callback_error: Literal["warn", "fail"] = setting("warn", "when a callback raises")
     report: bool = setting(True, "write `report.html` and `expert_load.npz` when the run ends")
