@@ -7,6 +7,7 @@ from control_desk import EXPERTS, Desk, running
 from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import (
     Depart,
+    KillNode,
     LeaveRequest,
     NodeEndsMachine,
     NodeNotice,
@@ -70,3 +71,13 @@ def test_a_joiner_may_take_the_place_of_a_node_that_leaves() -> None:
     desk.say("w1", LeaveRequest(generation=1))
     desk.pause()
     assert desk.state.members == (0, 2, 3)
+
+
+def test_a_node_that_dies_before_it_was_taken_in_costs_nobody_anything() -> None:
+    desk = running(nodes=3, join_debounce_s=60.0)
+    desk.join("w3")
+    desk.lose("w3")
+    assert (desk.state.phase, desk.state.generation) == (Phase.RUNNING, 1)
+    assert sorted(desk.state.nodes) == [0, 1, 2] and not desk.events("node_lost")
+    killed = [c.body for c in desk.of(TellDriver) if isinstance(c.body, KillNode)]
+    assert [body.node_key for body in killed] == ["n3"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,3 +101,23 @@ def test_how_a_process_ended_is_read_from_its_launcher_and_its_last_words() -> N
     assert signature_of("ray: ActorDiedError", "") == "" == signature_of("stream closed", "")
     assert signature_of("SIGKILL", "") == "SIGKILL"
     assert not death(0, "SIGKILL").is_own and death(0, "SIGABRT").is_own
+
+
+@pytest.mark.parametrize(
+    ("cause", "crash", "signature"),
+    [
+        ("SIGBUS", "", "SIGBUS"),
+        ("SIGABRT", "Fatal Python error: Segmentation fault", "SIGABRT"),
+        ("SIGKILL", "Fatal Python error: Segmentation fault", "SIGSEGV"),
+        ("SIGKILL", "", "SIGKILL"),
+        ("process exit code 3", "", "exit code 3"),
+        ("process exit code 3", "Fatal Python error: Aborted", "exit code 3"),
+        ("ray: ActorDiedError", "", ""),
+        ("ray: ActorDiedError", "Fatal Python error: Bus error", "SIGBUS"),
+    ],
+)
+def test_how_a_process_ended_is_the_launchers_word_before_its_own(
+    cause: str, crash: str, signature: str
+) -> None:
+    """Except for signals from outside: whoever crashes may be ended by them before it is done."""
+    assert signature_of(cause, crash) == signature
