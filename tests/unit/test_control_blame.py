@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -293,3 +294,14 @@ def test_after_a_crash_of_its_own_the_second_loss_waits_for_the_launcher() -> No
     assert desk.state.phase is Phase.PREPARING
     word_of(desk, 2, "SIGSEGV", generation=generation)
     assert end_of(desk) == ("failed", "user_code")
+
+
+def test_the_launchers_word_on_a_death_is_awaited_unless_a_scripted_fault_struck_that_node() -> (
+    None
+):
+    desk = running(nodes=4, slots_per_node=3, min_replicas=3)
+    desk.state = replace(desk.state, struck=frozenset({("n1.0", 1)}))
+    desk.lose("w1")
+    assert not desk.state.unexplained
+    desk.lose("w2")
+    assert [gone.worker for gone in desk.state.unexplained] == ["n2.0"]

@@ -35,6 +35,7 @@ def test_a_node_that_leaves_hands_its_experts_over_and_is_let_go() -> None:
     assert [seat.worker for seat in order.seats] == ["w0", "w2", "w3"]
     assert [seat.worker for seat in order.feeders] == ["w0", "w2", "w3", "w1"]
     assert farewells(desk) == [("w1", "left the run")]
+    assert [event["node"] for event in desk.events("node_left")] == [1]
     assert (desk.state.members, sorted(desk.state.nodes)) == ((0, 2, 3), [0, 2, 3])
     assert {e for w in desk.state.seats for e in desk.held[w]} == set(range(EXPERTS))
     assert not desk.events("node_lost") and not desk.events("expert_restored")
@@ -71,6 +72,7 @@ def test_a_joiner_may_take_the_place_of_a_node_that_leaves() -> None:
     desk.say("w1", LeaveRequest(generation=1))
     desk.pause()
     assert desk.state.members == (0, 2, 3)
+    assert [event["node"] for event in desk.events("node_joined")] == [3]
 
 
 def test_a_node_that_dies_before_it_was_taken_in_costs_nobody_anything() -> None:
