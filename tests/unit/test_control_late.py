@@ -79,3 +79,13 @@ def test_a_message_in_time_is_not_counted_as_late() -> None:
     desk.say("w0", Suspicion(generation=2, step=9))
     desk.tick(0.2)
     assert desk.state.resumed == 3 and desk.state.stale == 0
+
+
+def test_further_suspicions_do_not_put_off_what_the_first_one_began() -> None:
+    desk = second_generation()
+    desk.say("w0", Suspicion(generation=2, step=8))
+    desk.tick(0.06)
+    desk.say("w1", Suspicion(generation=2, step=8))
+    assert desk.state.generation == 2
+    desk.tick(0.05)
+    assert desk.state.generation == 3
