@@ -277,3 +277,9 @@ def test_the_least_and_the_most_of_an_aligned_rank_are_taken(change: dict[str, o
     desk.say("w0", changed(desk.aligned("w0", generation), **change))
     assert desk.state.num_refused == 0
     assert list(desk.state.transition.aligned) == ["w0"]  # type: ignore[union-attr]
+
+
+def test_a_worker_that_says_hello_again_keeps_its_place() -> None:
+    desk = running(nodes=3)
+    desk.say("w1", desk.hello("w1"))
+    assert desk.state.num_refused == 0 and sorted(desk.state.nodes) == [0, 1, 2]
