@@ -205,3 +205,13 @@ def test_a_node_that_cannot_use_the_place_later_on_ends_nothing() -> None:
         digest = transition.plan.digest
         desk.say(worker, Ready(generation=2, plan_digest=digest, place=FULL))
     assert desk.state.phase is Phase.RUNNING
+
+
+def test_what_the_rescue_folder_could_not_take_drops_nothing_from_the_first_place() -> None:
+    """The shares have the same names there."""
+    desk = finalizing()
+    answer(desk, problem=FULL)
+    dropped = len(desk.of(DropFiles))
+    answer(desk, "/run/rescue", problem=FULL)
+    assert over(desk).failure is not None
+    assert len(desk.of(DropFiles)) == dropped > 0

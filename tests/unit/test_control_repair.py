@@ -12,7 +12,7 @@ from control_desk import EXPERTS, Flipped, running
 from lazarus.control.cluster.state import Outvoted, Phase
 from lazarus.control.messages import Aligned, Prepare, Repaired, ReplicaMismatch
 from lazarus.control.ports import TellDriver
-from lazarus.control.reconfiguration.repair import compare
+from lazarus.control.reconfiguration.repair import compare, suspect
 from lazarus.runtime.state.checksums import checksum_of, device_sum
 
 
@@ -166,3 +166,9 @@ def test_checksums_see_every_single_bit_on_any_device(dtype: torch.dtype) -> Non
             words.view(-1)[place] ^= 1 << bit
     assert checksum_of([row]) == plain > 0 and int(device_sum(row)) == on_device
     assert int(device_sum(row.flip(0))) != on_device, "order counts"
+
+
+@pytest.mark.parametrize(("members", "found"), [((0, 1, 2), 1), ((0, 1), 1), ((1,), None)])
+def test_the_last_node_is_never_suspect(members: tuple[int, ...], found: int | None) -> None:
+    state = replace(running().state, members=members, outvotes={1: (2, 4, 6), 0: (4,)})
+    assert suspect(state) == found

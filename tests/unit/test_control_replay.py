@@ -6,13 +6,14 @@ import json
 from dataclasses import fields
 
 import pytest
+from control_desk import running
 from control_play import play
 from control_world import World, alike
 
 from lazarus.control import machine
 from lazarus.control.cluster.state import Control, Phase
 from lazarus.control.messages import Fence, Fenced, Heartbeat, Hello, Welcome
-from lazarus.control.ports import Tell, Tick, WorkerSaid
+from lazarus.control.ports import Journal, Tell, Tick, WorkerSaid
 from lazarus.control.restart.folded import folded_text, unfolded
 from lazarus.control.restart.replay import blank_state, missing_commits, replayed, resumed_state
 
@@ -163,3 +164,16 @@ def test_a_folded_state_is_written_and_read_as_it_was(world: World) -> None:
 def test_what_is_no_folded_state_is_refused(world: World, data: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         unfolded(data, world.config)
+
+
+def test_the_journal_gives_the_plan_of_the_last_committed_step() -> None:
+    """Two losses before the next commit: what is held is still what that plan gave out."""
+    desk = running(nodes=4, slots_per_node=3, min_replicas=3)
+    committed = desk.state.plan
+    desk.lose("w3")
+    desk.lose("w2")
+    assert committed is not None and desk.state.plan is not None
+    assert desk.state.plan.digest != committed.digest
+    again = resumed_state([c.entry for c in desk.of(Journal)], desk.state.config, now_s=0.0)
+    for state in (desk.state, again):
+        assert state.base_plan is not None and state.base_plan.digest == committed.digest
