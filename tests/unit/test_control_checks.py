@@ -17,6 +17,7 @@ from lazarus.control.messages import (
     Evaluated,
     FaultFired,
     Fence,
+    Heartbeat,
     Held,
     Hello,
     Injected,
@@ -249,6 +250,7 @@ def test_what_no_driver_says_is_refused(body: Body, reason: str) -> None:
     [
         Paused(generation=1, step=0),
         Paused(generation=1, step=100),
+        Heartbeat(generation=1, step=8, progress=checks.MOST),
         FaultFired(generation=1, step=1, kind="join", count=0),
         FaultFired(generation=1, step=1, kind="join", count=1024),
         Suspicion(generation=1, step=8, bad_source="s" * (1 << 16)),

@@ -9,6 +9,7 @@ from control_desk import Desk, running
 from msgspec.structs import replace as changed
 
 from lazarus.control.cluster.state import Phase
+from lazarus.control.membership.suspicion import culprit
 from lazarus.control.messages import (
     Body,
     DigestItem,
@@ -89,3 +90,12 @@ def test_further_suspicions_do_not_put_off_what_the_first_one_began() -> None:
     assert desk.state.generation == 2
     desk.tick(0.05)
     assert desk.state.generation == 3
+
+
+def test_the_culprit_of_broken_links_is_somebody_who_is_there() -> None:
+    told = ((1, 2), (2, 3), (2, 4))
+    assert culprit(told, alive={1, 2, 3, 4}) == 2
+    assert culprit(told, alive={1, 3, 4}) == 3
+    assert culprit(((0, 5), (0, 5)), alive={0, 5}) == 5  # of a pair the higher serial
+    assert culprit(told, alive={7}) is None
+    assert culprit((), alive={1}) is None

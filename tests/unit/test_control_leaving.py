@@ -83,3 +83,14 @@ def test_a_node_that_dies_before_it_was_taken_in_costs_nobody_anything() -> None
     assert sorted(desk.state.nodes) == [0, 1, 2] and not desk.events("node_lost")
     killed = [c.body for c in desk.of(TellDriver) if isinstance(c.body, KillNode)]
     assert [body.node_key for body in killed] == ["n3"]
+
+
+def test_a_loss_takes_waiting_nodes_in_only_where_too_few_are_left() -> None:
+    """Whoever has to be given all state would keep the recovery waiting."""
+    options = {"nodes": 4, "join_debounce_s": 60.0, "slots_per_node": 3, "min_replicas": 3}
+    desk = running(min_nodes=3, **options)
+    desk.join("w4")
+    desk.lose("w3")
+    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (0, 1, 2))
+    desk.lose("w2")
+    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (0, 1, 4))

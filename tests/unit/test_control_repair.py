@@ -12,7 +12,7 @@ from control_desk import EXPERTS, Flipped, running
 from lazarus.control.cluster.state import Outvoted, Phase
 from lazarus.control.messages import Aligned, Prepare, Repaired, ReplicaMismatch
 from lazarus.control.ports import TellDriver
-from lazarus.control.reconfiguration.repair import compare, suspect
+from lazarus.control.reconfiguration.repair import APART_STEPS, compare, on_suspect, suspect
 from lazarus.runtime.state.checksums import checksum_of, device_sum
 
 
@@ -172,3 +172,14 @@ def test_checksums_see_every_single_bit_on_any_device(dtype: torch.dtype) -> Non
 def test_the_last_node_is_never_suspect(members: tuple[int, ...], found: int | None) -> None:
     state = replace(running().state, members=members, outvotes={1: (2, 4, 6), 0: (4,)})
     assert suspect(state) == found
+
+
+def test_a_second_suspect_long_after_the_first_is_only_another_machine() -> None:
+    far = APART_STEPS + 6
+    state = replace(running().state, suspects=((1, 6),), outvotes={2: (2, 4, far)})
+    after, event = on_suspect(state, 2, at_s=1.0)
+    assert event is None and after is state  # no later than that, it is what runs on them
+    state = replace(state, outvotes={2: (2, 4, far + 1)})
+    after, event = on_suspect(state, 2, at_s=1.0)
+    assert event is not None and event.fields["node"] == 2
+    assert after.suspects == ((1, 6), (2, far + 1))

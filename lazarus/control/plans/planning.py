@@ -123,7 +123,7 @@ def _plan_fields(state: Control, plan: Plan) -> dict[str, Any]:
     }
     if plan.expert_of_slot.size <= _MOST_LISTED:
         listed = plan.expert_of_slot.tolist()
-        if (plan.expert_of_slot < 0).any():
-            listed = [[[e for e in slots if e >= 0] for slots in ranks] for ranks in listed]
-        fields["experts_of_rank"] = listed
+        fields["experts_of_rank"] = [
+            [[e for e in slots if e >= 0] for slots in ranks] for ranks in listed
+        ]
     return fields
