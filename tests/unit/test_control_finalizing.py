@@ -215,3 +215,12 @@ def test_what_the_rescue_folder_could_not_take_drops_nothing_from_the_first_plac
     answer(desk, "/run/rescue", problem=FULL)
     assert over(desk).failure is not None
     assert len(desk.of(DropFiles)) == dropped > 0
+
+
+def test_who_wrote_the_last_checkpoint_is_not_needed_while_its_manifest_is_written() -> None:
+    desk = finalizing()
+    answer(desk)
+    desk.tick(11.0)  # nobody has said anything for longer than the tolerated stall
+    assert desk.state.phase is Phase.FINALIZING
+    written(desk)
+    assert over(desk).status == "finished"

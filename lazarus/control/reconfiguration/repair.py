@@ -277,8 +277,6 @@ def at_resume(
     state: Control, transition: Transition, *, at_s: float
 ) -> tuple[Control, tuple[Publish, ...]]:
     """A RESUME leaves nothing unrepaired: say so, and remember whose fault it was."""
-    if not (state.outvoted or transition.goes_back):
-        return state, ()
     if transition.is_tied:  # once, however many attempts it took
         state = replace(state, ties=(*state.ties, transition.step)[-STRIKES:])
     bad = state.outvoted
