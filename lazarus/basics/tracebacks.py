@@ -16,7 +16,10 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
+
+UserLine = tuple[CodeType, int]  # a function of the user's, and a line of it
 
 FULL_LIMIT = 64 << 10  # characters of a traceback in the record
 LINE_LIMIT = 400  # characters of an exception's message where people read it
@@ -65,6 +68,23 @@ def innermost(frames: traceback.StackSummary) -> str:
     """The user's innermost line, as in ``Described.place``; empty if there is none."""
     own = _users(frames)
     return clean(f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}") if own else ""
+
+
+def calling_line(frame: FrameType | None) -> UserLine | None:
+    """The user's innermost line on the stack of a frame; None if there is none.
+
+    Every exchange of a step asks for it: nothing is read or formatted here.
+    """
+    while frame is not None:
+        if not _is_code_of_library(frame.f_code):
+            return frame.f_code, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+def line_text(code: CodeType, line: int) -> str:
+    """As in ``Described.place``."""
+    return clean(f"{code.co_filename}:{line} in {code.co_name}")
 
 
 def summary_of(problem: BaseException) -> str:
@@ -148,6 +168,11 @@ def _users(frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
 
 def _is_library(filename: str) -> bool:
     return filename.startswith((*_OURS, *_INSTALLED, "<frozen "))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_code_of_library(code: CodeType) -> bool:
+    return _is_library(code.co_filename)
 
 
 def _shown(own: list[traceback.FrameSummary], summary: str) -> str:

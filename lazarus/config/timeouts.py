@@ -58,7 +58,7 @@ class Timeouts:
     storage_stuck_s: float  # storage refuses, or one operation does not move
     storage_patience_s: float  # the same for a checkpoint that nothing can replace
     in_flight_s: float  # a checkpoint that is being written may still come in time
-    final_s: float  # a rank that owes its last share or digest moves
+    final_s: float  # a rank that owes its last share or digest moves; one that was told to end ends
     whole_pause_s: float  # before a whole checkpoint is asked for again; doubles with each
     keeper_silent_s: float  # a node's keeper answers nothing: hung, so it is replaced
     keeper_answer_s: float  # a keeper gives memory for a snapshot

@@ -95,6 +95,7 @@ class Tail(Part, frozen=True, kw_only=True):
     step: Int = -1
     place: str = ""  # the line of the user's that the training thread is in
     mute: tuple[Int, ...] = ()  # ranks to which a link carries nothing
+    places: tuple[str, ...] = ()  # for each label, the line of the user's that led to it
 
 
 class Report(Body, frozen=True, kw_only=True):

@@ -69,7 +69,7 @@ def _made(failure: Failure) -> LazarusError:
             )
         case "LostExpertError":
             experts = [(int(layer), int(expert)) for layer, expert in details["experts"]]
-            return errors.LostExpertError(experts=experts, reason=message)
+            return errors.LostExpertError(experts=experts, reason=text)
         case "InternalError":
             where = f"; see {failure.report}" if failure.report else ""
             return errors.InternalError(f"{text}{where}", report=failure.report)

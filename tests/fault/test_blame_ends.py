@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from file_events import wait_until
 from user_scripts import environment, script_of
 
 from lazarus.record.events import FILE_NAME, read_events
@@ -37,23 +40,45 @@ class End:
 
 
 def after_step(run: subprocess.Popen[str], folder: Path, *, step: int = 3) -> None:
-    """Wait for a commit in the record; the test's own time-out bounds it."""
-    while run.poll() is None:
-        path = folder / FILE_NAME
-        if path.exists() and f'"step":{step},' in path.read_text(encoding="utf-8"):
-            return
-        time.sleep(0.05)
-    raise AssertionError(run.communicate()[1][-3000:])
+    """Wait for a commit in the record."""
+    if not wait_until(lambda: has_step(folder, step), folder.parent, run):
+        raise AssertionError((run.communicate()[1] or "")[-3000:])
 
 
-def asked_by(*numbers: int) -> Callable[[subprocess.Popen[str], Path], None]:
+def has_step(folder: Path, step: int) -> bool:
+    path = folder / FILE_NAME
+    return path.exists() and f'"step":{step},' in path.read_text(encoding="utf-8")
+
+
+def asked_by(number: int) -> Callable[[subprocess.Popen[str], Path], None]:
     def act(run: subprocess.Popen[str], folder: Path) -> None:
         after_step(run, folder)
-        for number in numbers:
-            run.send_signal(number)
-            time.sleep(0.5)  # so that two signals are heard as two
+        run.send_signal(number)
 
     return act
+
+
+def ask_twice(run: subprocess.Popen[str], folder: Path) -> None:
+    """The second Ctrl-C comes when the first has been heard."""
+    after_step(run, folder)
+    run.send_signal(signal.SIGINT)
+    assert run.stderr is not None
+    assert any("Ctrl-C: the run stops after its next step" in line for line in run.stderr)
+    run.send_signal(signal.SIGINT)
+
+
+NO_NEXT_STEP = """
+os.path.exists("never") or os.mkfifo("never") if __name__ == "__main__" else None
+NEVER = os.path.abspath("never")
+class Hook:
+    def on_commit(self, ctx, step):
+        os.environ["STEP"] = str(step)
+options["hooks"] = [Hook()]
+def loss(model, batch):
+    if int(os.environ.get("STEP", "0")) >= 3:
+        open(NEVER).read()  # nobody will ever write
+    return LossSum(model(batch["x"]).square().sum(), batch["x"].numel())
+"""
 
 
 CALLBACK = """
@@ -97,6 +122,10 @@ ENDS = {
     "sigterm": End(
         status="short", cause="request", code=1, said="stopped by SIGTERM at step",
         act=asked_by(signal.SIGTERM),
+    ),
+    "ctrl-c twice": End(
+        status="short", cause="request", code=-signal.SIGINT, said="stopped by Ctrl-C at step",
+        act=ask_twice, body=NO_NEXT_STEP,
     ),
     "user": End(
         status="failed", cause="user_code", code=1, said="ZeroDivisionError",
@@ -171,10 +200,8 @@ def test_a_killed_driver_is_found_out_by_the_next_status(tmp_path: Path, control
         [sys.executable, str(script)], cwd=tmp_path, env=environment(), stdout=log, stderr=log,
         start_new_session=True,
     )  # fmt: skip
-    path = folder / FILE_NAME
-    while not (path.exists() and '"step":3,' in path.read_text(encoding="utf-8")):
-        assert run.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.05)
+    found = wait_until(lambda: has_step(folder, 3), tmp_path, run)
+    assert found, (tmp_path / "log").read_text()[-3000:]
     assert of_command("status", str(folder), "--json")["phase"] != "ENDED"
     if controller == "dies first":
         run.send_signal(signal.SIGSTOP)  # it starts no other one
@@ -204,3 +231,36 @@ def controller_of(folder: Path) -> int:
 
     (journal,) = folder.glob("journal*")
     return next(int(e["pid"]) for e in reversed(read_journal(journal)) if e["kind"] == "term")
+
+
+def test_a_loop_without_end_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
+    """The driver ends such processes. Where it is gone, a process that was told to end does so."""
+    body = """
+    def loss(model, batch):
+        pid = str(os.getpid())
+        with open(os.path.join(FOLDER, pid + ".pid"), "w") as file:
+            file.write(pid)
+        while True:
+            pass
+    """
+    settings = (*FOREVER, "recovery.tolerated_stall_s=1")
+    place = f"FOLDER = {str(tmp_path)!r}\n"
+    script = script_of(tmp_path, place + textwrap.dedent(body), nodes=2, settings=settings)
+    log = (tmp_path / "log").open("w")
+    run = subprocess.Popen(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment(), stdout=log, stderr=log,
+        start_new_session=True,
+    )  # fmt: skip
+
+    def looping() -> list[int]:
+        found = [int(text) for p in tmp_path.glob("*.pid") if (text := p.read_text())]
+        return found if len(found) == 2 else []
+
+    workers = wait_until(looping, tmp_path, run)
+    assert workers, (tmp_path / "log").read_text()[-3000:]
+    ends = [os.pidfd_open(pid) for pid in workers]
+    run.kill()
+    run.wait()
+    for end in ends:
+        assert select.select([end], [], [], 120.0)[0], "a process that nobody can end"
+        os.close(end)

@@ -56,8 +56,27 @@ def test_a_schedule_that_divides_by_zero_is_the_users_error_at_its_step(tmp_path
         ("os._exit(4)", "os._exit(4)"),
         ('raise ValueError("bad \\udcff label " + "x" * 10_000_000)', "ValueError: bad \\udcff"),
         ('raise ValueError("a\\0b")', "ValueError: a\\x00b"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("raise MemoryError", "MemoryError"),
+        ("(lambda f: f(f))(lambda f: f(f))", "RecursionError: maximum recursion depth"),
+        (
+            'raise type("Bad", (Exception,), {"__str__": lambda self: 1 / 0})',
+            "Bad: (its __str__ raised ZeroDivisionError)",
+        ),
     ],
-    ids=["exit", "interrupt", "os-exit", "long-surrogate", "nul"],
+    ids=[
+        "exit",
+        "interrupt",
+        "os-exit",
+        "long-surrogate",
+        "nul",
+        "exit-0",
+        "generator",
+        "memory",
+        "recursion",
+        "no-text",
+    ],
 )
 def test_whatever_leaves_the_loss_at_one_sample_names_line_step_rank_and_samples(
     tmp_path: Path, what: str, said: str
@@ -168,7 +187,16 @@ def test_whatever_leaves_the_loss_at_one_sample_names_line_step_rank_and_samples
             "backward",
         ),
     ],
-    ids=["optimizer", "data", "collate", "hook", "on_commit", "eval", "builder", "backward"],
+    ids=[
+        "optimizer",
+        "data",
+        "collate",
+        "hook",
+        "on_commit",
+        "eval",
+        "builder",
+        "backward",
+    ],
 )
 def test_every_function_of_the_users_may_raise(
     tmp_path: Path, body: str, line: str, phase: str
@@ -179,13 +207,16 @@ def test_every_function_of_the_users_may_raise(
 
 
 @pytest.mark.slow
-def test_a_native_crash_is_a_poisoned_step_at_the_second_death(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("what", "number"), [("ctypes.string_at(0)", "SIGSEGV")])
+def test_a_native_crash_is_a_poisoned_step_at_the_second_death(
+    tmp_path: Path, what: str, number: str
+) -> None:
     """C3: a segmentation fault at one sample costs two nodes of four, and names line and sample."""
-    left = run_script(tmp_path, at_one_sample("ctypes.string_at(0)"), nodes=4)
+    left = run_script(tmp_path, at_one_sample(what), nodes=4)
     assert left.code == 1
     deaths = left.of("worker_died")
-    assert [d["cause"] for d in deaths] == ["SIGSEGV", "SIGSEGV"]
-    assert all("string_at" in d["traceback"] for d in deaths)
+    assert [d["cause"] for d in deaths] == [number, number]
+    assert all(f"line {left.line_of(what)} in loss" in d["traceback"] for d in deaths)
     (error,) = left.of("user_error")
     assert "poisoned step" in error["error"]
     assert (error["step"], error["phase"]) == (deaths[0]["step"], "forward")
@@ -194,7 +225,7 @@ def test_a_native_crash_is_a_poisoned_step_at_the_second_death(tmp_path: Path) -
     assert (end["status"], end["cause"]) == ("failed", "user_code")
     assert len(left.of("node_lost")) <= 2
     assert "PoisonedStepError" in left.err
-    left.assert_tail_names("ctypes.string_at(0)")
+    left.assert_tail_names(what)
 
 
 @pytest.mark.slow

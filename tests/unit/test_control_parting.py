@@ -122,6 +122,21 @@ def test_all_that_wait_at_different_labels_end_the_run_as_user_error() -> None:
     assert not desk.events("node_lost")
 
 
+def test_a_label_that_differs_is_told_with_the_line_that_led_to_it() -> None:
+    """C2: where a rank stands by now is told only for a label that no user's line led to."""
+    desk = begun()
+    late = ("", "", "net.py:9 in f")
+    desk.tails = {
+        "w0": tail(0, "a #3", "b #4", last=4, places=("net.py:3 in f", "net.py:4 in f")),
+        "w1": tail(1, "a #3", "c #4", "d #5", last=5, places=late, place="x:1"),
+        "w2": tail(2, "b #4", last=4, places=("net.py:4 in f",), place="net.py:7 in f"),
+    }
+    desk.wait(STALL_S + 2)
+    failure = desk.over.failure
+    assert failure is not None and failure.place == "x:1"
+    assert "ranks 0, 2 at b (net.py:4 in f); rank 1 at c (x:1)" in failure.message
+
+
 def test_a_lag_is_no_parting_and_an_older_group_says_nothing() -> None:
     desk = begun()
     first, second = "layer 0 forward (counts) #3", "layer 0 forward (dispatch) #4"
@@ -146,6 +161,7 @@ def test_a_link_that_carries_nothing_again_and_again_costs_its_higher_serial() -
     desk.wait(STALL_S + 2)
     (lost,) = desk.events("node_lost")
     assert (lost["node"], lost["cause"]) == (2, AGAIN)
+    assert len(desk.state.excused) == 1, "the death of its process says nothing of the user's code"
 
 
 @pytest.mark.parametrize(

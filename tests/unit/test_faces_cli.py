@@ -10,6 +10,8 @@ import pytest
 
 from lazarus import cli
 from lazarus.config.reference import reference
+from lazarus.failure import Cause, Failure
+from lazarus.record.endings import error_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,3 +164,16 @@ def test_errors_keep_type_and_fields_when_pickled() -> None:
         back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
         assert type(back) is type(error)
         assert (back.args, back.__dict__) == (error.args, error.__dict__)
+
+
+def test_lost_experts_are_told_with_the_way_out() -> None:
+    """What storage said is no use to a reader who does not know what to do about it."""
+    failure = Failure(
+        cause=Cause.STORAGE,
+        error="LostExpertError",
+        message="L0/E3 cannot be read: I/O error",
+        way_out="see to the storage, then resume the run",
+        details={"experts": [[0, 3]]},
+    )
+    text = str(error_of(failure, status="short"))
+    assert text.endswith("I/O error; see to the storage, then resume the run")

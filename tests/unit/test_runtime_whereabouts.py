@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from lazarus.runtime.fence.whereabouts import Note, Whereabouts, read_crash, read_note
+from lazarus.runtime.fence.whereabouts import LastWords, Note, Whereabouts, read_crash, read_note
 
 DIES = """
 import ctypes, sys
@@ -68,3 +69,25 @@ def test_a_note_too_long_for_its_file_loses_its_details_only(tmp_path: Path) -> 
     note = read_note(tmp_path, 0)
     assert note is not None
     assert (note.step, note.phase, note.place) == (4, "data", "")
+
+
+def test_what_a_process_noted_outlives_the_folder_of_its_node(tmp_path: Path) -> None:
+    """A node that is taken down loses its folder, maybe before the end of its processes is seen."""
+    for key in ("node-1", "node-2"):
+        (tmp_path / key).mkdir()
+        where = Whereabouts.in_folder(tmp_path / key, 0)
+        where.step, where.places = 7, {"forward": "train.py:3 in loss"}
+        where.enter("forward", [4])
+    words = LastWords(tmp_path)
+    words.keep("node-1.0")
+    for key in ("node-1", "node-2"):
+        shutil.rmtree(tmp_path / key)
+    words.keep("node-1.0")  # taken down twice
+    died = words.of("node-1.0", "SIGKILL")
+    assert (died.worker, died.cause, died.step) == ("node-1.0", "SIGKILL", 7)
+    assert (died.phase, died.place, tuple(died.sample_ids)) == (
+        "forward",
+        "train.py:3 in loss",
+        (4,),
+    )
+    assert words.of("node-2.0", "SIGKILL").phase == ""

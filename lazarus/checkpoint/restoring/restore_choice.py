@@ -149,9 +149,9 @@ def decide_recovery(
     if lost := [x for x, choice in zip(losses, chosen, strict=True) if choice is None]:
         first = expert_name(lost[0].layer, lost[0].expert)
         seen = len(lost[0].copies)
+        none = f"none of its {seen} known copies is valid" if seen else "no copy of it can be read"
         return Fail(
-            reason=f"{first} has no live replica and none of its {seen} known copies is valid "
-            f"at step {resume_step}; resume from a checkpoint",
+            reason=f"{first} has no live replica and {none} at step {resume_step}",
             experts=tuple((x.layer, x.expert) for x in lost),
         )
     return Restore(experts=tuple(choice for choice in chosen if choice is not None))

@@ -154,11 +154,13 @@ def lose(
     cause: str,
     at_s: float,
     is_silent: bool = False,
+    is_excused: bool = False,
 ) -> Decision:
     """Nodes are gone: forget them, tell their other processes, and recover if they mattered.
 
     Args:
         is_silent: They were not seen to end: they say nothing, or do not move.
+        is_excused: The deaths of their processes say nothing of the user's code.
     """
     serials = tuple(serial for serial in serials if serial in state.nodes)
     if not serials:
@@ -178,7 +180,9 @@ def lose(
             commands.append(Publish(t=at_s, event="node_lost", fields=fields))
     gone = {worker for serial in serials for worker in state.nodes[serial].workers}
     matters = taking_part & set(serials)
-    on_purpose = {state.nodes[n].key for n in serials if n in state.fired or n in state.doomed}
+    on_purpose = {
+        state.nodes[n].key for n in serials if is_excused or n in state.fired or n in state.doomed
+    }
     hung = {state.nodes[n].key for n in serials} if cause == HUNG else set()
     state = replace(
         state,

@@ -101,7 +101,7 @@ def settle(state: Control, *, at_s: float, reason: str = "collective_error") -> 
     telling = tuple(pair for pair in errors if pair)
     odd = culprit(telling, alive=taking_part)
     if odd is not None and len(telling) >= MAX_ERRORS and len(taking_part) > 1:
-        return members.lose(state, (odd,), cause=AGAIN, at_s=at_s)
+        return members.lose(state, (odd,), cause=AGAIN, at_s=at_s, is_excused=True)
     if len(errors) >= MAX_ATTEMPTS:
         return commits.end(state, status="short", failure=_nobody_knows(), at_s=at_s)
     return change.begin(state, reason=reason, at_s=at_s)

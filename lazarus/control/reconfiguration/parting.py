@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lazarus.control.cluster.state import Control
-from lazarus.control.messages import Aligned, Report, TensorSum
+from lazarus.control.messages import Aligned, Report, Tail, TensorSum
 from lazarus.control.ports import Publish
 from lazarus.failure import Cause, Failure
 
@@ -48,15 +48,20 @@ def ranks_parted(reports: Mapping[str, Report], seats: Sequence[str]) -> Failure
                 found.setdefault(number, {}).setdefault(label, []).append(seated[worker])
     for number in sorted(found):
         if len(found[number]) > 1:
-            return _parted(found[number], reports, seats)
+            return _parted(found[number], reports, seats, number=number)
     return None
 
 
 def _parted(
-    sides: Mapping[str, Sequence[int]], reports: Mapping[str, Report], seats: Sequence[str]
+    sides: Mapping[str, Sequence[int]],
+    reports: Mapping[str, Report],
+    seats: Sequence[str],
+    *,
+    number: int,
 ) -> Failure:
     ordered = sorted(sides.items(), key=lambda side: min(side[1]))
-    places = {rank: reports[seats[rank]].tail.place for _, ranks in ordered for rank in ranks}
+    tails = {rank: reports[seats[rank]].tail for _, ranks in ordered for rank in ranks}
+    places = {rank: _place_of(tail, number) for rank, tail in tails.items()}
     said = []
     for label, ranks in ordered:
         place = places[min(ranks)]
@@ -72,6 +77,13 @@ def _parted(
         step=reports[seats[odd]].tail.step,
         place=places[odd],
     )
+
+
+def _place_of(tail: Tail, number: int) -> str:
+    """The user's line that led to an exchange; else the one that the rank is in."""
+    index = number - 1 - tail.last + len(tail.labels)
+    led = tail.places[index] if 0 <= index < len(tail.places) else ""
+    return led or tail.place
 
 
 def models_differ(aligned: Mapping[str, Aligned], workers: Sequence[str]) -> Failure | None:

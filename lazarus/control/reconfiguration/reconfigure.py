@@ -389,7 +389,11 @@ def give_up(state: Control, decision: Fail, *, at_s: float) -> Decision:
     """Experts are lost and nothing that the policy allows brings them back: end resumable."""
     details = {"experts": [list(expert) for expert in decision.experts]}
     failure = Failure(
-        cause=Cause.NODE, error="LostExpertError", message=decision.reason, details=details
+        cause=Cause.NODE,
+        error="LostExpertError",
+        message=decision.reason,
+        way_out="resume from a checkpoint",
+        details=details,
     )
     if state.refused:
         failure = replace(

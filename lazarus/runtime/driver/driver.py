@@ -37,7 +37,7 @@ from lazarus.failure import Cause, Failure, Status
 from lazarus.runtime.driver.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
 from lazarus.runtime.driver.controller_life import ControllerLife
 from lazarus.runtime.driver.nodes import Nodes
-from lazarus.runtime.fence.whereabouts import last_words
+from lazarus.runtime.fence.whereabouts import LastWords
 from lazarus.runtime.keeper.process import KeeperConfig
 from lazarus.runtime.launch.launcher import Launcher, OnExit
 from lazarus.runtime.launch.local_nodes import NodePlace
@@ -63,6 +63,7 @@ class Driver:
         self._inbox: queue.SimpleQueue[Body] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._dead: list[WorkerDied] = []
+        self._last_words = LastWords(spec.scratch)
         self._alive: dict[str, set[str]] = {}  # node name -> its live ranks, oldest node first
         self._wishes: list[StopRun | NodeNotice] = []  # of the user and the cluster
         self._doomed: set[str] = set()  # struck at random, not yet gone
@@ -250,6 +251,7 @@ class Driver:
             self._alive.pop(key, None)
         for local_rank in range(self._spec.control.ranks_per_node):
             self._launcher.kill(f"{key}.{local_rank}")
+            self._last_words.keep(f"{key}.{local_rank}")
         self._launcher.close_node(key)
 
     def start_node(self) -> str:
@@ -331,8 +333,8 @@ class Driver:
             text = f"the thread that watches the run's processes died: {cause}"
             self._failed(Failure(cause=Cause.INTERNAL, error="InternalError", message=text))
             return
-        key, _, local_rank = name.rpartition(".")
-        died = last_words(name, cause, self._spec.scratch / key, int(local_rank))
+        key = name.rpartition(".")[0]
+        died = self._last_words.of(name, cause)
         with self._lock:
             self._dead.append(died)
             left = self._alive.get(key)

@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 
-from lazarus.basics.tracebacks import innermost
+from lazarus.basics.tracebacks import UserLine, calling_line, innermost, line_text
 from lazarus.control.messages import Tail
 
 KEPT = 24  # ranks that wait for each other are at most a few exchanges apart
@@ -55,7 +55,7 @@ class Trail:
         self.step = self.round = -1
         self._rank, self._mute_peers = rank, mute_peers
         self._count = 0
-        self._newest: deque[tuple[int, str]] = deque(maxlen=KEPT)
+        self._newest: deque[tuple[int, str, UserLine | None]] = deque(maxlen=KEPT)
         self._checksum = 0
 
     def note(self, label: str, *, layer: int) -> str:
@@ -64,14 +64,14 @@ class Trail:
         within = f" of round {self.round}" if self.round >= 0 else ""
         when = f" in step {self.step}" if self.step >= 0 else ""
         text = f"{place}{within}{when} #{self._count}"
-        self._newest.append((self._count, text))
+        self._newest.append((self._count, text, calling_line(sys._getframe())))
         self._count += 1
         self._checksum = zlib.crc32(text.encode(), self._checksum)
         return text
 
     def newest(self) -> tuple[str, ...]:
         """The newest labels, in order."""
-        return tuple(text for _, text in tuple(self._newest))
+        return tuple(text for _, text, _ in tuple(self._newest))
 
     def tail(self, *, step: int, thread: int) -> Tail:
         """The newest exchanges, for a report. For any thread; never waits.
@@ -84,7 +84,8 @@ class Trail:
         return Tail(
             group=self.name,
             last=kept[-1][0] if kept else -1,
-            labels=tuple(text for _, text in kept),
+            labels=tuple(text for _, text, _ in kept),
+            places=tuple("" if line is None else line_text(*line) for _, _, line in kept),
             rank=self._rank,
             step=step,
             place=user_line(thread),

@@ -118,21 +118,49 @@ def read_crash(folder: Path, local_rank: int) -> str:
     return ""
 
 
-def last_words(name: str, cause: str, folder: Path, local_rank: int) -> WorkerDied:
-    """The news of a death, with what the process noted of the user's code that it was in."""
-    note, crash = read_note(folder, local_rank) or Note(), read_crash(folder, local_rank)
-    return WorkerDied(
-        worker=name,
-        cause=clean(cause),
-        generation=note.generation,
-        rank=note.rank,
-        step=note.step,
-        phase=note.phase,
-        sample_ids=note.sample_ids,
-        place=place_in_crash(crash) or note.place,
-        crash=crash,
-        shown=shown_crash(crash) or (f"In your code:\n  {note.place}" if note.place else ""),
-    )
+class LastWords:
+    """What processes of this machine noted before they ended.
+
+    The folder of a node that is taken down may be gone before the end of its processes is seen:
+    what they noted is kept in time. For any thread.
+
+    Args:
+        scratch: Has the folders of the nodes.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._kept: dict[str, tuple[Note, str]] = {}
+
+    def keep(self, name: str) -> None:
+        """The process has been killed, and the folder of its node is about to be removed."""
+        note, crash = self._read(name)
+        if note is not None or crash:
+            self._kept[name] = (note or Note(), crash)
+
+    def of(self, name: str, cause: str) -> WorkerDied:
+        """The news of a death, with what the process noted of the user's code that it was in."""
+        note, crash = self._read(name)
+        if note is None and not crash:
+            note, crash = self._kept.get(name, (None, ""))
+        note = note or Note()
+        return WorkerDied(
+            worker=name,
+            cause=clean(cause),
+            generation=note.generation,
+            rank=note.rank,
+            step=note.step,
+            phase=note.phase,
+            sample_ids=note.sample_ids,
+            place=place_in_crash(crash) or note.place,
+            crash=crash,
+            shown=shown_crash(crash) or (f"In your code:\n  {note.place}" if note.place else ""),
+        )
+
+    def _read(self, name: str) -> tuple[Note | None, str]:
+        key, _, local_rank = name.rpartition(".")
+        folder = self._scratch / key
+        return read_note(folder, int(local_rank)), read_crash(folder, int(local_rank))
 
 
 def _note_path(folder: Path, local_rank: int) -> Path:

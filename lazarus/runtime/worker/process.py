@@ -189,10 +189,20 @@ class Worker:
         self._welcomed.set()
         self._ledger.raise_fence(_FOREVER, self._release)
         self._orders.put(body)
+        spawn("last bound", self._end_anyway, on_death=self._thread_died)
 
     def _on_dead(self, reason: str) -> None:
         print(f"worker {self._spec.worker}: {reason}", file=sys.stderr, flush=True)
         self._end(Fenced(reason=reason))
+
+    def _end_anyway(self) -> None:
+        """End the process although its training thread is in a function of the user's.
+
+        The driver would, but it may be gone: a loop without end would run for as long as the
+        machine does.
+        """
+        threading.Event().wait(self._timeouts.final_s)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _beat(self) -> None:
         while not self._over.wait(self._timeouts.heartbeat_interval_s):
