@@ -44,8 +44,6 @@ from lazarus.runtime.launch.choose_launcher import launcher_of
 from lazarus.runtime.spec import UserCode
 from placement import PlacementPolicy
 
-_HEARD = "Ctrl-C: the run stops after its next step; press it again to stop at once"
-
 
 class RunHandle:
     """A run under way, in a thread of the driver's process."""
@@ -290,8 +288,6 @@ class _Run:
                 except KeyboardInterrupt:
                     interrupts += 1
                     stopped = KeyboardInterrupt("stopped by Ctrl-C")
-                    if interrupts == 1:
-                        _say(_HEARD, is_quiet=False)
                     self.driver.stop(now=interrupts > 1, reason="Ctrl-C")
                     if interrupts > 2:
                         self.driver.abandon("Ctrl-C")
