@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from fault_runs import SMALL
 
 from lazarus import ElasticTrainer, TrainConfig, cli
+from lazarus.errors import ConfigError
 from lazarus.record.events import of_kind, read_events
 from lazarus.run.dry_run import first_plan
 from lazarus.run.run_place import open_place
@@ -27,7 +29,6 @@ CONFIGURATIONS = {
     ),
     "floor and automatic slots": (4, ["placement.min_replicas=3", "placement.slots_per_node=auto"]),
     "slots, two ranks a node": (2, ["placement.slots_per_node=8", "cluster.ranks_per_node=2"]),
-    "memory": (2, ["placement.slots_per_node=auto", "placement.memory_fraction=1e-6"]),
 }
 
 
@@ -60,6 +61,26 @@ def test_the_plan_is_the_first_one_of_the_run(name: str, tmp_path: Path) -> None
     planned = dry(config)
     assert list(tmp_path.iterdir()) == []
     assert_same(planned, really(config))
+
+
+@pytest.mark.slow
+def test_memory_that_holds_fewer_slots_than_are_wanted_does_so_in_both(tmp_path: Path) -> None:
+    """The fraction of this machine's memory that holds four slots a node is bisected."""
+    low, high = 1e-9, 1.0  # not even every expert once; all six that are wanted
+    for _ in range(40):
+        fraction = math.sqrt(low * high)
+        settings = ["placement.slots_per_node=auto", f"placement.memory_fraction={fraction}"]
+        config = config_of(tmp_path / "run", nodes=2, settings=settings)
+        try:
+            planned = dry(config)
+        except ConfigError:
+            low = fraction
+            continue
+        if planned.slots_per_node == 4:
+            assert_same(planned, really(config))
+            return
+        low, high = (fraction, high) if planned.slots_per_node < 4 else (low, fraction)
+    pytest.fail(f"no fraction between {low} and {high} holds four slots")
 
 
 @pytest.mark.slow
