@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -37,12 +36,15 @@ from lazarus.run.control_config import keeps_checkpoints, policies_of
 from lazarus.run.result import Result, leave_artifacts, result_of
 from lazarus.run.run_place import RunPlace, open_place
 from lazarus.run.run_spec import check_run, prepared, scratch_folder
+from lazarus.run.signals import Signals
 from lazarus.run.user_code import builder_of, pickled
 from lazarus.runtime.controller.controller_end import went_along
 from lazarus.runtime.driver.driver import Driver
 from lazarus.runtime.launch.choose_launcher import launcher_of
 from lazarus.runtime.spec import UserCode
 from placement import PlacementPolicy
+
+_HEARD = "Ctrl-C: the run stops after its next step; press it again to stop at once"
 
 
 class RunHandle:
@@ -270,30 +272,27 @@ class _Run:
         return f"{asked} at step {step:,}; go on with --resume auto"
 
     def _wait(self, done: threading.Event) -> BaseException | None:
-        """Ctrl-C once: stop at the next commit. Twice: now. SIGTERM is like the first."""
-        interrupts = 0
+        """Ctrl-C once, or SIGTERM: stop at the next commit. Twice: now. Thrice: ask nobody."""
+        interrupts = terminations = 0
         stopped: BaseException | None = None
-        terminated = threading.Event()
-        previous = None
-        if threading.current_thread() is threading.main_thread():
-            previous = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-        try:
+        with Signals() as heard:
             while not done.is_set():
                 try:
                     done.wait(0.2)
-                    if terminated.is_set():
-                        terminated.clear()
-                        stopped = StoppedError("stopped by SIGTERM")
-                        self.driver.stop(now=False, reason="SIGTERM", preempted=True)
-                except KeyboardInterrupt:
+                except KeyboardInterrupt:  # from a handler of the caller's own
+                    heard.interrupts += 1
+                if heard.terminations > terminations:
+                    terminations = heard.terminations
+                    stopped = StoppedError("stopped by SIGTERM")
+                    self.driver.stop(now=False, reason="SIGTERM", preempted=True)
+                while interrupts < heard.interrupts:
                     interrupts += 1
                     stopped = KeyboardInterrupt("stopped by Ctrl-C")
+                    if interrupts == 1:
+                        _say(_HEARD, is_quiet=False)
                     self.driver.stop(now=interrupts > 1, reason="Ctrl-C")
                     if interrupts > 2:
                         self.driver.abandon("Ctrl-C")
-        finally:
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
         return stopped
 
     def _sweep(self) -> None:

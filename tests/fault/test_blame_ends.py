@@ -58,6 +58,27 @@ def asked_by(number: int) -> Callable[[subprocess.Popen[str], Path], None]:
     return act
 
 
+def ask_twice(run: subprocess.Popen[str], folder: Path) -> None:
+    """The second Ctrl-C comes when the first has been heard."""
+    after_step(run, folder)
+    run.send_signal(signal.SIGINT)
+    assert run.stderr is not None
+    assert any("Ctrl-C: the run stops after its next step" in line for line in run.stderr)
+    run.send_signal(signal.SIGINT)
+
+
+NO_NEXT_STEP = """
+os.path.exists("never") or os.mkfifo("never") if __name__ == "__main__" else None
+NEVER = os.path.abspath("never")
+class Hook:
+    def on_commit(self, ctx, step):
+        os.environ["STEP"] = str(step)
+options["hooks"] = [Hook()]
+def loss(model, batch):
+    if int(os.environ.get("STEP", "0")) >= 3:
+        open(NEVER).read()  # nobody will ever write
+    return LossSum(model(batch["x"]).square().sum(), batch["x"].numel())
+"""
 CALLBACK = """
 class Watch:
     def on_event(self, event):
@@ -99,6 +120,10 @@ ENDS = {
     "sigterm": End(
         status="short", cause="request", code=1, said="stopped by SIGTERM at step",
         act=asked_by(signal.SIGTERM),
+    ),
+    "ctrl-c twice": End(
+        status="short", cause="request", code=-signal.SIGINT, said="stopped by Ctrl-C at step",
+        act=ask_twice, body=NO_NEXT_STEP,
     ),
     "user": End(
         status="failed", cause="user_code", code=1, said="ZeroDivisionError",

@@ -140,7 +140,7 @@ def test_the_resolved_file_loads_back_to_the_same_configuration() -> None:
 
 @given(
     nodes=st.integers(1, 50),
-    name=st.text(),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0")),
     lr=st.floats(1e-9, 1e3),
     labels=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
 )

@@ -150,9 +150,12 @@ class Driver:
             self._chaos.close()
         self._life.close()
         self._nodes.close()
+        if not over:  # the driver records the end: the controller must not take it for lost first
+            self._launcher.close(grace_s=0.0)
         if self._link is not None:
             self._link.close(timeout_s=1.0)
-        self._launcher.close(grace_s=5.0 if over else 0.0)
+        if over:
+            self._launcher.close(grace_s=5.0)
 
     # ---- what the controller says --------------------------------------------------------------
 

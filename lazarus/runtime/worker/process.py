@@ -90,6 +90,8 @@ class Worker:
         self._pause = 0  # newest generation that shall pause; may be told before it is entered
         self._building = True
         self._over = threading.Event()
+        self._left = threading.Event()  # the training thread is out of everybody's functions
+        self._is_alone = False  # a process of its own, which may be ended
         self._acked = 0
         self._last_words: Body | None = None  # what a new controller must hear again
         self._timeouts = spec.config.timeouts
@@ -189,7 +191,8 @@ class Worker:
         self._welcomed.set()
         self._ledger.raise_fence(_FOREVER, self._release)
         self._orders.put(body)
-        spawn("last bound", self._end_anyway, on_death=self._thread_died)
+        if self._is_alone:
+            spawn("last bound", self._end_anyway, on_death=self._thread_died)
 
     def _on_dead(self, reason: str) -> None:
         print(f"worker {self._spec.worker}: {reason}", file=sys.stderr, flush=True)
@@ -201,8 +204,8 @@ class Worker:
         The driver would, but it may be gone: a loop without end would run for as long as the
         machine does.
         """
-        threading.Event().wait(self._timeouts.final_s)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if not self._left.wait(self._timeouts.final_s):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _beat(self) -> None:
         while not self._over.wait(self._timeouts.heartbeat_interval_s):
@@ -232,6 +235,7 @@ class Worker:
         register_process(spec.node_folder)
         observer.where = Whereabouts.in_folder(spec.node_folder, spec.local_rank)
         catch_exit(observer.where)
+        self._is_alone = True
         with crashes_noted(spec.node_folder, spec.local_rank):
             return self._run()
 
@@ -252,6 +256,7 @@ class Worker:
             if self._rank is not None:
                 self._rank.close()
             self._link.close()
+            self._left.set()
 
     def _thread_died(self, name: str, problem: BaseException) -> None:
         """Without that thread this rank would be a lie: say so, and go."""
