@@ -10,7 +10,7 @@ from control_desk import EXPERTS, Desk, running
 
 from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
 from lazarus.checkpoint.selection.adaptive import SaveSettings
-from lazarus.control.cluster.state import Phase
+from lazarus.control.cluster.state import Phase, Save
 from lazarus.control.messages import Pause, Paused, Prepare, Resume, SnapshotHeld, Suspicion
 from lazarus.control.ports import Journal, ManifestDone, WriteManifest
 from lazarus.control.restart.replay import resumed_state
@@ -318,3 +318,11 @@ def test_a_partial_checkpoint_points_to_nothing_in_the_place_it_was_resumed_from
         assert saves.none_stands(state) is not is_there
         later = replace(state, checkpoints=(replace(standing[0], step=41),))
         assert not saves.none_stands(later)  # the resumed run has written that one itself
+
+
+def test_a_share_of_whoever_may_be_on_the_way_back_is_waited_for() -> None:
+    save = Save(generation=1, seats=("w0", "w1"), shares={"w0": "{}"})
+    gone = replace(running().state, workers={})
+    assert saves.is_hopeless(gone, save)
+    assert not saves.is_hopeless(replace(gone, phase=Phase.RECONNECTING), save)
+    assert not saves.is_hopeless(running().state, save)
