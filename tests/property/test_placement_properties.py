@@ -80,6 +80,25 @@ def test_allocation_equals_the_greedy_rule_slot_by_slot(
     assert min(slow) >= floor and max(slow) <= nodes
 
 
+@pytest.mark.parametrize("kind", ["even", "few values", "skewed", "idle"])
+def test_large_problems_are_allocated_by_the_same_rule(kind: str) -> None:
+    """Beyond some thousand grants a threshold is bisected instead."""
+    rng = np.random.default_rng(5)
+    shape, nodes = (4, 256), 64
+    loads = {
+        "even": np.ones(shape),
+        "few values": rng.integers(1, 4, shape).astype(float),
+        "skewed": rng.permuted(1.0 / np.arange(1, 257) ** 1.2 * np.ones(shape), axis=1),
+        "idle": rng.integers(0, 2, shape) * rng.random(shape),
+    }[kind]
+    for slots, floor in ((nodes * 8, 1), (nodes * 9, 2), (nodes * 300, 1)):
+        limits = {"num_slots": slots, "min_replicas": floor, "max_replicas": nodes}
+        found = allocate_replicas(loads, **limits)
+        assert len(found) == len(loads)
+        for load, counts in zip(loads[:2], found, strict=False):
+            assert tuple(counts) == allocate_by_heap(load.tolist(), **limits)
+
+
 @given(load=LOADS, floor=st.integers(1, 3), spare=st.integers(0, 40))
 def test_the_papers_rule_uses_every_slot_and_keeps_the_floor(
     load: list[float], floor: int, spare: int
