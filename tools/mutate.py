@@ -35,6 +35,7 @@ from mutate_changes import Change, drawn
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_BYTES = 12 << 30
+WALL_S = 1800.0
 LIBRARIES = (
     "pytest", "hypothesis", "hypothesis.strategies", "msgspec", "numpy", "scipy.optimize",
     "highspy", "pulp", "xxhash", "safetensors.torch", "fsspec", "torch",
@@ -290,7 +291,6 @@ def results(
     """Each change with the test that noticed it, or with nothing, as they end."""
     waiting, free = list(reversed(changes)), list(trees)
     going: list[tuple[Change, bytes, Run]] = []
-    cpu_s = int(3 * known.cpu_s) + 10
     try:
         while waiting or going:
             while waiting and free:
@@ -300,11 +300,12 @@ def results(
                     continue
                 tree = free.pop()
                 before = changed(change, tree)
+                cpu_s = 20 + int(2 * sum(sum(seconds.values()) for seconds in rounds))
                 going.append((change, before, started(tree, suite, rounds, cpu_s=cpu_s)))
             time.sleep(0.05)
             for entry in list(going):
                 change, before, run = entry
-                if (result := run.result(wall_s=20 * cpu_s)) is not None:
+                if (result := run.result(wall_s=WALL_S)) is not None:
                     going.remove(entry)
                     _write(run.tree / change.file, before)
                     free.append(run.tree)
