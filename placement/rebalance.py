@@ -135,8 +135,3 @@ def _served_excess(load: Floats, plan: Plan) -> float:
     np.add.at(homes, (layer, plan.home // plan.ranks_per_node), load)
     both = max_over_mean(homes), max_over_mean(plan.loads_of_nodes(load))
     return float(np.mean(both)) - 1.0
-
-
-def mean_excess(plan: Plan, load: Sequence[Any] | npt.NDArray[Any]) -> float:
-    """max/mean node load minus 1, averaged over layers, with shares renewed for ``load``."""
-    return float(balance_of(as_load(load), plan.node_member).mean()) - 1.0

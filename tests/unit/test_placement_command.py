@@ -53,6 +53,16 @@ def test_the_table_shows_the_heat_map_the_certificate_and_every_baseline(
                  "mro", "spread", "compact", "eplb-like"):  # fmt: skip
         assert word in out
     assert "\033[" not in out and err == ""
+    assert "layer 0 of 3" in out
+
+
+def test_the_heat_map_says_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([1.0] * 50))
+    assert main(["plan", "--load", str(tmp_path / "a.json"), "--nodes", "4", "--slots", "26"]) == 0
+    out, _ = capsys.readouterr()
+    assert "4 of 4 nodes, 48 of 50 experts" in out and "layer 0" not in out
 
 
 def test_loads_come_from_json_npy_and_npz(
