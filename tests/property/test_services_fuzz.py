@@ -115,7 +115,8 @@ def test_no_bytes_break_the_controller_or_make_it_grow(tmp_path: Path, messages:
             sizes.append(resident(pid))
         assert is_welcome(address, "good")
         assert not ended
-        assert max(sizes) - sizes[len(sizes) // 5] < 24 * MEBI
+        warm = sizes[max(10, len(sizes) // 5)]  # gRPC's threads and buffers are there by then
+        assert max(sizes) - warm < 24 * MEBI
     finally:
         launcher.close(grace_s=0.0)
     record = read_events(tmp_path / "events.jsonl")
