@@ -1,4 +1,4 @@
-"""The control plane as a function: (state, event) -> (state, commands), for every event."""
+"""The control plane's entry point: ``decide`` maps (state, event) to (next state, commands)."""
 
 from __future__ import annotations
 
@@ -68,17 +68,26 @@ from lazarus.control.reconfiguration import repair, resuming
 from lazarus.control.saving import saves
 from lazarus.failure import Cause, Failure
 
-_ENDS_NODES = frozenset({"kill", "stop", "stall", "cut", "crash"})  # faults, if they last
+_ENDS_NODES = frozenset({"kill", "stop", "stall", "cut", "crash"})  # faults, unless limited by for=
 
 
 def decide(state: Control, event: Event) -> Decision:
-    """The next state, and what the shell must do, in order, to get there."""
+    """Decide what follows from one event.
+
+    Args:
+        state: The controller's whole state before the event.
+        event: What happened, with its time ``at_s``.
+
+    Returns:
+        The next state, and the commands that the shell carries out in this order. Every event has
+        an answer; late and repeated ones leave the state as it was, or are only counted.
+    """
     state, commands = decide_at_once(state, event)
     return state, each(commands)
 
 
 def decide_at_once(state: Control, event: Event) -> Decision:
-    """``decide``, with one ``TellAll`` where many workers are told the same."""
+    """Like ``decide``, but a message for many workers stays one ``TellAll`` command."""
     if state.phase is Phase.ENDED:
         return state, ()
     before = state
@@ -118,7 +127,7 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Dec
     if isinstance(body, Hello):
         return members.on_hello(state, body, at_s=at_s)
     known = state.workers.get(worker)
-    if known is None:  # excluded, or never admitted: nothing it sends is read (rule 31)
+    if known is None:  # excluded or never admitted: its messages are dropped (rule 31)
         return replace(state, stale=state.stale + 1), ()
     state = replace(state, workers={**state.workers, worker: replace(known, heard_s=at_s)})
     if reason := checks.wrong_with(state, worker, body):
@@ -195,7 +204,7 @@ def _driver_said(state: Control, body: Body, *, at_s: float) -> Decision:
 
 
 def _on_stop(state: Control, body: StopRun, *, at_s: float) -> Decision:
-    """Stop as asked: at once, or where the members pause next."""
+    """End the run at once, or note the reason so that it ends at the next pause of all ranks."""
     if body.failure is not None:
         return commits.end(state, status="failed", failure=body.failure, at_s=at_s)
     reason = body.reason or "stopped"
@@ -212,7 +221,7 @@ def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> 
     if body.kind in _ENDS_NODES and ",for=" not in body.spec:
         key = state.nodes[state.workers[worker].node].key
         ends = (TellDriver(body=NodeEndsMachine(node_key=key)),)
-    if (worker, body.number) in state.struck:  # an earlier life of the controller has seen to it
+    if (worker, body.number) in state.struck:  # an earlier controller process handled it
         return state, (*ends, go)
     if body.spec in state.fired_specs and not names_a_node(body.spec):
         return state, (Tell(worker=worker, body=Go(spec=body.spec, is_done=True)),)
@@ -248,7 +257,11 @@ def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> 
 
 
 def _on_injected(state: Control, body: Injected, *, at_s: float) -> Decision:
-    """A random fault by the driver: note when, so that its detection can be timed."""
+    """Record a random fault that the driver injects, with its time.
+
+    The time makes it possible to measure how long the detection takes. A fault that only the
+    process itself can show is passed on to the node's workers.
+    """
     found = node_of(state, body.node_key)
     serial = None if found is None else found[0]
     fields = {
@@ -297,7 +310,7 @@ def _tick(state: Control, *, at_s: float) -> Decision:
 
 
 def _settle(state: Control, *, at_s: float) -> Decision:
-    """Begin what is due. Level-triggered: it looks at the state, not at what just happened."""
+    """Start whatever the state calls for, regardless of which event led to this state."""
     match state.phase:
         case Phase.GATHERING:
             return _settle_gathering(state, at_s=at_s)
@@ -318,7 +331,7 @@ def _settle(state: Control, *, at_s: float) -> Decision:
             if patience.manifest_too_long(state, at_s=at_s):
                 return patience.end_without_manifest(state, at_s=at_s)
             if set(state.finalized) >= set(state.seats) and state.manifest_pending:
-                return state, ()  # whoever wrote the shares is not needed any more
+                return state, ()  # all shares are durable: the lost ranks are not needed any more
         case Phase.ALIGNING if change.waited_enough(state, at_s=at_s):
             return change.prepare(state, at_s=at_s)
         case _:
@@ -335,7 +348,7 @@ def _settle_gathering(state: Control, *, at_s: float) -> Decision:
     if ready >= state.config.nodes or (enough and _waited_for_all(state, at_s=at_s)):
         return change.begin(state, reason="start", at_s=at_s)
     patience_s = state.config.timeouts.startup_s + state.config.quorum_timeout_s
-    if not enough and state.idle_s is not None:  # nothing is coming up
+    if not enough and state.idle_s is not None:  # no node is being started
         patience_s = state.idle_s - state.started_s + state.config.quorum_timeout_s
     if at_s - state.started_s > patience_s:
         return _quorum_timeout(state, live=ready, at_s=at_s)
@@ -343,9 +356,10 @@ def _settle_gathering(state: Control, *, at_s: float) -> Decision:
 
 
 def _waited_for_all(state: Control, *, at_s: float) -> bool:
-    """Whether those who are there begin without the others.
+    """Whether the nodes that are ready start the run without the missing ones.
 
-    Machines that are still to come have long; machines on which nothing starts have not.
+    They wait for ``startup_s`` if machines may still come, and only for ``gather_s`` if there are
+    machines but nodes do not start on them.
     """
     if at_s - state.started_s > state.config.timeouts.startup_s:
         return True
@@ -385,7 +399,11 @@ def _settle_running(state: Control, *, at_s: float) -> Decision:
 
 
 def _evict_suspect(state: Control, node: int, *, at_s: float) -> Decision:
-    """A node that computes wrongly again and again goes, unless another one just did."""
+    """Evict a node that was outvoted too often.
+
+    If another node was evicted for the same reason shortly before, end the run instead: then user
+    code is at fault.
+    """
     state, event = repair.on_suspect(state, node, at_s=at_s)
     if event is None:
         return repair.end_by_user_code(state, node, at_s=at_s)
@@ -395,7 +413,7 @@ def _evict_suspect(state: Control, node: int, *, at_s: float) -> Decision:
 
 
 def _pause_is_due(state: Control, *, at_s: float) -> bool:
-    """Whether the ranks shall stop at a boundary: to end, to change members, or as wanted."""
+    """Whether the ranks must pause between two steps: to stop, to change members, or as wanted."""
     if state.stopping or state.wants or leaving(state, state.members):
         return True
     waiting = candidates(state)
@@ -408,14 +426,14 @@ def _pause_is_due(state: Control, *, at_s: float) -> bool:
 
 
 def _all_paused(state: Control, *, at_s: float) -> Decision:
-    """Every rank stands at the same boundary (rule 15)."""
+    """All ranks have paused (rule 15): finalize the run, or begin a planned reconfiguration."""
     state, commands = commits.close_timeline(state, at_s=at_s)
     state, more = commits.flush(state, at_s=at_s)
     commands += more
     if set(state.paused.values()) != {state.step}:
         if not patience.has_lost_vectors(state, at_s=at_s):
-            return state, commands  # vectors still on their way
-        state, more = change.begin(state, reason="lost_vectors", at_s=at_s)  # reports bring them
+            return state, commands  # some commit vectors have not arrived yet
+        state, more = change.begin(state, reason="lost_vectors", at_s=at_s)  # reports have them
         return state, commands + more
     if state.step >= state.config.steps or state.stopping:
         state, more = finalizing.begin(state, at_s=at_s)
@@ -431,7 +449,7 @@ def _all_paused(state: Control, *, at_s: float) -> Decision:
 
 
 def _all_lost(state: Control, *, at_s: float) -> Decision:
-    """Nobody is left: wait for nodes that take the state from the newest checkpoint."""
+    """Every member is lost: hold until new nodes can restart the run from a checkpoint."""
     message = f"every node is lost at step {state.step}"
     if state.stopping:
         failure = Failure(
@@ -446,8 +464,8 @@ def _all_lost(state: Control, *, at_s: float) -> Decision:
 
 
 def _settle_gone(state: Control, *, at_s: float) -> Decision:
-    """Restart once enough nodes are there, unless a checkpoint is just being written."""
-    if state.gone_s is None:  # the last one went while the run was held
+    """Restart from a checkpoint once enough nodes are ready and no manifest is being written."""
+    if state.gone_s is None:  # the last member was lost while the run was held
         return _all_lost(state, at_s=at_s)
     there, config = candidates(state), state.config
     waited = at_s - state.gone_s
@@ -458,12 +476,12 @@ def _settle_gone(state: Control, *, at_s: float) -> Decision:
         return state, ()
     newest = max(state.nodes[node].joined_s for node in there)
     if len(there) < config.nodes and at_s - newest < config.timeouts.restart_debounce_s:
-        return state, ()  # others are on their way
+        return state, ()  # more nodes may be about to join
     return change.begin(state, reason="restart", at_s=at_s)
 
 
 def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Decision:
-    if state.broken:  # no node that may come would help
+    if state.broken:  # an invariant failed: more nodes would not help
         text = f"the state was held for {state.config.quorum_timeout_s:.0f} s: {state.hold_reason}"
         broken = Failure(cause=Cause.INTERNAL, error="InternalError", message=text)
         return commits.end(state, status="failed", failure=broken, at_s=at_s)

@@ -1,4 +1,4 @@
-"""The machine's two ports: events go in, commands come out. Every event carries its time."""
+"""Events, the input of ``machine.decide``, and commands, its output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lazarus.control.messages import Body, StorageProblem
 
-# ---- events: what decide() is fed with ---------------------------------------------------------
+# ---- events: each carries its time -------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class DriverGone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Garbled:
-    """A stream brought bytes that are no message; ``worker`` is empty where nobody knows whose."""
+    """A stream delivered bytes that are not a message; ``worker`` is empty if not known."""
 
     worker: str
     reason: str
@@ -48,7 +48,7 @@ class Garbled:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
     at_s: float
-    slept_s: float = 0.0  # for so long the controller itself could not hear anybody
+    slept_s: float = 0.0  # how long the controller's process stood still before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ManifestDone:
-    """The shell wrote a manifest, or says why it could not."""
+    """The shell has written a manifest, or failed to (``error`` says why)."""
 
     generation: int
     step: int
@@ -76,8 +76,8 @@ class ManifestDone:
     standing: tuple[tuple[int, int, bool], ...] = ()  # (generation, step, full) after retention
     final: bool = False
     error: str = ""
-    problem: StorageProblem | None = None  # what storage refused
-    is_rootless: bool = False  # it points to files of older ones, and none of those stands
+    problem: StorageProblem | None = None  # the refusal, if storage failed
+    is_rootless: bool = False  # points to files of older checkpoints, and none of these stands
 
 
 Event = ManifestDone | WorkerSaid | StreamClosed | DriverSaid | DriverGone | Garbled | Tick
@@ -94,7 +94,7 @@ class Tell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TellAll:
-    """The same for many workers, in this order; ``each`` spells it out."""
+    """Send one message to many workers, in this order; ``each`` expands it to single ``Tell``s."""
 
     workers: tuple[str, ...]
     body: Body
@@ -107,14 +107,17 @@ class TellDriver:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Journal:
-    """Append, durably, before the next command is carried out; a conflict ends the process."""
+    """Append an entry to the journal, durably, before the next command is carried out.
+
+    A conflict with another controller ends the process.
+    """
 
     entry: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publish:
-    """One line of the run's record; ``t`` is the time it happened."""
+    """Write one event to the run's record; ``t`` is the time of the event in seconds."""
 
     t: float
     event: str
@@ -125,8 +128,8 @@ class Publish:
 class WriteManifest:
     """Write the manifest of a checkpoint whose files are durable; answered by ManifestDone.
 
-    ``parts`` are the ranks' reports (JSON); ``final`` ends the run with it. Without ``url`` it goes
-    where the run's checkpoints are.
+    ``parts`` are the ranks' reports (JSON); ``final`` marks the last checkpoint of the run. An
+    empty ``url`` stands for the run's checkpoint place.
     """
 
     step: int
@@ -139,7 +142,7 @@ class WriteManifest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropFiles:
-    """Delete files of a checkpoint that will not become true; nobody waits for it."""
+    """Delete files of a checkpoint that will not be completed; there is no answer."""
 
     paths: tuple[str, ...]
 
@@ -151,7 +154,7 @@ class Disconnect:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exit:
-    """The controller's work is done."""
+    """End the controller's process: the run is over."""
 
 
 Command = (
@@ -160,7 +163,7 @@ Command = (
 
 
 def each(commands: Iterable[Command]) -> tuple[Command, ...]:
-    """The same commands with one ``Tell`` for every worker that a ``TellAll`` names."""
+    """Expand every ``TellAll`` to one ``Tell`` per worker; other commands are unchanged."""
     spelled: list[Command] = []
     for command in commands:
         if isinstance(command, TellAll):

@@ -1,6 +1,6 @@
-"""The commit vector: one float64 array, summed over all ranks, is the commit of a step (rule 10).
+"""The commit vector: a float64 array whose sum over all ranks commits a step (rule 10).
 
-Every lane is a sum. Counts and sample hashes stay exact: they are integers far below 2**53.
+Every lane is a sum. Counts and sample hashes stay exact, since they are integers below 2**53.
 Lanes: L MoE layers, E experts, W ranks.
 """
 
@@ -17,7 +17,7 @@ from lazarus.errors import BrokenInvariantError
 Lanes = NDArray[np.float64]
 
 HASH_BITS = 40  # per sample and per rank; sums over 8,192 ranks stay below 2**53
-HISTORY_DECAY = 0.9  # of the smoothed load, per committed step
+HISTORY_DECAY = 0.9  # weight of the older load in the smoothed load, per committed step
 
 _FIXED = (
     "members",
@@ -35,7 +35,7 @@ _FIXED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VectorLayout:
-    """Where each lane lies for one generation's world size and one model."""
+    """Positions of the lanes for a given world size and model shape."""
 
     world_size: int
     num_layers: int
@@ -50,25 +50,25 @@ class VectorLayout:
 
     @property
     def times(self) -> slice:
-        """One lane per rank: seconds of own compute in this step."""
+        """Lanes with each rank's seconds of own compute in the step, one per rank."""
         return slice(len(_FIXED), len(_FIXED) + self.world_size)
 
     @property
     def counts(self) -> slice:
-        """Routed copies, row-major [L, E]."""
+        """Lanes of the routed copies, row-major [L, E]."""
         start = len(_FIXED) + self.world_size
         return slice(start, start + self.num_layers * self.num_experts)
 
     @property
     def squares(self) -> slice:
-        """Square sums of expert gradients, row-major [L, E]; one rank fills each."""
+        """Lanes of the squared gradient sums of experts, row-major [L, E]; one rank fills each."""
         start = self.counts.stop
         return slice(start, start + self.num_layers * self.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSums:
-    """A decoded vector: what all ranks together know of one step."""
+    """A decoded commit vector: the sums over all ranks for one step."""
 
     step: int
     samples: int
@@ -88,12 +88,12 @@ class StepSums:
 
     @property
     def skips(self) -> bool:
-        """Whether the step is committed without an update: a number of it is none."""
+        """Whether the step is committed without an update, because a value is not finite."""
         return self.found_inf or not bool(np.isfinite(self.squares.sum()))
 
     @property
     def skip_reason(self) -> str:
-        """What is not finite: the loss, or else the gradient."""
+        """The reason for skipping: the loss or else the gradient norm is not finite."""
         if np.isfinite(self.loss_sum):
             return "the gradient norm is not finite"
         return "the loss is not finite"
@@ -114,7 +114,7 @@ def contribution(
     pause: bool,
     own_s: float,
 ) -> Lanes:
-    """What one rank adds; the count and square lanes are filled by the caller.
+    """One rank's summand; the caller fills in the count and square lanes.
 
     Returns:
         float64 [num_lanes].
@@ -140,7 +140,7 @@ def decode(layout: VectorLayout, lanes: Lanes) -> StepSums:
     """Read a summed vector.
 
     Raises:
-        BrokenInvariantError: It is not the sum of one contribution per rank for one step.
+        BrokenInvariantError: The lanes are not the sum of one contribution per rank to one step.
     """
     if lanes.ndim != 1 or lanes.size < layout.num_lanes:  # measures may follow
         raise BrokenInvariantError(
@@ -170,7 +170,7 @@ def decode(layout: VectorLayout, lanes: Lanes) -> StepSums:
 
 
 def sample_hash(sample_ids: Sequence[int] | NDArray[np.int64], *, step: int) -> int:
-    """Order-free hash of a set of samples of one step: the sum of their mixed ids, mod 2**40."""
+    """Hash of a step's samples in any order: the sum of their mixed ids, modulo 2**40."""
     ids = np.asarray(sample_ids, dtype=np.uint64)
     with np.errstate(over="ignore"):
         mixed = (ids + np.uint64(step) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(
@@ -195,6 +195,11 @@ def start_history(num_layers: int, num_experts: int) -> NDArray[np.float64]:
 def advance_history(
     history: NDArray[np.float64], counts: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The load history after one more committed step; the same bits on every rank."""
+    """The load history after one more committed step; bitwise equal on every rank.
+
+    Args:
+        history: float64 [3, L, E], as ``start_history`` returns.
+        counts: float64 [L, E], routed copies of the step.
+    """
     smoothed = history[0] * HISTORY_DECAY + counts * (1.0 - HISTORY_DECAY)
     return np.stack([smoothed, history[1] + counts, counts])

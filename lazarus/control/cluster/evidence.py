@@ -1,10 +1,10 @@
-"""What is held against nodes, and must outlive the controller that found it out. PURE.
+"""Journaling of evidence about nodes, so that it survives a restart of the controller. PURE.
 
-A replica that was outvoted must not become a source because the controller restarted; a node that
-is outvoted again and again stays suspect; a process that was ended on purpose says nothing of the
-user's code. None of this can be asked of the workers again, so every change is journaled: within
-the claim or the RESUME of the same decision, since a suspect is evicted by the one and a repair is
-over only with the other; else in an entry of its own, before the commands that follow from it.
+Evidence is what the workers cannot be asked again: which replicas were outvoted (they must not
+become a source), how often each node was outvoted, and which processes were ended on purpose (their
+deaths do not count against user code). Every change is journaled. If the same decision journals a
+claim or a RESUME, the change becomes part of that entry, because a claim evicts a suspect and only
+a RESUME completes a repair. Otherwise the change gets its own entry, ahead of all other commands.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ FIELDS = (
 def journaled(
     before: Control, after: Control, commands: tuple[Command, ...]
 ) -> tuple[Command, ...]:
-    """The commands of one decision, with what it found out put into the journal."""
+    """Add the evidence that changed between two states to the journal entries of a decision.
+
+    Args:
+        before: The state before the event.
+        after: The state after the event.
+        commands: The commands of this decision.
+
+    Returns:
+        The commands, with the changes in their first claim or RESUME entry or in a new first entry.
+    """
     found = _changes(before, after)
     if not found:
         return commands
@@ -39,7 +48,7 @@ def journaled(
 
 
 def _changes(before: Control, after: Control) -> dict[str, Any]:
-    """What an entry says: of what only grows with faults on purpose the news, else all of it."""
+    """The changed fields: of ``fired``, ``doomed`` and ``excused`` only the new items."""
     found: dict[str, Any] = {}
     for name in FIELDS:
         old, new = getattr(before, name), getattr(after, name)
@@ -64,7 +73,7 @@ def _changes(before: Control, after: Control) -> dict[str, Any]:
 
 
 def recalled(state: Control, entry: Mapping[str, Any]) -> Control:
-    """The state after such an entry; what it does not name is as it was."""
+    """Apply a journaled evidence entry; fields that the entry does not name are unchanged."""
     changes: dict[str, Any] = {}
     if "outvoted_workers" in entry:
         copies = ((str(w), int(layer), int(e)) for w, layer, e in entry["outvoted_copies"])

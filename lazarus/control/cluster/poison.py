@@ -1,22 +1,22 @@
-"""Steps that end processes: when deaths are no news of machines but of the user's code. Pure.
+"""Poisoned steps: deciding whether process deaths are caused by user code. Pure.
 
-A process that ends inside one of the user's functions cannot say why. One death is a loss like any
-other. The rule for more of them, at the same step in the same function, the step being uncommitted:
+A process that dies inside a user function cannot report why. A single death is treated like any
+other node loss. Several deaths at the same uncommitted step, in the same user function, are blamed
+on the user's code as follows:
 
-* Two nodes whose processes *ended by themselves* in the same way (the same exit code; the same
-  signal that a process brings upon itself, such as SIGSEGV) have met a bug, at the first attempt
-  or at the redo.
-* A death that may have come from outside (SIGKILL, a machine that is gone) shows a bug only where
-  it happens for the third time, each time in another attempt: three machines may well fail at
-  once, but not each new attempt at one step just there.
+* Processes of two nodes that *ended by themselves* in the same way (the same exit code, or the same
+  signal that a process raises itself, such as SIGSEGV) show a bug, even in one attempt.
+* A death that may have an outside cause (SIGKILL, a lost machine) shows a bug only at the third
+  node, each in another attempt at the step: three machines may fail together, but hardly one in
+  each attempt at the same place.
+* A thread that stopped making progress, so that its node was given up, shows a bug at the second
+  node, in another attempt.
 
-* A thread that stood still there, so that its node was given up, shows a bug where it happens on a
-  second node, in another attempt: a machine may hang, but not two of them one after the other.
+Injected faults never count. Once the step is committed its deaths are dropped.
 
-Faults on purpose never count. A commit of the step forgets its deaths.
-
-A stream ends before the launcher tells how its process did. Where that word may be the one that
-shows a bug, the step is not tried again before it has come (``awaited``), within a bound.
+The stream of a dead process closes before its launcher reports how the process ended. If that
+report could show a bug, the step is not retried until the report arrives (``awaited``); the caller
+limits this wait.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ from dataclasses import dataclass
 
 # Signals that a process brings upon itself; SIGKILL, SIGTERM and the like come from elsewhere.
 OWN_SIGNALS = frozenset({"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"})
-ATTEMPTS = 3  # after which deaths from outside are no chance any more
-HUNG_ATTEMPTS = 2  # the same for threads that stood still
-HUNG = "no progress"  # signature of a process that was ended because its thread stood still
+ATTEMPTS = 3  # deaths with an outside cause that show a bug
+HUNG_ATTEMPTS = 2  # the same for threads without progress
+HUNG = "no progress"  # signature of a process that was ended because its thread made no progress
 _EXITED = "exit code "
-_AFTER_COMMIT = frozenset({"on_commit", "evaluate"})  # phases in which their step is committed
+_AFTER_COMMIT = frozenset({"on_commit", "evaluate"})  # phases after the commit of their step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Death:
-    """A process that ended inside a function of the user's."""
+    """A process that died inside a user function."""
 
     worker: str
-    node: str  # its key
+    node: str  # node key
     generation: int
     step: int
     phase: str
     signature: str  # "exit code 3", "SIGSEGV"; empty: not known
     sample_ids: tuple[int, ...] = ()
-    place: str = ""  # of the user's code
+    place: str = ""  # line of the user's code
     crash: str = ""  # what the process wrote while it crashed
-    shown: str = ""  # the user's part of it
+    shown: str = ""  # the part of ``crash`` that is user code
 
     @property
     def is_own(self) -> bool:
-        """Whether the process ended itself."""
+        """Whether the process ended by itself: by an exit code or a signal it raised."""
         return self.signature.startswith(_EXITED) or self.signature in OWN_SIGNALS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gone:
-    """A process whose stream has ended, and of which the launcher has not said how it ended."""
+    """A process whose stream has closed and whose launcher has not yet reported how it ended."""
 
     worker: str
-    generation: int  # in which it computed
-    step: int  # that it computed, or waited to
+    generation: int  # in which the process computed
+    step: int  # that the process computed, or waited to compute
     at_s: float
 
     @property
@@ -69,7 +69,12 @@ class Gone:
 
 
 def signature_of(cause: str, crash: str) -> str:
-    """How a process ended, of what its launcher says and what it wrote while it crashed."""
+    """How a process ended: "exit code N", a signal name, or empty if unknown.
+
+    Args:
+        cause: What the launcher reported.
+        crash: What the process wrote while it crashed (faulthandler's text).
+    """
     if cause in OWN_SIGNALS:
         return cause
     if cause.startswith(f"process {_EXITED}"):
@@ -90,7 +95,10 @@ _CRASHES = (  # first lines of faulthandler
 
 
 def poisoned(deaths: tuple[Death, ...]) -> tuple[Death, ...]:
-    """Those deaths that together show a bug of the user's code; empty: nothing is shown."""
+    """The deaths that together show a bug in user code; empty if they show none.
+
+    Only deaths at the step and in the code of the last death are considered.
+    """
     if not deaths:
         return ()
     last = deaths[-1]
@@ -107,10 +115,15 @@ def poisoned(deaths: tuple[Death, ...]) -> tuple[Death, ...]:
 
 
 def awaited(deaths: tuple[Death, ...], gone: tuple[Gone, ...], *, step: int) -> tuple[Gone, ...]:
-    """Those of the gone whose launcher's word may show a bug; empty: no word would.
+    """The processes in ``gone`` whose launcher report is worth waiting for.
 
     Args:
-        step: The last one that is committed.
+        deaths: Deaths known so far.
+        gone: Processes whose launcher has not reported yet.
+        step: The last committed step.
+
+    Returns:
+        The processes of uncommitted steps; empty if no report could show a bug in user code.
     """
     known = still_open(deaths, step=step)
     unsure = tuple(g for g in gone if g.step > step)
@@ -125,17 +138,20 @@ def awaited(deaths: tuple[Death, ...], gone: tuple[Gone, ...], *, step: int) -> 
 
 
 def _same_code(one: Death, other: Death) -> bool:
-    """The same function, or the same line: what reads ahead dies in whatever phase others are."""
+    """Whether two deaths happened in the same user function, or at the same line of a crash.
+
+    A prefetching thread crashes at its own line, in whichever phase the training thread is.
+    """
     return one.phase == other.phase or bool(one.crash and one.place and one.place == other.place)
 
 
 def still_open(deaths: Iterable[Death], *, step: int) -> tuple[Death, ...]:
-    """Deaths that the commit of ``step`` does not forget."""
+    """The deaths that still count once ``step`` is committed."""
     return tuple(d for d in deaths if d.step + (d.phase in _AFTER_COMMIT) > step)
 
 
 def common_samples(deaths: Iterable[Death]) -> tuple[int, ...]:
-    """Samples that every one of the dead was computing; of any, where they had none in common."""
+    """Sample ids that all dead processes were computing; if they share none, the ids of any."""
     ids = [set(d.sample_ids) for d in deaths if d.sample_ids]
     if not ids:
         return ()

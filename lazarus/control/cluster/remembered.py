@@ -1,7 +1,8 @@
-"""Answers that a fleet's controller would otherwise work out again for each of its commands. PURE.
+"""A small cache for functions of two immutable objects. PURE.
 
-Many decisions of one change ask the same of the same immutable tables: ten thousand nodes, eight
-times. What was asked is known by identity, which costs nothing to compare.
+During one reconfiguration many decisions ask the same question about the same tables, which may
+hold ten thousand nodes. Arguments are compared by identity, because comparing their contents would
+cost as much as computing the answer.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ _KEPT = 8
 def remembered(
     function: Callable[[_First, _Second], _Answer],
 ) -> Callable[[_First, _Second], _Answer]:
-    """``function`` of two objects that nobody changes, with its last few answers kept.
+    """Decorate a function of two arguments so that its last 8 results are cached.
 
-    The objects are kept as well, so that no other can have their identity.
+    Both arguments must never be changed after the call. The cache holds references to them, so that
+    no other object can get the same identity.
     """
     last: tuple[tuple[_First, _Second, _Answer], ...] = ()
 

@@ -1,9 +1,11 @@
-"""Which nodes the driver starts, and where: one frozen value, replaced at every news. PURE.
+"""Which nodes the driver starts, and on which machines. PURE.
 
 A machine is whatever a launcher can start a node on: a Ray node, or a place on this computer. The
-run wants ``Limits.wanted`` nodes. Whatever is missing is started on a machine that has room, at
-once after a first loss, and later and later on a machine where nodes die or do not start again and
-again; after ``MOST_TROUBLES`` in a row the machine is left alone.
+run wants ``Limits.wanted`` nodes, and missing nodes are started on machines that have room. After a
+first loss on a machine its replacement starts at once; each further trouble in a row (a node that
+dies early or does not start) doubles the time before the machine is used again, and after
+``MOST_TROUBLES`` in a row the machine is banned. All functions take a frozen ``Fleet`` and return a
+new one.
 """
 
 from __future__ import annotations
@@ -17,22 +19,22 @@ from dataclasses import dataclass, field, replace
 from lazarus.control.cluster.state import without
 
 MOST_TROUBLES = 6  # failed starts and early deaths in a row, on one machine
-SUSPECT_AT = 3  # losses on one machine, whatever lies between them
+SUSPECT_AT = 3  # losses on one machine, in a row or not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How many nodes a run wants, and how patient it is with machines. Seconds and counts.
+    """How many nodes a run wants, and how patient it is with machines.
 
     Attributes:
-        wanted: Nodes up to which lost ones are replaced.
-        most: Nodes that are never exceeded; None: no limit.
-        replaces: False: what is lost stays lost.
-        is_fixed: No machine ever comes by itself: one that is gone is not waited for.
-        rest_s: How long a machine is left alone after a second trouble in a row; doubles with each.
-        settled_s: A node that lived for this long was well: troubles are counted anew.
-        start_s: A node that is not up after this long has failed to start.
-        salt: Settles ties between machines; differs between runs, so that they choose differently.
+        wanted: Number of nodes up to which lost nodes are replaced.
+        most: Largest number of nodes; None for no limit.
+        replaces: Whether lost nodes are replaced.
+        is_fixed: Whether the set of machines is fixed: a machine that is gone is not waited for.
+        rest_s: Seconds a machine is not used after the second trouble in a row; doubles each time.
+        settled_s: Seconds of life after which the loss of a node starts a new count of troubles.
+        start_s: Seconds after which a node that is not up has failed to start.
+        salt: Breaks ties between machines; differs between runs, so that they choose differently.
     """
 
     wanted: int
@@ -47,47 +49,47 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """A machine that lives, and how many nodes of the run fit there beside those that are there."""
+    """A machine that is alive; ``room`` is how many more nodes of the run fit on the machine."""
 
     id: str
-    name: str = ""  # as people know it
+    name: str = ""  # for messages
     room: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """One node of the run: where it is, since when, and how far."""
+    """The machine of one node, and whether the node is up (since ``since_s``) or being started."""
 
     machine: str
     since_s: float
     is_up: bool = False  # its processes have said hello to the controller
-    ends_machine: bool = False  # its place goes with it: a drained machine, a fault on purpose
+    ends_machine: bool = False  # the place is not used again: a drained machine, an injected fault
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """What a machine did to nodes of this run."""
+    """Losses and failed starts of this run's nodes on one machine."""
 
     troubles: int = 0  # in a row
     losses: int = 0
     rests_until_s: float = -math.inf
     troubled_s: float = -math.inf  # when the last node was lost there, or did not start
     gone: int = 0  # places that are not used again
-    banned: str = ""  # why it is left alone
+    banned: str = ""  # why the machine is not used any more; empty: it is used
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Something about a machine that belongs into the record."""
+    """A judgement of a machine for the record: suspect or banned."""
 
     machine: str
     reason: str
-    is_banned: bool  # False: it is only suspect
+    is_banned: bool  # False: suspect only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fleet:
-    """The run's nodes and what is known of its machines."""
+    """The run's nodes (by key) and the history of its machines (by id)."""
 
     limits: Limits
     nodes: Mapping[str, Placed] = field(default_factory=dict)
@@ -95,12 +97,12 @@ class Fleet:
 
     @property
     def missing(self) -> int:
-        """Nodes that are wanted and neither up nor on their way."""
+        """Number of wanted nodes that are neither up nor being started."""
         return max(0, min(self.limits.wanted - len(self.nodes), self.spare))
 
     @property
     def spare(self) -> int:
-        """Nodes that could still be added without exceeding the most."""
+        """Number of nodes that can still be added within ``limits.most``."""
         most = self.limits.most
         return 10**6 if most is None else max(0, most - len(self.nodes))
 
@@ -112,13 +114,16 @@ Outcome = tuple[Fleet, tuple[Verdict, ...]]
 
 
 def ordered(fleet: Fleet, key: str, machine: str, *, now_s: float) -> Fleet:
-    """A node is being started there."""
+    """Note that a node with this key is being started on the machine."""
     placed = Placed(machine=machine, since_s=now_s)
     return replace(fleet, nodes={**fleet.nodes, key: placed})
 
 
 def came_up(fleet: Fleet, key: str, *, now_s: float) -> Fleet:
-    """The controller has heard of all its processes. Said again after the controller came back."""
+    """Note that all processes of the node have said hello to the controller.
+
+    A controller that comes back reports its nodes again; the repetition changes nothing.
+    """
     placed = fleet.nodes.get(key)
     if placed is None or placed.is_up:
         return fleet
@@ -127,7 +132,7 @@ def came_up(fleet: Fleet, key: str, *, now_s: float) -> Fleet:
 
 
 def ends_machine(fleet: Fleet, key: str) -> Fleet:
-    """Nothing is started in this node's place once it is gone."""
+    """Note that the node's place on its machine is not used again once the node is gone."""
     placed = fleet.nodes.get(key)
     if placed is None:
         return fleet
@@ -135,15 +140,25 @@ def ends_machine(fleet: Fleet, key: str) -> Fleet:
 
 
 def taken(fleet: Fleet, key: str) -> Fleet:
-    """The machine's room went to somebody else before the node had it: no fault of the machine."""
+    """Forget a node whose room on the machine was taken before the node could start.
+
+    This does not count as a trouble of the machine.
+    """
     return replace(fleet, nodes=without(fleet.nodes, (key,)))
 
 
 def gone(fleet: Fleet, key: str, *, cause: str, now_s: float, is_silent: bool = False) -> Outcome:
-    """A node was lost, has left, or did not start. What is not there any more says nothing.
+    """Note that a node was lost, has left, or did not start; unknown keys are ignored.
 
     Args:
-        is_silent: Its processes were not seen to end: the machine itself may hang.
+        fleet: The fleet before.
+        key: The node's key.
+        cause: Why the node is gone, for the record.
+        now_s: Current time in seconds.
+        is_silent: Whether its processes were not seen to end, so that the machine may hang.
+
+    Returns:
+        The fleet without the node, and verdicts on its machine if there are any.
     """
     placed = fleet.nodes.get(key)
     if placed is None:
@@ -156,7 +171,7 @@ def gone(fleet: Fleet, key: str, *, cause: str, now_s: float, is_silent: bool = 
     if placed.ends_machine:
         return _with(fleet, placed.machine, replace(before, gone=before.gone + 1)), ()
     settled = placed.is_up and now_s - placed.since_s >= fleet.limits.settled_s
-    # Starts that were under way together fail of one cause: one trouble.
+    # Starts that were under way together count as one trouble: they fail for one cause.
     again = not placed.is_up and placed.since_s <= before.troubled_s
     troubles = 1 if settled else before.troubles + (not again)
     history = replace(
@@ -172,7 +187,11 @@ def gone(fleet: Fleet, key: str, *, cause: str, now_s: float, is_silent: bool = 
 
 
 def _rest_s(limits: Limits, troubles: int, *, at_once: bool) -> float:
-    """A first death is made good at once; a machine that hangs or starts nothing rests first."""
+    """Seconds for which a machine is not used after its latest trouble.
+
+    Zero after the first death with ``at_once``; a machine that hangs or on which a node does not
+    start rests from the first trouble on.
+    """
     doublings = troubles - 2 if at_once else troubles - 1
     return 0.0 if doublings < 0 else limits.rest_s * float(2**doublings)
 
@@ -190,7 +209,15 @@ def _judged(placed: Placed, history: History, *, cause: str) -> tuple[History, t
 
 
 def held(fleet: Fleet, *, needed: int) -> Fleet:
-    """The run holds for want of nodes: a place that went with its node is used again after all."""
+    """Make it possible to start one more node when the run holds with too few nodes.
+
+    Raises the wanted number if nothing is missing, and allows a place to be used again that was
+    given up together with its node.
+
+    Args:
+        fleet: The fleet before.
+        needed: Number of nodes that the run needs to go on.
+    """
     if len(fleet.nodes) >= needed:
         return fleet
     if not fleet.missing:
@@ -203,7 +230,7 @@ def held(fleet: Fleet, *, needed: int) -> Fleet:
 
 
 def enough(fleet: Fleet) -> Fleet:
-    """The run is ending: what is lost from now on is not missed."""
+    """Stop wanting nodes, because the run is ending: losses are not replaced any more."""
     return _wanting(fleet, 0)
 
 
@@ -216,7 +243,7 @@ def _with(fleet: Fleet, machine: str, history: History) -> Fleet:
 
 
 def overdue(fleet: Fleet, *, now_s: float) -> tuple[str, ...]:
-    """Nodes whose processes have not come up in time."""
+    """Keys of nodes that are not up ``start_s`` after they were started, sorted."""
     limit = fleet.limits.start_s
     late = (k for k, p in fleet.nodes.items() if not p.is_up and now_s - p.since_s > limit)
     return tuple(sorted(late))
@@ -225,10 +252,19 @@ def overdue(fleet: Fleet, *, now_s: float) -> tuple[str, ...]:
 def starts(
     fleet: Fleet, machines: Iterable[Machine], *, count: int, now_s: float
 ) -> tuple[str, ...]:
-    """The machine of each node to start now: ``count`` of them, or fewer where there is no room.
+    """Choose the machine of each node to start now.
 
-    First come machines with the fewest nodes of the run, then those that gave no trouble, and last
-    the one whose trouble is the newest: its death may not be known yet.
+    Machines with the fewest nodes of the run come first. Among these a machine without troubles
+    comes first, and the one whose trouble is newest comes last, since it may be dead already.
+
+    Args:
+        fleet: The run's nodes and machine histories.
+        machines: Machines that are alive, with their room.
+        count: Number of nodes to start.
+        now_s: Current time in seconds.
+
+    Returns:
+        Machine ids, one for each node: ``count`` of them, or fewer if there is not enough room.
     """
     room = {m.id: _usable(fleet, m, now_s=now_s) for m in machines}
     there = Counter(placed.machine for placed in fleet.nodes.values())
@@ -258,7 +294,7 @@ def _trust(fleet: Fleet, machine: str) -> tuple[float, int, str]:
 
 
 def is_troubled(fleet: Fleet) -> bool:
-    """Whether nodes that are not there have machines, on which they do not start."""
+    """Whether nodes are missing although there are machines, because they do not start there."""
     coming = [placed.machine for placed in fleet.nodes.values() if not placed.is_up]
     if fleet.missing:
         coming += list(fleet.histories)
@@ -266,7 +302,7 @@ def is_troubled(fleet: Fleet) -> bool:
 
 
 def hopeless(fleet: Fleet, machines: Sequence[Machine]) -> str:
-    """Why no node will ever come up on these machines; empty if one may, or is there."""
+    """Why no node will ever start on these machines; empty if one may start or is there."""
     if fleet.nodes or not machines or not fleet.limits.is_fixed:
         return ""
     reasons = [fleet.history(machine.id).banned for machine in machines]

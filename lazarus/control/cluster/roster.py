@@ -1,4 +1,4 @@
-"""Which nodes and workers there are, and what may be expected of them. PURE."""
+"""Queries about the nodes and workers of the run: members, candidates, leavers. PURE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lazarus.control.cluster.state import Control, Node
 
 
 def workers_of(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
-    """Workers of nodes in rank order."""
+    """The workers of the given nodes, in rank order."""
     return _workers_of(state.nodes, nodes)
 
 
@@ -21,14 +21,14 @@ def _workers_of(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[str,
 
 
 def all_in(state: Control, nodes: tuple[int, ...], answers: Mapping[str, Any]) -> bool:
-    """Whether every worker of the nodes has answered."""
+    """Whether ``answers`` (keyed by worker) has an entry for every worker of the given nodes."""
     if len(answers) < len(nodes) * state.config.ranks_per_node:
         return False
     return all(map(answers.__contains__, workers_of(state, nodes)))
 
 
 def leaving(state: Control, nodes: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of the nodes that will go, in the same order."""
+    """The given nodes that are marked as leaving, in the same order."""
     return _leaving(state.nodes, nodes)
 
 
@@ -38,7 +38,7 @@ def _leaving(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[int, ..
 
 
 def candidates(state: Control) -> tuple[int, ...]:
-    """Complete nodes that are no members and stay, by serial."""
+    """Complete nodes that are not members and are not leaving, by ascending serial."""
     if len(state.nodes) == len(state.members):  # members are nodes
         return ()
     fresh = sorted(state.nodes.keys() - set(state.members))
@@ -47,13 +47,13 @@ def candidates(state: Control) -> tuple[int, ...]:
 
 
 def staying(state: Control) -> tuple[int, ...]:
-    """Complete nodes that could take part in a next generation, by serial."""
+    """Complete nodes, members or not, that are not leaving, by ascending serial."""
     there = (n for n, node in state.nodes.items() if node.complete and not node.leaving)
     return tuple(sorted(there))
 
 
 def node_of(state: Control, key: str) -> tuple[int, Node] | None:
-    """The living node of that name."""
+    """The serial and the node with this key; None if no such node is alive."""
     for serial, node in state.nodes.items():
         if node.key == key:
             return serial, node

@@ -1,4 +1,4 @@
-"""What the controller knows: one frozen value, replaced at every event."""
+"""The controller's state: frozen dataclasses, replaced as a whole at every event."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 
 
 class Phase(Enum):
-    """Where the run stands."""
+    """The phase of the run; the controller is in exactly one at a time."""
 
     GATHERING = "gathering"  # waiting for the first nodes
     RUNNING = "running"
@@ -56,13 +56,13 @@ TRANSITION_PHASES = frozenset({Phase.FENCING, Phase.ALIGNING, Phase.PREPARING})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControlConfig:
-    """What of the configuration decisions depend on. Seconds and counts only."""
+    """The part of the run's configuration that the controller's decisions depend on."""
 
     steps: int
     run_id: str = ""
     global_batch: int = 32
     seed: int = 0
-    faults: tuple[str, ...] = ()  # scripted; what of them never happens is said at the end
+    faults: tuple[str, ...] = ()  # scripted; those that never fired are reported at the end
     ledger: bool = False  # record the sample ids of each committed step
     nodes: int = 4
     min_nodes: int = 1
@@ -82,7 +82,7 @@ class ControlConfig:
     plt_budget: float = 0.0375
     resilience_weight: float = 1.0
     solver: str = "auto"  # only "ilp" differs, and only in the first plan
-    plan_limit_s: float = 1.0  # of the integer program
+    plan_limit_s: float = 1.0  # time limit of the integer program
     plans_by_zone: bool = False
     memory_fraction: float = 0.85  # of a node's memory that automatic slots may fill
     heal: str = "auto"
@@ -92,19 +92,19 @@ class ControlConfig:
     plan_text: Callable[[Plan], str] = Plan.to_json  # what Prepare carries
     resume: str | None = None  # checkpoint that this run started from
     start_step: int = 0
-    start_generation: int = 0  # the first claim is above it
-    start_plt: PltLedger = field(default_factory=PltLedger)  # what earlier lives lost
+    start_generation: int = 0  # the first claim is a higher generation
+    start_plt: PltLedger = field(default_factory=PltLedger)  # tokens lost before this start
     start_plt_spent: float = 0.0
     start_lineage: tuple[tuple[int, int], ...] = ()
     checkpoint_url: str = ""
-    rescue_url: str = ""  # another place for the last checkpoint; empty: there is none
-    probes_place: bool = False  # every node tries the checkpoint place before it trains
+    rescue_url: str = ""  # where the last checkpoint goes if checkpoint_url fails; empty: none
+    probes_place: bool = False  # each node tests checkpoint_url before training
     checkpoints: tuple[StoredCheckpoint, ...] = ()  # usable ones at the start
     stored: tuple[Stored, ...] = ()  # newest versions on storage at the start
 
 
 def without(table: Mapping[_Key, _Value], keys: Collection[_Key]) -> Mapping[_Key, _Value]:
-    """The table less some keys; itself where nothing goes."""
+    """A copy of the table without the given keys; the table itself if there are no keys."""
     if not keys:
         return table
     left = dict(table)
@@ -115,7 +115,7 @@ def without(table: Mapping[_Key, _Value], keys: Collection[_Key]) -> Mapping[_Ke
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
-    """One rank's process, as its stream shows it."""
+    """One worker process (one rank), as its messages describe it."""
 
     node: int
     local_rank: int
@@ -127,19 +127,19 @@ class Worker:
     progress_s: float = 0.0
     waiting: bool = False
     step: int = 0
-    undisturbed: bool = True  # said at hello that it computes in the newest generation, unfenced
+    undisturbed: bool = True  # at hello it was computing in the newest generation, unfenced
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """One machine by its join-order number."""
+    """One machine; its serial, the key in ``Control.nodes``, is its number in join order."""
 
     key: str
     workers: tuple[str, ...]  # by local rank; "" where the process has not said hello yet
     joined_s: float = 0.0
-    leaving: str = ""  # cause, empty if it stays
-    zone: str = ""  # what fails together with others; empty: not known
-    memory_bytes: int = 0  # that experts may use; 0: not known
+    leaving: str = ""  # cause; empty: the node stays
+    zone: str = ""  # failure domain; empty: not known
+    memory_bytes: int = 0  # available to experts; 0: not known
 
     @property
     def complete(self) -> bool:
@@ -148,7 +148,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Save:
-    """A checkpoint on its way: every seat of its generation owes a share (JSON)."""
+    """A checkpoint being written: each worker of its generation must report its share (JSON)."""
 
     generation: int
     seats: tuple[str, ...]
@@ -158,22 +158,22 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outvoted:
-    """State that the majority of its holders contradicts, and that is not repaired yet."""
+    """State that differs from that of the majority of ranks and is not repaired yet."""
 
-    workers: frozenset[str] = frozenset()  # whose dense state it is
+    workers: frozenset[str] = frozenset()  # whose dense state differs
     copies: frozenset[tuple[str, int, int]] = frozenset()  # (worker, layer, expert)
 
     def __bool__(self) -> bool:
         return bool(self.workers or self.copies)
 
     def less(self, known: Outvoted) -> Outvoted:
-        """What is not known yet."""
+        """The part of this evidence that ``known`` does not contain."""
         return Outvoted(workers=self.workers - known.workers, copies=self.copies - known.copies)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transition:
-    """One attempt to reach RESUME of one generation. A loss discards it whole."""
+    """One attempt to reach the RESUME of a generation; the loss of a node in it discards it."""
 
     generation: int
     voters: tuple[int, ...]  # nodes whose state counts
@@ -181,7 +181,7 @@ class Transition:
     leavers: tuple[int, ...]
     phase_s: float  # when the current phase began
     reason: str = ""
-    restarts: bool = False  # nobody is left: fresh nodes take all state from a checkpoint
+    restarts: bool = False  # no member is left: new nodes take all state from a checkpoint
     reports: Mapping[str, Report] = field(default_factory=dict)
     step: int = -1
     aligned: Mapping[str, Aligned] = field(default_factory=dict)
@@ -192,13 +192,13 @@ class Transition:
     moves_behind: tuple[Move, ...] = ()
     restores: tuple[Restore, ...] = ()
     outvoted: frozenset[str] = frozenset()  # workers that take the dense state of the others
-    goes_back: bool = False  # nobody knows whose dense state is right: back to a checkpoint
-    is_tied: bool = False  # of the dense state or an expert, nobody has a majority
+    goes_back: bool = False  # the dense state differs without a majority: back to a checkpoint
+    is_tied: bool = False  # the dense state or an expert differs without a majority
     rollback: bool = False
-    refused: str = ""  # why the user's recovery policy did not decide what is restored
-    awaits: bool = False  # a checkpoint in flight that the lost experts may come back from
-    awaits_word: bool = False  # all are ready, but a death may show that the step is poisoned
-    held_until_s: float = 0.0  # a recovery policy wants to be asked again then
+    refused: str = ""  # why the user's recovery policy was not followed
+    awaits: bool = False  # waits for a checkpoint that may restore the lost experts
+    awaits_word: bool = False  # all are ready, but a launcher's report may show a poisoned step
+    held_until_s: float = 0.0  # when to ask the recovery policy again; 0: it does not hold
     moved_bytes: int = 0
     ready: Mapping[str, Ready] = field(default_factory=dict)
 
@@ -215,7 +215,7 @@ def _less(voters: tuple[int, ...], leavers: tuple[int, ...]) -> tuple[int, ...]:
 
 @remembered
 def _together(stay: tuple[int, ...], joiners: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted((*stay, *joiners)))  # nobody is both voter and joiner
+    return tuple(sorted((*stay, *joiners)))  # no node is both voter and joiner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +226,7 @@ class Timeline:
     trigger_s: float
     marks: Mapping[str, float] = field(default_factory=dict)
     moves: int = 0
-    behind: int = 0  # replicas that are refilled after RESUME
+    behind: int = 0  # replicas that are transferred after RESUME
     bytes_moved: int = 0
     lost: tuple[int, ...] = ()
     joined: tuple[int, ...] = ()
@@ -235,7 +235,10 @@ class Timeline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Control:
-    """The controller's whole state."""
+    """The controller's whole state.
+
+    Times (``_s``) are seconds on the clock of the events, unless a comment says otherwise.
+    """
 
     config: ControlConfig
     term: int = 1
@@ -247,95 +250,95 @@ class Control:
     phase_s: float = 0.0
     next_serial: int = 0
     nodes: Mapping[int, Node] = field(default_factory=dict)
-    notices: Mapping[str, NodeNotice] = field(default_factory=dict)  # of nodes not heard of yet
+    notices: Mapping[str, NodeNotice] = field(default_factory=dict)  # by key, of unknown nodes
     workers: Mapping[str, Worker] = field(default_factory=dict)
     members: tuple[int, ...] = ()  # living nodes of the newest RESUMEd generation
-    seats: tuple[str, ...] = ()  # its ranks' workers in rank order, the dead ones too
-    seat_nodes: tuple[int, ...] = ()  # the node of each
+    seats: tuple[str, ...] = ()  # workers of that generation in rank order, dead ones included
+    seat_nodes: tuple[int, ...] = ()  # the node of each seat
     transition: Transition | None = None
     plan: Plan | None = None  # of the newest RESUMEd generation
     base_plan: Plan | None = None  # of the last committed step (rule 22)
     lineage: tuple[tuple[int, int], ...] = ()
     rolled: tuple[int, int] = (0, 0)  # generation and step of the last RESUME that rolled back
     known: Mapping[int, Vector] = field(default_factory=dict)  # decided, not yet published
-    newest: Vector | None = None  # of the newest journaled commit: a member may still lack it
+    newest: Vector | None = None  # vector of the newest journaled commit; members may lack it
     flushed_s: float = 0.0
     shape: tuple[int, int] = (0, 0)  # MoE layers, experts
-    record_bytes: tuple[int, int] = (0, 0)  # dense state, one expert's record
+    record_bytes: tuple[int, int] = (0, 0)  # dense state, one expert's image
     speeds: Mapping[int, float] = field(default_factory=dict)  # node -> share weight in force
     next_speeds: Mapping[int, float] = field(default_factory=dict)  # from the next RESUME on
     pace: Mapping[int, float] = field(default_factory=dict)  # node -> seconds per sample, smoothed
-    streaks: Mapping[int, int] = field(default_factory=dict)  # node -> steps it was out of pace
-    step_s: float = 0.0  # of the last committed step
+    streaks: Mapping[int, int] = field(default_factory=dict)  # node -> steps out of pace in a row
+    step_s: float = 0.0  # duration of the last committed step
     history: NDArray[np.float64] = field(  # load history at `step`, [3, L, E]; never written to
         default_factory=lambda: np.zeros((3, 0, 0), dtype=np.float64)
     )
     regret: Regret = field(default_factory=Regret)
-    looked: int = 0  # step of the last look at the plan
-    wants: str = ""  # reason for which a pause is wanted
-    whole_asked: int = 0  # pauses for a full checkpoint since one was persisted
-    whole_again_s: float = 0.0  # the next such pause comes no earlier
+    looked: int = 0  # step at which rebalancing was last considered
+    wants: str = ""  # why all ranks should pause; empty: no pause is wanted
+    whole_asked: int = 0  # pauses for a full checkpoint since the last persisted one
+    whole_again_s: float = 0.0  # no further such pause before this time
     paused: Mapping[str, int] = field(default_factory=dict)
-    paused_s: float = 0.0  # when the last of them was
+    paused_s: float = 0.0  # when the last rank paused
     pause_sent: bool = False
     suspicion_s: float | None = None
     complaints: tuple[int, ...] = ()  # nodes whose collectives failed in this generation, in order
     errors: tuple[tuple[int, ...], ...] = ()  # first complaints of generations without a commit
     fired: Mapping[int, float] = field(default_factory=dict)  # node -> time of its injected fault
     struck: frozenset[tuple[str, int]] = frozenset()  # (worker, number) of the faults on record
-    fired_specs: frozenset[str] = frozenset()  # the scripted faults among them
-    doomed: frozenset[int] = frozenset()  # nodes that were told to raise
-    deaths: tuple[Death, ...] = ()  # in functions of the user's, of steps not yet committed
-    unexplained: tuple[Gone, ...] = ()  # lost members whose launcher has not told how they ended
-    excused: frozenset[str] = frozenset()  # keys of lost nodes that had been struck on purpose
-    hung: frozenset[str] = frozenset()  # keys of nodes that were lost because a thread stood still
-    raised: tuple[tuple[int, int], ...] = ()  # (node, step) of errors of our own
+    fired_specs: frozenset[str] = frozenset()  # specs of the scripted faults among them
+    doomed: frozenset[int] = frozenset()  # nodes that got an injected crash
+    deaths: tuple[Death, ...] = ()  # inside user functions, at steps not yet committed
+    unexplained: tuple[Gone, ...] = ()  # lost members; the launcher has not reported how they ended
+    excused: frozenset[str] = frozenset()  # keys of lost nodes whose deaths never count
+    hung: frozenset[str] = frozenset()  # keys of nodes lost because a thread made no progress
+    raised: tuple[tuple[int, int], ...] = ()  # (node, step) of errors of Lazarus itself
     timeline: Timeline | None = None
-    stopping: str = ""  # reason, empty while the run shall go on
-    preempted: bool = False  # the machine wants to stop, not the user
+    stopping: str = ""  # reason to stop; empty: the run goes on
+    preempted: bool = False  # the stop comes from the machine, not the user
     finalized: Mapping[str, Any] = field(default_factory=dict)
-    finalized_s: float = 0.0  # when the last of them was
+    finalized_s: float = 0.0  # when the last rank finalized
     digests: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     digest: str = ""
     hold_reason: str = ""
-    tried: tuple[int, ...] = ()  # nodes that did not suffice for a generation
-    broken: bool = False  # an invariant failed: never resume by itself
+    tried: tuple[int, ...] = ()  # nodes with which the last attempt had to hold
+    broken: bool = False  # an invariant failed: the run never resumes by itself
     outvoted: Outvoted = field(default_factory=Outvoted)
     outvotes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # node -> steps
-    suspects: tuple[tuple[int, int], ...] = ()  # (node, step) of those evicted for it
+    suspects: tuple[tuple[int, int], ...] = ()  # (node, step) of nodes evicted for being outvoted
     ties: tuple[int, ...] = ()  # steps at which state differed without a majority
-    undecided: bool = False  # a comparison without a majority waits for a change of members
+    undecided: bool = False  # replicas differ without a majority: a fence is due
     stale: int = 0  # messages of older generations, dropped
-    awaited: NodesAwaited | None = None  # what the driver last said of nodes that are not there
-    awaited_told: int = 0  # the most of them that the record names, since all were there
-    idle_s: float | None = None  # since when none of them is coming up; None: some are, or unknown
-    num_refused: int = 0  # messages that say what cannot be, dropped
-    dropped: Mapping[str, tuple[str, str]] = field(  # worker -> its last of them, and why
+    awaited: NodesAwaited | None = None  # the driver's last report on missing nodes
+    awaited_told: int = 0  # the highest number on record since none was missing
+    idle_s: float | None = None  # since when no missing node is being started; None: some are
+    num_refused: int = 0  # malformed messages, dropped
+    dropped: Mapping[str, tuple[str, str]] = field(  # worker -> its last malformed message, and why
         default_factory=dict
     )
     top_k: int = 1
-    num_samples: int = 0  # of the data; 0: numbered without end; -1: a stream of shards
+    num_samples: int = 0  # size of the data; 0: endless numbering; -1: a stream of shards
     evaluated: int = 0  # step of the last evaluation that was published
     saves: Mapping[int, Save] = field(default_factory=dict)  # by step
     past_seats: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by generation
     ordered: int = 0  # newest step whose manifest was ordered
     writing: tuple[int, ...] = ()  # steps of manifests that are being written
     bad_sources: frozenset[str] = frozenset()  # copies that could not be read: never chosen again
-    refused: frozenset[str] = frozenset()  # those of them that storage did not give at all
-    refusal: tuple[str, str, str] = ("", "", "")  # its last: URL, operation, what it said
+    refused: frozenset[str] = frozenset()  # those among them that storage refused to read
+    refusal: tuple[str, str, str] = ("", "", "")  # the last such refusal: URL, operation, message
     readable: Mapping[tuple[int, int], int] = field(  # newest stored step that all ranks can read
         default_factory=dict
     )
-    gone_s: float | None = None  # since when everybody is gone; None: there was a commit since
+    gone_s: float | None = None  # since when all members are lost; None: committed since
     checkpoints: tuple[StoredCheckpoint, ...] = ()
     stored: tuple[Stored, ...] = ()
     plt: PltLedger = field(default_factory=PltLedger)
-    plt_spent: float = 0.0  # when K was last doubled
+    plt_spent: float = 0.0  # PLT when K was last doubled
     doubling: bool = False  # the newest RESUME told the ranks to double K
-    manifest_pending: bool = False  # the final one
-    final_url: str = ""  # where the last checkpoint is written now; empty: where it belongs
-    final_problem: StorageProblem | None = None  # why it is not there
-    final_bytes: int = 0  # room that it needs
+    manifest_pending: bool = False  # the final manifest is being written
+    final_url: str = ""  # where the last checkpoint is written; empty: at checkpoint_url
+    final_problem: StorageProblem | None = None  # why checkpoint_url was not written
+    final_bytes: int = 0  # size of the last checkpoint
     measured: Mapping[str, Measured] = field(default_factory=dict)  # by worker
     adapted: Adapted | None = None  # schedule of saves from measured rates; None: as configured
 
@@ -346,5 +349,5 @@ class Control:
         return counts
 
 
-# What is decided on an event: the next state, and what the shell must do to get there.
+# The answer to an event: the next state, and the commands that the shell carries out in order.
 Decision = tuple[Control, tuple[Command, ...]]

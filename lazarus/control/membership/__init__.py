@@ -1,5 +1,6 @@
-"""Who is there: nodes and workers that join, leave, die or fall silent, and whom to blame.
+"""Membership: nodes and workers that join, leave, die or fall silent, and the cause of failures.
 
-Start reading at ``members.py``. ``checks.py`` refuses messages that cannot be, ``suspicion.py``
-decides when all ranks wait, ``patience.py`` bounds every phase, ``blame.py`` names the cause.
+Start reading at ``members.py``. ``checks.py`` finds malformed messages and ``refusals.py`` drops
+them, ``suspicion.py`` handles failed and stalled collectives, ``patience.py`` lists and sets the
+time limits of every phase, ``blame.py`` tells user errors from node failures.
 """

@@ -1,4 +1,4 @@
-"""Who is to blame for what a worker says of itself, or for how it died."""
+"""Decides whether a reported error or a process death is the fault of user code or of a node."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from lazarus.failure import Cause, Failure
 
 
 def on_user_error(state: Control, worker: str, body: UserError, *, at_s: float) -> Decision:
-    """A rank cannot go on: the user's code raised there, or ours did.
+    """Handle the error of a rank that cannot go on: user code raised, or Lazarus itself did.
 
-    The user's code ends the run at its first exception: it would raise again at the redo. A joiner
-    that lacks something, or reads other data, must not end what others train; nor says a node that
-    was told to raise anything of the user's code. An error of ours is evidence about its node alone
-    until a second node has one in the same step.
+    An exception in user code ends the run at once, because the redo of the step would raise it
+    again. There are two exceptions, in which only the node is lost: a node that is joining a
+    training run, and a node that raised because of an injected fault while other members are left.
+    An error of Lazarus counts against its node until a second node has one in the same step, or too
+    few members would be left; then the run ends.
     """
     serial = state.workers[worker].node
     failure = _said(serial, body)
@@ -65,14 +66,17 @@ def _said(serial: int, body: UserError) -> Failure:
 
 
 def is_alone(state: Control, serial: int, *, step: int) -> bool:
-    """Whether no other node failed in this step, and enough are left to go on without this one."""
+    """Whether no other node raised in this step, and enough members are left without this node."""
     others = {node for node, at in state.raised if at == step and node != serial}
     enough = len(state.members) > max(1, state.config.min_nodes)
     return bool(state.resumed) and not others and enough
 
 
 def on_death(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
-    """A process has ended; its node may be known as lost already. Was it the user's code?"""
+    """Handle the death of a process: lose its node, and end the run if user code is to blame.
+
+    The node may already be lost. See ``poison`` for when deaths are blamed on user code.
+    """
     state, commands = members.on_died(state, body, at_s=at_s)
     if any(gone.worker == body.worker for gone in state.unexplained):
         left = tuple(gone for gone in state.unexplained if gone.worker != body.worker)
@@ -107,7 +111,11 @@ def on_death(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
 
 
 def _counts(state: Control, death: Death) -> bool:
-    """Inside a function of the user's, in a step that is not committed, and not on purpose."""
+    """Whether a death counts against user code.
+
+    It must have happened inside a user function, at an uncommitted step, not because of an injected
+    fault, and must not be counted already.
+    """
     known = any(other.worker == death.worker for other in state.deaths)
     struck = any(worker.rpartition(".")[0] == death.node for worker, _ in state.struck)
     inside = death.phase or (death.crash and death.place)

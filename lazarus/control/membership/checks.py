@@ -1,10 +1,10 @@
-"""What is wrong with a message: one function for each kind, asked before anything relies on it.
+"""Validation of incoming messages, one function for each kind. PURE.
 
-PURE.
+The wire format has checked the types already. The functions here compare numbers, lengths and texts
+with the state of the run, so that the handler of a message can rely on them. A message of an older
+attempt passes; its handler drops and counts it.
 
-The wire has seen to the types. Here numbers, lengths and texts are held against the run's state, so
-that whoever handles a message of the present attempt can take it at its word; messages of another
-attempt are dropped and counted where they are handled.
+Every check returns the reason why a message is refused, or an empty string.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lazarus.control.commit.measures import measures_of
 from lazarus.control.vector import VectorLayout, decode
 from lazarus.errors import BrokenInvariantError
 
-MOST = 1 << 53  # no count is larger: beyond, float64 does not hold it
+MOST = 1 << 53  # largest count: float64 is exact up to here
 _LARGEST_SHAPE = 1 << 24  # layers times experts
-_AHEAD = 1 << 16  # steps whose vectors are kept before those below have come
+_AHEAD = 1 << 16  # steps above the last commit whose vectors are accepted
 _NAME_CHARS = 1 << 14
 _SOURCE_CHARS = 1 << 16
-_DEEPEST = 16  # JSON in a message
-_MOST_STARTED = 1024  # nodes that one injected fault brings
-# Fields that count something, in whichever message; other numbers (checksums, losses) may be any.
+_DEEPEST = 16  # nesting of JSON in a message
+_MOST_STARTED = 1024  # nodes that one injected fault may add
+# Fields, of any message, that count something; other numbers (checksums, losses) may be any.
 _COUNTS = frozenset(
     {
         *("generation", "step", "term", "fence", "committed", "prepared", "entered", "acked"),
@@ -42,7 +42,7 @@ _COUNTS = frozenset(
     }
 )
 _AMOUNTS = frozenset({"wall_s", "step_s", "groups_s", "transfer_s", "notice_s", "count"})
-FAULT_KINDS = frozenset(  # ``lazarus.faults`` has them with their options
+FAULT_KINDS = frozenset(  # see ``lazarus.faults`` for their options
     {"kill", "stop", "stall", "slow", "leave", "join", "crash", "controller", "cut"}
 )
 _OF_WORKERS = frozenset(get_args(get_type_hints(m.FromWorker)["body"]))
@@ -51,7 +51,16 @@ _NAMES = frozenset({"worker", "node_key", "host", "keeper", "zone", "kind", "spe
 
 
 def wrong_with(state: Control, worker: str, body: m.Body) -> str:
-    """Why a worker's message cannot be taken; empty: it can, or it is of another attempt."""
+    """Check a message from a worker.
+
+    Args:
+        state: The controller's state.
+        worker: Name of the sender.
+        body: The message.
+
+    Returns:
+        Why the message is refused; empty if it is sound, or belongs to another attempt.
+    """
     if type(body) not in _OF_WORKERS:
         return "no worker says this"
     if reason := _odd_fields(body):
@@ -81,7 +90,7 @@ def wrong_with(state: Control, worker: str, body: m.Body) -> str:
 
 
 def wrong_with_drivers(body: m.Body) -> str:
-    """The same for a message of the driver's."""
+    """Check a message from the driver; returns why it is refused, or an empty string."""
     if type(body) not in _OF_DRIVERS:
         return "no driver says this"
     if reason := _odd_fields(body):
@@ -95,7 +104,7 @@ def wrong_with_drivers(body: m.Body) -> str:
 
 
 def _odd_fields(value: Any) -> str:
-    """A number or a name, at whatever depth, that none of ours would send."""
+    """Look for a number or name out of range, at any depth of the message."""
     if not isinstance(value, msgspec.Struct):
         return ""
     for name in value.__struct_fields__:
@@ -129,7 +138,15 @@ def _step(state: Control, step: int) -> str:
 
 
 def parsed(text: str, *, what: str) -> tuple[Mapping[str, Any], str]:
-    """A JSON object, and what is wrong with it (then the object is empty)."""
+    """Parse a JSON object that a message carries as text.
+
+    Args:
+        text: The text; empty stands for an empty object.
+        what: What the text is, for the reason.
+
+    Returns:
+        The object, and why it is refused (the object is then empty) or an empty string.
+    """
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError) as problem:
@@ -149,11 +166,11 @@ def _is_shallow(value: Any, depth: int) -> bool:
     return True
 
 
-# ---- who comes ---------------------------------------------------------------------------------
+# ---- hellos ------------------------------------------------------------------------------------
 
 
 def wrong_hello(config: ControlConfig, body: m.Hello) -> str:
-    """What no run of this configuration can admit, whoever else is there."""
+    """Why a run with this configuration refuses the hello, whoever else is in the run; or empty."""
     if reason := _odd_fields(body):
         return reason
     if not body.worker or not body.node_key:
@@ -167,7 +184,7 @@ def wrong_hello(config: ControlConfig, body: m.Hello) -> str:
 
 
 def misplaced_hello(state: Control, body: m.Hello) -> str:
-    """Whether somebody else has that name or place."""
+    """Why the hello is refused, also because another worker has its name or place; or empty."""
     if reason := wrong_hello(state.config, body):
         return reason
     found = node_of(state, body.node_key)
@@ -197,7 +214,7 @@ def _vector(state: Control, body: m.Vector) -> str:
 
 
 def wrong_lanes(state: Control, body: m.Vector) -> str:
-    """Whether a vector is none of the generation that runs, or ran last."""
+    """Why a vector does not belong to the newest RESUMEd generation; empty if it does."""
     layers, experts = state.shape
     layout = VectorLayout(world_size=len(state.seats), num_layers=layers, num_experts=experts)
     if len(body.lanes) % 8 or len(body.lanes) < 8 * layout.num_lanes or not layout.world_size:
@@ -218,7 +235,7 @@ def wrong_lanes(state: Control, body: m.Vector) -> str:
 
 
 def _lanes_that_are_no_counts(layout: VectorLayout, lanes: np.ndarray[Any, Any]) -> str:
-    """Every lane but losses, gradient squares and measures is a count or a time."""
+    """Check the lanes that must be counts or times: all but losses, squares and measures."""
     for name in ("members", "generation", "step", "samples", "count", "sample_hash", "pause"):
         value = lanes[layout.lane(name)]
         if not 0 <= value <= MOST:
@@ -254,7 +271,7 @@ def _finalized(state: Control, body: m.Finalized) -> str:
 
 
 def _asked_in(state: Control, phase: Phase, generation: int) -> Transition | None:
-    """The transition that waits in this phase for an answer of this generation, if it does."""
+    """The transition if it waits in this phase for answers of this generation; else None."""
     found = state.transition
     if state.phase is not phase or found is None or generation != found.generation:
         return None
@@ -294,7 +311,7 @@ def _scalars(text: str) -> str:
 
 
 def wrong_history(data: bytes, shape: tuple[int, int]) -> str:
-    """Whether the bytes are no load history, float64 [3, L, E]."""
+    """Why the bytes are not a load history, float64 [3, L, E]; empty if they are."""
     wanted = 3 * shape[0] * shape[1] * 8
     if len(data) != wanted:
         return f"a load history of {len(data)} bytes, not {wanted}"
@@ -339,7 +356,7 @@ def _ready(state: Control, worker: str, body: m.Ready) -> str:
     return _snaps(body.restored, layers, experts)
 
 
-# ---- news --------------------------------------------------------------------------------------
+# ---- events ------------------------------------------------------------------------------------
 
 
 def _fault(body: m.FaultFired) -> str:

@@ -1,4 +1,4 @@
-"""Who is there: hellos, losses, notices, silence."""
+"""Nodes that join, are lost, are about to leave, or fall silent. Start reading at ``on_hello``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ STREAM_CLOSED = "stream closed"
 
 
 def on_hello(state: Control, body: Hello, *, at_s: float) -> Decision:
-    """Admit a process; its node gets the next number, journaled before the welcome (rule 1)."""
+    """Admit a worker process, or refuse it and close its stream.
+
+    The first process of a node gives the node the next serial, journaled before Welcome (rule 1).
+    """
     if refusal := _refusal(state, body):
         if body.worker in state.seats and body.worker not in state.workers:
             state = replace(state, dropped={**state.dropped, body.worker: ("Hello", refusal)})
@@ -102,7 +105,10 @@ def _refusal(state: Control, body: Hello) -> str:
 
 
 def on_died(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
-    """The driver saw a process end. It is always answered: what of the node is left must go."""
+    """Handle a process end that the driver reports.
+
+    The driver always gets an order to kill the rest of the node, even if the node is unknown here.
+    """
     known = state.workers.get(body.worker)
     state, commands = on_closed(state, body.worker, at_s=at_s, cause=body.cause)
     if known is not None or commands:
@@ -112,12 +118,12 @@ def on_died(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
 
 
 def on_closed(state: Control, worker: str, *, at_s: float, cause: str) -> Decision:
-    """A stream or a process ended: its node is lost."""
+    """Handle the end of a stream or process: its node is lost."""
     known = state.workers.get(worker)
     if known is None:
         if state.phase is not Phase.RECONNECTING:
             return state, ()
-        if worker in state.dropped:  # whoever is sent away ends its process
+        if worker in state.dropped:  # a refused worker ends its process
             cause = f"Lazarus failed: its hello was refused: {state.dropped[worker][1]}"
         missing = tuple(n for n in state.members if _key_of(worker) == state.nodes[n].key)
         return lose(state, missing, cause=cause, at_s=at_s)
@@ -127,7 +133,7 @@ def on_closed(state: Control, worker: str, *, at_s: float, cause: str) -> Decisi
 
 
 def _unexplained(state: Control, known: Worker, *, at_s: float) -> Control:
-    """How this process ended the launcher will tell, unless it was ended on purpose."""
+    """Note that the launcher still has to report how the process ended, unless a fault ended it."""
     key = state.nodes[known.node].key
     struck = any(_key_of(worker) == key for worker, _ in state.struck)
     if struck or known.node in state.fired or known.node in state.doomed:
@@ -143,7 +149,7 @@ def _unexplained(state: Control, known: Worker, *, at_s: float) -> Control:
 
 
 def _key_of(worker: str) -> str:
-    """A worker is named after its node."""
+    """The node key in a worker's name, ``<node key>.<local rank>``."""
     return worker.rpartition(".")[0]
 
 
@@ -156,11 +162,17 @@ def lose(
     is_silent: bool = False,
     is_excused: bool = False,
 ) -> Decision:
-    """Nodes are gone: forget them, tell their other processes, and recover if they mattered.
+    """Remove lost nodes from the run, and recover if they took part in training.
+
+    Their remaining processes are told to exit, and the driver is told to kill the nodes.
 
     Args:
-        is_silent: They were not seen to end: they say nothing, or do not move.
-        is_excused: The deaths of their processes say nothing of the user's code.
+        state: The controller's state.
+        serials: The lost nodes; unknown ones are ignored.
+        cause: Why they are lost, for the record.
+        at_s: Time of the event in seconds.
+        is_silent: Whether the nodes were not seen to end, but are silent or make no progress.
+        is_excused: Whether the deaths of their processes must not count against user code.
     """
     serials = tuple(serial for serial in serials if serial in state.nodes)
     if not serials:
@@ -201,7 +213,7 @@ def lose(
 
 
 def _taking_part(state: Control) -> set[int]:
-    """Nodes whose loss changes what the controller is doing."""
+    """Members, and nodes that take part in the transition under way."""
     part = set(state.members)
     if state.transition is not None:
         part |= set(state.transition.voters) | set(state.transition.joiners)
@@ -212,7 +224,7 @@ def _recover(state: Control, lost: tuple[int, ...], *, at_s: float) -> Decision:
     active = {Phase.RUNNING, Phase.FINALIZING} | TRANSITION_PHASES
     if state.phase not in active:
         return state, ()
-    if state.resumed and not state.members:  # the last one: nobody is left to answer
+    if state.resumed and not state.members:  # the last member is lost
         return replace(state, transition=None), ()
     if not state.resumed:
         return replace(state, phase=Phase.GATHERING, phase_s=at_s, transition=None), ()
@@ -227,7 +239,7 @@ def _recover(state: Control, lost: tuple[int, ...], *, at_s: float) -> Decision:
 
 
 def on_leave(state: Control, worker: str, body: LeaveRequest, *, at_s: float) -> Decision:
-    """A node says that it will go: it leaves at the next boundary (rule 33)."""
+    """Mark a node as leaving at its own request; it leaves at the next pause (rule 33)."""
     serial = state.workers[worker].node
     return _mark_leaving(
         state, serial, cause=body.cause or "leave", notice_s=body.notice_s, at_s=at_s
@@ -235,16 +247,23 @@ def on_leave(state: Control, worker: str, body: LeaveRequest, *, at_s: float) ->
 
 
 def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Decision:
-    """The cluster says so instead."""
+    """Mark a node as leaving because the cluster says so.
+
+    A notice for a node that has not said hello yet is kept until it does.
+    """
     found = node_of(state, body.node_key)
-    if found is None:  # it may be on its way
+    if found is None:  # the node may still be starting
         return replace(state, notices={**state.notices, body.node_key: body}), ()
     cause = body.cause or "drain"
     return _mark_leaving(state, found[0], cause=cause, notice_s=body.notice_s, at_s=at_s)
 
 
 def on_awaited(state: Control, body: NodesAwaited, *, at_s: float) -> Decision:
-    """What the driver waits for: machines, or processes that are coming up."""
+    """Note how many nodes the driver is missing or starting.
+
+    Published when more nodes are missing than before. If no node is left and none can be started
+    any more, the run ends.
+    """
     idle_s = None if body.coming else at_s if state.idle_s is None else state.idle_s
     told = state.awaited_told if body.missing or body.coming else 0
     state = replace(state, awaited=body, idle_s=idle_s, awaited_told=max(told, body.missing))
@@ -257,7 +276,7 @@ def on_awaited(state: Control, body: NodesAwaited, *, at_s: float) -> Decision:
 
 
 def _nobody_starts(state: Control, reason: str, *, at_s: float) -> Decision:
-    """No node is there, and none will be."""
+    """End the run: there is no node, and no further one will start."""
     failure = Failure(
         cause=Cause.NODE,
         error="StoppedError" if state.resumed else "StartupError",
@@ -268,7 +287,7 @@ def _nobody_starts(state: Control, reason: str, *, at_s: float) -> Decision:
 
 
 def on_judged(state: Control, body: MachineJudged, *, at_s: float) -> Decision:
-    """A machine on which nodes die or do not start."""
+    """Publish that a machine is suspect or banned, because nodes die or do not start there."""
     name = "node_banned" if body.is_banned else "machine_suspect"
     fields = {"generation": state.generation, "machine": body.machine, "reason": body.reason}
     return state, (Publish(t=at_s, event=name, fields=fields),)
@@ -294,7 +313,11 @@ def _mark_leaving(
 
 
 def settle_reconnecting(state: Control, *, at_s: float) -> Decision:
-    """Adopt the newest generation if all of it is back undisturbed, else claim (rule 38)."""
+    """Continue after a restart of the controller, once all members are back or overdue (rule 38).
+
+    If every worker of the newest generation is back and undisturbed, training goes on as it is.
+    Otherwise a new generation is claimed.
+    """
     missing = tuple(n for n in state.members if not state.nodes[n].complete)
     if missing:
         if at_s <= _back_by_s(state, missing):
@@ -310,10 +333,11 @@ def settle_reconnecting(state: Control, *, at_s: float) -> Decision:
 
 
 def _back_by_s(state: Control, missing: tuple[int, ...]) -> float:
-    """Until when members that are missing after a restart may come back.
+    """The time until which members that are missing after a restart may come back, in seconds.
 
-    What kept everybody away, a machine that is busy starting the controller for example, says
-    nothing about any of them: the others have their time from when the first one is back.
+    The time limit of ``reconnect_s`` starts when the first member is back, because what keeps all
+    members away (for example a machine busy with starting the controller) is not their fault. The
+    first one has ``comeback_s``.
     """
     timeouts = state.config.timeouts
     back = [state.nodes[n].joined_s for n in state.members if n not in missing]
@@ -324,7 +348,7 @@ def _back_by_s(state: Control, missing: tuple[int, ...]) -> float:
 
 
 def excuse(state: Control, *, slept_s: float) -> Control:
-    """The controller itself stood still: nobody is late because of that."""
+    """Shift all deadlines by ``slept_s`` seconds, in which the controller itself stood still."""
     workers = {
         name: replace(w, heard_s=w.heard_s + slept_s, progress_s=w.progress_s + slept_s)
         for name, w in state.workers.items()
@@ -336,18 +360,19 @@ def excuse(state: Control, *, slept_s: float) -> Control:
 
 
 def silent(state: Control, *, at_s: float) -> tuple[int, ...]:
-    """Nodes that said nothing for longer than the tolerated stall."""
+    """Nodes with a worker that sent nothing for ``heartbeat_timeout_s``, by serial."""
     limit_s = state.config.timeouts.heartbeat_timeout_s
     late = {known.node for known in state.workers.values() if at_s - known.heard_s > limit_s}
     return tuple(sorted(late))
 
 
 def stuck(state: Control, *, at_s: float) -> tuple[int, ...]:
-    """Nodes whose training thread stands still outside any collective while another waits.
+    """Nodes whose training thread makes no progress outside any collective, by serial.
 
-    Slow is not stuck: a slow rank passes phases. A thread that nobody waits for (the last node's,
-    or all at once, who may be compiling) has much longer: ``standstill_s``. Standing still counts
-    from RESUME: before, the ready ones waited for the others.
+    The limit is ``no_progress_s`` while another rank waits or has paused, and the much longer
+    ``standstill_s`` otherwise: all ranks may be compiling at once. A slow rank is not stuck, since
+    it still passes from phase to phase. Time before RESUME does not count, because ranks that were
+    ready had to wait for the others.
     """
     if state.phase is not Phase.RUNNING:
         return ()

@@ -1,7 +1,7 @@
-"""How long each phase waits, for whom, and what happens then. PURE.
+"""Time limits: how long each phase waits, for what, and what happens then. PURE.
 
-S is ``tolerated_stall_s``; ``standstill_s`` is 60 S, at least 600 s. Whoever is silent for S, in
-any phase, is lost (``members.silent``). Only progress counts: who moves is never late.
+S is ``tolerated_stall_s``; ``standstill_s`` is 60 S, at least 600 s. A node that is silent for S
+is lost in any phase (``members.silent``). The limits on workers count from their last progress.
 
 | phase        | waits for                           | for                   | then               |
 |--------------|-------------------------------------|-----------------------|--------------------|
@@ -32,10 +32,11 @@ from lazarus.failure import Cause, Failure, Status
 
 
 def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
-    """Nodes whose rank owes the last digest or share, and does not move.
+    """Nodes with a rank that owes its last digest or share and makes no progress, by serial.
 
-    A rank moves with every tensor that it digests and while it watches its storage thread, which it
-    gives up after the same time without a byte (``checkpoint.patience``): then it says so itself.
+    A rank makes progress with every tensor that it digests, and while it watches its storage
+    thread. It gives up on that thread after the same time without a byte (``checkpoint.patience``)
+    and reports the failure itself.
     """
     if state.phase is not Phase.FINALIZING:
         return ()
@@ -56,18 +57,18 @@ def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
 
 
 def has_lost_vectors(state: Control, *, at_s: float) -> bool:
-    """Whether all ranks have paused, and a vector of what they committed still has not come."""
+    """Whether commit vectors are overdue although all ranks have paused; the caller checks that."""
     return at_s - max(state.paused_s, state.flushed_s) > state.config.timeouts.report_s
 
 
 def manifest_too_long(state: Control, *, at_s: float) -> bool:
-    """Whether the last manifest has not been written for so long that it will not be."""
+    """Whether the last manifest has been pending for longer than ``standstill_s``."""
     pending = state.phase is Phase.FINALIZING and state.manifest_pending
     return pending and at_s - state.finalized_s > state.config.timeouts.standstill_s
 
 
 def end_without_manifest(state: Control, *, at_s: float) -> Decision:
-    """The last checkpoint's place does not answer: end, with what stands before it."""
+    """End the run without its last checkpoint, because the storage does not answer."""
     waited_s, newest = at_s - state.finalized_s, max((c.step for c in state.checkpoints), default=0)
     stands = f"the newest is of step {newest}" if newest else "there is none"
     failure = Failure(

@@ -1,10 +1,10 @@
-"""Messages that cannot be, and members whose answer was one of them. PURE.
+"""Malformed messages, and members that are lost because theirs was dropped. PURE.
 
-A malformed message is dropped: counted, put on record, and remembered of a member until the next
-RESUME or its next good message of that kind. If the controller goes on to lose that member because
-it owes an answer, or seems to say nothing, then no machine has failed. Sender and receiver are both
-ours, so that is an error of our own, and is dealt with as one that a rank reports itself
-(``blame``): it counts against its node alone until a second node has one in the same step.
+A malformed message is dropped, counted and put on record. For a member it is also remembered, until
+the next RESUME or until the member sends a good message of the same kind. If the controller then
+loses this member because an answer is missing, the machine has not failed: Lazarus itself sent the
+malformed message. The loss is treated like an internal error that a rank reports itself (see
+``blame``): it counts against its node until a second node has one in the same step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lazarus.control.membership.blame import is_alone
 from lazarus.control.ports import Command, Publish
 from lazarus.failure import Cause, Failure
 
-_SAID = 20  # of a run, in the record; the number of all is in its last event
+_SAID = 20  # refusals that are published; the last event has their total number
 _REASON_CHARS = 300
 
 
 def refuse(state: Control, worker: str, message: str, reason: str, *, at_s: float) -> Decision:
-    """Drop a message that says what cannot be: count it, and put the first ones on record."""
+    """Drop a malformed message: count it, and publish the first ``_SAID`` of them."""
     state = replace(state, num_refused=state.num_refused + 1)
     reason = reason[:_REASON_CHARS]
     there = worker in state.workers
@@ -41,14 +41,18 @@ def refuse(state: Control, worker: str, message: str, reason: str, *, at_s: floa
 
 
 def made_good(state: Control, worker: str, message: str) -> Control:
-    """The worker has said it properly: what was dropped before is not missing any more."""
+    """Forget a dropped message once the worker has sent a good message of the same kind."""
     if state.dropped.get(worker, ("", ""))[0] != message:
         return state
     return replace(state, dropped=without(state.dropped, (worker,)))
 
 
 def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> Decision:
-    """Nodes that owe an answer are lost; those whose answer was refused, through our own fault."""
+    """Lose nodes that owe an answer.
+
+    A node whose answer was refused is lost through an internal error, which is published and may
+    end the run.
+    """
     ours = {node: why for node in late if (why := _why(state, node))}
     others = tuple(node for node in late if node not in ours)
     commands: tuple[Command, ...] = ()
@@ -71,7 +75,7 @@ def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> D
 
 
 def _why(state: Control, node: int) -> str:
-    """What of this node's was refused; empty: nothing."""
+    """Which message of the node's workers was refused, and why; empty if none was."""
     known = state.nodes.get(node)
     found = [state.dropped[w] for w in (known.workers if known else ()) if w in state.dropped]
     return "" if not found else f"{found[0][0]} of its worker was refused: {found[0][1]}"

@@ -1,4 +1,4 @@
-"""Collectives that fail, or in which all wait: whom to suspect if nobody has died (rule 16)."""
+"""Failed and stalled collectives: which node to suspect if none has died (rule 16)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from lazarus.control.reconfiguration import reconfigure as change
 from lazarus.control.reconfiguration.parting import STALLED
 from lazarus.failure import Cause, Failure, Status
 
-MAX_ERRORS = 3  # generations in a row that end in an error without a death and without a commit
-MAX_ATTEMPTS = 10  # the same where no error says anything about a node
+MAX_ERRORS = 3  # generations in a row that end in an error, without a death or a commit
+MAX_ATTEMPTS = 10  # the same, if no error points to a node
 
 AGAIN = "collectives fail again and again"
 
 
 def on_suspicion(state: Control, worker: str, body: Suspicion, *, at_s: float) -> Decision:
-    """A failed collective usually precedes the news of a death by milliseconds: wait for it."""
+    """Note that a rank's collective failed, and wait for the cause.
+
+    The news of the node loss that broke the collective usually follows within milliseconds, so
+    nothing is done for ``suspicion_grace_s``; see ``is_due``. A report of an unreadable copy is
+    handled at once.
+    """
     if body.bad_source:
         return _on_bad_source(state, body, at_s=at_s)
     steady = state.phase in (Phase.RUNNING, Phase.RECONNECTING)
@@ -36,7 +41,7 @@ def on_suspicion(state: Control, worker: str, body: Suspicion, *, at_s: float) -
 
 
 def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Decision:
-    """A copy that was chosen for a restore cannot be read: choose again without it."""
+    """Exclude a copy that cannot be read, and begin again if a restore was using the copy."""
     if body.storage_url:
         refusal = (body.storage_url, body.operation, body.error)
         state = replace(state, refused=state.refused | {body.bad_source}, refusal=refusal)
@@ -55,16 +60,17 @@ def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Decision:
 
 
 def is_due(state: Control, *, at_s: float) -> bool:
-    """Whether the news of a death would have come by now."""
+    """Whether the grace period since the first failed collective is over."""
     grace = state.config.timeouts.suspicion_grace_s
     return state.suspicion_s is not None and at_s - state.suspicion_s >= grace
 
 
 def all_wait(state: Control, *, at_s: float) -> bool:
-    """Whether every rank waits inside a collective and none has moved for the tolerated stall.
+    """Whether every rank waits inside a collective, without progress for longer than the limit.
 
-    Each one answers, so none is to blame: the data path between them is broken, or user code has
-    let them part ways. Groups have their own, longer time to be built.
+    All ranks still answer, so no single rank is to blame: the data path between them is broken, or
+    user code made them run different collectives. While groups are built the limit is
+    ``group_wait_s`` instead of ``no_progress_s``.
     """
     timeouts = state.config.timeouts
     if state.phase is Phase.RUNNING:
@@ -84,14 +90,16 @@ def all_wait(state: Control, *, at_s: float) -> bool:
 
 
 def on_stall(state: Control, *, at_s: float) -> Decision:
-    """All wait: fence, so that each says where, and build the groups anew."""
+    """Fence the stalled generation: each rank reports where it waits, and groups are rebuilt."""
     return settle(replace(state, complaints=()), at_s=at_s, reason=STALLED)
 
 
 def settle(state: Control, *, at_s: float, reason: str = "collective_error") -> Decision:
-    """Try again with the same members; a pair that fails again and again loses its higher serial.
+    """Begin a new generation with the same members, or lose the node that keeps failing.
 
-    Both ends of a broken link see the error first, all others because these two give up.
+    The first two complaints of a generation come from both ends of a broken link; the other ranks
+    fail only after these two give up. After ``MAX_ERRORS`` such generations the higher serial of
+    the pair named most often is lost. After ``MAX_ATTEMPTS`` generations the run ends.
     """
     errors = (*state.errors, state.complaints[:2])
     state = replace(state, errors=errors, complaints=())
@@ -117,7 +125,12 @@ def _nobody_knows() -> Failure:
 
 
 def culprit(errors: tuple[tuple[int, ...], ...], *, alive: set[int]) -> int | None:
-    """The higher serial of the two nodes that most errors tell of; None if they tell of nobody."""
+    """The higher serial of the two nodes that are named most often; None if no node is named.
+
+    Args:
+        errors: Nodes that complained first, one tuple for each failed generation.
+        alive: Nodes to choose from.
+    """
     times = Counter(node for pair in errors for node in pair if node in alive)
     ranked = sorted(times, key=lambda node: (-times[node], node))
     return max(ranked[:2], default=None)

@@ -1,7 +1,8 @@
-"""Ranks that part ways, or were never alike: the user's code is told so, with both sides.
+"""Detection of ranks that run different collectives or start with different models.
 
-Ranks run the same exchanges in the same order. Where user code runs a layer on one rank and not on
-another they wait for each other for ever, or fail; no node is at fault then.
+All ranks must run the same exchanges in the same order. If user code runs a layer on one rank and
+not on another, the ranks wait for each other for ever, or fail, and no node is at fault. The run
+then ends with an error that names the ranks and lines of both sides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lazarus.control.messages import Aligned, Report, Tail, TensorSum
 from lazarus.control.ports import Publish
 from lazarus.failure import Cause, Failure
 
-STALLED = "collective_stalled"  # reason of a generation that is fenced because all were waiting
+STALLED = "collective_stalled"  # reason of a fence because all ranks were waiting
 
 _SAME_MODEL = (
     "build the same model on every rank: torch is seeded before the builder is called, so do not "
@@ -28,11 +29,11 @@ _SAME_LAYERS = (
 
 
 def ranks_parted(reports: Mapping[str, Report], seats: Sequence[str]) -> Failure | None:
-    """What ends the run if ranks ran different exchanges, else None.
+    """The failure that ends the run if ranks ran different exchanges, else None.
 
     Args:
         reports: Frozen answers to a fence, by worker.
-        seats: Workers by rank of the generation that was fenced.
+        seats: Workers of the fenced generation, in rank order.
     """
     seated = {worker: rank for rank, worker in enumerate(seats)}
     groups = Counter(r.tail.group for w, r in reports.items() if w in seated and r.tail.labels)
@@ -80,18 +81,18 @@ def _parted(
 
 
 def _place_of(tail: Tail, number: int) -> str:
-    """The user's line that led to an exchange; else the one that the rank is in."""
+    """The line of user code that led to an exchange; if not known, the line the rank is in."""
     index = number - 1 - tail.last + len(tail.labels)
     led = tail.places[index] if 0 <= index < len(tail.places) else ""
     return led or tail.place
 
 
 def models_differ(aligned: Mapping[str, Aligned], workers: Sequence[str]) -> Failure | None:
-    """What ends the run if ranks begin with different models, else None.
+    """The failure that ends the run if ranks begin with different models, else None.
 
     Args:
-        aligned: What each worker stands at before the first step.
-        workers: In rank order.
+        aligned: Answer of each worker before the first step, with the checksums of its tensors.
+        workers: All workers, in rank order.
     """
     by_rank = [{t.name: t for t in aligned[worker].tensors} for worker in workers]
     names = list(dict.fromkeys(name for tensors in by_rank for name in tensors))
@@ -112,7 +113,7 @@ def models_differ(aligned: Mapping[str, Aligned], workers: Sequence[str]) -> Fai
 
 
 def _difference(held: Sequence[TensorSum | None]) -> str:
-    """In what one tensor differs, and on whom."""
+    """How one tensor differs between ranks, as the end of a sentence; ``held`` is in rank order."""
     kinds: dict[str, list[int]] = {}
     for rank, tensor in enumerate(held):
         kinds.setdefault("missing" if tensor is None else tensor.kind, []).append(rank)
@@ -134,7 +135,10 @@ def _ranks(ranks: Sequence[int]) -> str:
 def judge_stall(
     state: Control, reports: Mapping[str, Report], *, at_s: float
 ) -> tuple[Control, Publish]:
-    """All have said where they waited: put it on record, with the link that is at fault."""
+    """Publish where all ranks were waiting, with the nodes of the broken link if one is found.
+
+    A broken link takes the place of the newest entry of ``state.errors``.
+    """
     pair = broken_pair(reports, state.seat_nodes)
     if pair and state.errors:
         state = replace(state, errors=(*state.errors[:-1], pair))
@@ -149,11 +153,15 @@ def judge_stall(
 
 
 def broken_pair(reports: Mapping[str, Report], nodes: Sequence[int]) -> tuple[int, ...]:
-    """Nodes at the ends of the link that carries nothing; the one node, if it has several such.
+    """The nodes at both ends of a link that carries no data.
 
     Args:
-        reports: By worker, each naming the ranks to which its links are mute.
+        reports: Reports by worker; ``tail.mute`` has the ranks to which its links are mute.
         nodes: The node of each rank.
+
+    Returns:
+        Two nodes; one node if that node has more mute links than any other; empty if there are no
+        mute links.
     """
     links: set[tuple[int, int]] = set()
     for report in reports.values():

@@ -1,4 +1,4 @@
-"""One reconfiguration: claim, fence, verdict, align, plan, prepare, resume (rules 16-27)."""
+"""A reconfiguration, from the claim of a generation to PREPARE or a hold (rules 16-27)."""
 
 from __future__ import annotations
 
@@ -42,13 +42,20 @@ from lazarus.errors import BrokenInvariantError
 from lazarus.failure import Cause, Failure
 from placement import InfeasiblePlacementError, Plan
 
-_HEAL_BEFORE_BYTES = 64 << 20  # heal = "auto" heals before resuming up to this many bytes a rank
+_HEAL_BEFORE_BYTES = 64 << 20  # up to here per rank, heal = "auto" heals before RESUME
 
 
 def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) -> Decision:
     """Claim the next generation and fence the old one.
 
-    Joiners come in at planned transitions, at the start, and where the survivors alone are too few.
+    Joiners are admitted at the start of the run, at planned reconfigurations, and when fewer than
+    ``min_nodes`` members are left.
+
+    Args:
+        state: The controller's state.
+        reason: Why the run is reconfigured, for journal and record.
+        at_s: Time of the event in seconds.
+        planned: Whether all ranks have paused for this, or the run was holding.
     """
     state, commands = commits.flush(state, at_s=at_s)
     voters = tuple(sorted(state.members))
@@ -109,7 +116,7 @@ def _room(state: Control, voters: tuple[int, ...]) -> int:
 
 
 def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Decision:
-    """One frozen report; with the last of them the verdict (rule 19)."""
+    """Store a worker's report; the last report leads to the verdict (rule 19)."""
     transition = state.transition
     if (
         state.phase is not Phase.FENCING
@@ -121,7 +128,7 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Deci
     transition = replace(transition, reports={**transition.reports, worker: body})
     state = replace(state, transition=transition)
     if state.workers[worker].node in transition.voters:
-        # Evidence outlives the attempt, and the rank that gave it (rules 19 and 21).
+        # Vectors stay known even if this attempt or the reporting rank is lost (rules 19, 21).
         fresh = {v.step: changed(v, at_s=at_s) for v in body.vectors if v.step > state.step}
         state = replace(state, known={**fresh, **state.known})
     asked = transition.voters + transition.joiners
@@ -131,16 +138,17 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Deci
 
 
 def _of_now(state: Control, body: Report) -> Report:
-    """A vector of an attempt that is over says nothing of a step that is not committed."""
+    """Drop vectors of older generations from a report, except for steps that are committed."""
     sound = [v for v in body.vectors if v.generation == state.resumed or v.step <= state.step]
     return changed(body, vectors=tuple(sound))
 
 
 def _on_history(state: Control, body: Report) -> Report:
-    """A rank that did not get the RESUME of a rollback any more stands on a history that is void.
+    """Correct the report of a rank that missed the RESUME of the last rollback.
 
-    It has the state to go back to, read before RESUME, and takes it at ALIGN. Whoever sits in a
-    later generation, a joiner that has not entered any, stood where PREPARE of that one put it.
+    The steps that such a rank reports are void. It has already read the state of the rollback, and
+    takes it at ALIGN, so its report is changed to the step of the rollback. Reports need no
+    correction once a later generation has resumed.
     """
     generation, step = state.rolled
     if body.entered >= generation or state.resumed > generation:
@@ -177,7 +185,7 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
 
 
 def _restart(state: Control, transition: Transition, *, at_s: float) -> Decision:
-    """Nobody holds the state of the last commit any more: all stand where a checkpoint stands."""
+    """Align all new nodes at the step of a checkpoint, because all former members are lost."""
     step = restart_step(state)
     if step is None:
         return commits.end(state, status="failed", failure=storage_failure(state), at_s=at_s)
@@ -191,13 +199,13 @@ def _restart(state: Control, transition: Transition, *, at_s: float) -> Decision
 
 
 def _evidence(state: Control) -> dict[int, Vector]:
-    """Vectors that a verdict may need: a loss can strike before all have applied the last."""
+    """Vectors that a verdict may need, by step, with that of the newest journaled commit."""
     newest = {} if state.newest is None else {state.newest.step: state.newest}
     return newest | dict(state.known)
 
 
 def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Decision:
-    """One rank stands at the verdict's step; with the last of them plan and prepare."""
+    """Store a worker's ALIGNED; the last one leads to comparison, plan and PREPARE."""
     transition = state.transition
     if (
         state.phase is not Phase.ALIGNING
@@ -235,7 +243,7 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> De
 
 
 def prepare(state: Control, *, at_s: float) -> Decision:
-    """Plan for the next members, or hold if that cannot be (rule 26)."""
+    """Plan for the next members and order PREPARE, or hold if there is no plan (rule 26)."""
     transition = state.transition
     assert transition is not None
     nodes = transition.next_nodes
@@ -245,7 +253,7 @@ def prepare(state: Control, *, at_s: float) -> Decision:
     try:
         plan = plan_for(state, transition)
     except InfeasiblePlacementError as problem:
-        if not state.resumed:  # nobody holds anything yet that a wait would keep
+        if not state.resumed:  # there is no state yet that a hold would keep
             failure = Failure(cause=Cause.USER_CODE, error="ConfigError", message=str(problem))
             return commits.end(state, status="failed", failure=failure, at_s=at_s)
         return hold(state, reason=str(problem), at_s=at_s)
@@ -304,7 +312,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
 def _fed(
     state: Control, transition: Transition, *, seats: tuple[Seat, ...], feeders: tuple[Seat, ...]
 ) -> tuple[int, ...]:
-    """Ranks that take the dense state of others: those that join, and those that are outvoted."""
+    """Feeder indices that receive the dense state: of joiners and of outvoted workers."""
     place = {seat.worker: i for i, seat in enumerate(seats)} if transition.joiners else {}
     joining = [place[w] for w in workers_of(state, transition.joiners)]
     odd = [i for i, seat in enumerate(feeders) if seat.worker in transition.outvoted]
@@ -314,7 +322,7 @@ def _fed(
 def _told_to_prepare(
     state: Control, transition: Transition, plan: Plan, *, fed: tuple[int, ...], back: int | None
 ) -> Decision:
-    """PREPARE for everybody who takes part; ``back`` is the step that a rollback goes to."""
+    """Send PREPARE to all feeders; ``back`` is the step of a rollback, None without one."""
     nodes, seats, feeders = transition.next_nodes, transition.seats, transition.feeders
     standing = tuple(sorted(set(range(len(feeders))).difference(fed)))
     any_aligned = transition.aligned[workers_of(state, transition.voters[:1])[0]]
@@ -334,7 +342,7 @@ def _told_to_prepare(
         speeds=_speeds(state, nodes),
         lineage=lineage_text(state.lineage),
         reload="" if back is None or transition.restarts else place_of_checkpoint(state, back),
-        # Not for a joiner: whom storage keeps waiting would keep everybody who trains.
+        # Only at the start: later, a joiner waiting for slow storage would delay all ranks.
         probe=state.config.probes_place and not state.resumed,
     )
     told = TellAll(workers=tuple([seat.worker for seat in feeders]), body=order)
@@ -342,7 +350,10 @@ def _told_to_prepare(
 
 
 def waited_enough(state: Control, *, at_s: float) -> bool:
-    """Whether what a recovery waits for is there or given up: a checkpoint, a policy's time."""
+    """Whether a recovery in ALIGNING has waited long enough and ``prepare`` is due.
+
+    It waits for the time set by a recovery policy that holds, or for a checkpoint in flight.
+    """
     transition = state.transition
     if transition is not None and transition.held_until_s:
         return at_s >= transition.held_until_s
@@ -356,7 +367,7 @@ def _seats(state: Control, workers: tuple[str, ...]) -> tuple[Seat, ...]:
     return tuple([_seat(w, k.node, k.host, k.keeper) for w in workers for k in (known[w],)])
 
 
-@lru_cache(maxsize=1 << 15)  # most of a fleet sits where it sat before
+@lru_cache(maxsize=1 << 15)  # most seats are the same in each generation
 def _seat(worker: str, node: int, host: str, keeper: str) -> Seat:
     return Seat(worker=worker, node=node, host=host, keeper=keeper)
 
@@ -369,14 +380,14 @@ def _speeds(state: Control, nodes: tuple[int, ...]) -> tuple[float, ...]:
 
 
 def lineage_text(lineage: tuple[tuple[int, int], ...]) -> str:
-    """As PREPARE and RESUME carry it."""
+    """The lineage as the JSON text that PREPARE and RESUME carry."""
     return json.dumps([list(pair) for pair in lineage])
 
 
 def _cannot_save(
     state: Control, transition: Transition, lost: tuple[tuple[int, int], ...], *, at_s: float
 ) -> Decision:
-    """A run that is stopped while it holds cannot keep what it has in memory: experts are gone."""
+    """End a run that is stopped while holding and cannot be saved, because experts are lost."""
     standing = max((c.step for c in state.checkpoints), default=None)
     newest = "no checkpoint stands" if standing is None else f"the newest is of step {standing}"
     experts = f"{len(lost)} experts of it have no live replica"
@@ -386,7 +397,7 @@ def _cannot_save(
 
 
 def give_up(state: Control, decision: Fail, *, at_s: float) -> Decision:
-    """Experts are lost and nothing that the policy allows brings them back: end resumable."""
+    """End the run as resumable: the recovery policy allows no way to restore lost experts."""
     details = {"experts": [list(expert) for expert in decision.experts]}
     failure = Failure(
         cause=Cause.NODE,
@@ -403,7 +414,7 @@ def give_up(state: Control, decision: Fail, *, at_s: float) -> Decision:
 
 
 def storage_failure(state: Control, *, what: str = "the run cannot go on") -> Failure:
-    """Storage does not give what it holds, and there is no other source."""
+    """The failure for a copy that storage does not return and that has no other source."""
     url, operation, said = state.refusal
     return Failure(
         cause=Cause.STORAGE,
@@ -416,11 +427,18 @@ def storage_failure(state: Control, *, what: str = "the run cannot go on") -> Fa
 
 
 def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> Decision:
-    """Keep the state in memory and wait (rule 26); say so once per reason.
+    """Keep the state in memory and wait for nodes (rule 26); published once per reason.
 
-    After a broken invariant nothing but the user or the quorum time-out ends the wait.
+    A run that is being stopped ends instead.
+
+    Args:
+        state: The controller's state.
+        reason: Why the run holds, for the record.
+        at_s: Time of the event in seconds.
+        broken: Whether an invariant failed. New nodes then do not end the hold; only a stop, the
+            loss of all members or the quorum timeout does.
     """
-    if state.stopping:  # nobody waits for more nodes only to stop
+    if state.stopping:  # a stopping run needs no more nodes
         failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=state.stopping)
         return commits.end(state, status="short", failure=failure, at_s=at_s)
     events: tuple[Command, ...] = ()
@@ -449,7 +467,7 @@ def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> D
 
 
 def overdue(state: Control, *, at_s: float) -> tuple[int, ...]:
-    """Nodes that keep a transition waiting for longer than the tolerated stall."""
+    """Nodes whose answer to a transition is overdue, by serial: no progress for ``report_s``."""
     transition = state.transition
     if transition is None:
         return ()
@@ -461,7 +479,7 @@ def overdue(state: Control, *, at_s: float) -> tuple[int, ...]:
         voting = workers_of(state, transition.voters)
         waited_for = tuple(w for w in voting if w not in transition.aligned)
     elif state.phase is Phase.PREPARING:
-        # Who waits inside a collective is kept by another one.
+        # A worker that waits inside a collective is delayed by another worker.
         waited_for = tuple(
             s.worker
             for s in transition.feeders

@@ -1,10 +1,10 @@
-"""Replicas that differ: who is outvoted, what heals it, and who is outvoted too often. PURE.
+"""Replicas that differ: majority vote, repair, and eviction of nodes outvoted too often. PURE.
 
-What the others outvote is repaired from them, and is never a source meanwhile: not of a transfer,
-not of the history that a plan is made from. The controller remembers it until a RESUME, since those
-who outvoted it may die before they have repaired it. Without a majority nobody can say who is
-right: an expert then counts as lost, and all state goes back to the newest checkpoint where it is
-the dense state that differs.
+State that differs from the majority's is outvoted. It is repaired from the majority, and until then
+is neither the source of a transfer nor of the load history that a plan uses. The controller
+remembers outvoted state until a RESUME, since the ranks of the majority may die before the repair.
+Without a majority there is no way to tell which state is right: an expert then counts as lost, and
+if the dense state differs, all state is rolled back to the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from lazarus.failure import Cause, Failure, Status
 
 Expert = tuple[int, int]  # (layer, expert)
 
-MOST_REPORTED = 16  # differences of one comparison in the record; the first says enough
-STRIKES = 3  # a node that is outvoted after so many different steps is suspect
-APART_STEPS = 1000  # two suspects within so many steps: it is not the machines
+MOST_REPORTED = 16  # differences of one comparison that are published
+STRIKES = 3  # steps after which a node must be outvoted to be suspect
+APART_STEPS = 1000  # two suspects within so many steps point to user code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What differs between ranks that stand at one step."""
+    """The differences between ranks that are aligned at one step."""
 
     outvoted: Outvoted = field(default_factory=Outvoted)
     is_tied: bool = False  # the dense state differs, and nobody has a majority
-    tied: tuple[Expert, ...] = ()  # experts of which no copy is to be trusted
+    tied: tuple[Expert, ...] = ()  # experts without a majority
 
 
 def compare(aligned: Mapping[str, Aligned], known: Outvoted) -> Comparison:
-    """Vote on the dense state and on every expert that several ranks hold.
+    """Vote on the dense state and on every expert that ranks hold.
 
     Args:
-        known: Outvoted earlier and not repaired since: without a vote.
+        aligned: Answers by worker, with digests and checksums.
+        known: State that was outvoted earlier and is not repaired: it has no vote.
     """
     workers, is_tied = _dense_vote(aligned, known.workers)
     copies, tied = _expert_votes(aligned, known.copies)
@@ -57,7 +58,7 @@ def _dense_key(body: Aligned) -> tuple[str, str, str]:
 def _dense_vote(
     aligned: Mapping[str, Aligned], known: frozenset[str]
 ) -> tuple[frozenset[str], bool]:
-    """Who is outvoted, and whether nobody has a majority."""
+    """The workers whose dense state is outvoted, and whether there is no majority."""
     bodies = {id(body): body for body in aligned.values()}.values()  # each object once
     if len({_dense_key(body) for body in bodies}) < 2 and known.isdisjoint(aligned):
         return frozenset(), False
@@ -73,7 +74,7 @@ def _dense_vote(
 def _expert_votes(
     aligned: Mapping[str, Aligned], known: frozenset[tuple[str, int, int]]
 ) -> tuple[frozenset[tuple[str, int, int]], tuple[Expert, ...]]:
-    """Copies that are outvoted, and experts of which no copy is to be trusted."""
+    """The outvoted copies (worker, layer, expert), and the experts without a majority."""
     bodies = {id(body): body for body in aligned.values()}.values()
     if not known and not any(held.sums for body in bodies for held in body.held):
         return frozenset(), ()
@@ -88,7 +89,7 @@ def _expert_votes(
 
 
 def _sums(aligned: Mapping[str, Aligned]) -> dict[Expert, dict[str, int]]:
-    """Checksums of each expert's copies by worker; 0 where none was made."""
+    """Checksums of each expert's copies, by worker; 0 if none was computed."""
     found: dict[Expert, dict[str, int]] = {}
     for worker, body in aligned.items():
         for held in body.held:
@@ -99,7 +100,7 @@ def _sums(aligned: Mapping[str, Aligned]) -> dict[Expert, dict[str, int]]:
 
 
 def _usual(sums: Mapping[str, int]) -> int | None:
-    """The checksum of most copies; None: no majority, or no copy."""
+    """The checksum of the majority of copies; None if there is no majority or no copy."""
     votes = Counter(sums.values())
     if not votes:
         return None
@@ -108,7 +109,11 @@ def _usual(sums: Mapping[str, int]) -> int | None:
 
 
 def without_outvoted(aligned: Mapping[str, Aligned], outvoted: Outvoted) -> dict[str, Aligned]:
-    """What the ranks have to offer: all say what the majority says, and bad copies are not held."""
+    """The workers' answers without outvoted state.
+
+    Outvoted workers get the majority's digests, history and scalars, and outvoted expert copies are
+    removed from ``held``.
+    """
     if not outvoted:
         return dict(aligned)
     sound = next(body for worker, body in aligned.items() if worker not in outvoted.workers)
@@ -134,7 +139,11 @@ def _without(held: Held, bad: set[Expert]) -> Held:
 
 
 def judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
-    """All are aligned: repair what differs, or end the run if that is what was asked for."""
+    """Compare all aligned ranks, and plan the repair of what differs.
+
+    The run ends instead if ``on_mismatch`` is "stop", or if there was no majority at the start or
+    too often.
+    """
     found = compare(transition.aligned, state.outvoted)
     if not (found.outvoted or found.is_tied):
         return replace(state, outvoted=Outvoted()), ()
@@ -161,7 +170,7 @@ def judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
 def _mismatches(
     state: Control, transition: Transition, found: Comparison, *, at_s: float
 ) -> tuple[Publish, ...]:
-    """What the record says of differences that it does not know yet."""
+    """Events for the differences that are not published yet."""
     fresh = found.outvoted.less(state.outvoted)
     places: list[tuple[Expert, list[str], bool]] = []
     if found.is_tied:
@@ -192,7 +201,7 @@ def _mismatches(
 
 
 def place_name(layer: int, expert: int) -> str:
-    """How people call what differs."""
+    """The name of an expert, or of the dense state (negative layer), for messages."""
     return "dense state" if layer < 0 else f"L{layer}/E{expert}"
 
 
@@ -205,7 +214,7 @@ def _sentence(
 
 
 def stop(state: Control, *, what: str, at_s: float) -> Decision:
-    """``recovery.on_mismatch = "stop"``: end at the first difference."""
+    """End the run at the first difference, as ``recovery.on_mismatch = "stop"`` demands."""
     resumable = bool(state.checkpoints) or state.config.resume is not None
     failure = Failure(
         cause=Cause.NODE,
@@ -238,7 +247,10 @@ def _give_up_on_ties(state: Control, *, at_s: float) -> Decision:
 
 
 def on_odd(state: Control, body: ReplicaMismatch, *, at_s: float) -> Decision:
-    """The comparison while training found a difference; the ranks repair it if most agree."""
+    """Publish a difference that the comparison during training found.
+
+    The ranks repair the difference themselves if there is a majority; otherwise a fence follows.
+    """
     fields = {"generation": body.generation, "step": body.step, **json.loads(body.what)}
     event = Publish(t=at_s, event="replica_mismatch", fields=fields)
     if state.config.on_mismatch == "stop":
@@ -250,7 +262,7 @@ def on_odd(state: Control, body: ReplicaMismatch, *, at_s: float) -> Decision:
 
 
 def on_repaired(state: Control, worker: str, body: Repaired, *, at_s: float) -> Decision:
-    """The ranks have repaired what the comparison while training found."""
+    """Publish a repair during training, and count a strike against the outvoted nodes."""
     if body.generation != state.resumed or worker not in state.seats:
         return replace(state, stale=state.stale + 1), ()
     ranks = [rank for rank in body.ranks if 0 <= rank < len(state.seat_nodes)]
@@ -265,7 +277,7 @@ def on_repaired(state: Control, worker: str, body: Repaired, *, at_s: float) -> 
 
 
 def with_strikes(state: Control, nodes: Iterable[int], *, step: int) -> Control:
-    """One more step after which these nodes were outvoted."""
+    """Note that these nodes were outvoted after ``step``; each step counts once."""
     known = dict(state.outvotes)
     for node in set(nodes):
         if step not in known.get(node, ()):
@@ -276,8 +288,8 @@ def with_strikes(state: Control, nodes: Iterable[int], *, step: int) -> Control:
 def at_resume(
     state: Control, transition: Transition, *, at_s: float
 ) -> tuple[Control, tuple[Publish, ...]]:
-    """A RESUME leaves nothing unrepaired: say so, and remember whose fault it was."""
-    if transition.is_tied:  # once, however many attempts it took
+    """Publish the repairs that a RESUME completes, and count strikes against outvoted nodes."""
+    if transition.is_tied:  # once for all attempts at this RESUME
         state = replace(state, ties=(*state.ties, transition.step)[-STRIKES:])
     bad = state.outvoted
     step, seats = transition.step, [seat.worker for seat in transition.seats]
@@ -309,7 +321,7 @@ def at_resume(
 
 
 def _is_planned(transition: Transition, place: Expert, rank: int) -> bool:
-    """Whether the plan leaves the rank a copy that could be repaired."""
+    """Whether the rank has this expert (or the dense state) under the new plan."""
     layer, expert = place
     plan = transition.plan
     return layer < 0 or (plan is not None and expert in plan.expert_of_slot[layer, rank])
@@ -333,7 +345,7 @@ def _repaired(
 
 
 def suspect(state: Control) -> int | None:
-    """A member that is outvoted again and again, if there is one."""
+    """The first member that was outvoted after ``STRIKES`` or more steps; None if there is none."""
     if state.phase is not Phase.RUNNING or len(state.members) < 2:
         return None
     often = (n for n in state.members if len(state.outvotes.get(n, ())) >= STRIKES)
@@ -341,9 +353,11 @@ def suspect(state: Control) -> int | None:
 
 
 def on_suspect(state: Control, node: int, *, at_s: float) -> tuple[Control, Publish | None]:
-    """Say that the node is suspect; the caller evicts it. None: the run has ended instead.
+    """Publish that a node is suspect; the caller evicts the node.
 
-    The second suspect in a row says that it is not the machines.
+    Returns:
+        The next state and the event. The event is None if another node was suspect within the last
+        ``APART_STEPS`` steps; the caller then ends the run with ``end_by_user_code``.
     """
     steps = state.outvotes[node]
     fields = {
@@ -362,7 +376,7 @@ def on_suspect(state: Control, node: int, *, at_s: float) -> tuple[Control, Publ
 
 
 def end_by_user_code(state: Control, node: int, *, at_s: float) -> Decision:
-    """One node after the other is outvoted: what runs on them is different, not the machines."""
+    """End the run because a second node is outvoted too often, which points to user code."""
     first = state.suspects[-1][0]
     failure = Failure(
         cause=Cause.USER_CODE,

@@ -1,4 +1,4 @@
-"""The last step of a reconfiguration: all ranks are ready, RESUME (rules 24 and 25). PURE."""
+"""The last step of a reconfiguration: RESUME once all ranks are ready (rules 24 and 25). PURE."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from placement import Plan
 
 
 def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Decision:
-    """One rank is healed and grouped; with the last of them RESUME (rule 25)."""
+    """Store a worker's READY; the last one leads to RESUME (rule 25)."""
     transition = state.transition
     if (
         state.phase is not Phase.PREPARING
@@ -52,7 +52,11 @@ def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Decisi
 
 
 def settle(state: Control, *, at_s: float) -> Decision:
-    """RESUME, once all are ready and nothing is awaited any more."""
+    """RESUME if all workers are ready and no launcher's report is awaited.
+
+    The run ends if a node cannot use the checkpoint place, and the reconfiguration begins again if
+    ranks read different versions of an expert.
+    """
     transition = state.transition
     assert transition is not None
     missing = len(transition.ready) < len(transition.feeders)
@@ -72,13 +76,13 @@ def settle(state: Control, *, at_s: float) -> Decision:
 
 
 def _awaits_word(state: Control, *, at_s: float) -> bool:
-    """Whether the launcher's word on a lost member may show that the next step is poisoned."""
+    """Whether to wait for a launcher's report that may show that the next step is poisoned."""
     unsure = awaited(state.deaths, state.unexplained, step=state.step)
     return any(at_s - gone.at_s <= state.config.timeouts.news_s for gone in unsure)
 
 
 def _cannot_store(state: Control, transition: Transition) -> dict[int, StorageProblem]:
-    """Nodes that cannot use the checkpoint place, as they say before the first step."""
+    """Nodes that reported, before the first step, that they cannot use the checkpoint place."""
     if state.resumed:
         return {}
     return {
@@ -91,7 +95,7 @@ def _cannot_store(state: Control, transition: Transition) -> dict[int, StoragePr
 def _without_place(
     state: Control, transition: Transition, troubled: Mapping[int, StorageProblem], *, at_s: float
 ) -> Decision:
-    """The run ends before its first step."""
+    """End the run before its first step, because nodes cannot use the checkpoint place."""
     first = troubled[min(troubled)]
     names = " and ".join(str(node) for node in sorted(troubled))
     what = f"{first.operation} {first.url}: {first.reason}"
@@ -111,7 +115,7 @@ def _without_place(
 def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Decision:
     entry = _entry(state, transition, plan)
     if transition.rollback:
-        if not transition.restarts:  # ALIGNED brought it
+        if not transition.restarts:  # else ALIGNED had the history
             state = replace(state, history=_reloaded_history(state, transition))
         entry["history"] = base64.b64encode(state.history.astype("<f8").tobytes()).decode()
     state = mark_resume(state, transition, at_s=at_s)
@@ -132,7 +136,7 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
 
 
 def _resumed(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Control:
-    """The state in which the next members train."""
+    """The controller's state after RESUME, in phase RUNNING."""
     nodes = transition.next_nodes
     lineage = (*state.lineage, (transition.generation, transition.step))
     return replace(
@@ -168,7 +172,7 @@ def _resumed(state: Control, transition: Transition, plan: Plan, *, at_s: float)
 def _told_to_resume(
     before: Control, state: Control, transition: Transition, plan: Plan
 ) -> list[Command]:
-    """RESUME for those who train on, and a farewell for those who leave."""
+    """RESUME for the workers of the new generation, and Depart for those of leaving nodes."""
     order = Resume(
         generation=transition.generation,
         step=transition.step,
@@ -186,12 +190,12 @@ def _told_to_resume(
 
 
 def _has_committed(state: Control, transition: Transition) -> bool:
-    """Whether a step was committed since the newest RESUME: only then is its word in force."""
+    """Whether a step was committed since the previous RESUME, so that its orders are in force."""
     return not state.lineage or transition.step > state.lineage[-1][1]
 
 
 def _entry(state: Control, transition: Transition, plan: Plan) -> dict[str, Any]:
-    """What the journal keeps of a RESUME."""
+    """The journal entry of a RESUME."""
     nodes = transition.next_nodes
     return {
         "kind": "resume",
@@ -213,13 +217,13 @@ def _entry(state: Control, transition: Transition, plan: Plan) -> dict[str, Any]
 
 
 def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
-    """Share weights below 1 of the nodes that stay."""
+    """The share weights of these nodes from now on; only weights below 1 are listed."""
     found = [(node, state.next_speeds[node]) for node in nodes if node in state.next_speeds]
     return {node: weight for node, weight in found if weight < 1.0}
 
 
 def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.float64]:
-    """The load history that every rank read with the checkpoint."""
+    """The load history that the ranks read from the checkpoint, float64 [3, L, E]."""
     body = next(iter(transition.ready.values()))
     return np.frombuffer(body.history, dtype="<f8").reshape((3, *state.shape))
 

@@ -1,4 +1,4 @@
-"""Seconds of a recovery by phase, over all its attempts; see ``state.Timeline``. PURE."""
+"""Measures the seconds of each phase of a recovery, over all attempts. PURE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lazarus.control.cluster.state import Control, Timeline, Transition
 
 
 def with_timeline(state: Control, *, reason: str, at_s: float) -> Control:
-    """The recovery that begins, or one more attempt of the one under way."""
+    """Start the timeline of a recovery, or count one more attempt of the recovery under way."""
     if not state.resumed:
         return state
     line = state.timeline
@@ -18,7 +18,7 @@ def with_timeline(state: Control, *, reason: str, at_s: float) -> Control:
 
 
 def mark(state: Control, name: str, seconds: float) -> Control:
-    """Add to one phase of the recovery under way; attempts add up."""
+    """Add seconds to a phase of the recovery under way; no effect if there is none."""
     line = state.timeline
     if line is None:
         return state
@@ -27,7 +27,7 @@ def mark(state: Control, name: str, seconds: float) -> Control:
 
 
 def mark_resume(state: Control, transition: Transition, *, at_s: float) -> Control:
-    """What the ranks say of groups and transfers, with the rest as planning."""
+    """Add the time of PREPARING: the slowest rank's groups and transfer, and the rest as "plan"."""
     line = state.timeline
     if line is None:
         return state
