@@ -1,6 +1,7 @@
-"""Partial expert checkpoints: in host memory, on storage, and what is true of them.
+"""Partial expert checkpoints in host memory and on storage.
 
-Used by workers, keepers and the controller alike. Start reading at ``format/manifest.py``: what a
-checkpoint is. ``selection/`` says who saves which experts when, ``in_memory/`` and ``files/`` hold
-them, ``restoring/`` chooses what a lost expert comes back from.
+Workers, keepers and the controller all use this package. Start reading at ``format/manifest.py``,
+which defines a checkpoint. ``selection/`` decides which rank saves which experts at which step,
+``in_memory/`` and ``files/`` store them, ``restoring/`` chooses the copy that a lost expert is
+restored from.
 """

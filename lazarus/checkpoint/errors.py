@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, each with its own type."""
+"""Errors of checkpoints, one type for each kind of problem."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from lazarus.errors import StorageError as StorageError
 
 
 class DamagedError(CheckpointError):
-    """Bytes that are not what their manifest or checksum says. Use the next best source."""
+    """Data does not match its manifest or checksum. Callers use the next best copy."""
 
 
 class UnknownFormatError(CheckpointError):
-    """A manifest of a format that this release does not read."""
+    """A manifest has a format number that this release cannot read."""
 
     def __init__(self, *, path: str, found: object, supported: tuple[int, ...]) -> None:
         known = ", ".join(str(n) for n in supported)
@@ -23,7 +23,7 @@ class UnknownFormatError(CheckpointError):
 
 
 class IncompleteCheckpointError(CheckpointError):
-    """A checkpoint that lacks an expert or a tensor; ``missing`` names them."""
+    """A checkpoint lacks experts or tensors; ``missing`` names them."""
 
     def __init__(self, *, where: str, missing: tuple[str, ...]) -> None:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
@@ -32,7 +32,7 @@ class IncompleteCheckpointError(CheckpointError):
 
 
 class ForeignCheckpointError(CheckpointError):
-    """A run would replace the checkpoint of another run: both keep theirs at one place."""
+    """A run would overwrite a checkpoint of another run that uses the same ``checkpoint.url``."""
 
     def __init__(self, *, where: str, step: int, job: str) -> None:
         super().__init__(
@@ -43,7 +43,7 @@ class ForeignCheckpointError(CheckpointError):
 
 
 class NoCheckpointError(CheckpointError):
-    """No usable checkpoint at a URL; the message says what was found instead."""
+    """There is no usable checkpoint at a URL; the message says what was found instead."""
 
 
 class KeeperUnavailableError(CheckpointError):

@@ -1,4 +1,4 @@
-"""A toy state with experts and dense tensors, for the tests and benchmarks of this room."""
+"""A toy state with experts and dense tensors, for tests and benchmarks of this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TAG = Tag(job="toy", term=1, generation=1)
 
 @dataclass
 class ToyState:
-    """State whose every tensor is a known function of (seed, step, name)."""
+    """A model state in which every tensor is a function of (seed, step, name)."""
 
     num_layers: int = 2
     num_experts: int = 4
@@ -127,7 +127,7 @@ class ToyState:
 
 
 def hash_of(text: str) -> int:
-    """A seed from text, the same in every process."""
+    """A seed computed from text; the same in every process, unlike ``hash``."""
     value = 0
     for char in text.encode():
         value = (value * 131 + char) % (1 << 61)

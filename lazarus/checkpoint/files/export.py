@@ -1,8 +1,8 @@
-"""A checkpoint's model as one plain safetensors file that needs no Lazarus to be read. EFFECTS.
+"""Export a checkpoint's model as one safetensors file that can be read without Lazarus. EFFECTS.
 
-Two layouts. ``model``: the names of ``model.state_dict()``, experts of a layer stacked into
-``{path}.experts.weight`` [E, P], so that ``load_state_dict`` takes it as it is. ``experts``: one
-tensor per expert and field, ``{path}.experts.{id}.{field}``.
+There are two layouts. ``model`` has the names of ``model.state_dict()``, with the experts of each
+layer stacked into ``{path}.experts.weight`` [E, P]; ``load_state_dict`` accepts it unchanged.
+``experts`` has one tensor per expert and field, ``{path}.experts.{id}.{field}``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StackedState(Mapping[str, Tensor]):
         return stacked
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor, without reading it."""
+        """Name, dtype and shape of a tensor; reads no file."""
         if name not in self._layers:
             return self._state.spec(name)
         layer = self._layers[name]
@@ -69,7 +69,7 @@ class StackedState(Mapping[str, Tensor]):
 
 
 def _fields(layer: LayerEntry, expert: int) -> list[tuple[str, TensorSpec]]:
-    """Names of an expert's weights, in record order, each with dtype and shape."""
+    """Name and spec of each of an expert's weight tensors, in the order of the record."""
     return [
         (spec.name.removeprefix(_MODEL).replace("{e}", str(expert)), spec)
         for spec in layer.tensors[WEIGHTS]
@@ -79,19 +79,20 @@ def _fields(layer: LayerEntry, expert: int) -> list[tuple[str, TensorSpec]]:
 def export(
     url: str, target: str, *, step: int | None = None, layout: str = "model"
 ) -> tuple[Manifest, int]:
-    """Write the model as one plain safetensors file.
+    """Write the model of a checkpoint as one safetensors file.
 
     Args:
         url: Root of the checkpoints.
-        target: File or fsspec URL to write; appears whole or not at all.
-        step: Which checkpoint; the newest usable one by default.
-        layout: ``model`` or ``experts``.
+        target: File or fsspec URL to write; written atomically.
+        step: Step of the checkpoint; by default the newest usable one.
+        layout: ``model`` or ``experts``, see the module.
 
     Returns:
-        The manifest that was exported, and the bytes written.
+        The manifest of the exported checkpoint, and the bytes written.
 
     Raises:
-        CheckpointError: There is none, or a file of it is damaged.
+        CheckpointError: There is no such checkpoint, or a file of it is damaged.
+        ValueError: ``layout`` is unknown.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")

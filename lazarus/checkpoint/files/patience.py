@@ -1,4 +1,4 @@
-"""Asking storage again while it refuses, for a bounded time."""
+"""Retry storage operations for a bounded time."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def patiently(
     place: str,
     operation: str,
 ) -> _Found:
-    """The outcome of ``work``, which is tried again with longer and longer pauses.
+    """Return the result of ``work``, which is retried with growing pauses after a StorageError.
 
-    ``work`` runs in a thread of its own: an operation that hangs is given up, not waited for.
+    Each attempt runs in a thread of its own, so an attempt that hangs can be abandoned.
 
     Args:
-        work: What is asked of storage; it raises StorageError where storage refuses.
-        for_s: No attempt begins later than this.
-        stuck_s: An attempt that does not move for so long is given up.
-        waiting: Called every fraction of a second; what it raises ends the wait.
-        moved: A number that grows while ``work`` makes progress.
-        place, operation: For the error where storage does not answer.
+        work: The storage operation.
+        for_s: No retry begins later than this many seconds after the start.
+        stuck_s: An attempt without progress for this many seconds is abandoned.
+        waiting: Called every 0.2 s; an exception that it raises ends the wait.
+        moved: Returns a number that grows while ``work`` makes progress.
+        place, operation: Named in the error if storage does not answer.
 
     Raises:
-        StorageError: The last refusal, or that storage does not answer.
+        StorageError: The last attempt failed or did not answer.
     """
     started, pause_s = time.monotonic(), _FIRST_PAUSE_S
     while True:

@@ -1,4 +1,4 @@
-"""Whether the place of checkpoints can be used: a small file goes there and back. EFFECTS."""
+"""Check that a checkpoint URL can be used by writing and reading a small file. EFFECTS."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lazarus.checkpoint.files.storage import (
 )
 from lazarus.errors import ConfigError
 
-# No such protocol or package, a URL that lacks a part, a place that is only read, no rights.
+# Unknown protocol, missing package, incomplete URL, read-only place, missing permission.
 _MISTAKES = (
     ValueError,
     ImportError,
@@ -26,15 +26,15 @@ _MISTAKES = (
     NotImplementedError,
     PermissionError,
 )
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # of botocore, if it is there
-_CONTENT = b"lazarus can write here\n" * 200  # more than what fits beside a file's name
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # raised by botocore
+_CONTENT = b"lazarus can write here\n" * 200  # too large for inline storage in an inode
 
 
 def write_probe(url: str, name: str) -> None:
-    """Write a small file, with the code that writes checkpoints, and read it back.
+    """Write a small file with the code that writes checkpoints, and read it back.
 
     Raises:
-        StorageError: Storage refuses, or gives back something else.
+        StorageError: The write or read failed, or the content differs.
     """
     storage = open_storage(url)
     write_file(storage, name, [_CONTENT], kind="probe")
@@ -45,7 +45,7 @@ def write_probe(url: str, name: str) -> None:
 
 
 def sees_probe(url: str, name: str) -> bool:
-    """Whether a file that another node wrote is there, and whole."""
+    """Whether the probe file that another node wrote exists with the right content."""
     return _content(url, name) == _CONTENT
 
 
@@ -57,7 +57,7 @@ def _content(url: str, name: str) -> bytes | None:
 
 
 def remove_probe(url: str, name: str) -> None:
-    """Delete what ``write_probe`` wrote, and the folder if nothing else is in it."""
+    """Delete the file that ``write_probe`` wrote, and its local folder if that is empty."""
     with suppress(CheckpointError):
         storage = open_storage(url)
         delete_file(storage, name)
@@ -73,17 +73,17 @@ def check_place(
     patience_s: float,
     waiting: Callable[[], None] = lambda: None,
 ) -> None:
-    """Refuse a place that this machine cannot write to, before anything is started.
+    """Check, before a run starts, that this machine can write to the checkpoint URL.
 
     Args:
-        url: Where the run's checkpoints shall be.
-        name: Of the probe: unique to who asks.
-        patience_s: For how long an object store that refuses is asked again.
-        waiting: Called all the time meanwhile.
+        url: Root of the run's checkpoints.
+        name: Name of the probe file; unique to the caller.
+        patience_s: Seconds for which a failing object store is tried again.
+        waiting: Called every fraction of a second while the check lasts.
 
     Raises:
-        ConfigError: It cannot be used like this: protocol, package, folder or rights.
-        StorageError: It could be used, but is full, or out of order.
+        ConfigError: The URL cannot be used: protocol, package, folder or permissions are wrong.
+        StorageError: The storage is full or out of order.
     """
     is_local = False
     try:
@@ -107,7 +107,7 @@ def check_place(
 
 
 def _is_mistake(cause: BaseException | None) -> bool:
-    """Whether it is the URL, or what is set up for it, that must change: waiting helps nothing."""
+    """Whether the error needs a change of the URL or its setup, so that retrying is useless."""
     if type(cause).__name__ in _NO_CREDENTIALS:
         return True
     return isinstance(cause, _MISTAKES)

@@ -1,6 +1,6 @@
-"""Read a checkpoint: for a resume, for a restore, as a lazy state dict. EFFECTS.
+"""Read checkpoints: whole, one expert at a time, or as a lazy state dict. EFFECTS.
 
-Every file is compared with its checksum before a tensor of it is used.
+Every file is compared with its checksum before its tensors are used.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _CACHED_FILES = 4
 
 
 class CheckpointReader:
-    """Reads the tensors of one checkpoint. Keeps a few files in memory, no more.
+    """Reads the tensors of one checkpoint. At most four files are cached in memory.
 
-    ``read`` gets a file's bytes; whoever can wait passes one that asks storage again.
+    ``read`` returns a file's bytes; a caller may pass a function that retries failed reads.
     """
 
     def __init__(self, url: str, manifest: Manifest, *, read: ReadFile = read_file) -> None:
@@ -49,10 +49,10 @@ class CheckpointReader:
         self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def file(self, path: str) -> dict[str, Tensor]:
-        """All tensors of one file, checked.
+        """All tensors of one file, after checking the file's sha256.
 
         Raises:
-            DamagedError: The file is missing or is not what the manifest says.
+            DamagedError: The file is missing or does not match the manifest.
         """
         if path in self._cache:
             self._cache.move_to_end(path)
@@ -82,7 +82,7 @@ class CheckpointReader:
         """One expert's tensors, weights and optimizer state, by global name.
 
         Raises:
-            DamagedError: A file of it is damaged, or lacks a tensor.
+            DamagedError: A file of the expert is damaged, or lacks a tensor.
         """
         found: dict[str, Tensor] = {}
         for part in self.manifest.layers[layer].parts():
@@ -96,10 +96,14 @@ class CheckpointReader:
         return found
 
     def require(self, *, dense: Sequence[TensorSpec], layers: Sequence[LayerEntry]) -> None:
-        """Refuse a checkpoint that does not fit a model, before anything is loaded.
+        """Check that the checkpoint fits a model, before anything is loaded.
+
+        Args:
+            dense: Name, dtype and shape of the model's dense tensors.
+            layers: The model's MoE layers.
 
         Raises:
-            IncompleteCheckpointError: It lacks tensors or experts; the message names them.
+            IncompleteCheckpointError: The checkpoint lacks tensors or experts; names them.
         """
         where = f"checkpoint of step {self.manifest.step}"
         gaps = list(self.manifest.missing())
@@ -134,9 +138,9 @@ def _dense_gaps(want: Sequence[TensorSpec], have: Mapping[str, TensorEntry]) -> 
 def expert_versions(
     manifests: Sequence[Manifest], layer: int, expert: int
 ) -> tuple[tuple[Manifest, Mapping[str, ExpertVersion]], ...]:
-    """All stored versions of an expert, newest first, each with a manifest that names it.
+    """All complete stored versions of an expert, newest first, each with a manifest naming it.
 
-    A restore tries them in this order and takes the first whose files are sound.
+    A restore tries the versions in this order and takes the first with undamaged files.
     """
     seen: set[tuple[str, ...]] = set()
     versions = []
@@ -152,7 +156,11 @@ def expert_versions(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredExpert:
-    """An expert read from storage: its tensors, its version, and what was wrong with newer ones."""
+    """An expert read from storage.
+
+    ``step``, ``generation`` and ``routed`` are those of its oldest part. ``passed_over`` says what
+    was wrong with newer versions.
+    """
 
     tensors: Mapping[str, Tensor]
     step: int
@@ -162,9 +170,9 @@ class StoredExpert:
 
 
 class StoredExperts:
-    """Reads experts from storage, each in its newest sound version that the lineage allows.
+    """Reads experts from storage, each in its newest undamaged version on the lineage.
 
-    Manifests are read once, so that all experts of one restore come from one look at storage.
+    All manifests are read once, when the object is made.
     """
 
     def __init__(
@@ -182,11 +190,11 @@ class StoredExperts:
         self._readers: dict[int, CheckpointReader] = {}
 
     def read(self, layer: int, expert: int, *, upto: int | None = None) -> StoredExpert:
-        """The newest sound version of one expert, of step ``upto`` or before.
+        """Read the newest undamaged version of one expert, of step ``upto`` or before.
 
         Raises:
-            StorageError: There may be one, but storage refuses.
-            NoCheckpointError: There is none; the message says what is wrong with each.
+            StorageError: No version could be read, and storage refused at least one of them.
+            NoCheckpointError: There is no such version; the message says what is wrong with each.
         """
         problems, refused = [], None
         for manifest, version in expert_versions(self._manifests, layer, expert):
@@ -225,16 +233,17 @@ def read_newest_expert(
     lineage: Sequence[tuple[int, int]],
     resume_step: int,
 ) -> StoredExpert:
-    """The newest sound version of one expert on storage that the lineage allows.
+    """Read the newest undamaged version of one expert on the lineage.
 
     Raises:
-        NoCheckpointError: There is none; the message says what is wrong with each.
+        StorageError: No version could be read, and storage refused at least one of them.
+        NoCheckpointError: There is no such version; the message says what is wrong with each.
     """
     return StoredExperts(url, lineage=lineage, resume_step=resume_step).read(layer, expert)
 
 
 class LazyState(Mapping[str, Tensor]):
-    """The model's parameters and buffers of one checkpoint, read when asked for.
+    """The model's parameters and buffers in one checkpoint, each read on access.
 
     Names are those of ``model.named_parameters()`` and buffers; an expert's tensors are
     ``{layer path}.experts.{id}.{field}``.
@@ -271,16 +280,20 @@ class LazyState(Mapping[str, Tensor]):
         return len(self._entries)
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor, without reading it."""
+        """Name (as stored), dtype and shape of a tensor; reads no file."""
         spec, _ = self._entries[name]
         return TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)
 
 
 def open_state_dict(url: str, *, step: int | None = None) -> LazyState:
-    """The model of the newest usable checkpoint (or of one step), nothing read yet.
+    """Open the model of a checkpoint as a mapping that reads tensors on access.
+
+    Args:
+        url: Root of the checkpoints.
+        step: Step of the checkpoint; by default the newest usable one.
 
     Raises:
-        NoCheckpointError: There is none.
+        NoCheckpointError: There is no such checkpoint.
     """
     manifest = newest_usable(url) if step is None else load_manifest(url, step)
     return LazyState(CheckpointReader(url, manifest))

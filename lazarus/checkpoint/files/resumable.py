@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, where files of the newest are damaged. EFFECTS (reads)."""
+"""Choose the checkpoint that a run resumes from, although files may be damaged. EFFECTS (reads)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from lazarus.checkpoint.format.manifest import ExpertVersion, Manifest, expert_n
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OlderVersion:
-    """An expert whose own file in a checkpoint is no good, and the sound version used instead."""
+    """An expert that is resumed from an older version, because a file of its own is damaged.
+
+    ``step`` is that of the older version, ``problem`` what is wrong with the damaged file.
+    """
 
     layer: int
     expert: int
@@ -29,11 +32,11 @@ class OlderVersion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resumable:
-    """The newest checkpoint that all state can come from.
+    """The newest checkpoint from which all state can be restored.
 
     Attributes:
-        manifest: As it stands on storage.
-        older: Experts that come from an older version, because a file of it is no good.
+        manifest: The checkpoint's manifest, as stored.
+        older: Experts restored from an older version, because a file of them is damaged.
         passed_over: What is wrong with each newer checkpoint.
     """
 
@@ -45,19 +48,19 @@ class Resumable:
 def newest_resumable(
     url: str, *, lineage: Sequence[tuple[int, int]] | None = None, check: str = "sha256"
 ) -> Resumable:
-    """The newest true checkpoint whose dense state is sound, with a sound version of each expert.
+    """Find the newest checkpoint on the lineage with undamaged dense state.
 
-    Partial checkpoints share files: one flipped bit in one of them must not take every checkpoint
-    away. An expert whose file is no good comes from its next older version, as it does after the
-    loss of its last replica; whoever resumes says so and counts the tokens that it costs.
+    Partial checkpoints share files, so a single damaged file must not make all of them unusable.
+    An expert with a damaged file is taken from its newest undamaged older version. The caller
+    reports this and counts the lost tokens.
 
     Args:
         url: Root of the checkpoints.
         lineage: History known from a journal; None takes the one recorded in the manifests.
-        check: ``sha256`` reads every file that counts, ``sizes`` looks at sizes alone.
+        check: ``sha256`` reads every file in use, ``sizes`` compares only their sizes.
 
     Raises:
-        NoCheckpointError: There is none; the message says what is wrong with each.
+        NoCheckpointError: No checkpoint is usable; the message says what is wrong with each.
     """
     found = find_checkpoints(url)
     files = _Files(open_storage(url), content=check == "sha256")
@@ -77,14 +80,14 @@ def newest_resumable(
 
 @dataclass
 class _Files:
-    """Files that were looked at, each once."""
+    """A cache of checked files, so that each file is checked once."""
 
     storage: Storage
     content: bool
     seen: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def problem(self, manifest: Manifest, path: str) -> str:
-        """What is wrong with a file, or nothing."""
+        """What is wrong with a file; empty if the file is sound."""
         key = (path, manifest.files[path].sha256)
         if key not in self.seen:
             look = file_problem if self.content else _size_problem
@@ -108,7 +111,10 @@ def _dense_problem(files: _Files, manifest: Manifest) -> str:
 def _older_versions(
     files: _Files, manifest: Manifest, before: Sequence[Manifest]
 ) -> tuple[tuple[OlderVersion, ...], str]:
-    """Experts that need an older version; or what is wrong where one has none that is sound."""
+    """Experts that need an older version, and an empty string.
+
+    If an expert has no sound version at all: no experts, and the problem of its file.
+    """
     older = []
     for layer, experts in enumerate(manifest.experts):
         for expert, version in enumerate(experts):

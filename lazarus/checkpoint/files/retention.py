@@ -1,4 +1,4 @@
-"""Which checkpoints stay. The newest usable version of any expert is never deleted."""
+"""Delete old checkpoints. Files that a kept checkpoint points to are never deleted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lazarus.checkpoint.format.manifest import Manifest, manifest_path, step_of_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retained:
-    """What a retention kept and removed: steps, and files by path; ``manifests`` are the kept."""
+    """The result of ``retain``: steps kept and removed, kept manifests, paths of deleted files."""
 
     kept: tuple[int, ...]
     manifests: tuple[Manifest, ...] = ()
@@ -37,19 +37,22 @@ def retain(
 ) -> Retained:
     """Keep the newest ``keep`` usable checkpoints and every file they point to; delete the rest.
 
-    What other runs wrote at this place is not looked at: neither kept by count nor deleted.
+    Checkpoints of other runs at this URL are neither counted nor deleted.
 
-    Only folders before the newest usable step are touched: that one and later ones may have files
-    of a checkpoint in the making. If nothing is usable, nothing is deleted. Manifests go before
-    their files, so that a process killed half-way leaves no manifest that lost a file; the next
-    retention finishes its work.
+    Only folders before the newest usable step change: later ones, and that one, may hold files of
+    a checkpoint in progress. If no checkpoint is usable, nothing is deleted. Manifests are deleted
+    before their files, so a process killed half-way leaves no manifest without its files; the
+    next call deletes the remaining files.
 
     Args:
         url: Root of the checkpoints.
-        keep: How many usable checkpoints stay, >= 1.
+        keep: How many usable checkpoints to keep, >= 1.
         lineage: The run's history; None takes the one recorded in the manifests.
-        lives: Ids of this run and of those that it continues; None: everything here is this run's.
-        probe: Labels ``retention.start``, ``.manifest_deleted``, ``.file_deleted``, ``.done``.
+        lives: Ids of this run and of the runs that it continues; None: all files are this run's.
+        probe: Called with ``retention.start``, ``.manifest_deleted``, ``.file_deleted``, ``.done``.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the newest checkpoint must stay")
@@ -97,17 +100,17 @@ def _removable(found: Found, kept: Sequence[Manifest]) -> tuple[int, ...]:
 
 
 def sweep(url: str, *, runs: Collection[str]) -> tuple[str, ...]:
-    """Delete what runs that are over left half done: files of theirs that no manifest names.
+    """Delete files of ended runs that no manifest names.
 
-    A writer that is killed leaves a file under a temporary name, or a share of a checkpoint that
-    never became one. Whoever calls this knows that no process of these runs lives, and that no
-    other run writes at this place now.
+    A killed writer leaves temporary files, or files of a checkpoint that was never committed. The
+    caller must be sure that no process of these runs lives, and that no other run is writing at
+    this URL.
 
     Returns:
-        The deleted files.
+        Paths of the deleted files; none if any manifest is unreadable.
     """
     storage, found = open_storage(url), find_checkpoints(url)
-    if found.unreadable:  # what it names is not known
+    if found.unreadable:  # the files that such a manifest needs are not known
         return ()
     needed = {path for m in found.manifests for path in m.files}
     deleted: list[str] = []
@@ -129,7 +132,7 @@ def sweep(url: str, *, runs: Collection[str]) -> tuple[str, ...]:
 
 
 def _is_ours(name: str, lives: Collection[str] | None) -> bool:
-    """Whether these runs gave a file its name; a user's own note in a folder stays."""
+    """Whether one of these runs wrote a file, by its name. Files of the user are kept."""
     if lives is not None:
         return writer_of(name) in lives
     stem, extension, _ = name.partition(".safetensors")

@@ -1,11 +1,11 @@
-"""Files at a URL: durable writes, checked reads. EFFECTS.
+"""Read and write files at a URL, with durable and atomic writes. EFFECTS.
 
-A local folder gets temporary file, fsync, rename, fsync of the folder. An object store gets one
-upload, which is atomic by itself (an object appears whole or not at all). Every step reports to
-a ``Probe``, so that a test can kill the process between any two of them.
+In a local folder, a write makes a temporary file, fsyncs it, renames it and fsyncs the folder. On
+an object store, a write is one upload, which is atomic (an object appears whole or not at all).
+Each stage calls a ``Probe``, so that a test can kill the process between any two stages.
 
-Whatever a backend raises leaves this module as a ``StorageError`` with its URL and what was asked,
-except ``FileNotFoundError``: that a file is not there is an answer.
+Errors of a backend are raised as ``StorageError`` with the URL and the operation. Only
+``FileNotFoundError`` passes through readers: a missing file is a normal answer.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from lazarus.errors import LazarusError
 Probe = Callable[[str], None]
 Buffer = bytes | bytearray | memoryview
 _BLOCK_BYTES = 8 << 20
-# A scheme, perhaps behind those of wrappers: "s3://", "simplecache::s3://". "c:foo" is a file name.
+# A scheme, perhaps after those of wrappers: "s3://", "simplecache::s3://". "c:foo" is a file name.
 _URL = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]+://")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FOLDER_RACES = 8  # times that another writer may remove a folder between its making and its use
 
 
 def no_progress(num_bytes: int) -> None:
-    """Nobody counts."""
+    """Ignore the number of bytes; the default for ``progress``."""
 
 
 def no_probe(label: str) -> None:
-    """The probe of production: nothing happens."""
+    """Do nothing; the default probe outside tests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A root folder on some filesystem. Paths are relative to it, with forward slashes.
+    """A root folder on an fsspec filesystem. Paths are relative to it, with forward slashes.
 
-    ``url`` is how people know it, without secrets.
+    ``url`` is the name shown in messages, without secrets.
     """
 
     fs: Any
@@ -70,7 +70,7 @@ class Storage:
         return f"{self.root}/{path}"
 
     def place(self, path: str = "") -> str:
-        """A path as people know it."""
+        """A path as shown in messages; without ``path``, the root."""
         root = self.url or self.root
         return f"{root.rstrip('/')}/{path}" if path else root
 
@@ -81,7 +81,10 @@ def is_url(place: str) -> bool:
 
 
 def anchored(place: str) -> str:
-    """The same place for every process, whatever folder it works in: a path is made absolute."""
+    """Make a path absolute, so that processes with other working folders can use it too.
+
+    A URL is returned unchanged.
+    """
     return place if is_url(place) else _absolute(place)
 
 
@@ -90,12 +93,12 @@ def _absolute(path: str) -> str:
 
 
 def open_storage(url: str) -> Storage:
-    """The storage behind a folder or any fsspec URL. Nothing is created.
+    """Open the storage behind a folder or any fsspec URL. Nothing is created.
 
-    A path is taken as it is: ``::``, ``?``, ``#`` and ``%`` are letters of a name like any other.
+    A path is not parsed: ``::``, ``?``, ``#`` and ``%`` are ordinary characters of a name.
 
     Raises:
-        StorageError: No such protocol, or the package that it needs is not installed.
+        StorageError: The protocol is unknown, or a package that it needs is not installed.
     """
     scheme, _, rest = url.partition("://")
     shown = redacted(url)
@@ -111,9 +114,9 @@ def open_storage(url: str) -> Storage:
 
 @contextmanager
 def _asked(place: str, operation: str, *, may_lack: bool = False) -> Iterator[None]:
-    """Whatever a backend raises becomes a StorageError; what we raise ourselves passes.
+    """Turn every exception of a backend into a StorageError; a LazarusError passes unchanged.
 
-    With ``may_lack`` so does FileNotFoundError: the answer to a question about a file.
+    With ``may_lack``, FileNotFoundError passes unchanged too.
     """
     try:
         yield
@@ -126,7 +129,7 @@ def _asked(place: str, operation: str, *, may_lack: bool = False) -> Iterator[No
 
 
 def storage_error(problem: BaseException, *, url: str, operation: str) -> StorageError:
-    """What a backend raised, as the one type for it; texts of several lines become one."""
+    """Turn an exception of a backend into a StorageError with a message of one line."""
     text = " ".join(str(problem).split()) or type(problem).__name__
     is_full = False
     if isinstance(problem, OSError) and problem.errno is not None:
@@ -138,7 +141,7 @@ def storage_error(problem: BaseException, *, url: str, operation: str) -> Storag
 
 
 def redacted(url: str) -> str:
-    """The URL without user, password and query, fit for logs."""
+    """The URL without user, password and query, safe to log."""
     if not is_url(url):
         return url
     parts = urlsplit(url)
@@ -158,20 +161,26 @@ def write_file(
     is_new: bool = True,
     progress: Callable[[int], None] = no_progress,
 ) -> tuple[int, str]:
-    """Write a file so that it is whole and durable, or absent, under its name.
+    """Write a file atomically and durably: afterwards it is complete, or absent.
 
-    A write that fails leaves nothing behind, also no empty folder. Whoever writes many files into
-    one folder passes ``sync_folder=False`` and calls ``sync_folders`` once: until then a power cut
-    may take the names of whole files away. With ``is_new=False`` there may be an older file of
-    that name, which a failed write leaves as it was. ``progress`` is told of the bytes written.
+    A failed write leaves nothing behind, not even an empty folder.
 
-    Probe labels: ``{kind}.open``, ``{kind}.written``, ``{kind}.synced``, ``{kind}.renamed``.
+    Args:
+        storage: Where to write.
+        path: Relative path of the file.
+        chunks: Content of the file.
+        probe: Called with ``{kind}.open``, ``.written``, ``.synced`` and ``.renamed``.
+        kind: Prefix of the probe labels.
+        sync_folder: False when writing many files into one folder: the caller then calls
+            ``sync_folders`` once. Until then, a power cut may lose the files' names.
+        is_new: False if an older file of this name may exist; a failed write leaves it unchanged.
+        progress: Called with the number of bytes of each block written.
 
     Returns:
         Bytes written and their sha256 in hex.
 
     Raises:
-        StorageError: It cannot be written.
+        StorageError: The file cannot be written.
     """
     full = storage.full(path)
     probe(f"{kind}.open")
@@ -208,13 +217,13 @@ def _write_local(
         with suppress(OSError):
             os.unlink(temporary)
         with suppress(OSError):
-            os.rmdir(os.path.dirname(full))  # only an empty one goes
+            os.rmdir(os.path.dirname(full))  # removes the folder only if it is empty
         raise
     return result
 
 
 def _created(path: str) -> Any:
-    """A new file; its folder is made again where a failed writer has just removed it."""
+    """Open a new file. The folder is created again if a failed writer has just removed it."""
     for _ in range(_FOLDER_RACES):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with suppress(FileNotFoundError):
@@ -231,7 +240,11 @@ def _upload(
     kind: str,
     is_new: bool,
 ) -> tuple[int, str]:
-    """One object. Half of it must not be uploaded where the rest fails: leaving ``with`` would."""
+    """Upload one object.
+
+    The remote file is not used as a context manager: after an error, leaving ``with`` would upload
+    half of the object.
+    """
     remote = storage.fs.open(full, "wb")
     try:
         result = pour(remote)
@@ -241,7 +254,7 @@ def _upload(
         with suppress(Exception):
             remote.discard()
         with suppress(AttributeError):
-            remote.closed = True  # or its destructor uploads what it has
+            remote.closed = True  # else its destructor would upload half an object
         if is_new:
             with suppress(Exception):
                 storage.fs.rm_file(full)
@@ -250,7 +263,7 @@ def _upload(
 
 
 def sync_folders(storage: Storage, paths: Iterable[str]) -> None:
-    """Make the names of written files durable: their folders, and the folders' own names."""
+    """Fsync the local folders of written files, and their parent folders."""
     if not storage.is_local:
         return
     folders = {os.path.dirname(storage.full(path)) for path in paths}
@@ -285,11 +298,11 @@ def _sync_folder(folder: str) -> None:
 def read_file(
     storage: Storage, path: str, *, progress: Callable[[int], None] | None = None
 ) -> bytes:
-    """The whole file; ``progress`` is told of the bytes that came, block by block.
+    """Read a whole file. ``progress`` is called with the number of bytes of each block read.
 
     Raises:
-        FileNotFoundError: It is not there.
-        StorageError: It cannot be read.
+        FileNotFoundError: The file does not exist.
+        StorageError: The file cannot be read.
     """
     with _asked(storage.place(path), "read", may_lack=True):
         full = storage.full(path)
@@ -305,11 +318,11 @@ def read_file(
 
 
 def hash_file(storage: Storage, path: str) -> tuple[int, str]:
-    """Bytes and sha256 of a file, read block by block.
+    """Size in bytes and sha256 (hex) of a file, read block by block.
 
     Raises:
-        FileNotFoundError: It is not there.
-        StorageError: It cannot be read.
+        FileNotFoundError: The file does not exist.
+        StorageError: The file cannot be read.
     """
     digest, count = hashlib.sha256(), 0
     full = storage.full(path)
@@ -324,7 +337,7 @@ def hash_file(storage: Storage, path: str) -> tuple[int, str]:
 
 
 def file_size(storage: Storage, path: str) -> int | None:
-    """Bytes of a file, or None if it is not there."""
+    """Size of a file in bytes, or None if the file does not exist."""
     try:
         with _asked(storage.place(path), "look at", may_lack=True):
             size: int = storage.fs.info(storage.full(path))["size"]
@@ -334,7 +347,7 @@ def file_size(storage: Storage, path: str) -> int | None:
 
 
 def folder_sizes(storage: Storage, folder: str) -> dict[str, int]:
-    """Bytes of every file directly under a folder, by path; one request for all of them."""
+    """Sizes in bytes of all files directly under a folder, by path. Uses a single request."""
     entries = _entries(storage, storage.full(folder), storage.place(folder))
     return {
         f"{folder}/{e['name'].rpartition('/')[2]}": int(e["size"])
@@ -344,7 +357,7 @@ def folder_sizes(storage: Storage, folder: str) -> dict[str, int]:
 
 
 def list_folder(storage: Storage, folder: str = "") -> list[tuple[str, bool]]:
-    """Names directly under a folder, sorted, each with whether it is a folder itself."""
+    """Sorted (name, is_folder) pairs of the entries directly under a folder."""
     full = storage.full(folder) if folder else storage.root
     entries = _entries(storage, full, storage.place(folder))
     found = {(e["name"].rstrip("/").rpartition("/")[2], e["type"] == "directory") for e in entries}
@@ -352,7 +365,7 @@ def list_folder(storage: Storage, folder: str = "") -> list[tuple[str, bool]]:
 
 
 def _entries(storage: Storage, full: str, place: str) -> list[dict[str, Any]]:
-    """What is directly under a folder; nothing where there is no such folder."""
+    """Details of the entries directly under a folder; empty if the folder does not exist."""
     try:
         with _asked(place, "list", may_lack=True):
             storage.fs.invalidate_cache()
@@ -367,7 +380,7 @@ def _entries(storage: Storage, full: str, place: str) -> list[dict[str, Any]]:
 
 
 def delete_file(storage: Storage, path: str) -> None:
-    """Delete a file; one that is already gone is no error."""
+    """Delete a file. A file that does not exist is no error."""
     try:
         with _asked(storage.place(path), "delete", may_lack=True):
             storage.fs.rm_file(storage.full(path))
@@ -376,7 +389,7 @@ def delete_file(storage: Storage, path: str) -> None:
 
 
 def delete_empty_folder(storage: Storage, folder: str) -> None:
-    """Delete a local folder if nothing is left in it; object stores have no folders."""
+    """Delete a local folder if it is empty. Object stores have no folders."""
     if storage.is_local:
         with suppress(OSError):  # not empty, or gone: both are fine
             os.rmdir(storage.full(folder))

@@ -1,8 +1,9 @@
-"""Checkpoints at a URL: write a rank's share, commit the manifest, find, verify, retain. EFFECTS.
+"""Write checkpoints at a URL: data files, then the manifest; and find them. EFFECTS.
 
-Order of events, each step durable before the next: data files under unique names; the manifest,
-by atomic rename; only then may older files go. A process killed at any point leaves the previous
-checkpoint as it was. Readers trust manifests and the checksums in them, never a listing.
+First the data files are written under unique names, then the manifest by atomic rename, and only
+then may older files be deleted; each stage is durable before the next. A process killed at any
+point leaves the previous checkpoint intact. Readers trust manifests and their checksums, never a
+folder listing.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ MAX_MANIFEST_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tag:
-    """Who writes: it is part of every file name, so that no two attempts share a file."""
+    """The run, controller term and generation of a writer; part of every file name."""
 
     job: str
     term: int
@@ -73,17 +74,17 @@ _WRITER = re.compile(
 
 
 def writer_of(name: str) -> str | None:
-    """Id of the run that gave a data file its name, also a temporary one; None: no name of ours."""
+    """Id of the run that wrote a data file (or a temporary one), by its name; None if foreign."""
     found = _WRITER.match(name)
     return None if found is None else found["job"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordKey:
-    """What a record is: an expert (``layer``, ``expert``) or a shard of the dense state.
+    """Identity of a record: an expert (``layer``, ``expert``), or a shard of the dense state.
 
-    ``parts`` of an expert are what the record holds of it; ``routed`` its cumulative count of
-    routed copies at that step. A dense shard has layer -1 and its index as ``expert``.
+    ``parts`` are the expert's parts in the record, ``routed`` is its cumulative count of routed
+    copies at ``step``. A dense shard has layer -1 and its index as ``expert``.
     """
 
     layer: int
@@ -99,14 +100,14 @@ class RecordKey:
         return self.layer < 0
 
     def file_name(self, tag: Tag, attempt: str) -> str:
-        """Name below the step's folder, unique to the attempt that writes it."""
+        """Name of the record's file in the step's folder, unique to the writing attempt."""
         if self.is_dense:
             return f"dense-{self.expert:05d}.{tag}-{attempt}.safetensors"
         part = "" if len(self.parts) == 2 else f".{self.parts[0][0]}"
         return f"L{self.layer:02d}-E{self.expert:03d}{part}.{tag}-{attempt}.safetensors"
 
     def metadata(self, tag: Tag) -> dict[str, str]:
-        """Tags in the image itself: a file says what it is, wherever it is found."""
+        """Metadata stored in the image, which identifies the file without its path."""
         return {
             "lazarus": "1",
             "job": tag.job,
@@ -120,13 +121,13 @@ class RecordKey:
         }
 
     def layout(self, specs: Sequence[TensorSpec], tag: Tag) -> ImageLayout:
-        """The image of this record."""
+        """The layout of this record's image."""
         return layout_image(specs, metadata=self.metadata(tag))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """A record ready to be written: its key, its tensors, and its image in pieces."""
+    """A record ready to be written: key, tensor specs, and the image's bytes in chunks."""
 
     key: RecordKey
     specs: tuple[TensorSpec, ...]
@@ -141,15 +142,15 @@ def write_files(
     probe: Probe = no_probe,
     progress: Callable[[int], None] = no_progress,
 ) -> tuple[WrittenFile, ...]:
-    """Write one writer's share of a checkpoint; durable when it returns.
+    """Write one writer's share of a checkpoint. The files are durable when the call returns.
 
-    No two calls share a file name, whatever they write: a second checkpoint of one step (the last
-    one of a run, one on request) never touches the files of the first. Nothing is a checkpoint
-    until ``commit_manifest`` names it. A share that cannot be written whole is taken away again.
+    Every call uses new file names, so a second checkpoint of a step (the last one of a run, or one
+    on request) never changes the files of the first. The files become part of a checkpoint with
+    ``commit_manifest``. If a file cannot be written, the files written before are deleted.
     Probe labels: ``file.open``, ``file.written``, ``file.synced``, ``file.renamed``.
 
     Raises:
-        StorageError: One of them cannot be written.
+        StorageError: A file cannot be written.
     """
     storage, written = open_storage(url), list[WrittenFile]()
     try:
@@ -162,7 +163,7 @@ def write_files(
 
 
 def remove_share(url: str, paths: Iterable[str]) -> None:
-    """Delete files that no manifest names and none will, as far as storage allows it."""
+    """Delete files that no manifest names or will name. Errors of storage are ignored."""
     gone = tuple(paths)
     with suppress(CheckpointError):
         storage = open_storage(url)
@@ -226,29 +227,30 @@ def commit_manifest(
     lives: Collection[str] | None = None,
     probe: Probe = no_probe,
 ) -> Manifest:
-    """Make a checkpoint true: check its files, write its manifest, by atomic rename.
+    """Commit a checkpoint: check the sizes of its files, then write its manifest atomically.
 
     Args:
         url: Root of the checkpoints.
         written: Reports of all writers for this step.
-        tag: Attempt that the checkpoint belongs to.
+        tag: Run, term and generation of the checkpoint.
         step: Committed, published step.
         layers: MoE layers in order, with the tensors each expert must have.
         dense_names: Every dense tensor the checkpoint must have.
         lineage: Pairs (generation, step) of every RESUME so far.
         meta: JSON-able state: config digest, sampler seed, load history, counts.
         previous: Newest valid manifest; None for the first checkpoint, which must be full.
-        lives: Ids of this run and of those that it continues; None: everything there is this run's.
-        probe: Labels ``manifest.open``, ``.written``, ``.synced``, ``.renamed``.
+        lives: Ids of this run and of the runs that it continues; None: all files are this run's.
+        probe: Called with ``manifest.open``, ``.written``, ``.synced``, ``.renamed``.
 
     Returns:
-        The checkpoint of this step that stands: a sound one of the same generation that saved
-        more experts is never replaced (a periodic save may end after a full one).
+        The manifest of this step that is now on storage. An undamaged checkpoint of the same
+        generation with more freshly saved experts is kept instead of the new one (a periodic save
+        may end after a full one).
 
     Raises:
-        IncompleteCheckpointError: An expert or a dense tensor is nowhere.
-        DamagedError: A file it would name is missing or has another size.
-        ForeignCheckpointError: Another run's checkpoint of this step is there.
+        IncompleteCheckpointError: There is no file for an expert or a dense tensor.
+        DamagedError: A file of the checkpoint is missing or has another size.
+        ForeignCheckpointError: Another run's checkpoint of this step is at the URL.
     """
     base = Manifest(
         job=tag.job,
@@ -279,7 +281,7 @@ def commit_manifest(
 def _standing(
     storage: Storage, new: Manifest, *, lives: Collection[str] | None, where: str
 ) -> Manifest | None:
-    """A checkpoint of the same attempt and step that must not be replaced by ``new``."""
+    """The stored checkpoint of the same step, if ``new`` must not replace it."""
     try:
         old = _load(storage, new.step, where="")
     except CheckpointError:
@@ -292,13 +294,13 @@ def _standing(
 
 
 def lives_of(manifest: Manifest) -> frozenset[str]:
-    """Ids of the run that wrote a checkpoint, and of those that it continued."""
+    """Ids of the run that wrote a checkpoint and of the runs that it continued."""
     lives = manifest.meta.get("lives")
     return frozenset(map(str, lives if isinstance(lives, list | tuple) else ())) | {manifest.job}
 
 
 def damaged_sizes(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
-    """Files of a manifest that are missing or have another size, each as one sentence."""
+    """Files that are missing or have another size than in the manifest, each as one sentence."""
     problems = []
     folders = {path.rpartition("/")[0] for path in manifest.files}
     sizes = {path: size for f in folders for path, size in folder_sizes(storage, f).items()}
@@ -315,8 +317,8 @@ def load_manifest(url: str, step: int) -> Manifest:
     """The manifest of one step.
 
     Raises:
-        NoCheckpointError: There is none.
-        UnknownFormatError, DamagedError: It cannot be used.
+        NoCheckpointError: There is no manifest of this step.
+        UnknownFormatError, DamagedError: The manifest cannot be read.
     """
     return _load(open_storage(url), step, where=redacted(url))
 
@@ -341,33 +343,33 @@ def _load(storage: Storage, step: int, *, where: str) -> Manifest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What stands at a URL: readable manifests by ascending step, and the unreadable ones."""
+    """The manifests at a URL: readable ones by ascending step, and errors of unreadable ones."""
 
     manifests: tuple[Manifest, ...]
     unreadable: tuple[tuple[int, CheckpointError], ...]
 
     def of_lives(self, lives: Collection[str] | None) -> Found:
-        """Only what these runs wrote; None: what anybody wrote."""
+        """The same with only the readable manifests of these runs; None: of all runs."""
         if lives is None:
             return self
         own = tuple(m for m in self.manifests if m.job in lives)
         return Found(manifests=own, unreadable=self.unreadable)
 
     def lineage(self) -> tuple[tuple[int, int], ...]:
-        """The longest history on record: that of the newest (term, generation)."""
+        """The lineage recorded in the manifest with the newest (generation, term, step)."""
         if not self.manifests:
             return ()
         newest = max(self.manifests, key=lambda m: (m.generation, m.term, m.step))
         return newest.lineage
 
     def next_generation(self) -> int:
-        """A generation above all that ever wrote here; a resumed run starts with it."""
+        """A generation above all in these manifests. A resumed run starts with this number."""
         return 1 + max(
             (max([m.generation, *(g for g, _ in m.lineage)]) for m in self.manifests), default=0
         )
 
     def on_lineage(self, lineage: Sequence[tuple[int, int]] | None = None) -> tuple[Manifest, ...]:
-        """Manifests on the true history, ascending; the recorded one unless told another."""
+        """Manifests on ``lineage``, by ascending step; None: on the recorded ``lineage()``."""
         pairs = self.lineage() if lineage is None else tuple(lineage)
         return tuple(
             m
@@ -377,7 +379,7 @@ class Found:
 
 
 def find_checkpoints(url: str) -> Found:
-    """Every manifest at a URL. Folders without one are no checkpoints, foreign ones are ignored."""
+    """Read every manifest at a URL. Folders without a manifest and foreign folders are ignored."""
     storage = open_storage(url)
     manifests: list[Manifest] = []
     unreadable: list[tuple[int, CheckpointError]] = []

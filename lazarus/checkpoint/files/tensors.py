@@ -1,4 +1,4 @@
-"""Torch tensors to images and back. The only module of the room, with the reader, on torch."""
+"""Conversion of torch tensors to images and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, shared with it where it is contiguous."""
+    """The bytes of a CPU tensor. A contiguous tensor shares its memory with the result."""
     flat: memoryview = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return flat
 
@@ -70,8 +70,10 @@ def fill_image(target: memoryview, layout: ImageLayout, tensors: Mapping[str, Te
 
 
 def record_of(key: RecordKey, tensors: Mapping[str, Tensor], *, tag: Tag) -> Record:
-    """A record straight from tensors, for the synchronous baseline: the tensors must not change
-    until it is written."""
+    """Make a record that refers to the tensors' own memory.
+
+    The tensors must not change until the record is written.
+    """
     layout = key.layout(specs_of(tensors), tag)
     chunks: Sequence[memoryview | bytes] = [
         layout.header,
@@ -81,10 +83,10 @@ def record_of(key: RecordKey, tensors: Mapping[str, Tensor], *, tag: Tag) -> Rec
 
 
 def tensors_of(image: bytes | bytearray | memoryview, *, where: str) -> dict[str, Tensor]:
-    """The tensors of an image, each with memory of its own.
+    """The tensors of an image, copied.
 
     Raises:
-        DamagedError: Not a whole safetensors image.
+        DamagedError: ``image`` is not a complete safetensors image; ``where`` names it.
     """
     try:
         return dict(load_safetensors(bytes(image)))

@@ -1,4 +1,4 @@
-"""Recompute every checksum of a checkpoint folder, and say what is wrong. EFFECTS (reads only)."""
+"""Verify checkpoints by recomputing the checksums of all files. EFFECTS (reads only)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lazarus.checkpoint.format.manifest import Manifest, manifest_path, step_of_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """Outcome of a verification; good when ``bad`` is empty.
+    """Outcome of a verification; everything is sound if ``bad`` is empty.
 
-    ``bad`` holds (file, problem) pairs, ``usable`` the steps without any, ``foreign`` files that
-    no manifest names: leftovers of a killed writer, or not ours. Foreign files are harmless.
+    ``bad`` holds (file, problem) pairs, ``usable`` the steps without problems, ``superseded`` the
+    steps that are not on the lineage, ``foreign`` the files that no manifest names (left over by
+    a killed writer, or not written by Lazarus). Foreign files are harmless.
     """
 
     checkpoints: int
@@ -30,13 +31,13 @@ class Verification:
 
 
 def damaged_files(storage: Storage, manifest: Manifest) -> tuple[str, ...]:
-    """Files of a manifest whose content is not what it says, each as one sentence."""
+    """Files whose content does not match the manifest, each as one sentence."""
     checks = ((path, file_problem(storage, path, manifest)) for path in manifest.files)
     return tuple(f"{path} {problem}" for path, problem in checks if problem)
 
 
 def file_problem(storage: Storage, path: str, manifest: Manifest) -> str | None:
-    """What is wrong with the content of one file, or None."""
+    """Compare one file with the manifest; return the problem, or None if there is none."""
     entry = manifest.files[path]
     try:
         num_bytes, sha256 = hash_file(storage, path)
@@ -94,16 +95,16 @@ def newest_usable(
     check: str = "sizes",
     lives: Collection[str] | None = None,
 ) -> Manifest:
-    """The newest checkpoint that is true and whole.
+    """The newest checkpoint that is on the lineage and has all its files.
 
     Args:
         url: Root of the checkpoints.
         lineage: History known from a journal; None takes the one recorded in the manifests.
-        check: ``sizes`` looks at every file's size, ``sha256`` reads every file.
-        lives: Ids of the runs whose checkpoints count; None: all.
+        check: ``sizes`` compares the size of every file, ``sha256`` reads every file.
+        lives: Ids of the runs whose checkpoints count; None for all runs.
 
     Raises:
-        NoCheckpointError: None is usable; the message says what is wrong with each.
+        NoCheckpointError: No checkpoint is usable; the message says what is wrong with each.
     """
     storage, found = open_storage(url), find_checkpoints(url).of_lives(lives)
     reasons = [str(error) for _, error in found.unreadable]

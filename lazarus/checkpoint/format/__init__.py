@@ -1,1 +1,1 @@
-"""What a checkpoint is made of: images of experts, manifest, which copies are true. PURE."""
+"""The format of checkpoints: experts' images, the manifest, and the lineage. PURE."""

@@ -1,9 +1,9 @@
-"""One record, one image: the safetensors layout used in memory, on the wire and on disk.
+"""Images: the safetensors layout of a record in memory, on the wire and on disk.
 
 A record (an expert, or a shard of the dense state) is laid out once, in host memory, as a complete
-safetensors file. The same bytes are sent to another node and written to storage, so that one
-checksum holds at every level and nothing is ever serialised twice. This module knows the layout
-only: no torch, no files. The public safetensors library reads every image (tests hold that).
+safetensors file, its image. The same bytes are sent to other nodes and written to storage, so one
+checksum is valid everywhere and nothing is serialised twice. This module only computes and parses
+layouts, without torch and files. The safetensors library can read every image (tested).
 
 Source: the safetensors format description (header length u64 LE, JSON header, tensor bytes).
 """
@@ -67,7 +67,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLayout:
-    """Where everything lies in an image.
+    """The byte layout of an image.
 
     ``header`` goes to offset 0; tensor i's bytes go to ``offsets[i]``, in the order of ``specs``.
     """
@@ -79,7 +79,7 @@ class ImageLayout:
 
 
 def layout_image(specs: Sequence[TensorSpec], *, metadata: Mapping[str, str]) -> ImageLayout:
-    """Lay out an image. Wide items come first, so that every tensor is aligned to its item.
+    """Lay out an image. Wide dtypes come first, so every tensor is aligned to its item size.
 
     Raises:
         ValueError: Two tensors have one name, or a dtype is unknown to the format.
@@ -113,7 +113,7 @@ def layout_image(specs: Sequence[TensorSpec], *, metadata: Mapping[str, str]) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParsedImage:
-    """What an image says of itself: its tensors with their byte ranges, and its metadata."""
+    """The header of an image: tensors in byte order, the offset of each, and the metadata."""
 
     specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
@@ -124,7 +124,8 @@ def parse_image(data: bytes | bytearray | memoryview) -> ParsedImage:
     """Read and check an image's header against its length.
 
     Raises:
-        DamagedError: Too short, not a safetensors header, or ranges that do not tile the data.
+        DamagedError: The data is too short, has no safetensors header, or the tensors' ranges
+            leave gaps or overlap.
     """
     if len(data) < 8:
         raise DamagedError(f"{len(data)} bytes are too short for a safetensors header")

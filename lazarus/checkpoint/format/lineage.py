@@ -1,7 +1,7 @@
-"""Which copies are true. PURE.
+"""The lineage of a run, which decides whether a copy of state belongs to its history. PURE.
 
-The lineage is the journaled list of pairs (generation, committed step at its RESUME). It decides
-about every copy of state, in host memory as in storage, whoever wrote it.
+The lineage is the journaled list of pairs (generation, committed step at its RESUME). It applies
+to all copies of state, in host memory and on storage.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ Lineage = Sequence[tuple[int, int]]
 def is_valid(*, generation: int, step: int, lineage: Lineage, resume_step: int) -> bool:
     """Whether state tagged (generation, step) lies on the history that leads to ``resume_step``.
 
-    It does if no later generation resumed from an earlier step. Where nothing was ever rolled
-    back, resumed steps only grow and the first later generation decides alone; after a rollback
-    a later one may cut deeper, so all of them are asked.
+    The state is valid if no later generation resumed from an earlier step. Without rollbacks,
+    resumed steps only grow, so checking the first later generation would do; after a rollback, a
+    later generation may have resumed from an earlier step, so all of them are checked.
 
     Args:
         generation: Generation the copy was made in.
@@ -32,10 +32,10 @@ def is_valid(*, generation: int, step: int, lineage: Lineage, resume_step: int) 
 
 
 def extended(lineage: Lineage, *, generation: int, step: int) -> tuple[tuple[int, int], ...]:
-    """The lineage after generation ``generation`` resumed from ``step``, without what it voids.
+    """The lineage with the pair (``generation``, ``step``) added.
 
     Raises:
-        ValueError: The generation is not above all earlier ones.
+        ValueError: ``generation`` is not above all earlier generations.
     """
     newest = max((g for g, _ in lineage), default=-1)
     if generation <= newest:

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what it holds, where, and how to check it. PURE.
+"""The manifest of a checkpoint: its tensors and experts, their files and checksums. PURE.
 
-A checkpoint is a set of files under one root. Its manifest names, for every tensor of the dense
-state and for every expert, the file that holds it; experts may point to files of older
-checkpoints (partial checkpoints). Format 1 is defined in docs/checkpoints.md.
+A checkpoint is a set of files under one root. The manifest names the file of every tensor of the
+dense state and of every expert. In a partial checkpoint, some experts point to files of older
+checkpoints. Format 1 is defined in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """Where one dense tensor lies."""
+    """One dense tensor: the file that holds it, its dtype and shape."""
 
     file: str
     dtype: str
@@ -39,10 +39,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertVersion:
-    """One part (weights or optimizer state) of one expert, as of one committed step.
+    """One part (weights or optimizer state) of one expert at a committed step.
 
-    ``routed`` is the expert's cumulative count of routed copies at that step; the PLT of a
-    restore from this version is the present count minus this one.
+    ``routed`` is the expert's cumulative count of routed copies at ``step``. A restore from this
+    version loses the present count minus ``routed`` copies.
     """
 
     file: str
@@ -63,12 +63,12 @@ class LayerEntry:
     tensors: Mapping[str, tuple[TensorSpec, ...]]
 
     def parts(self) -> tuple[str, ...]:
-        """The parts an expert of this layer has; without optimizer state, weights only."""
+        """The parts of each expert in this layer: weights, and optimizer state if there is any."""
         return tuple(p for p in PARTS if self.tensors.get(p))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerEntry:
-        """From its JSON form."""
+        """Make an entry from its JSON form."""
         return cls(
             path=str(data["path"]),
             num_experts=int(data["num_experts"]),
@@ -81,7 +81,7 @@ class LayerEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenFile:
-    """What a writer reports for each durable file; the controller makes the manifest of these.
+    """A writer's report of one durable file. The controller builds the manifest from these.
 
     ``kind`` is ``dense`` or ``expert``. ``specs`` holds the tensors of the file.
     """
@@ -134,7 +134,11 @@ class WrittenFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """One checkpoint. ``experts[layer][expert]`` maps a part to its newest version."""
+    """The content of one checkpoint.
+
+    ``experts[layer][expert]`` maps each part to its newest version. ``kind`` is ``full`` or
+    ``partial``. ``meta`` is JSON-able state of the run.
+    """
 
     job: str
     term: int
@@ -156,7 +160,7 @@ class Manifest:
         return min((versions[p].step if p in versions else -1) for p in self.layers[layer].parts())
 
     def fresh_experts(self) -> int:
-        """How many experts, over all layers, this checkpoint saved itself."""
+        """The number of experts, over all layers, with a file written for this checkpoint."""
         return sum(
             any(v.step == self.step for v in versions.values())
             for layer in self.experts
@@ -164,12 +168,12 @@ class Manifest:
         )
 
     def own_bytes(self) -> int:
-        """Bytes of the files written for this checkpoint, not for an older one."""
+        """Bytes of the files written for this checkpoint, without files of older checkpoints."""
         prefix = step_folder(self.step) + "/"
         return sum(f.num_bytes for path, f in self.files.items() if path.startswith(prefix))
 
     def missing(self) -> tuple[str, ...]:
-        """Experts without a version, by name and part."""
+        """Names and parts of experts that have no version."""
         gaps = [
             expert_name(layer, expert) + f" ({part})"
             for layer, entry in enumerate(self.layers)
@@ -181,12 +185,12 @@ class Manifest:
 
 
 def step_folder(step: int) -> str:
-    """Folder of a checkpoint below the root."""
+    """Name of a checkpoint's folder below the root."""
     return f"step-{step:08d}"
 
 
 def step_of_folder(name: str) -> int | None:
-    """The inverse of ``step_folder``; None for a foreign folder."""
+    """The inverse of ``step_folder``; None if ``name`` is not a checkpoint's folder."""
     digits = name.removeprefix("step-")
     return int(digits) if name != digits and digits.isdecimal() and len(digits) >= 8 else None
 
@@ -197,7 +201,7 @@ def manifest_path(step: int) -> str:
 
 
 def expert_name(layer: int, expert: int) -> str:
-    """How users see an expert."""
+    """An expert's name in messages, such as ``L3/E17``."""
     return f"L{layer}/E{expert}"
 
 
@@ -208,17 +212,17 @@ def merged(
     previous: Manifest | None,
     dense_names: Collection[str],
 ) -> Manifest:
-    """The manifest of a checkpoint: newly written files over the versions of ``previous``.
+    """Build a checkpoint's manifest from its new files and the versions in ``previous``.
 
     Args:
-        base: Header of the new checkpoint; its dense, experts and files are ignored.
-        written: Durable files of this checkpoint, of all writers, dense and experts.
-        previous: Manifest that experts not written now are taken from; on the same lineage.
+        base: Header of the new checkpoint; ``dense``, ``experts`` and ``files`` are ignored.
+        written: Durable files of this checkpoint by all writers, dense and experts.
+        previous: Manifest on the same lineage that gives the versions of experts not written now.
         dense_names: Every dense tensor of the run.
 
     Raises:
-        IncompleteCheckpointError: An expert has no version, or a dense tensor no file.
-        ValueError: Two files claim one tensor or one expert's part, or a file of another step.
+        IncompleteCheckpointError: An expert has no version, or a dense tensor has no file.
+        ValueError: Two files hold the same tensor or part, or a file is of another step.
     """
     dense: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
@@ -227,7 +231,7 @@ def merged(
     for item in written:
         if item.step != base.step:
             raise ValueError(f"{item.path} is of step {item.step}, the manifest of {base.step}")
-        if item.path in files:  # one share reported twice, as after a reconnect
+        if item.path in files:  # a share was reported twice, as after a reconnect
             continue
         files[item.path] = FileEntry(num_bytes=item.num_bytes, sha256=item.sha256)
         if item.kind == "dense":

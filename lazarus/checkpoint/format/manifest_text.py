@@ -1,4 +1,4 @@
-"""The manifest as JSON text, and back, with everything checked. PURE."""
+"""Write a manifest as JSON text, and parse and check such a text. PURE."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHA256_LENGTH = 64
 
 
 def to_text(manifest: Manifest) -> str:
-    """Canonical JSON text, ending in a checksum of all the rest."""
+    """Canonical JSON text of a manifest, with a checksum over all other fields."""
     body: dict[str, Any] = {
         "format": manifest.format,
         "job": manifest.job,
@@ -59,15 +59,15 @@ def to_text(manifest: Manifest) -> str:
 
 
 def from_text(text: str | bytes, *, path: str) -> Manifest:
-    """Read a manifest.
+    """Parse a manifest.
 
     Args:
-        text: Content of the file.
-        path: Its name, for messages.
+        text: Content of the manifest file.
+        path: Name of the file, for messages.
 
     Raises:
-        UnknownFormatError: Another format number than this release reads.
-        DamagedError: Not JSON, not a manifest, or its checksum differs.
+        UnknownFormatError: This release cannot read the manifest's format number.
+        DamagedError: The text is not JSON or not a manifest, or its checksum differs.
     """
     try:
         body = parse_object(text if isinstance(text, str) else text_of(text))

@@ -1,4 +1,4 @@
-"""A checkpoint by the place where it lies and the step that it is of."""
+"""A reference to a checkpoint: its URL and step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """One checkpoint. Its text, "URL STEP", is how messages and records name it."""
+    """The URL and step of a checkpoint. ``str`` gives "URL STEP", as in messages and records."""
 
     url: str
     step: int

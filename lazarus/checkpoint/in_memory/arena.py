@@ -1,8 +1,8 @@
-"""Shared memory of a node's keeper: slots in anonymous files that die with their last holder.
+"""Shared memory of a node's keeper, divided into slots for snapshots. EFFECTS.
 
-The segments are memfds: they have no name in any filesystem, so that a SIGKILL of every process
-of the node leaves nothing behind. The keeper owns them; trainers of the same user map them through
-``/proc/{pid}/fd/{fd}``. EFFECTS.
+The memory consists of segments, each a memfd. A memfd has no name in any filesystem, so nothing
+is left behind when every process of the node gets a SIGKILL. The keeper owns the segments;
+trainers of the same user map them through ``/proc/{pid}/fd/{fd}``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME_PREFIX = "lazarus-keeper"
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A range of one segment, exclusively one record's while it is taken."""
+    """A byte range of one segment. While a slot is taken, exactly one record uses it."""
 
     segment: int
     offset: int
@@ -38,11 +38,15 @@ class _Segment:
 
 
 class Arena:
-    """Hands out slots; grows by segments up to a limit, reuses freed slots of a fitting size."""
+    """An allocator of slots: reuses freed slots of a fitting size, else adds a segment.
+
+    Args:
+        limit_bytes: Upper bound for the bytes of all segments together.
+    """
 
     def __init__(self, *, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._segments: dict[int, _Segment] = {}  # numbers are never used again
+        self._segments: dict[int, _Segment] = {}  # an index is never reused
         self._num_made = 0
         self._free: list[Slot] = []
         self._taken_bytes = 0
@@ -59,10 +63,10 @@ class Arena:
         return self._taken_bytes
 
     def take(self, num_bytes: int) -> Slot:
-        """A slot of at least ``num_bytes``.
+        """Take a slot of at least ``num_bytes``, rounded up to whole pages.
 
         Raises:
-            MemoryError: The limit would be exceeded.
+            MemoryError: A new segment would exceed the limit.
         """
         need = -(-max(num_bytes, 1) // _PAGE) * _PAGE
         fitting = [s for s in self._free if need <= s.num_bytes <= max(_SLACK * need, _PAGE)]
@@ -93,14 +97,14 @@ class Arena:
         ]
 
     def give_back(self, slot: Slot) -> None:
-        """Free a slot; its pages stay for the next record of its size."""
+        """Free a slot. Its memory stays reserved for the next record of a similar size."""
         self._free.append(slot)
         self._taken_bytes -= slot.num_bytes
 
     def discard(self, slot: Slot) -> None:
-        """Free a slot that was never filled; its segment goes, if nothing else is in it.
+        """Free a slot that was never filled, and its segment if all its slots are now free.
 
-        So a promise that was not kept takes nothing of the limit.
+        An abandoned reservation therefore does not count towards the limit any more.
         """
         self.give_back(slot)
         whole = self._segments[slot.segment]
@@ -109,7 +113,7 @@ class Arena:
             return
         self._free = [free for free in self._free if free.segment != slot.segment]
         del self._segments[slot.segment]
-        with suppress(BufferError):  # somebody looks at it: it goes with the last look
+        with suppress(BufferError):  # a view is still open: unmapped with the last view
             whole.memory.close()
         os.close(whole.fd)
 
@@ -119,12 +123,12 @@ class Arena:
         return memory[slot.offset : slot.offset + num_bytes]
 
     def segments(self) -> list[tuple[int, int, int]]:
-        """(index, fd, bytes) of every segment, for trainers to map."""
+        """Index, file descriptor and size in bytes of every segment, for trainers to map."""
         return [(i, s.fd, s.num_bytes) for i, s in self._segments.items()]
 
 
 class MappedSegments:
-    """A trainer's maps of its keeper's segments."""
+    """A trainer process's memory maps of its keeper's segments."""
 
     def __init__(self) -> None:
         self._maps: dict[int, mmap.mmap] = {}
@@ -133,8 +137,8 @@ class MappedSegments:
         """Map segments not mapped yet.
 
         Args:
-            pid: The keeper's process.
-            segments: Segment index to (fd in the keeper, bytes).
+            pid: Process id of the keeper.
+            segments: For each segment index, its file descriptor in the keeper and its bytes.
 
         Raises:
             KeeperUnavailableError: The keeper is gone, or its memory may not be opened.
@@ -159,5 +163,8 @@ class MappedSegments:
         return memoryview(self._maps[segment])[offset : offset + num_bytes]
 
     def clear(self) -> None:
-        """Forget all maps, as after the keeper was replaced; pages go with their last view."""
+        """Forget all maps, for example because the keeper was replaced.
+
+        The memory is unmapped when its last view is released.
+        """
         self._maps.clear()

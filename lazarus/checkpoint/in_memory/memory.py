@@ -1,8 +1,8 @@
-"""What a keeper holds: complete records by version, and those in the making. No I/O, no threads.
+"""The versions of records that a keeper holds in host memory. No I/O, no threads.
 
-Triple buffering, per record instead of per snapshot: a version being written, a version kept for
-recovery, and (while its step is not yet published, or a persist reads it) the one before. A slot
-is never overwritten in place while anything may read it.
+Each record has up to three buffers: a version being written, the newest complete version, and the
+version before. The older version stays until the step of the newer one is published and no persist
+reads it. A slot is never overwritten while a reader may use it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from lazarus.checkpoint.in_memory.arena import Arena, Slot
 
 @dataclass(slots=True, eq=False)
 class Version:
-    """One record in host memory. ``pins`` counts the readers; a retired one goes with the last."""
+    """One record in host memory.
+
+    ``pins`` counts its readers. The slot of a ``retired`` version is freed with the last reader.
+    """
 
     key: RecordKey
     slot: Slot
@@ -30,13 +33,13 @@ class Version:
 
 @dataclass(slots=True)
 class Ticket:
-    """Records of one snapshot in the making, in the order of the reservation."""
+    """The versions reserved for a snapshot in progress, in the order of the reservation."""
 
     versions: list[Version] = field(default_factory=list)
 
 
 class KeeperMemory:
-    """Versions by expert, slots by arena. The caller serialises all calls."""
+    """Complete versions of each expert, stored in an ``Arena``. The caller serialises all calls."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -44,10 +47,14 @@ class KeeperMemory:
         self._pruned_generation = -1
 
     def reserve(self, keys: Sequence[RecordKey], sizes: Sequence[int]) -> Ticket:
-        """Slots for the records of one snapshot, all or none.
+        """Reserve slots for all records of one snapshot, or for none.
+
+        Args:
+            keys: The records.
+            sizes: Bytes of each record, in the order of ``keys``.
 
         Raises:
-            MemoryError: They do not fit.
+            MemoryError: The records do not fit.
         """
         ticket = Ticket()
         try:
@@ -66,20 +73,20 @@ class KeeperMemory:
         ticket.versions.clear()
 
     def withdraw(self, ticket: Ticket) -> None:
-        """``abandon``, of records that never came: what was set aside for them goes too."""
+        """Free the slots of records that never arrived, and segments that become empty."""
         for version in ticket.versions:
             self.arena.discard(version.slot)
         ticket.versions.clear()
 
     def view(self, version: Version) -> memoryview:
-        """The record's bytes; pin the version while using it."""
+        """A view of the record's bytes. Pin the version while the view is in use."""
         return self.arena.view(version.slot, version.num_bytes)
 
     def complete(self, version: Version) -> None:
-        """Make a record with its checksum available for recovery, if it can serve for one.
+        """Make a finished record available for recovery, if an expert can be restored from it.
 
-        Dense shards and records with one part only exist for a persist: they stay pinned by it
-        and go with it.
+        Dense shards and records with a single part are only needed for a persist. They are retired
+        at once, and their slot is freed when the persist unpins them.
         """
         key = version.key
         if key.is_dense or len(key.parts) < 2:
@@ -96,10 +103,11 @@ class KeeperMemory:
             self.retire(held.pop(0))
 
     def published(self, step: int, *, generation: int) -> None:
-        """Commits up to ``step`` are journaled: versions behind a newer true one may go.
+        """Retire versions that have a newer version at or before ``step``.
 
-        A version of an older generation counts as true only once that generation's lineage was
-        seen by ``prune``: it may hold a step that its rank applied alone.
+        The controller has journaled all commits up to ``step``. A newer version of an older
+        generation replaces another only if ``prune`` has seen the lineage of ``generation``:
+        before that, it may hold a step that only its own rank applied.
         """
         for held in self._complete.values():
             while len(held) > 1 and held[1].key.step <= step:
@@ -109,16 +117,16 @@ class KeeperMemory:
                 self.retire(held.pop(0))
 
     def retire(self, version: Version) -> None:
-        """The version is not needed for recovery any more; its slot goes when nobody reads it."""
+        """Mark a version as not needed for recovery; free its slot once it has no readers."""
         version.retired = True
         self._free_if_unread(version)
 
     def pin(self, version: Version) -> None:
-        """Somebody reads the version."""
+        """Count a reader; the slot is not freed before ``unpin``."""
         version.pins += 1
 
     def unpin(self, version: Version) -> None:
-        """A reader is done."""
+        """Release a reader's pin."""
         version.pins -= 1
         self._free_if_unread(version)
 
@@ -127,10 +135,10 @@ class KeeperMemory:
             self.arena.give_back(version.slot)
 
     def find(self, *, layer: int, expert: int, generation: int, step: int) -> Version:
-        """The complete version with exactly this tag.
+        """The complete version of an expert with exactly this generation and step.
 
         Raises:
-            RefusedError: It is not held.
+            RefusedError: This keeper does not hold the version.
         """
         for version in self._complete.get((layer, expert), ()):
             if (version.key.generation, version.key.step) == (generation, step):
@@ -142,7 +150,7 @@ class KeeperMemory:
         return [v for key in sorted(self._complete) for v in self._complete[key]]
 
     def prune(self, lineage: Lineage, *, resume_step: int) -> int:
-        """Forget versions that the lineage voids; returns how many."""
+        """Forget versions that are not on the lineage's history; return how many."""
         self._pruned_generation = max((g for g, _ in lineage), default=-1)
         return self._forget(
             [
@@ -158,7 +166,7 @@ class KeeperMemory:
         )
 
     def drop(self, tags: Collection[tuple[int, int, int, int]]) -> int:
-        """Forget surplus versions, named as (layer, expert, generation, step)."""
+        """Forget versions named as (layer, expert, generation, step); return how many."""
         return self._forget([v for v in self.held() if _tag(v.key) in tags])
 
     def _forget(self, versions: Sequence[Version]) -> int:

@@ -1,9 +1,9 @@
-"""Level 1, the trainer's side: copy chosen state while the next step computes. EFFECTS.
+"""Snapshots, the trainer's side: copy selected state while the next step computes. EFFECTS.
 
-Between the optimizer step of t and that of t+1 the training tensors stand still, so one background
-thread may read them. ``wait_before_apply`` closes that window: it returns only when no copy reads
-them any more. It never waits for a network: for a memory copy under way, and briefly for the
-keeper on this very machine.
+Between the optimizer step of t and that of t+1 the training tensors do not change, so a background
+thread may read them. ``wait_before_apply`` ends this window: it returns only when no copy reads
+the tensors any more. It never waits for the network, only for a memory copy in progress and
+briefly for the keeper on the same machine.
 """
 
 from __future__ import annotations
@@ -36,37 +36,42 @@ class KeeperLink(Protocol):
         sizes: Sequence[int],
         published: int,
     ) -> list[memoryview]:
-        """Host memory for the records; raises CheckpointError where there is none."""
+        """Reserve host memory for records, one view for each key.
+
+        Raises:
+            CheckpointError: The keeper has no memory left, or refuses.
+        """
         ...
 
     def seal(
         self, ticket: int, *, copies: Mapping[int, Sequence[str]], persist: Sequence[int], url: str
     ) -> None:
-        """The records are complete."""
+        """Tell the keeper that the records are complete, and where to copy and persist them."""
         ...
 
     def abandon(self, ticket: int) -> None:
-        """The records will not be completed, and nothing writes to them any more."""
+        """Tell the keeper that the records will not be completed or written to any more."""
         ...
 
     def add_report(self, record: dict[str, Any]) -> None:
-        """Put a record where ``reports`` finds it."""
+        """Add a report that ``reports`` and ``next_report`` will return."""
         ...
 
     def reports(self) -> list[dict[str, Any]]:
-        """What ended since the last call."""
+        """Reports of everything that has ended since the last call."""
         ...
 
     def next_report(self, timeout_s: float) -> dict[str, Any] | None:
-        """The oldest report not taken yet, waiting for one; None if none comes in time."""
+        """Wait for the oldest report not returned yet; None after ``timeout_s`` seconds."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotItem:
-    """One record to take: its tensors by global name, on any device, contiguous.
+    """One record of a snapshot: its tensors by global name, on any device, contiguous.
 
-    ``copy_to`` are addresses of other nodes' keepers; ``persist`` sends it on to storage.
+    ``copy_to`` holds addresses of other nodes' keepers that get a copy; ``persist`` says whether
+    the keeper also writes the record to storage.
     """
 
     key: RecordKey
@@ -77,7 +82,7 @@ class SnapshotItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotRequest:
-    """All that this rank snapshots at one step."""
+    """Everything that this rank snapshots at one step."""
 
     tag: Tag
     step: int
@@ -109,7 +114,7 @@ class Snapshotter:
         self._changed = threading.Condition()
         self._state = _State.IDLE
         self._request: SnapshotRequest | None = None
-        self._ready: Any = None  # CUDA event: the tensors' last write has ended
+        self._ready: Any = None  # CUDA event: the last write to the tensors has ended
         self._cancelled = False
         self._closed = False
         self._ticket = 0
@@ -118,7 +123,7 @@ class Snapshotter:
         self._thread = spawn("snapshot", self._run, on_death=self._died)
 
     def _died(self, name: str, problem: BaseException) -> None:
-        """Whoever waits for a copy must not wait for ever."""
+        """Wake up callers that wait for a copy which the dead thread cannot finish."""
         with self._changed:
             self._death, self._closed = problem, True
             self._request = self._ready = None
@@ -126,16 +131,16 @@ class Snapshotter:
             self._changed.notify_all()
 
     def _check(self) -> None:
-        """A copy that broke off may have left half a record behind: this rank says so and ends."""
+        """Raise if the copying thread died: its last record may be half written."""
         if self._death is not None:
             text = "the thread that copies snapshots died"
             raise LazarusError(f"{text}: {self._death!r}") from self._death
 
     def begin(self, request: SnapshotRequest) -> bool:
-        """Start a snapshot right after a commit's apply; returns at once.
+        """Start a snapshot right after the optimizer step of a commit; return at once.
 
         Returns:
-            False if an earlier one has not ended: this one is not taken.
+            False if an earlier snapshot has not ended; then nothing is started.
         """
         cuda = any(t.is_cuda for item in request.items for t in item.tensors.values())
         ready = torch.cuda.current_stream().record_event() if cuda else None
@@ -151,8 +156,8 @@ class Snapshotter:
     def wait_before_apply(self) -> float:
         """Return once nothing reads the training tensors; call before anything changes them.
 
-        A copy under way is waited for. A snapshot whose memory the keeper has not granted yet is
-        given ``patience_s``, then given up: a stopped keeper must not stop training.
+        A copy in progress is waited for. A snapshot that still waits for the keeper's memory is
+        cancelled after ``patience_s`` seconds: a stopped keeper must not stop training.
 
         Returns:
             Seconds that the caller was kept waiting.
@@ -170,27 +175,27 @@ class Snapshotter:
         return self._clock() - start
 
     def reports(self) -> list[dict[str, Any]]:
-        """What ended since the last call: JSON records of snapshots, copies and persists."""
+        """JSON reports of the snapshots, copies and persists that ended since the last call."""
         return self._link.reports()
 
     def next_report(self, timeout_s: float) -> dict[str, Any] | None:
-        """The oldest report not taken yet, waiting for one; None if none comes in time."""
+        """Wait for the oldest report not returned yet; None after ``timeout_s`` seconds."""
         return self._link.next_report(timeout_s)
 
     def rate(self) -> float | None:
-        """Bytes per second of the copies so far, while the step ran beside; None before any."""
+        """Mean bytes per second of all copies so far; None before the first copy."""
         with self._changed:
             num_bytes, seconds = self._copied
         return num_bytes / seconds if seconds > 0 else None
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is under way."""
+        """Whether a snapshot is in progress."""
         with self._changed:
             return self._state is not _State.IDLE
 
     def close(self) -> None:
-        """End the thread after the snapshot under way, if any."""
+        """End the background thread after the snapshot in progress, if any."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -218,7 +223,7 @@ class Snapshotter:
             del request
 
     def _take(self, request: SnapshotRequest) -> str:
-        """Take one snapshot; the reason why not, or nothing."""
+        """Take one snapshot. Return why the snapshot was not taken, or an empty string."""
         items = request.items
         layouts = [item.key.layout(specs_of(item.tensors), request.tag) for item in items]
         places = self._link.reserve(

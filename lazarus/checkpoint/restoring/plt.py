@@ -1,9 +1,9 @@
-"""Portion of lost tokens: what restores cost, to the routed copy. PURE.
+"""Portion of lost tokens (PLT): the share of routed copies that restores have lost. PURE.
 
-PLT = mean over MoE layers of lost routed copies / routed copies (the paper's T_i * TopK_i). An
-expert's life is measured on its own axis, the cumulative count of copies routed to it: a restore
-at count n from a version saved at count v loses the copies in (v, n]. Copies lost twice (an
-expert that dies again before it was saved again) count once: the ledger keeps the union.
+PLT = mean over MoE layers of lost routed copies / routed copies (the paper's T_i * TopK_i). Each
+expert has a cumulative count of copies routed to it. A restore at count n from a version saved at
+count v loses the copies in (v, n]. Copies lost twice (by an expert that is lost again before the
+next save) count once: the ledger keeps the union of these spans.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Span = tuple[int, int]  # copies (first, last], on one expert's count axis
+Span = tuple[int, int]  # copies (first, last] of one expert, by cumulative count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,13 +32,16 @@ class PltLedger:
     def restored(
         self, *, layer: int, expert: int, version_routed: int, routed: int
     ) -> tuple[PltLedger, int]:
-        """The ledger after a restore, and the copies that it newly lost.
+        """The ledger after a restore, and the number of copies that the restore newly lost.
 
         Args:
             layer: MoE layer.
             expert: Global expert id.
-            version_routed: The expert's cumulative count in the version that came back.
-            routed: Its cumulative count at the step resumed from.
+            version_routed: The expert's cumulative count in the restored version.
+            routed: The expert's cumulative count at the resume step.
+
+        Raises:
+            ValueError: ``version_routed`` is above ``routed``.
         """
         if version_routed > routed:
             raise ValueError(f"a version of {version_routed} copies is ahead of {routed}")
@@ -49,7 +52,7 @@ class PltLedger:
         return new, new.lost(layer, expert) - self.lost(layer, expert)
 
     def rolled_back(self, routed: Sequence[Sequence[int]]) -> PltLedger:
-        """The ledger after all state went back to where the counts were ``routed``."""
+        """The ledger after a rollback of all state to the step with the counts ``routed``."""
         spans = {
             (x, e): tuple((a, min(b, routed[x][e])) for a, b in old if a < routed[x][e])
             for (x, e), old in self.spans.items()
@@ -71,7 +74,7 @@ class PltLedger:
 
 
 def portion_lost(lost: Mapping[tuple[int, int], int], *, routed: Sequence[Sequence[int]]) -> float:
-    """The paper's PLT.
+    """The portion of lost tokens, as the MoC-System paper defines it.
 
     Args:
         lost: Lost copies per (layer, expert).
@@ -94,7 +97,7 @@ def portion_lost(lost: Mapping[tuple[int, int], int], *, routed: Sequence[Sequen
 def staleness(
     versions: Sequence[Sequence[int]], *, routed: Sequence[Sequence[int]]
 ) -> dict[tuple[int, int], int]:
-    """Copies that each expert would lose if it came back from ``versions`` now.
+    """Copies that each expert would lose if it were restored from ``versions`` now.
 
     Args:
         versions: Cumulative counts in the newest version of each expert, [layers][experts].

@@ -1,4 +1,7 @@
-"""Somebody else's answer to lost experts: what it may say, and whether that can be done. PURE."""
+"""The interface of recovery policies, and the check that an answer can be carried out. PURE.
+
+A recovery policy is user code that decides what happens to experts without a live replica.
+"""
 
 from __future__ import annotations
 
@@ -26,32 +29,32 @@ from lazarus.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hold:
-    """Ask again in ``for_s`` seconds; training waits meanwhile."""
+    """Answer: ask the policy again in ``for_s`` seconds; training waits meanwhile."""
 
     for_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stop:
-    """End the run; it can be resumed."""
+    """Answer: end the run for ``reason``. The run can be resumed later."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterView:
-    """What a recovery policy knows beside the losses.
+    """The state of the cluster that a recovery policy sees in addition to the losses.
 
     Attributes:
-        step: Committed step that training stands at.
-        nodes: Members of the next generation, by join order.
+        step: The last committed step.
+        nodes: Node ids of the next generation, by join order.
         lineage: Pairs (generation, step) of every RESUME so far.
-        checkpoints: Usable ones on storage.
-        start_step: Where the run started; a rollback may always go there.
-        in_flight: Newest step whose checkpoint the survivors still write; -1 for none.
-        plt: Portion of lost tokens so far.
-        plt_budget: What the run was given of it.
-        waited_s: How long this recovery has been held already.
+        checkpoints: Usable checkpoints on storage.
+        start_step: Step that the run started from; a rollback to it is always possible.
+        in_flight: Newest step whose checkpoint the survivors are still writing; -1 for none.
+        plt: Portion of lost tokens so far, in [0, 1].
+        plt_budget: Portion of lost tokens that the run may reach.
+        waited_s: Seconds that ``Hold`` answers have delayed this recovery so far.
     """
 
     step: int
@@ -69,15 +72,28 @@ Answer = Mapping[tuple[int, int], Copy] | Rollback | Hold | Stop
 
 
 class RecoveryPolicy(Protocol):
-    """Decides what becomes of experts without a live replica. Pure: no clock but ``now_s``."""
+    """Decides what happens to experts without a live replica.
+
+    A policy must be pure: its only clock is ``now_s``.
+    """
 
     def __call__(self, losses: Sequence[Loss], view: ClusterView, *, now_s: float) -> Answer:
-        """One of ``Loss.copies`` for each (layer, expert), or what happens instead."""
+        """Answer one recovery.
+
+        Args:
+            losses: The lost experts, each with its known copies.
+            view: The state of the cluster.
+            now_s: The present time in seconds.
+
+        Returns:
+            A mapping from each lost (layer, expert) to one of its ``Loss.copies``; or a
+            ``Rollback``, ``Hold`` or ``Stop``.
+        """
         ...
 
 
 class RecoveryDecider(Protocol):
-    """A recovery policy whose answers are decisions that can be carried out."""
+    """A recovery policy whose answers are already checked decisions."""
 
     def __call__(
         self, losses: Sequence[Loss], view: ClusterView, *, now_s: float
@@ -87,7 +103,7 @@ class RecoveryDecider(Protocol):
 def decided_by_setting(
     losses: Sequence[Loss], view: ClusterView, on_lost_expert: str
 ) -> RecoveryDecision:
-    """The library's own decision, see ``decide_recovery``."""
+    """The built-in decision for a value of ``on_lost_expert``, see ``decide_recovery``."""
     return decide_recovery(
         losses,
         policy=on_lost_expert,
@@ -99,7 +115,7 @@ def decided_by_setting(
 
 
 def on_history(losses: Sequence[Loss], view: ClusterView) -> tuple[tuple[Loss, ...], ClusterView]:
-    """The same without copies and checkpoints that lie on no history of the run's present step."""
+    """Losses and view without copies and checkpoints that are not on the run's history."""
 
     def there(one: Copy | StoredCheckpoint) -> bool:
         return is_valid(
@@ -113,15 +129,15 @@ def on_history(losses: Sequence[Loss], view: ClusterView) -> tuple[tuple[Loss, .
 def decision_of(
     answer: object, losses: Sequence[Loss], view: ClusterView
 ) -> RecoveryDecision | Hold:
-    """The decision that an answer means.
+    """Turn a policy's answer into a decision.
 
     Args:
-        answer: What the policy returned.
-        losses: What it was asked, ``on_history``.
-        view: Likewise.
+        answer: The value that the policy returned.
+        losses: The losses given to the policy, filtered by ``on_history``.
+        view: The view given to the policy, filtered by ``on_history``.
 
     Raises:
-        ConfigError: It means none, or one that cannot be carried out; the message says why.
+        ConfigError: The answer is no decision, or cannot be carried out; the message says why.
     """
     match answer:
         case Stop(reason=reason):

@@ -1,8 +1,8 @@
-"""Where a lost expert comes back from. PURE.
+"""Choose the copy that a lost expert is restored from. PURE.
 
-Every replica of an expert without a live copy is restored from ONE chosen copy: valid on the
-lineage, newest step first, then the nearest source. What the restore costs is known before it
-starts, so that the bill can be journaled with the decision.
+All replicas of an expert without a live copy are restored from ONE chosen copy: valid on the
+lineage, newest step first, then the nearest source. The number of lost routed copies is known
+before the restore starts, so that it can be journaled with the decision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POLICIES = ("partial", "rollback", "fail")
 
 
 class Source(IntEnum):
-    """Where a copy lies, nearest first."""
+    """Where a copy is stored, nearest first."""
 
     LIVE = 0
     OWN_NODE = 1
@@ -28,16 +28,16 @@ class Source(IntEnum):
 
     @property
     def label(self) -> str:
-        """Name in records and messages."""
+        """The source's name in the run's record and in messages."""
         return ("live", "own_snapshot", "node_snapshot", "storage", "initial")[self]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
-    """One complete copy of one expert, as an inventory or a manifest states it.
+    """One complete copy of one expert, as listed by a keeper's inventory or a manifest.
 
-    ``node`` holds it (-1: storage or initial state); ``routed`` is the expert's cumulative count
-    in it, ``checksum`` its digest where one is known.
+    ``node`` is the node that holds the copy (-1: storage or initial state), ``routed`` the
+    expert's cumulative count of routed copies at ``step``, ``checksum`` the digest if known.
     """
 
     layer: int
@@ -53,7 +53,11 @@ class Copy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """An expert without a live replica: where it will live, its count, its known copies."""
+    """An expert without a live replica.
+
+    ``targets`` are the nodes that will hold the expert, ``routed`` its cumulative count of routed
+    copies at the resume step, ``copies`` all known copies.
+    """
 
     layer: int
     expert: int
@@ -64,7 +68,11 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoredExpert:
-    """The chosen copy of one lost expert, and the bill before double losses are taken off."""
+    """The chosen copy of one lost expert, and what restoring from it costs.
+
+    ``lost_copies`` may count routed copies that an earlier restore has already lost;
+    ``PltLedger`` counts each of them once.
+    """
 
     copy: Copy
     source: Source
@@ -74,9 +82,9 @@ class RestoredExpert:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restore:
-    """Go on at the resume step; these experts come back from these copies.
+    """Decision: continue at the resume step and restore ``experts`` from their chosen copies.
 
-    ``refused`` says why the policy that was asked did not decide this; empty if it did.
+    ``refused`` says why the user's policy did not make this decision; empty if it did.
     """
 
     experts: tuple[RestoredExpert, ...]
@@ -85,7 +93,7 @@ class Restore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollback:
-    """Go back to a checkpoint on storage: all state, and the samples after it again."""
+    """Decision: take all state back to ``step`` and train on the later samples again."""
 
     step: int
     reason: str = ""
@@ -94,7 +102,7 @@ class Rollback:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fail:
-    """Nothing that the policy allows; the run ends resumable. ``experts`` names the lost."""
+    """Decision: end the run, which can be resumed. ``experts`` are the lost (layer, expert)."""
 
     reason: str
     experts: tuple[tuple[int, int], ...]
@@ -106,7 +114,7 @@ RecoveryDecision = Restore | Rollback | Fail
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint:
-    """A usable manifest, as far as a decision needs it."""
+    """A usable checkpoint on storage, reduced to what a decision needs."""
 
     generation: int
     step: int
@@ -122,17 +130,20 @@ def decide_recovery(
     checkpoints: Sequence[StoredCheckpoint] = (),
     start_step: int = 0,
 ) -> RecoveryDecision:
-    """What happens to experts that have no live replica left.
+    """Decide what happens to experts that have no live replica left.
 
     Args:
-        losses: The lost experts; each with all copies that any inventory or manifest knows.
-        policy: ``partial`` restores each from its newest copy, ``rollback`` takes all state back
-            to the newest full checkpoint (newest at all, if none is full; the start of the run, if
-            there is none), ``fail`` gives up.
+        losses: The lost experts, each with all copies that any inventory or manifest lists.
+        policy: ``partial`` restores each expert from its newest copy. ``rollback`` takes all state
+            back to the newest full checkpoint; without a full one to the newest partial one, and
+            without any checkpoint to the start of the run. ``fail`` ends the run.
         lineage: Pairs (generation, step) of every RESUME so far.
-        resume_step: The committed step that training goes on from.
+        resume_step: The committed step that training continues from.
         checkpoints: Usable checkpoints on storage.
-        start_step: Step that the run started from; any node makes that state anew.
+        start_step: Step that the run started from; every node can recreate its state.
+
+    Raises:
+        ValueError: ``policy`` is unknown.
     """
     if policy not in POLICIES:
         raise ValueError(f"on_lost_expert={policy!r} is none of {', '.join(POLICIES)}")
@@ -158,9 +169,9 @@ def decide_recovery(
 
 
 def choose_copy(loss: Loss, *, lineage: Lineage, resume_step: int) -> RestoredExpert | None:
-    """The copy that a lost expert comes back from, or None if none is valid.
+    """The copy that a lost expert is restored from, or None if no copy is valid.
 
-    Newest step first; then the nearest source, the newer generation, the lower node.
+    The newest step wins; then the nearest source, the newer generation, the lower node id.
     """
     valid = [
         (copy, _nearness(copy, loss.targets))

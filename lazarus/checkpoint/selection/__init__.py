@@ -1,4 +1,4 @@
-"""Which experts a save takes, how often, and which rank writes what. PURE.
+"""Which experts are saved at which step, and by which rank. PURE.
 
 Start reading at ``schedule.py``; ``saving.py`` applies it to one rank's share.
 """

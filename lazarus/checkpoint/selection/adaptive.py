@@ -1,9 +1,9 @@
-"""How many experts a snapshot takes and how often, from measured rates. PURE.
+"""Choose the number of experts per snapshot and the save intervals from measured rates. PURE.
 
-K_snapshot is the largest that forward and backward hide; the interval on storage is the shortest
-at which a persist has long ended when the next begins. Rates come from a clock, so the answers
-are coarse (powers of two; 1, 2, 5, 10, ...) and change at a RESUME only, with which they are
-journaled (protocol rule 34).
+K_snapshot is the largest for which the copy is hidden behind forward and backward. The interval of
+checkpoints on storage is the shortest at which storage is written to at most half of the time.
+Measured rates vary, so the results are coarse (K is doubled; intervals are 1, 2, 5, 10, ...). They
+change only at a RESUME, together with which they are journaled (protocol rule 34).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lazarus.checkpoint.selection.schedule import (
 from lazarus.checkpoint.selection.sharding import Unit, split_adaptively
 
 DEFAULT_EVERY = 200  # steps between checkpoints on storage until rates are known
-_BUSY = 0.5  # share of the time that storage may be written to
+_BUSY = 0.5  # fraction of the time in which storage may be written to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveSettings:
-    """The user's settings; None means ``auto``, to be found from measured rates."""
+    """The user's checkpoint settings. None means ``auto``: chosen from measured rates."""
 
     every: int | None = DEFAULT_EVERY
     k_snapshot: int | None = None
@@ -35,17 +35,17 @@ class SaveSettings:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether anything is left to find."""
+        """Whether any setting is to be chosen from measured rates."""
         whole = self.select == FULL
         return self.every is None or (self.every > 0 and self.k_snapshot is None and not whole)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What one rank measured while it trained: bytes per second, seconds.
+    """Rates that one rank measured while training, in bytes per second, and its copy window.
 
-    ``window_s`` is the time from a commit's end to the next optimizer step, in which a snapshot
-    is hidden; ``step_s`` that of a whole step.
+    ``window_s`` is the time from the end of a commit to the next optimizer step, in which a
+    snapshot's copy costs no training time.
     """
 
     copy_rate: float
@@ -62,7 +62,10 @@ class Adapted:
     persist_every: int
 
     def is_far_from(self, other: Adapted) -> bool:
-        """Whether a change is worth stopping all ranks for: a factor of two somewhere."""
+        """Whether ``k_snapshot`` or ``persist_every`` differs by a factor of two or more.
+
+        Smaller changes are not worth stopping all ranks for.
+        """
         pairs = (
             (self.k_snapshot, other.k_snapshot),
             (self.persist_every, other.persist_every),
@@ -71,7 +74,7 @@ class Adapted:
 
 
 def default_of(settings: SaveSettings, *, num_layers: int, num_experts: int) -> Adapted:
-    """What ranks do before anything is measured."""
+    """The schedule that ranks use before anything is measured."""
     schedule = _unmeasured(settings, num_layers, num_experts)
     return Adapted(
         k_snapshot=schedule.k_snapshot,
@@ -103,12 +106,13 @@ def adapt(
     """The schedule that the measured rates allow.
 
     Args:
-        settings: What the user fixed.
-        measured: Of every rank; the slowest decides.
+        settings: The user's settings; values other than ``auto`` stay.
+        measured: Measurements of all ranks; the slowest rank decides.
         num_layers: MoE layers.
         num_experts: Experts per layer.
-        step_s: Seconds of a step.
-        busiest: Bytes that the busiest rank saves at K experts per layer, dense share included.
+        step_s: Seconds of one step.
+        busiest: Returns the bytes that the busiest rank saves for a given number of experts per
+            layer, dense share included.
 
     Source: MoC-System, adaptive configuration.
     """
@@ -146,7 +150,7 @@ def adapt(
 
 
 def ladder_of(first: int, last: int) -> list[int]:
-    """``first``, doubled as long as it fits, and ``last``."""
+    """The values of K to try: ``first``, doubled while below ``last``, and ``last``."""
     steps = [first]
     while steps[-1] < last:
         steps.append(min(2 * steps[-1], last))
@@ -154,7 +158,7 @@ def ladder_of(first: int, last: int) -> list[int]:
 
 
 def rounded_up(steps: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is not below ``steps``."""
     unit = 1
     while steps > 10 * unit:
         unit *= 10
@@ -171,7 +175,17 @@ def busiest_rank(
     expert_bytes: int,
     dense_bytes: int,
 ) -> int:
-    """Bytes of the rank that saves most when K experts per layer are saved, in rotation."""
+    """Bytes that the busiest rank saves when ``k`` experts per layer are saved in rotation.
+
+    Args:
+        k: Experts per layer.
+        ranks_of: Returns the ranks that hold (layer, expert).
+        num_ranks: Ranks of the run.
+        num_layers: MoE layers.
+        num_experts: Experts per layer.
+        expert_bytes: Bytes of one expert.
+        dense_bytes: Bytes of the whole dense state, shared equally by all ranks.
+    """
     units = [
         Unit(
             key=(layer, expert),

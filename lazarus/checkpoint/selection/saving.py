@@ -1,8 +1,8 @@
-"""From committed steps to each rank's share of a save. PURE.
+"""Plan each rank's share of a save after a committed step. PURE.
 
-Every rank computes the same answer from state that is equal on all ranks (counts of committed
-steps, the plan, the schedule), so that a snapshot starts on all of them at the same step without a
-message. A joiner receives the ``SaveState`` with the rest of the state.
+Every rank computes the same result from state that is equal on all ranks (counts of committed
+steps, the plan, the schedule), so all ranks start a snapshot at the same step without a message.
+A rank that joins receives the ``SaveState`` with the rest of the state.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class SaveState:
-    """The rotation, and cumulative routed copies: so far, and at each expert's last snapshot.
+    """The rotation's state and each expert's cumulative count of routed copies.
 
-    Shapes: ``routed_LE`` and ``snapshotted_LE`` int64 [layers, experts], read-only.
+    ``routed_LE`` are the counts so far, ``snapshotted_LE`` those at each expert's last snapshot;
+    both int64 [layers, experts], read-only.
     """
 
     schedule: ScheduleState
@@ -47,13 +48,16 @@ class SaveState:
         )
 
     def committed(self, counts_LE: NDArray[Any]) -> SaveState:
-        """After a committed step that routed ``counts_LE`` copies, whole numbers [L, E]."""
+        """The state after a committed step that routed ``counts_LE`` copies (integers [L, E])."""
         return replace(self, routed_LE=self.routed_LE + counts_LE.astype(np.int64))
 
     def next_save(
         self, config: ScheduleConfig, *, step: int, force_full: bool = False
     ) -> tuple[Selection | None, SaveState]:
-        """What is saved after the commit of ``step`` (None: nothing), and the state after it."""
+        """The selection to save after the commit of ``step``, and the state after the save.
+
+        The selection is None if nothing is saved. ``force_full`` saves everything.
+        """
         unsaved = (self.routed_LE - self.snapshotted_LE).tolist()
         chosen = select_experts(
             self.schedule, config, step=step, unsaved=unsaved, force_full=force_full
@@ -86,9 +90,10 @@ class SaveState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertOrder:
-    """One rank snapshots this expert, and sends copies to these nodes.
+    """An expert that one rank has to snapshot.
 
-    ``parts`` go into the record; ``persist`` says whether the record goes to storage.
+    ``parts`` are the parts to save, ``persist`` says whether the record is written to storage,
+    ``copy_nodes`` are the nodes that receive a copy.
     """
 
     layer: int
@@ -100,7 +105,7 @@ class ExpertOrder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankShare:
-    """One rank's share of a save: experts, and the dense tensors of its shard (may be none)."""
+    """One rank's share of a save: experts, and names of the dense tensors in its shard."""
 
     experts: tuple[ExpertOrder, ...]
     dense_names: tuple[str, ...]
@@ -117,20 +122,20 @@ def plan_save(
     parts: str = "WO",
     copies: int = 1,
 ) -> tuple[RankShare, ...]:
-    """Who snapshots, copies and persists what: each expert once, every dense tensor once.
+    """Split a save over all ranks, so that each expert and each dense tensor is saved once.
 
     Args:
-        selection: What is saved.
-        ranks_of: The ranks that hold (layer, expert), as ``Plan.ranks_of``.
+        selection: The experts to snapshot and to persist.
+        ranks_of: Returns the ranks that hold (layer, expert), like ``Plan.ranks_of``.
         node_of_rank: Stable node id of each rank.
         num_experts: Experts per layer.
         part_bytes: Bytes of one expert's weights and of its optimizer state.
-        dense_bytes: Bytes of each dense tensor; shared out when something is persisted.
-        parts: ``WO``, ``W`` or ``O``, as configured.
+        dense_bytes: Bytes of each dense tensor; saved only when something is persisted.
+        parts: ``WO``, ``W`` or ``O``, see ``ScheduleConfig``.
         copies: Copies of each snapshot on other nodes.
 
     Returns:
-        One share per rank. The experts' split starts from the dense bytes each rank has already.
+        One share per rank. Ranks with fewer bytes of dense state get more experts.
     """
     orders = _orders(selection, num_experts=num_experts, parts=parts)
     num_ranks = len(node_of_rank)
@@ -175,7 +180,7 @@ def plan_save(
 def _orders(
     selection: Selection, *, num_experts: int, parts: str
 ) -> dict[tuple[int, ...], tuple[tuple[str, ...], bool]]:
-    """(layer, expert, 0 whole | 1 one part) -> (parts, persist), in order."""
+    """Sorted (layer, expert, 0 or 1) -> (parts, persist); 1 marks records of a single part."""
     kept = parts_saved(selected=False, parts=parts)
     orders: dict[tuple[int, ...], tuple[tuple[str, ...], bool]] = {}
     for layer, snapshot in enumerate(selection.snapshot):

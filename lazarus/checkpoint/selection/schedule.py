@@ -1,8 +1,8 @@
-"""Which experts each checkpoint saves, and how many. PURE.
+"""Choose the experts that each snapshot and each checkpoint saves. PURE.
 
-Two levels: a snapshot (host memory) of K_snapshot experts per layer, of which K_persist go on to
-storage. Both rotate with cursors of their own, so that each level reaches every expert in
-ceil(E / K) rounds, and what is persisted was always snapshotted at the same step.
+A snapshot copies K_snapshot experts per layer to host memory; K_persist of them are also written
+to storage. Each level rotates with its own cursor and saves every expert once in ceil(E / K)
+rounds. Persisted experts are always part of the snapshot of the same step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ Experts = tuple[tuple[int, ...], ...]  # [layer] -> chosen expert ids, ascending
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """How checkpoints are chosen.
+    """Settings of the rotation.
 
-    ``parts`` says what the partial selection applies to: both (``WO``), or weights (``W``) or
-    optimizer state (``O``) only, the other part then being saved for every expert every time.
+    ``parts`` says to which parts the partial selection applies: to weights and optimizer state
+    (``WO``), to weights (``W``) or to optimizer state (``O``) only. The other part is then saved
+    for every expert each time.
     """
 
     num_layers: int
@@ -54,11 +55,11 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleState:
-    """Where the rotation stands; part of the run's journaled state.
+    """Position of the rotation; part of the run's journaled state.
 
-    ``persisted_once`` is False until a first full checkpoint is committed: a partial one must
-    have older versions to point to. ``doublings`` counts those of Dynamic-K. The intervals are
-    those found from measured rates; 0: as configured.
+    ``persisted_once`` is False until a first full checkpoint was selected: a partial checkpoint
+    needs older versions to point to. ``doublings`` counts how often Dynamic-K doubled K. The
+    intervals (steps) come from measured rates; 0 means as configured.
     """
 
     k_snapshot: int
@@ -78,7 +79,10 @@ class ScheduleState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """What one step saves. ``persist`` is empty where nothing goes to storage."""
+    """The experts that one step saves: in the snapshot, and of these on storage.
+
+    ``persist`` has an empty tuple for each layer if nothing is written to storage.
+    """
 
     snapshot: Experts
     persist: Experts
@@ -97,15 +101,18 @@ def select_experts(
     unsaved: Sequence[Sequence[int]],
     force_full: bool = False,
 ) -> tuple[Selection, ScheduleState] | None:
-    """What step ``step`` saves, and the state after it; None where it saves nothing.
+    """Select the experts to save after ``step``.
 
     Args:
-        state: The rotation so far.
+        state: The rotation's state before the step.
         config: The schedule.
         step: The step just committed, >= 1.
         unsaved: Routed copies since each expert's last snapshot, [layers][experts]; used by
             load-aware selection only.
         force_full: Save and persist everything, as at the end of a run or on request.
+
+    Returns:
+        The selection and the rotation's state after it; None if the step saves nothing.
     """
     snapshot_every = state.snapshot_every or config.snapshot_every
     persist_every = state.persist_every or config.persist_every
@@ -141,7 +148,7 @@ def select_experts(
 
 
 def _advanced(state: ScheduleState, config: ScheduleConfig, *, persists: bool) -> int:
-    """The snapshot cursor after this step: past all that was saved in one stretch from it on."""
+    """The snapshot cursor after this step, moved past all consecutive experts just saved."""
     k_snapshot, k_persist = _sizes(state, config)
     count = config.num_experts
     saved = {(state.persist_cursor + i) % count for i in range(k_persist * persists)}
@@ -161,11 +168,11 @@ def _sizes(state: ScheduleState, config: ScheduleConfig) -> tuple[int, int]:
 def _ranked(
     config: ScheduleConfig, unsaved: Sequence[int], *, layer: int, cursor: int
 ) -> tuple[int, ...]:
-    """All experts of a layer, the most urgent first."""
+    """All experts of a layer in the order in which they are to be saved."""
     count = config.num_experts
     rotation = tuple((cursor + layer + i) % count for i in range(count))
     if config.select == BY_LOAD:
-        # The rotation breaks ties, lest idle experts are never saved at all.
+        # The rotation breaks ties, so that idle experts are saved too.
         return tuple(sorted(rotation, key=lambda e: -unsaved[e]))
     return rotation
 
@@ -182,7 +189,7 @@ def _filled(must: Sequence[int], ranked: Sequence[int], *, k: int) -> tuple[int,
 
 
 def parts_saved(*, selected: bool, parts: str) -> tuple[str, ...]:
-    """What of an expert a checkpoint saves, given the configured ``parts``."""
+    """The parts of an expert that a checkpoint saves, given the configured ``parts``."""
     if selected or parts == "WO":
         return PARTS if selected else ()
     return (OPTIMIZER,) if parts == "W" else (WEIGHTS,)
@@ -194,7 +201,9 @@ def doubled_k(
     """Dynamic-K: after a restore, double both K if the PLT they caused exceeds the budget.
 
     Args:
-        plt_of_present_k: PLT of the losses since K last changed; the caller starts it again from
+        state: The rotation's state.
+        config: The schedule, with the PLT budget.
+        plt_of_present_k: PLT of the losses since K last changed. The caller resets this sum to
             zero when the returned K differs.
 
     Source: MoC-System, Dynamic-K.
@@ -217,9 +226,9 @@ def rescheduled(
     snapshot_every: int = 0,
     persist_every: int = 0,
 ) -> ScheduleState:
-    """The rotation under a schedule from measured rates (0: as configured).
+    """The rotation with K and intervals (steps) from measured rates; 0 means as configured.
 
-    What Dynamic-K doubled stays doubled: it answers to lost tokens, not to time.
+    Doublings by Dynamic-K are kept, since they depend on lost tokens and not on time.
     """
     factor = 1 << state.doublings
     k_persist = min(config.k_persist * factor, config.num_experts)
@@ -238,13 +247,16 @@ def rescheduled(
 def largest_hidden_k(
     *, bytes_of_k: Sequence[int], bytes_per_s: float, window_s: float, margin: float = 0.8
 ) -> int:
-    """The largest K_snapshot that forward and backward hide; at least 1.
+    """The largest K whose copy is hidden behind forward and backward; at least 1.
 
     Args:
-        bytes_of_k: Bytes that the busiest rank copies at K = 1, 2, ..., E; ascending.
+        bytes_of_k: Bytes that the busiest rank copies for each K to try, ascending.
         bytes_per_s: Measured rate of a rank's snapshot copy while the step runs.
         window_s: Time from the end of one optimizer step to the start of the next.
-        margin: Share of the window that may be used.
+        margin: Fraction of the window that may be used.
+
+    Returns:
+        The place in ``bytes_of_k``, counted from 1; this is K itself for K = 1, 2, ..., E.
 
     Source: MoC-System, adaptive configuration (O_save = max(0, T_snapshot - T_F&B)).
     """
@@ -255,9 +267,9 @@ def largest_hidden_k(
 def shortest_interval(
     *, bytes_of_busiest_writer: int, bytes_per_s: float, step_s: float, snapshot_every: int = 1
 ) -> int:
-    """The smallest persist interval, in steps, at which one persist ends before the next starts.
+    """The shortest interval in steps at which a persist ends before the next one starts.
 
-    A multiple of ``snapshot_every``.
+    The interval is a multiple of ``snapshot_every``.
     """
     busy_s = bytes_of_busiest_writer / bytes_per_s
     rounds = math.ceil(busy_s / (step_s * snapshot_every) - 1e-9)
@@ -275,11 +287,11 @@ def default_schedule(
     parts: str = "WO",
     plt_budget: float = 0.0375,
 ) -> ScheduleConfig:
-    """The schedule behind the settings; None means ``auto``.
+    """Build the schedule from the user's settings; None means ``auto``.
 
-    By default a rotation on storage takes at most 16 checkpoints, a snapshot takes four times as
-    many experts, and snapshots come so often that each expert is snapshotted at least once
-    between two checkpoints on storage, where ``every`` steps allow it.
+    By default, every expert is persisted once in at most 16 checkpoints, and a snapshot holds four
+    times as many experts as a checkpoint. Snapshots are frequent enough that each expert is
+    snapshotted at least once between two checkpoints on storage, if ``every`` steps allow it.
     """
     persist = k_persist or max(1, math.ceil(num_experts / 16))
     snapshot = k_snapshot or min(num_experts, 4 * persist)
@@ -302,9 +314,9 @@ def default_schedule(
 
 
 def expected_plt(*, num_experts: int, k: int, interval: int, faults: int, steps: int) -> float:
-    """PLT to expect from sequential selection at balanced load.
+    """The expected PLT of sequential selection at balanced load.
 
-    Source: a fault loses on average (E/K - 1)/2 intervals of an expert, plus half an interval
+    Derivation: a fault loses on average (E/K - 1)/2 intervals of an expert, plus half an interval
     since the last checkpoint.
     """
     behind = (num_experts / k - 1) / 2 * interval + interval / 2

@@ -1,7 +1,7 @@
-"""Who saves what, and where copies go. PURE.
+"""Decide which rank saves each expert, and which nodes get copies. PURE.
 
-Each expert is saved once however many replicas it has, each dense shard once; the bottleneck is
-the busiest writer. Ties go to the lower rank, so that every rank computes the same split.
+Each expert is saved by one rank, however many replicas there are; each dense shard likewise. The
+busiest writer limits the speed. Ties go to the lower rank, so all ranks compute the same split.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """Something one rank must save: a key that sorts, its bytes, the ranks that hold it."""
+    """Something that one rank must save: a sortable key, its bytes, the ranks that hold it."""
 
     key: tuple[int, ...]
     num_bytes: int
@@ -21,7 +21,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkSplit:
-    """Units per rank, and bytes per rank."""
+    """The units that each rank saves."""
 
     units: tuple[tuple[Unit, ...], ...]
 
@@ -42,7 +42,7 @@ _Chooser = Callable[[Unit, Sequence[int]], int]
 
 
 def split_unsharded(units: Iterable[Unit], *, num_ranks: int) -> WorkSplit:
-    """The baseline: the lowest holder saves each unit, so rank 0 saves all the dense state.
+    """Baseline: the lowest holder saves each unit, so rank 0 saves all the dense state.
 
     Source: the scheme the paper attributes to Megatron-DeepSpeed.
     """
@@ -66,8 +66,8 @@ def split_adaptively(
 ) -> WorkSplit:
     """Adaptive sharding: largest unit first, each to its holder with the fewest bytes so far.
 
-    Units with few holders go first among equals: they have the least choice. ``loaded`` are
-    bytes that each rank has to save besides.
+    Among units of equal size, those with fewer holders come first. ``loaded`` are the bytes that
+    each rank has to save in addition.
 
     Source: MoC-System, adaptive data sharding (greedy by descending size).
     """
@@ -94,10 +94,10 @@ def _split(
 
 
 def dense_shards(tensor_bytes: Mapping[str, int], *, num_ranks: int) -> tuple[tuple[str, ...], ...]:
-    """Split the dense state's tensors over all ranks, largest first to the lightest.
+    """Split the dense tensors over all ranks: largest first, each to the rank with fewest bytes.
 
     Returns:
-        Names per rank, sorted; a rank may get none.
+        Sorted names per rank; a rank may get none.
     """
     load = [0] * num_ranks
     own: list[list[str]] = [[] for _ in range(num_ranks)]
@@ -115,11 +115,11 @@ def copy_targets(
     nodes: Sequence[int],
     copies: int,
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """The nodes that keep a second host-memory copy of each snapshot.
+    """Choose the nodes that keep a further host-memory copy of each snapshot.
 
-    Never a node that holds the expert (its copy would die with the replica it stands in for),
-    never the node that made the snapshot. The node with the fewest bytes so far is next; among
-    equals the first after the origin in ring order. Where every node holds the expert, none.
+    A node that holds the expert is never chosen (the copy would be lost together with a replica),
+    nor the node that made the snapshot. The node with the fewest bytes so far comes first; among
+    equals, the first after the origin in ring order. An expert that all nodes hold gets no copy.
 
     Args:
         units: Experts with their bytes; ``holders`` are the *nodes* that hold a live replica.
