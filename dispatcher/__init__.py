@@ -1,6 +1,6 @@
-"""Token dispatch for mixtures of experts: any replicas on any ranks, nothing dropped or padded.
+"""Token dispatch for mixtures of experts: replicas on any ranks, no token dropped or padded.
 
-Needs torch and numpy only.
+``Dispatcher`` is the general interface. Needs PyTorch and NumPy only.
 """
 
 from dispatcher.dispatcher import Dispatched, Dispatcher

@@ -1,6 +1,7 @@
-"""The dispatcher alone: any expert function between ``dispatch`` and ``combine``, by autograd.
+"""``Dispatcher``: send tokens to experts and combine the results, around any expert function.
 
-``MoELayer`` takes the faster ``expert_path``; this face is for experts of the caller's own.
+Use this interface for expert modules of your own. Lazarus's ``MoELayer`` uses ``expert_path``,
+which is faster but fixed to the experts of ``ExpertLayout``.
 
 Shapes: T tokens, K choices, N copies sent, M rows received, D width.
 """
@@ -25,33 +26,36 @@ from dispatcher.splits.split import SplitRule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dispatched:
-    """Rows that arrived at this rank, grouped by expert. Serves one ``combine``."""
+    """Rows that arrived at this rank, [M, D], grouped by expert. Valid for one ``combine``."""
 
     rows_MD: Tensor
     routed: Routed
 
     @property
     def generation(self) -> int:
-        """Generation of the routing table that these rows were dispatched by."""
+        """Generation of the routing table that the dispatch used."""
         return self.routed.generation
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Slot and row range of each expert that received rows, in the order of expert ids."""
+        """Slot and row range of each expert that received rows, in order of expert ids."""
         return self.routed.groups
 
     def with_rows(self, rows_MD: Tensor) -> Dispatched:
-        """The same dispatch with the experts' output in place of their input.
+        """Return a copy of the dispatch that holds the experts' output instead of their input.
+
+        Args:
+            rows_MD: Output rows in the same order, [M, any width].
 
         Raises:
-            ValueError: Another number of rows.
+            ValueError: The number of rows differs.
         """
         if rows_MD.shape[0] != self.rows_MD.shape[0]:
             raise ValueError(f"{rows_MD.shape[0]} rows for a dispatch of {self.rows_MD.shape[0]}")
         return replace(self, rows_MD=rows_MD)
 
     def map(self, expert: Callable[[int, Tensor], Tensor]) -> Dispatched:
-        """Each group through ``expert(slot, rows)``, which keeps the number of rows."""
+        """Apply ``expert(slot, rows)`` to each group; it must keep the number of rows."""
         if not self.groups:
             return self
         parts = [expert(g.slot, self.rows_MD[g.begin : g.end]) for g in self.groups]
@@ -61,18 +65,19 @@ class Dispatched:
 class Dispatcher:
     """Sends tokens to the ranks that hold their experts and brings the results back.
 
-    Every rank must call ``dispatch`` and ``combine`` in the same order, also with no tokens, and
-    must run the backward if any rank does.
+    ``dispatch`` and ``combine`` are collective: every rank must call them in the same order, even
+    with no tokens, and must run the backward pass if any rank does.
 
     Args:
-        table: Replicas of the layer, for this rank.
-        exchange: The ranks of the table.
-        rule: How copies are split over replicas; None: all to the home replica.
-        expert_of_slot: Experts in this rank's slots, if not in the table's order (see
-            ``slots_for_exchange``); ``sum_replica_gradients`` must be given the same.
+        table: Replicas of the layer, made for this rank.
+        exchange: Collectives over the ranks of ``table``.
+        rule: How each expert's tokens are split over its replicas. None: all go to the home
+            replica. Choose "balanced" if a hot expert's home rank becomes the bottleneck.
+        expert_of_slot: Experts in this rank's slots, if they are not in the table's order (see
+            ``slots_for_exchange``); pass the same to ``sum_replica_gradients``.
 
     Raises:
-        ValueError: Table and exchange are of different worlds.
+        ValueError: ``table`` and ``exchange`` differ in rank or number of ranks.
     """
 
     def __init__(
@@ -94,30 +99,40 @@ class Dispatcher:
 
     @property
     def expert_of_slot(self) -> tuple[int, ...]:
-        """Experts in this rank's slots, -1 for an empty one."""
+        """Experts in this rank's slots, -1 for an empty slot."""
         return self._expert_of_slot
 
     def update(self, table: RoutingTable, *, expert_of_slot: Sequence[int] | None = None) -> None:
-        """Dispatch by another table from now on; handles of another generation are refused.
+        """Use another table from now on. Handles of another generation can no longer be combined.
 
-        Without ``expert_of_slot`` the slots are in the table's order.
+        Args:
+            table: The new table, for the same rank and number of ranks.
+            expert_of_slot: Experts in this rank's slots; None: in the table's order.
+
+        Raises:
+            ValueError: ``table`` and the exchange differ in rank or number of ranks.
         """
         self._table = self._fitting(table)
         slots = table.slots_of(table.rank) if expert_of_slot is None else expert_of_slot
         self._expert_of_slot = tuple(slots)
 
     def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> Dispatched:
-        """Tokens to their experts.
+        """Send each token to its chosen experts. Collective and differentiable.
 
         Args:
-            x_TD: Tokens, contiguous; they must require a gradient on all ranks or on none.
-            expert_TK: Chosen experts, int64, contiguous; -1 = this copy goes nowhere.
+            x_TD: Tokens [T, D], floating point, contiguous. They must require a gradient on all
+                ranks or on none.
+            expert_TK: Chosen experts, int64 [T, K], contiguous; -1 sends no copy.
+
+        Returns:
+            The rows that this rank's experts received.
 
         Raises:
             DispatchInputError: Wrong dtype, shape, layout, device, ids or slots on this rank.
-            PeerInputError: On another rank; nothing was dispatched.
+            PeerInputError: Wrong input on another rank; nothing was dispatched.
             RankMismatchError: The ranks' tokens differ in width or dtype, or their tables in
                 generation; nothing was dispatched.
+            RanksPartedError: The ranks are in different collectives.
         """
         routed = route(
             x_TD, expert_TK, table=self._table, exchange=self._exchange, rule=self._rule,
@@ -127,11 +142,18 @@ class Dispatcher:
         return Dispatched(rows_MD=rows_MD, routed=routed)
 
     def combine(self, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
-        """Weighted sum of each token's expert outputs, [T, D], in the outputs' dtype.
+        """Return the weighted sum of each token's expert outputs. Collective and differentiable.
+
+        Args:
+            dispatched: Result of ``dispatch`` with the experts' outputs (``with_rows`` or ``map``).
+            weight_TK: Weight of each choice, floating point [T, K].
+
+        Returns:
+            [T, D] in the dtype of the outputs; zeros for tokens that were sent nowhere.
 
         Raises:
-            DispatchInputError: The weights are no floats of the choices' shape and device.
-            HandleError: The handle was combined before, or is of another generation.
+            DispatchInputError: The weights have the wrong shape, dtype or device.
+            HandleError: ``dispatched`` was already combined, or is of another generation.
         """
         if dispatched.generation != self._table.generation:
             raise HandleError(

@@ -1,4 +1,4 @@
-"""What can go wrong in a dispatch, each with the numbers and the way out."""
+"""Errors of the dispatcher."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 
 class DispatchError(Exception):
-    """Base of the dispatcher's errors. Pickling keeps message and fields."""
+    """Base class of the dispatcher's errors. Pickling keeps message and fields."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return BaseException.__new__, (type(self), *self.args), self.__dict__
 
 
 class RoutingTableError(DispatchError, ValueError):
-    """The table cannot route: an expert without a replica, shares off their replicas."""
+    """A routing table is invalid, for example because an expert has no replica."""
 
 
 class DispatchInputError(DispatchError, ValueError):
-    """This rank's tokens or expert ids cannot be dispatched. Its peers are told."""
+    """This rank's tokens or expert ids are invalid. All other ranks raise ``PeerInputError``."""
 
 
 class PeerInputError(DispatchError):
-    """Another rank refused its own input, so no rank dispatched anything."""
+    """The input of another rank is invalid, so no rank dispatched anything."""
 
     def __init__(self, *, rank: int, reason: str) -> None:
         super().__init__(f"rank {rank} refused its input ({reason}); nothing was dispatched")
@@ -29,7 +29,7 @@ class PeerInputError(DispatchError):
 
 
 class RankMismatchError(DispatchError, ValueError):
-    """The ranks' tokens or tables do not fit each other. Every rank raises it."""
+    """The ranks' tokens or tables do not match. Every rank raises this error."""
 
     def __init__(self, *, what: str, values: Sequence[str]) -> None:
         ranks: dict[str, list[str]] = {}
@@ -41,10 +41,12 @@ class RankMismatchError(DispatchError, ValueError):
 
 
 class RanksPartedError(DispatchError):
-    """Ranks met in different collectives: their user code has parted ways. Every rank raises it.
+    """Ranks are in different collectives: their user code took different paths.
+
+    Every rank raises this error.
 
     Args:
-        places: What each rank is at, by rank; None where it is not known.
+        places: The place of each rank in the step, as text, by rank; None if unknown.
     """
 
     def __init__(self, places: Sequence[str | None]) -> None:
@@ -74,11 +76,11 @@ class HandleError(DispatchError):
 
 
 class ExchangeClosedError(DispatchError):
-    """A peer of a loopback exchange failed or left, so this collective cannot complete."""
+    """Another rank of a loopback exchange failed or left, so the collective cannot complete."""
 
 
 class LinkError(DispatchError, RuntimeError):
-    """A rank of the same machine is gone or silent."""
+    """The exchange with another rank of this node failed: the rank is gone, silent or aborted."""
 
     def __init__(self, *, peer: int, reason: str) -> None:
         super().__init__(f"exchange with rank {peer} failed: {reason}")
@@ -86,7 +88,7 @@ class LinkError(DispatchError, RuntimeError):
 
 
 class PartedLinkError(LinkError, RanksPartedError):
-    """Ranks of one machine met in different collectives; names one rank of each side."""
+    """Ranks of one node are in different collectives; the message names one rank of each side."""
 
     def __init__(self, *, peer: int, reason: str) -> None:
         DispatchError.__init__(self, f"ranks do not run the same layers: {reason}")

@@ -1,7 +1,8 @@
 """The collectives that the dispatcher needs, behind one small protocol.
 
-Every collective of a step goes through an ``Exchange``, in one order on all ranks, so that a caller
-can wrap it: to inject a fault at a labelled place, or to raise when its generation is over.
+Every collective of a step goes through an ``Exchange``, in the same order on all ranks. A caller
+can therefore wrap the exchange, for example to inject a fault at a label or to raise an error once
+its generation is over.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ LABELS = (
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A collective that has been started; ``wait()`` blocks until its result is there."""
 
     def wait(self) -> None: ...
 
 
 class Exchange(Protocol):
-    """Collectives over ``size`` ranks; labels say what a call is for (see ``LABELS``).
+    """Collectives over ``size`` ranks, of which this process is ``rank``.
 
-    A label may say more than that, such as which layer. Ranks that meet must use equal labels: the
-    exchanges within a machine compare them, and raise ``RanksPartedError`` where they differ.
+    Every call carries a label that says what the call is for (see ``LABELS``), possibly with more
+    detail such as the layer. The ranks of one collective must pass equal labels: loopback and
+    shared-memory exchanges compare them and raise ``RanksPartedError`` where they differ.
     """
 
     rank: int
@@ -44,27 +46,35 @@ class Exchange(Protocol):
         input_splits: Sequence[int],
         label: str,
     ) -> None:
-        """Rows of dim 0, ``input_splits[j]`` of them to rank j, in rank order; blocking."""
+        """Send rows of ``input`` to all ranks and receive theirs in ``output``; blocking.
+
+        Args:
+            output: Rows received, by source rank.
+            input: Rows to send, by target rank.
+            output_splits: Number of rows from each rank, [size].
+            input_splits: Number of rows to each rank, [size].
+            label: What the call is for.
+        """
 
     def all_reduce(self, tensor: Tensor, *, label: str) -> None:
-        """Sum in place, equal bits on all ranks; blocking."""
+        """Sum ``tensor`` over all ranks in place, bit-identical on all ranks; blocking."""
 
     def start_all_reduce(self, tensor: Tensor, *, label: str) -> Pending:
-        """Like ``all_reduce``; the tensor must not be touched before ``wait()``."""
+        """Start an ``all_reduce``; ``tensor`` must not be touched before ``wait()`` returns."""
 
     def all_gather(self, output: Tensor, input: Tensor, *, label: str) -> None:
-        """Inputs of all ranks, one after the other in rank order, into ``output``; blocking."""
+        """Concatenate the inputs of all ranks in rank order into ``output``; blocking."""
 
 
 class Done:
-    """A collective that has already ended."""
+    """A ``Pending`` whose collective has already completed."""
 
     def wait(self) -> None:
         return None
 
 
 class SoloExchange:
-    """The exchange of a world of one: copies, never waits."""
+    """The exchange of a single rank; every collective is a local copy."""
 
     rank = 0
     size = 1
@@ -91,7 +101,7 @@ class SoloExchange:
 
 
 class _Work:
-    """A torch work object whose wait returns nothing and raises what the group raised."""
+    """Adapts a ``torch.distributed`` work object to ``Pending``."""
 
     def __init__(self, work: Any) -> None:
         self._work = work
@@ -104,8 +114,8 @@ class TorchExchange:
     """An exchange over a torch process group.
 
     Args:
-        group: A process group object (gloo, NCCL), also one built directly on a store. ``None``
-            means the default group of ``torch.distributed``.
+        group: A process group (gloo, NCCL); may also be built directly on a store. None: the
+            default group of ``torch.distributed``.
     """
 
     def __init__(self, group: ProcessGroup | Backend | None = None) -> None:

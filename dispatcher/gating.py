@@ -1,4 +1,4 @@
-"""From router scores to chosen experts and their weights, in fp32, ties to the lower expert id.
+"""Gating: from router logits to chosen experts and their weights. Scores are fp32.
 
 Shapes: T tokens, E experts, K choices per token.
 """
@@ -14,10 +14,10 @@ Score = Literal["softmax", "sigmoid"]
 
 
 def gate_scores(logits_TE: Tensor, *, score: Score) -> Tensor:
-    """Scores in fp32 [T, E].
+    """Return the scores of router logits [T, E], in fp32 [T, E].
 
     Raises:
-        ValueError: ``score`` is neither softmax nor sigmoid.
+        ValueError: ``score`` is neither "softmax" nor "sigmoid".
     """
     if score == "softmax":
         return torch.softmax(logits_TE.float(), dim=-1)
@@ -27,7 +27,7 @@ def gate_scores(logits_TE: Tensor, *, score: Score) -> Tensor:
 
 
 def top_experts(score_TE: Tensor, *, top_k: int) -> Tensor:
-    """The ``top_k`` experts of each token, best first; equal scores go to the lower id.
+    """Return the ``top_k`` experts of each token, best first; ties go to the lower id.
 
     Returns:
         int64 [T, K].
@@ -54,16 +54,16 @@ def choose_experts(
     scale: float = 1.0,
     forced_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose by score plus bias, weigh by score alone.
+    """Choose each token's experts by score plus bias, and weight them by score alone.
 
     Args:
-        score_TE: Scores of ``gate_scores``, differentiable.
+        score_TE: Scores of ``gate_scores``; gradients flow to them through the weights.
         top_k: Experts per token, 1 to E.
-        bias_E: Balancing bias; it steers the choice and carries no gradient.
-        renormalize: Let the weights of one token sum to 1.
-        scale: Factor on the weights, after renormalisation.
-        forced_TK: Choices to weigh instead of choosing, int64 [T, K]; a copy that goes nowhere
-            (-1) weighs 0.
+        bias_E: Load-balancing bias per expert, added for the choice only; carries no gradient.
+        renormalize: Make the weights of each token sum to 1.
+        scale: Factor on the weights, applied after ``renormalize``.
+        forced_TK: Experts to use instead of the best ones, int64 [T, K]; -1 (no expert) gets
+            weight 0.
 
     Returns:
         Experts int64 [T, K], best first, and their weights fp32 [T, K].
@@ -74,7 +74,7 @@ def choose_experts(
     if forced_TK is None:
         weight_TK = score_TE.gather(1, expert_TK)
     else:
-        # Ids out of range get this far as well: the dispatch refuses them on all ranks.
+        # Ids may be out of range here; the dispatch later refuses them on all ranks.
         inside_TK = expert_TK.clamp(0, score_TE.shape[1] - 1)
         weight_TK = torch.where(inside_TK == expert_TK, score_TE.gather(1, inside_TK), 0.0)
     if renormalize:

@@ -1,10 +1,10 @@
-"""Gradients of replicas and of dense parameters, without a process group per expert.
+"""Sum the gradients of expert replicas and of dense parameters without a group per expert.
 
-An expert that one replica served: that replica copies its gradient to the others. An expert that
-several served: each of them owns a slice of its row, sums what the others have of it in ascending
-rank order, own part included, and then every replica gathers all slices; where both of two replicas
-served, the home owns the whole row. A replica that served nothing sends nothing. Two all-to-alls a
-layer at most; the first only if an expert was spread.
+If one replica served all tokens of an expert, that replica sends its gradient to the others. If
+several replicas served, each of them owns a slice of the expert's gradient row: the owner sums that
+slice over all servers in ascending rank order, then sends the sum to every replica. If both of
+exactly two replicas served, the home owns the whole row. A replica that served no tokens sends
+nothing. A layer needs at most two all-to-alls; the first is skipped if no expert was spread.
 
 Shapes: E experts, R ranks, S slots, P parameters in a row, M elements.
 """
@@ -22,17 +22,17 @@ from dispatcher.splits.routing import BoolArray, RoutingTable, expert_slots
 
 
 def flat_all_reduce(flat_M: Tensor, exchange: Exchange, *, label: str = "dense_grad") -> None:
-    """Sum a flat buffer over all ranks, in place, equal bits everywhere."""
+    """Sum a flat buffer over all ranks in place, bit-identical on all ranks."""
     if exchange.size > 1:
         exchange.all_reduce(flat_M, label=label)
 
 
 def slots_for_exchange(table: RoutingTable) -> tuple[int, ...]:
-    """The order of this rank's slots in which home-mode gradients need no packing.
+    """Return a slot order in which home-mode gradients are sent and received without packing.
 
-    Experts at home here come first, by the rank of their standby, then the others by their home:
-    with two replicas each all-to-all then reads and writes the gradient buffer itself. With more
-    the order helps in part.
+    Experts whose home is this rank come first, sorted by the ranks of their other replicas; then
+    the other experts, sorted by home. With two replicas per expert, the all-to-alls read and write
+    the gradient buffer directly; with more replicas, only in part.
 
     Returns:
         Experts by slot, -1 for empty slots, which come last.
@@ -50,7 +50,7 @@ def slots_for_exchange(table: RoutingTable) -> tuple[int, ...]:
 
 
 def home_served(table: RoutingTable) -> BoolArray:
-    """What serves in home mode: each expert's home, [E, R]."""
+    """Return the replicas that serve in home mode, bool [E, R]: each expert's home only."""
     served = torch.zeros(table.num_experts, table.num_ranks, dtype=torch.bool).numpy()
     served[range(table.num_experts), table.home_E] = True
     return served
@@ -65,18 +65,20 @@ def sum_replica_gradients(
     expert_of_slot: Sequence[int] | None = None,
     written: Collection[int] | None = None,
 ) -> None:
-    """Bring every replica of each expert to the same summed gradient, bit for bit, in place.
+    """Sum each expert's gradient over its replicas, in place and bit-identical on all of them.
+
+    Collective: every rank of ``exchange`` must call this function.
 
     Args:
-        grad_SP: This rank's rows; row s belongs to the expert in slot s.
+        grad_SP: This rank's gradients, [S, P]; row s belongs to the expert in slot s.
         table: Replicas of the layer; the same on all ranks.
-        exchange: The ranks of ``table``.
-        served_ER: Which replica served tokens of which expert in this step, the same on all ranks
-            (an expert that none served must have zero rows). None: home mode, each home did.
-        expert_of_slot: Experts in this rank's slots; None takes the table's.
-        written: Slots whose rows the backward wrote in this step (see ``expert_path``); for
-            buffers that are not zeroed before a step: every other row is zeroed or received.
-            None: all rows are as they should be.
+        exchange: Collectives over the ranks of ``table``.
+        served_ER: Replicas that served tokens in this step, bool [E, R], the same on all ranks.
+            Rows of experts that no replica served must be zero. None: home mode.
+        expert_of_slot: Experts in this rank's slots; None: in the table's order.
+        written: Slots whose rows the backward wrote in this step (see ``expert_path``). Pass them
+            if the buffer is not zeroed before each step: every other row is then zeroed or
+            overwritten. None: rows that were not written are already zero.
     """
     served = home_served(table) if served_ER is None else served_ER
     slots = table.slots_of(table.rank) if expert_of_slot is None else expert_of_slot
@@ -98,7 +100,7 @@ def sum_replica_gradients(
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Elements ``begin`` to ``end`` of an expert's row, which ``owner`` brings to all holders."""
+    """Elements ``begin`` to ``end`` of an expert's row; rank ``owner`` sums and sends them."""
 
     expert: int
     owner: int
@@ -108,7 +110,7 @@ class _Piece:
     holders: tuple[int, ...]
 
     def of(self, grad_SP: Tensor, slot_of: dict[int, int]) -> Tensor:
-        """The piece as a view of this rank's buffer."""
+        """Return the piece as a view of this rank's buffer."""
         return grad_SP[slot_of[self.expert], self.begin : self.end]
 
 
@@ -119,7 +121,7 @@ def _pieces(table: RoutingTable, served_ER: BoolArray, *, row_numel: int) -> lis
         holders = table.ranks_of(expert)
         owners = servers
         if len(servers) == len(holders) == 2:
-            # As many bytes as by halves; and all rows then go out as if their homes had served.
+            # Same number of bytes as with halves, and rows need no packing, as in home mode.
             owners = (int(table.home_E[expert]),)
         for i, owner in enumerate(owners):
             begin, end = (row_numel * k // len(owners) for k in (i, i + 1))
@@ -130,7 +132,7 @@ def _pieces(table: RoutingTable, served_ER: BoolArray, *, row_numel: int) -> lis
 def _reduce_slices(
     grad_SP: Tensor, pieces: list[_Piece], slot_of: dict[int, int], exchange: Exchange
 ) -> None:
-    """Every server sends each slice to its owner, which sums in ascending rank order."""
+    """Send each slice to its owner, and sum the owned slices in ascending rank order."""
     me, ranks = exchange.rank, range(exchange.size)
     mine = [p for p in pieces if me in p.servers]
     owned = [p for p in pieces if p.owner == me]
@@ -158,7 +160,7 @@ def _reduce_slices(
 def _copy_to_holders(
     grad_SP: Tensor, pieces: list[_Piece], slot_of: dict[int, int], exchange: Exchange
 ) -> None:
-    """Every owner sends its piece to all other holders of the expert."""
+    """Send owned pieces to all other ranks that hold the expert, and receive theirs."""
     me, ranks = exchange.rank, range(exchange.size)
     owned = [p for p in pieces if p.owner == me]
     held = [p for p in pieces if me in p.holders]
@@ -183,9 +185,9 @@ def _exchanged(
     *,
     into: Tensor | None = None,
 ) -> Tensor:
-    """One all-to-all of the pieces in order; returns what arrived, by rank.
+    """Run one all-to-all of the pieces; returns the received elements by source rank.
 
-    Pieces that lie one after the other in the buffer go out of it without being packed.
+    Pieces that are adjacent in the buffer are sent from there without packing.
     """
     parts = [p.of(grad_SP, slot_of) for to_peer in send for p in to_peer]
     packed = _joined(parts) if parts else grad_SP.new_empty(0)
@@ -205,7 +207,7 @@ def _exchanged(
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
-    """The parts as one view, if each begins where the one before it ends; else None."""
+    """Return the parts as one view if they are adjacent in memory, in order; else None."""
     end = parts[0].storage_offset()
     for part in parts:
         if part.storage_offset() != end:

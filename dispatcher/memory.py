@@ -1,4 +1,4 @@
-"""Let the C library keep freed memory: buffers of a step are asked for again in the next one."""
+"""Let the C library keep freed memory, because every step allocates the same buffers again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(limit_bytes: int = 1 << 30) -> bool:
-    """Raise glibc's thresholds for giving memory back to the system.
+    """Raise glibc's thresholds for returning freed memory to the system.
 
-    By default every buffer above 32 MiB, and often smaller ones, is mapped and zeroed page by page
-    anew. Call it once in a process, before its large allocations.
+    By default glibc maps and zeroes every buffer above 32 MiB, and often smaller ones, anew. Call
+    this function once per process, before the first large allocation.
 
     Args:
-        limit_bytes: Blocks up to this size are kept.
+        limit_bytes: Freed blocks up to this size are kept; at most 2 GiB - 1.
 
     Returns:
-        Whether this C library took the setting.
+        Whether the C library accepted the setting (False on systems without glibc).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,7 @@
-"""Resilient, balanced placement of Mixture-of-Experts replicas on nodes that come and go."""
+"""Placement of Mixture-of-Experts replicas on nodes: load-balanced and able to survive losses.
+
+Start with ``PlacementRequest``, ``plan`` and ``replan``.
+"""
 
 from placement.balance.allocate import allocate_as_paper, allocate_replicas
 from placement.certificate import Certificate, certificate

@@ -1,4 +1,4 @@
-"""What a plan is worth: survival of k losses, its weakest point, balance and real floor."""
+"""The certificate of a plan: survival of k losses, weakest set of nodes, balance and floor."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ from placement.templates.template import masks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """Figures that hold for a plan whoever made it.
+    """Measured properties of a plan, computed from the placement alone, not from its claims.
 
     Attributes:
-        survival: Loss count -> probability that every expert of every layer survives.
-        low: Lower ends of their intervals; the same where exact.
-        high: Upper ends.
-        method: How the probabilities were found.
-        fatal_nodes: Ids of the smallest set of nodes whose loss kills an expert.
-        fatal_experts: The (layer, expert) pairs it would kill.
+        survival: Number of lost nodes -> probability that every expert of every layer keeps a
+            replica, if the lost nodes are chosen uniformly.
+        low: Lower ends of the confidence intervals of ``survival``; equal to ``survival`` where
+            the probabilities are exact.
+        high: Upper ends of the intervals.
+        method: How the probabilities were found; see ``survival.resilience``.
+        fatal_nodes: Ids of a smallest set of nodes whose loss destroys all replicas of an expert.
+        fatal_experts: The (layer, expert) pairs that the loss of ``fatal_nodes`` destroys.
         max_over_mean: Load of the busiest node over the mean, averaged over layers.
-        worst_max_over_mean: The same for the worst layer.
-        min_distinct_nodes: The real floor.
-        domain_survival: The same as ``survival`` for lost racks or zones; empty without them.
-        hazard_survival: P(every expert survives) if each node fails with its own hazard.
+        worst_max_over_mean: Load of the busiest node over the mean in the worst layer.
+        min_distinct_nodes: Fewest distinct nodes that hold any expert.
+        domain_survival: Number of lost racks or zones -> probability that every expert survives;
+            empty if no domains were given.
+        hazard_survival: Probability that every expert survives if each node fails with its own
+            hazard; None if no hazards were given, or if an exact answer would take too long.
     """
 
     survival: dict[int, float]
@@ -54,7 +58,7 @@ class Certificate:
         return self.method not in ("estimate", "template bound")
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON-able object."""
+        """Return the certificate as a JSON-serializable dictionary."""
         return {
             "survival": {str(k): p for k, p in self.survival.items()},
             "interval": {str(k): [self.low[k], self.high[k]] for k in self.survival},
@@ -69,7 +73,7 @@ class Certificate:
         }
 
     def table(self) -> str:
-        """A few readable lines."""
+        """Return the certificate as a few lines of text."""
         shown = [k for k in self.survival if k and (k <= 4 or 0.0 < self.survival[k] < 1.0)][:12]
         chance = "   ".join(f"{k}: {self._chance(k)}" for k in shown)
         experts = ", ".join(f"{e}" if not la else f"{la}/{e}" for la, e in self.fatal_experts[:6])
@@ -105,13 +109,17 @@ def certificate(
     domains: Sequence[int | str] = (),
     hazards: Sequence[float] = (),
 ) -> Certificate:
-    """The certificate of a plan, whoever made it.
+    """Compute the certificate of a plan, whichever policy made the plan.
 
     Args:
+        plan: The plan.
         load: Loads for the balance, [L, E] or [E]; equal loads when None.
-        max_losses: Largest number of lost nodes to look at; all when None.
-        domains: Rack or zone of each node position, for the survival of lost domains.
-        hazards: Failure probability of each node position, for the survival under them.
+        max_losses: Largest number of lost nodes to compute; N when None.
+        domains: Rack or zone of each node position, for ``domain_survival``.
+        hazards: Failure probability of each node position, for ``hazard_survival``.
+
+    Raises:
+        InvalidRequestError: The load does not have the plan's shape, or an expert has no replica.
     """
     member = plan.node_member
     sets = minimal_sets(member)

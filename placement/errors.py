@@ -1,11 +1,11 @@
-"""Errors of the planner: what does not fit, with the numbers and the way out."""
+"""Errors of the planner. Messages name the numbers and say what would help."""
 
 from __future__ import annotations
 
 
 class InfeasiblePlacementError(ValueError):
-    """No plan exists for these numbers; the message says which and what would help."""
+    """No plan exists for this many experts, nodes and slots; the message says what would help."""
 
 
 class InvalidRequestError(ValueError):
-    """The input itself is nonsense: a negative load, a missing slot count, unequal lengths."""
+    """An input is invalid, such as a negative load or layers of unequal length."""

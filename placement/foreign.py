@@ -1,4 +1,4 @@
-"""Somebody else's plan: read, checked and brought into our form, so that it can be certified.
+"""Plans made elsewhere: read, checked and converted to a ``Plan``, so that they can be certified.
 
 Shapes: L layers, E experts, N nodes.
 """
@@ -25,16 +25,21 @@ _MOST_EXPERTS = 1_000_000
 def certified(
     data: Mapping[str, Any], *, load: Any = None, num_experts: int | None = None
 ) -> tuple[Plan, Callable[[Certificate], list[str]]]:
-    """The plan of an object of ``lazarus plan --json``, and a check of its claims.
+    """Read a plan in the format of ``lazarus plan --json``.
 
     Args:
         data: At least ``experts_of_node`` [L][N][...]; ``shares`` [L][E][N] are used if given. An
             expert twice on a node counts once; -1 is an empty slot.
-        load: Loads for the balance, [L, E]; equal loads when None.
-        num_experts: E, if neither ``replicas`` nor ``shares`` tells.
+        load: Tokens per expert, [L, E], from which shares and homes are made; equal when None.
+        num_experts: Experts per layer. None: taken from ``replicas`` or ``shares`` in ``data``,
+            else the largest expert id + 1.
+
+    Returns:
+        The plan, and a function that takes its certificate and returns a line for every claim in
+        ``data`` (such as ``survival``) that is wrong.
 
     Raises:
-        InvalidRequestError: It is no plan; the message says where.
+        InvalidRequestError: ``data`` is not a plan; the message says where.
     """
     if data.get("schema", _SCHEMA) != _SCHEMA:
         raise InvalidRequestError(f"schema {data['schema']!r}; this certifies schema {_SCHEMA}")
@@ -64,7 +69,7 @@ def certified(
 
 
 def _survival_claims(value: Any) -> dict[int, float]:
-    """What ``survival`` claims, by lost nodes."""
+    """The claimed survival probabilities by number of lost nodes."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -158,7 +163,7 @@ def _shares(value: Any, member: Bools) -> Floats | None:
 
 
 def _with_shares(plan: Plan, shares: Floats) -> Plan:
-    """The plan with other shares; it has one rank per node."""
+    """The plan, which has one rank per node, with the given shares [L, E, N]."""
     layer = np.arange(plan.num_layers)[:, None, None]
     node = np.arange(plan.num_nodes)[None, :, None]
     slots = plan.expert_of_slot
@@ -181,7 +186,7 @@ def _with_shares(plan: Plan, shares: Floats) -> Plan:
 def _false_claims(
     data: Mapping[str, Any], claimed: Mapping[int, float], plan: Plan, found: Certificate
 ) -> list[str]:
-    """What the object says that is not so."""
+    """A line for every claim in ``data`` that the certificate contradicts."""
     wrong = []
     replicas = data.get("replicas")
     if replicas is not None and replicas != plan.replicas.tolist():
@@ -198,7 +203,7 @@ def _false_claims(
             continue
         real = found.survival.get(lost)
         if real is None:
-            continue  # beyond the losses that were looked at
+            continue  # more losses than the certificate covers
         if abs(real - value) > (_TOLERANCE if found.exact else 0.05):
             wrong.append(f"survival of {lost} losses is {real:.6f}, not {value}")
     return wrong

@@ -1,4 +1,4 @@
-"""The plan: which expert sits in which slot, who serves what share of it, and where its home is.
+"""The plan: the expert in every slot, each replica's share of tokens, and each expert's home rank.
 
 Shapes: L layers, E experts, N nodes, R = N * ranks_per_node ranks, S slots per rank.
 """
@@ -23,24 +23,27 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """An immutable placement of all layers; equal plans have equal digests.
+    """An immutable placement of the experts of all layers. Plans with equal digests are equal.
 
     Attributes:
         node_ids: Stable id of each node position, ascending.
-        ranks_per_node: Rank r lives on node position ``r // ranks_per_node``.
+        ranks_per_node: Rank r runs on node position ``r // ranks_per_node``.
         slots_per_node: Slots of one layer on a node, over all its ranks.
-        num_experts: E.
-        expert_of_slot: int32 [L, R, S], read-only; ascending within a rank, then -1 for empty.
-        share_of_slot: float64 [L, R, S]: part of the expert's tokens this slot serves.
-        home: int32 [L, E]: the rank that serves each expert in home mode; it holds the expert.
-        template: (node positions, width) of each core block, the same in every layer; empty if
-            the plan has none.
-        block: int32 [L, E]: the template block of each expert; its nodes all hold the expert.
-        floor: Fewest distinct nodes that hold an expert.
-        requested_floor: What the request asked for.
-        method: How the plan was found.
-        notes: What a reader must know, such as a lowered floor.
-        fallback: Why the policy that was asked did not make this plan; empty if it did.
+        num_experts: Experts per layer, E.
+        expert_of_slot: int32 [L, R, S], read-only: the expert in each slot, ascending within a
+            rank; empty slots are -1 and come last.
+        share_of_slot: float64 [L, R, S]: fraction of the expert's tokens that this slot serves.
+        home: int32 [L, E]: the rank that serves all tokens of the expert in home mode; it holds a
+            replica.
+        template: (node positions, width) of each block; see ``templates.template``. The same in
+            every layer; empty if the plan has no template.
+        block: int32 [L, E]: index of the expert's block in ``template``; every node of the block
+            holds the expert. -1 without a template.
+        floor: Fewest distinct nodes that hold any expert.
+        requested_floor: ``min_replicas`` of the request.
+        method: How the plan was found, in words.
+        notes: Remarks for people, such as a lowered floor.
+        fallback: Why a custom policy's plan was replaced by this one; empty if it was not.
     """
 
     node_ids: tuple[int, ...]
@@ -64,22 +67,22 @@ class Plan:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of MoE layers, L."""
         return int(self.expert_of_slot.shape[0])
 
     @property
     def num_nodes(self) -> int:
-        """N."""
+        """Number of nodes, N."""
         return len(self.node_ids)
 
     @property
     def num_ranks(self) -> int:
-        """R."""
+        """Number of ranks, R."""
         return int(self.expert_of_slot.shape[1])
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical content: everything but method, notes and fallback."""
+        """SHA-256 of the plan's content; ``method``, ``notes`` and ``fallback`` do not count."""
         head = [
             FORMAT, list(self.node_ids), self.ranks_per_node, self.slots_per_node,
             self.num_experts, list(self.expert_of_slot.shape), self.floor, self.requested_floor,
@@ -94,7 +97,7 @@ class Plan:
 
     @cached_property
     def shares(self) -> Floats:
-        """float64 [L, E, R]: share of each expert's tokens that each rank serves; rows sum to 1."""
+        """float64 [L, E, R]: share of each expert's tokens that each rank serves; R sums to 1."""
         dense = np.zeros((self.num_layers, self.num_experts, self.num_ranks))
         layer, rank, slot = np.nonzero(self.expert_of_slot >= 0)
         dense[layer, self.expert_of_slot[layer, rank, slot], rank] = self.share_of_slot[
@@ -105,7 +108,7 @@ class Plan:
 
     @cached_property
     def node_member(self) -> Bools:
-        """bool [L, E, N]: whether a node holds a replica of an expert."""
+        """bool [L, E, N]: whether the node holds a replica of the expert."""
         member = np.zeros((self.num_layers, self.num_experts, self.num_nodes), dtype=np.bool_)
         used = np.flatnonzero(self.expert_of_slot >= 0)
         row, expert = used // self.expert_of_slot.shape[2], self.expert_of_slot.reshape(-1)[used]
@@ -116,13 +119,13 @@ class Plan:
 
     @cached_property
     def node_shares(self) -> Floats:
-        """float64 [L, E, N]: the shares, summed over the ranks of each node."""
+        """float64 [L, E, N]: share of each expert's tokens that each node serves."""
         shape = (self.num_layers, self.num_experts, self.num_nodes, self.ranks_per_node)
         summed: Floats = self.shares.reshape(shape).sum(3)
         return summed
 
     def loads_of_nodes(self, load_LE: Floats) -> Floats:
-        """Tokens that each node serves under the plan's own shares, float64 [L, N]."""
+        """Return the tokens that each node serves, float64 [L, N], for loads [L, E]."""
         layer = np.arange(self.num_layers)[:, None, None]
         use = load_LE[layer, np.maximum(self.expert_of_slot, 0)] * self.share_of_slot
         loads: Floats = use.reshape(self.num_layers, self.num_nodes, -1).sum(2)
@@ -130,12 +133,12 @@ class Plan:
 
     @cached_property
     def replicas(self) -> Ints:
-        """int32 [L, E]: distinct nodes that hold each expert."""
+        """int32 [L, E]: number of distinct nodes that hold each expert."""
         counts: Ints = self.node_member.sum(2, dtype=np.int32)
         return counts
 
     def ranks_of(self, layer: int, expert: int) -> tuple[int, ...]:
-        """Ranks that hold an expert, ascending."""
+        """Return the ranks that hold ``expert`` in ``layer``, ascending."""
         held = (self.expert_of_slot[layer] == expert).any(1)
         return tuple(int(r) for r in np.nonzero(held)[0])
 
@@ -146,7 +149,7 @@ class Plan:
         return hash(self.digest)
 
     def to_dict(self) -> dict[str, Any]:
-        """One JSON-able object; ``from_dict`` gives an equal plan back."""
+        """Return the plan as a JSON-serializable dictionary; ``from_dict`` is the inverse."""
         return {
             "format": FORMAT,
             "node_ids": list(self.node_ids),
@@ -167,12 +170,12 @@ class Plan:
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as text."""
+        """Return ``to_dict()`` as JSON text."""
         return json.dumps(self.to_dict(), separators=(",", ":"))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that ``to_dict`` described.
+        """Rebuild a plan from the dictionary that ``to_dict`` made.
 
         Raises:
             InvalidRequestError: Unknown format, a missing field, node ids that do not ascend, or a
@@ -210,5 +213,5 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> Plan:
-        """The plan that ``to_json`` (or ``to_dict``) described."""
+        """Rebuild a plan from the text of ``to_json`` or the dictionary of ``to_dict``."""
         return cls.from_dict(json.loads(text) if isinstance(text, str) else text)

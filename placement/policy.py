@@ -1,4 +1,4 @@
-"""The production policy: plan from scratch, and replan in place after losses and joins."""
+"""The library's own placement policy: ``plan`` from scratch, ``replan`` after a change of nodes."""
 
 from __future__ import annotations
 
@@ -20,27 +20,40 @@ from placement.migration.repair import (
 from placement.plan import Plan
 from placement.request import PlacementRequest, feasible_floor
 
-_WORTH_LOOKING = 0.03  # price of the kept plan below which no other template is looked for
-_WORTH_MOVING = 0.02  # a rebalance changes the template only for a price this much lower
+_WORTH_LOOKING = 0.03  # no other template is tried while the kept plan costs less than this
+_WORTH_MOVING = 0.02  # a rebalance changes the template only if that saves at least this much
 
 
 class PlacementPolicy(Protocol):
-    """Decides where experts sit. Pure: the same arguments give the same plan."""
+    """A callable that decides which ranks hold which experts.
+
+    A policy must be pure: the same arguments always give the same plan, on every machine.
+    ``placement.testing.conformance`` checks a policy of your own.
+    """
 
     def __call__(
         self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
     ) -> Plan:
-        """The next plan for ``request``, after ``previous``, without the ``lost`` node ids."""
+        """Return the plan for ``request``.
+
+        Args:
+            request: Loads, nodes and slots after the change.
+            previous: The plan in force until now; None at the start.
+            lost: Ids of nodes of ``previous`` whose replicas are gone.
+
+        Raises:
+            InfeasiblePlacementError: The experts do not fit.
+        """
         ...
 
 
 def policy_from_path(path: str) -> PlacementPolicy:
-    """The policy at a dotted path, ``package.module.name`` or ``package.module:name``.
+    """Import the policy at a dotted path, ``package.module.name`` or ``package.module:name``.
 
-    A class is called without arguments first.
+    If the path names a class, it is instantiated without arguments.
 
     Raises:
-        InvalidRequestError: No such module or name, or it cannot be called.
+        InvalidRequestError: There is no such module or name, or the object is not callable.
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     if not module:
@@ -61,13 +74,17 @@ def policy_from_path(path: str) -> PlacementPolicy:
 
 
 def plan(request: PlacementRequest) -> Plan:
-    """The best plan from scratch; by the integer program where ``request.solver`` allows it.
+    """Make a plan from scratch.
 
-    ``solver="auto"`` takes the program where ``program.is_small`` and it closes within the limit,
-    ``"ilp"`` wherever it can be stated; the plan's method or notes say what came of it.
+    With ``solver="auto"`` the integer program is used if the problem is small
+    (``program.is_small``) and solved to optimality within the time limit; with ``"ilp"`` it is
+    always tried. The plan's ``method`` or ``notes`` say how that ended.
+
+    Args:
+        request: Loads, nodes and slots.
 
     Raises:
-        InfeasiblePlacementError: Experts do not fit, or min_replicas > num_nodes.
+        InfeasiblePlacementError: The experts do not fit, or min_replicas > num_nodes.
     """
     if request.min_replicas > request.num_nodes:
         raise InfeasiblePlacementError(
@@ -95,7 +112,7 @@ def _plan(request: PlacementRequest, *, program: bool) -> Plan:
 
 
 def lowered_floor(request: PlacementRequest) -> tuple[int, tuple[str, ...]]:
-    """The floor that fits, and a note where it is below what was asked."""
+    """Return the replica floor that fits, and a note if it is below ``request.min_replicas``."""
     floor = feasible_floor(
         num_experts=request.num_experts,
         num_nodes=request.num_nodes,
@@ -117,16 +134,23 @@ def replan(
     lost: frozenset[int] = frozenset(),
     rebalance: bool = False,
 ) -> Plan:
-    """The production policy: the plan after losses, joins or a rebalance.
+    """Make the next plan after losses, joins or a rebalance: the library's default policy.
+
+    Replicas stay where they are as far as possible. Without a change of nodes and without
+    ``rebalance`` the previous plan is returned.
 
     Args:
-        request: The members after the change; ``node_ids`` says who they are.
-        previous: The plan in force, or None at the start.
+        request: Loads, nodes and slots after the change; ``node_ids`` lists the nodes.
+        previous: The plan in force until now, or None at the start.
         lost: Ids of nodes whose replicas are gone.
-        rebalance: Renew replicas and shares even if nobody came or went.
+        rebalance: Adapt replicas and shares to the loads even if the nodes are the same.
 
-    The integer program runs only at a start that insists on it (``solver="ilp"``): its plans have
-    no template to stay on when a node is lost, and after a loss there is no time for it.
+    Raises:
+        InfeasiblePlacementError: The experts do not fit.
+        InvalidRequestError: A node is both a member and lost.
+
+    The integer program runs only at a start without losses and with ``solver="ilp"``. Its plans
+    have no template to keep when a node is lost, and after a loss there is no time for the program.
     """
     if previous is None:
         return _plan(request, program=request.solver == "ilp" and not lost)
@@ -146,7 +170,7 @@ def replan(
 
 
 def _kept(request: PlacementRequest, previous: Plan, *, rebalance: bool) -> Plan:
-    """Stay on the old template if the members allow it, else relabel a fresh one."""
+    """Plan on the previous template if it still fits the nodes, else on a relabelled new one."""
     floor, notes = lowered_floor(request)
     member, origin = surviving(previous, request)
     template = repaired_template(previous, request, member=member, origin=origin, floor=floor)
@@ -168,7 +192,7 @@ def _kept(request: PlacementRequest, previous: Plan, *, rebalance: bool) -> Plan
 def _relabelled(
     request: PlacementRequest, previous: Plan, fresh: Choice, *, rebalance: bool
 ) -> Plan:
-    """A fresh template laid where most of its replicas already are."""
+    """Plan on a new template whose positions are assigned so that few replicas move."""
     assert fresh.block is not None, "the choice is placed"
     member, origin = surviving(previous, request)
     template, block = relabelled(fresh.template, member, fresh.block, request)

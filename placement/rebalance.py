@@ -1,8 +1,9 @@
-"""When to rebalance: accumulated regret against the cost of moving. Pure; the caller keeps state.
+"""When to rebalance: accumulated regret against the cost of moving.
 
-Each step that runs on a worse plan than it could adds the predicted gain to the regret. When the
-regret exceeds ``alpha`` times the cost of moving, moving has paid for itself in hindsight, and it
-is done. There is no horizon to guess.
+Every step on a plan that is worse than the best known candidate adds the predicted time saving to
+the regret. A move is due when the regret exceeds ``alpha`` times the cost of the move. This rule
+needs no forecast of how long the loads stay as they are. All functions are pure: the caller keeps
+the ``Regret``. All times are in units of one training step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SMOOTHING = 0.8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regret:
-    """What has been lost so far by not moving, in steps' time."""
+    """Time lost so far by staying on the present plan, in steps."""
 
     value: float = 0.0
 
@@ -38,10 +39,16 @@ def smoothed_load(
     *,
     memory: float = SMOOTHING,
 ) -> Floats:
-    """Exponential mean of loads [L, E]; ``memory`` is the weight of the past.
+    """Return the exponential moving average of loads [L, E].
+
+    Args:
+        previous: The average so far; None at the start.
+        load: Newest tokens per expert, [L, E] or [E].
+        memory: Weight of ``previous``, in [0, 1). Raise this value if loads are noisy, lower it
+            if plans follow real changes too slowly.
 
     Raises:
-        InvalidRequestError: ``memory`` outside [0, 1) or another shape than before.
+        InvalidRequestError: ``memory`` is outside [0, 1), or the shape differs from ``previous``.
     """
     if not 0.0 <= memory < 1.0:
         raise InvalidRequestError(f"memory={memory} must be in [0, 1)")
@@ -56,16 +63,19 @@ def smoothed_load(
 def accumulated(
     regret: Regret, *, gain: float, steps: int, cost: float, alpha: float = ALPHA
 ) -> tuple[Regret, bool]:
-    """The regret after ``steps`` more steps, and whether moving is due.
+    """Return the regret after ``steps`` more steps, and whether a move is due.
 
     Args:
         gain: Predicted time saved per step by the better plan, in steps; <= 0 adds nothing.
         steps: Steps since the last call.
         cost: Time the move takes, in steps.
-        alpha: Fraction of the cost at which to move.
+        alpha: Regret over cost at which to move. Lower it to rebalance more eagerly.
+
+    Returns:
+        The new regret (zero if a move is due) and True if a move is due.
 
     Raises:
-        InvalidRequestError: A figure that is negative or no number.
+        InvalidRequestError: A value is not finite, or a value other than ``gain`` is negative.
     """
     for name, value in (("steps", steps), ("cost", cost), ("alpha", alpha)):
         if not (np.isfinite(value) and value >= 0):
@@ -82,7 +92,7 @@ def accumulated(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoveCost:
-    """What a move costs, in steps: a fixed part and one for each replica into the busiest rank."""
+    """Cost of a move, in steps: a fixed part, plus one per replica into the busiest rank."""
 
     fixed: float = 0.1
     per_replica: float = 0.1
@@ -99,14 +109,21 @@ def considered(
     alpha: float = ALPHA,
     latest: Sequence[Any] | npt.NDArray[Any] | None = None,
 ) -> tuple[Regret, Plan | None]:
-    """The regret after ``steps`` more steps and the plan to move to, if moving is due.
+    """Return the regret after ``steps`` more steps, and the plan to move to if a move is due.
 
     Args:
-        request: The present members, with smoothed loads.
+        regret: Regret so far.
+        request: The present nodes, with smoothed loads.
         previous: The plan in force.
-        moe_part: Part of a step's time that grows with max/mean node load.
-        latest: The newest loads as they were; the gain is judged on them, with shares made from
-            the smoothed ones. The smoothed loads themselves when None.
+        steps: Steps since the last call.
+        cost: Cost of a move, in steps.
+        moe_part: Fraction of a step's time that is proportional to max/mean node load.
+        alpha: See ``accumulated``.
+        latest: The newest loads without smoothing, on which the gain is judged; shares still come
+            from the smoothed loads. None: judge on the smoothed loads.
+
+    Returns:
+        The new regret, and the plan to move to or None.
     """
     candidate = replan(request, previous=previous, rebalance=True)
     if candidate == previous:
@@ -129,7 +146,7 @@ def _excess_on(load: Floats, plan: Plan, share_load: Floats) -> float:
 
 
 def _served_excess(load: Floats, plan: Plan) -> float:
-    """The same as the plan serves it: the mean over its shares and its homes, which modes use."""
+    """Excess of max/mean node load as served: the mean of spread mode (shares) and home mode."""
     homes = np.zeros((plan.num_layers, plan.num_nodes))
     layer = np.arange(plan.num_layers)[:, None]
     np.add.at(homes, (layer, plan.home // plan.ranks_per_node), load)

@@ -1,4 +1,4 @@
-"""What a planner is asked: loads, nodes, slots, the floor and the taste for resilience."""
+"""The input of a planner: loads, nodes, slots, replica floor and the weight of resilience."""
 
 from __future__ import annotations
 
@@ -24,25 +24,29 @@ SOLVERS = ("auto", "greedy", "ilp")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PlacementRequest:
-    """Everything a plan depends on. Arrays are checked, copied and frozen on entry.
+    """All inputs of a plan. The constructor checks and copies the arrays and makes them read-only.
 
     Attributes:
         load: Tokens routed to each expert, shape [L, E] (or [E] for one layer), each >= 0.
-        num_nodes: Machines, the failure domain.
-        slots_per_node: Experts of one layer that a node can hold, over all its ranks.
-        min_replicas: Copies wanted of every expert, on distinct nodes.
-        ranks_per_node: Processes per node; rank r lives on node position r // ranks_per_node.
+        num_nodes: Number of nodes (machines). A node fails as a whole.
+        slots_per_node: Experts of one layer that a node can hold, over all its ranks. A multiple
+            of ``ranks_per_node``.
+        min_replicas: Replicas wanted of every expert, on distinct nodes (the floor): f replicas
+            survive the loss of any f - 1 nodes.
+        ranks_per_node: Processes per node; rank r runs on node position r // ranks_per_node.
         node_ids: Stable ids of the node positions, ascending; 0..N-1 when empty.
-        domains: Rack or zone of each node position; empty when every node stands alone.
-        hazards: Relative chance of each node position to fail; empty when equal.
-        profile: "balanced" or "safe": how much balance a unit of survival is worth.
-        resilience_weight: Multiplies the profile's weight; 0 plans for balance alone.
-        solver: "greedy", "ilp" (the integer program, never on the failure path), or "auto": the
-            program in ``plan`` where it is small enough to close, see ``program.is_small``.
-        solver_limit_s: Time limit of the program.
+        domains: Rack or zone of each node position. Set this where a rack or zone can fail as a
+            whole; empty means that nodes fail independently.
+        hazards: Chance that each node position fails, 0 to 1. Set this where some nodes are less
+            reliable than others; empty means that all are alike.
+        profile: "balanced" puts even load first, "safe" the survival of losses.
+        resilience_weight: Factor on the profile's price of failures; 0 plans for balance alone.
+        solver: "greedy" never uses the integer program, "ilp" always does when a plan is made
+            from scratch, "auto" does in ``plan`` if the problem is small (``program.is_small``).
+        solver_limit_s: Time limit of the integer program, in seconds.
 
     Raises:
-        InvalidRequestError: A field makes no sense; the message has the numbers.
+        InvalidRequestError: A field has an invalid value; the message names field and value.
     """
 
     load: Any
@@ -96,25 +100,26 @@ class PlacementRequest:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of MoE layers, L."""
         return int(self.load.shape[0])
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts per layer, E."""
         return int(self.load.shape[1])
 
     @property
     def failure_price(self) -> float:
-        """Excess of max/mean that one unit of failure score is worth."""
+        """Price of one unit of failure score, in excess of max/mean node load over 1."""
         return PROFILES[self.profile] * float(self.resilience_weight)
 
 
 def as_load(load: Sequence[Any] | npt.NDArray[Any]) -> Floats:
-    """The load as a frozen float64 array [L, E].
+    """Convert loads to a read-only float64 array [L, E]; one layer may be given as [E].
 
     Raises:
-        InvalidRequestError: Unequal lengths, no experts, or a value that is no finite number >= 0.
+        InvalidRequestError: Layers of unequal length, no experts, or a value that is not a finite
+            number >= 0.
     """
     if isinstance(load, Sequence) and load and isinstance(load[0], Sequence | np.ndarray):
         lengths = [len(row) if hasattr(row, "__len__") else -1 for row in load]
@@ -144,10 +149,10 @@ def as_load(load: Sequence[Any] | npt.NDArray[Any]) -> Floats:
 
 
 def as_hazards(values: Sequence[float]) -> tuple[float, ...]:
-    """Node hazards as floats.
+    """Convert node hazards (chances to fail) to floats.
 
     Raises:
-        InvalidRequestError: One is negative, above 1 or not finite.
+        InvalidRequestError: A hazard is negative, above 1 or not finite.
     """
     hazards = tuple(float(v) for v in values)
     for node, hazard in enumerate(hazards):
@@ -157,10 +162,10 @@ def as_hazards(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def positive_int(value: Any, *, name: str) -> int:
-    """``value`` as an int >= 1.
+    """Return ``value`` as an int >= 1; ``name`` is used in the error message.
 
     Raises:
-        InvalidRequestError: It is not one.
+        InvalidRequestError: ``value`` is not a whole number >= 1.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or int(value) < 1:
         raise InvalidRequestError(f"{name}={value!r} must be a whole number >= 1")
@@ -170,7 +175,7 @@ def positive_int(value: Any, *, name: str) -> int:
 def feasible_floor(
     *, num_experts: int, num_nodes: int, slots_per_node: int, min_replicas: int
 ) -> int:
-    """The largest floor <= ``min_replicas`` that nodes and slots allow, at least 1.
+    """Return the largest replica floor <= ``min_replicas`` that fits nodes and slots, at least 1.
 
     Raises:
         InfeasiblePlacementError: Not even one copy of each expert fits.

@@ -1,4 +1,4 @@
-"""A plan to look at: a heat map of nodes and experts, and a table that compares policies."""
+"""Plans as text: a heat map of nodes and experts, and a table that compares policies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _SHOWN_LOSSES = (1, 2, 3, 4)
 
 
 def heat_map(plan: Plan, *, layer: int = 0) -> str:
-    """Rows nodes, columns experts, cell = the node's share of the expert's tokens."""
+    """Draw one layer of a plan as text: a row per node, a column per expert.
+
+    A cell is shaded by the node's share of the expert's tokens. Large plans are cut.
+    """
     experts = min(plan.num_experts, _MOST_EXPERTS)
     nodes = min(plan.num_nodes, _MOST_NODES)
     shares = plan.node_shares[layer]
@@ -41,7 +44,10 @@ def _shade(share: float) -> str:
 
 
 def comparison(rows: Sequence[tuple[str, Certificate]], *, bold: bool) -> str:
-    """One row per policy; the best figure of each column in bold (or starred)."""
+    """Draw a table with a row per (policy name, certificate) pair.
+
+    The best value of each column is bold, or starred if not ``bold``.
+    """
     losses = [k for k in _SHOWN_LOSSES if k in rows[0][1].survival]
     head = f"{'policy':<12}" + "".join(f"{f'survive {k}':>12}" for k in losses)
     lines = [head + f"{'max/mean':>12}{'distinct':>10}"]
@@ -64,5 +70,5 @@ def _cell(text: str, best: bool, bold: bool, width: int) -> str:
 
 
 def wants_bold(stream: TextIO, environment: Mapping[str, str]) -> bool:
-    """Whether the stream is a terminal that takes colours."""
+    """Return whether to print bold: ``stream`` is a terminal and ``NO_COLOR`` is not set."""
     return stream.isatty() and not environment.get("NO_COLOR")

@@ -1,9 +1,9 @@
-"""Property tests that anybody's placement policy can be put through.
+"""Property tests for placement policies, your own included.
 
     from placement.testing import conformance
     conformance(my_policy)          # raises AssertionError with the scenario, or returns its count
 
-Scenarios are drawn from an explicit seed; there is no test framework involved.
+Scenarios are drawn from an explicit seed. No test framework is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHAPES = ((4, 3, 4), (10, 6, 16), (3, 2, 3), (5, 4, 5), (6, 8, 8), (2, 16, 16),
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """One change of members: who was there, who is lost, who joins, under which loads."""
+    """One change of nodes: the request after the change and the nodes that were lost."""
 
     request: PlacementRequest
     lost: frozenset[int]
@@ -31,10 +31,10 @@ class Scenario:
 
 
 def assert_valid(plan: Plan, request: PlacementRequest) -> None:
-    """Everything that must hold for any plan that answers ``request``.
+    """Assert that ``plan`` is a valid answer to ``request``: shapes, slots, floor, shares, homes.
 
     Raises:
-        AssertionError: Something does not; the message says what and where.
+        AssertionError: A property does not hold; the message says which.
     """
     per_rank = request.slots_per_node // request.ranks_per_node
     ranks = request.num_nodes * request.ranks_per_node
@@ -72,15 +72,15 @@ def _assert_shares(plan: Plan, request: PlacementRequest) -> None:
 
 
 def conformance(policy: PlacementPolicy, *, seed: int = 0, rounds: int = 6) -> int:
-    """Put a policy through starts, losses, joins, drift and impossible requests.
+    """Test a policy on starts, losses, joins, drifting loads and impossible requests.
 
     Args:
         policy: Called as ``policy(request, previous=..., lost=...)``.
-        seed: Of the scenarios.
-        rounds: Changes of members per cluster shape.
+        seed: Seed of the random scenarios.
+        rounds: Plans per cluster shape; nodes change between two plans.
 
     Returns:
-        How many plans were checked.
+        The number of plans that were checked.
 
     Raises:
         AssertionError: The policy broke a rule; the message names the scenario.

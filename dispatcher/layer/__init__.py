@@ -1,4 +1,4 @@
-"""The way of one micro-batch through one MoE layer: there, through the experts, and back.
+"""The forward and backward pass of one micro-batch through one MoE layer's experts.
 
-Start reading at ``dispatch.py``; ``path.py`` is the whole way as one autograd function.
+Start with ``dispatch.py``; ``path.py`` is the complete pass as one autograd function.
 """

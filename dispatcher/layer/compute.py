@@ -1,8 +1,8 @@
-"""The experts' arithmetic on rows grouped by expert, forward and backward by hand.
+"""The experts' arithmetic on rows grouped by expert, with hand-written forward and backward.
 
-Each group is one matrix product, its rows padded up to a least height so that a row's bits do not
-depend on how many others came along (with one thread; more divide the rows among them). Weight
-gradients are added straight into the flat buffer.
+Each group is one matrix product. Small groups are padded to ``MIN_ROWS`` rows so that a row's bits
+do not depend on the number of other rows (with one thread; several threads divide the rows among
+them). Weight gradients are added directly to the flat buffer.
 
 Shapes: M rows in all groups, D model width, H hidden width, S slots, P parameters per row.
 """
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from dispatcher.layer.layout import ExpertLayout
 
-MIN_ROWS = 16  # products of fewer rows take other kernels, whose rows have other bits
-# Up to 150 rows MKL splits a deeper sum over a row-major matrix otherwise than above, on Intel's
-# CPUs: we split it ourselves, always alike.
+MIN_ROWS = 16  # smaller products use other kernels, whose results differ in the last bits
+# On Intel CPUs, MKL splits a sum deeper than this over a row-major matrix in a way that depends on
+# the number of rows (below or above 150). The sum is therefore split here, always the same way.
 MAX_DEPTH = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows ``begin`` to ``end`` belong to the expert in ``slot``."""
+    """A range of rows, ``begin`` to ``end`` (exclusive), of the expert in ``slot``."""
 
     slot: int
     begin: int
@@ -35,7 +35,7 @@ class Group:
 
 
 def groups_of(slots: Sequence[int], rows: Sequence[int]) -> tuple[Group, ...]:
-    """Consecutive groups of the given heights; empty ones are left out."""
+    """Make consecutive groups from slots and row counts; groups without rows are left out."""
     groups, begin = [], 0
     for slot, count in zip(slots, rows, strict=True):
         if count:
@@ -46,9 +46,13 @@ def groups_of(slots: Sequence[int], rows: Sequence[int]) -> tuple[Group, ...]:
 
 @dataclass(slots=True)
 class Saved:
-    """What the backward needs of the forward; hidden is empty when it is recomputed.
+    """Values that the forward saves for the backward.
 
-    ``weights`` are the experts' weights in the dtype of the arithmetic, where that is not theirs.
+    Attributes:
+        x_MD: The experts' input.
+        hidden: Hidden tensors of ``experts_forward``; empty if the backward recomputes them.
+        weights: Each group's weights cast to the dtype of the arithmetic; empty if no cast was
+            needed.
     """
 
     x_MD: Tensor
@@ -64,12 +68,17 @@ def experts_forward(
     *,
     cast: list[dict[str, Tensor]] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Each group through its expert.
+    """Apply each group's expert to its rows.
 
-    Weights that had to be cast are put into ``cast``, for ``Saved``.
+    Args:
+        x_MD: Rows grouped by expert.
+        weight_SP: One row of parameters per slot.
+        groups: Row range of each expert.
+        layout: Layout of a parameter row.
+        cast: If given, weights that had to be cast are appended, for ``Saved.weights``.
 
     Returns:
-        The output [M, D] and the hidden tensors that ``experts_backward`` wants.
+        The output [M, D], and the hidden tensors for ``experts_backward``.
     """
     sent = x_MD.dtype
     x_MD = x_MD.to(arithmetic_dtype(x_MD))
@@ -94,10 +103,17 @@ def experts_backward(
     *,
     written: set[int] | None = None,
 ) -> Tensor:
-    """Gradient of the rows; weight gradients are added into ``grad_SP`` (None: not wanted).
+    """Return the gradient of the rows, and add the weight gradients to ``grad_SP``.
 
-    The result takes the place of ``grad_MD``, whose content is lost.
-    Slots that are not in ``written`` are overwritten instead, and put in; None adds to all.
+    Args:
+        grad_MD: Gradient of the output rows; its memory is reused for the result.
+        saved: Values of the forward.
+        weight_SP: One row of parameters per slot.
+        grad_SP: Buffer of the weight gradients; None if they are not wanted.
+        groups: Row range of each expert.
+        layout: Layout of a parameter row.
+        written: Slots whose rows in ``grad_SP`` already hold gradients of this step. Rows of other
+            slots are overwritten, and their slots are added to the set. None: add to all rows.
     """
     target = None if grad_SP is None else WeightGradient(grad_SP, layout, groups, written)
     sent = grad_MD.dtype
@@ -109,9 +125,9 @@ def experts_backward(
 
 
 def arithmetic_dtype(rows: Tensor) -> torch.dtype:
-    """What rows of this dtype are computed in: their own, unless this CPU has no such products.
+    """Return the dtype in which the experts compute: that of ``rows``, or fp32 on some CPUs.
 
-    Without hardware for it a bf16 product on the CPU takes up to fifty times as long as in fp32.
+    On a CPU without bf16 hardware a bf16 product takes up to fifty times as long as in fp32.
     """
     if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
         return rows.dtype if _has_fast_low_precision() else torch.float32
@@ -124,14 +140,15 @@ def _has_fast_low_precision() -> bool:
 
 
 class WeightGradient:
-    """Adds outer products into the rows of a flat buffer; the first ones of a step may overwrite.
+    """Accumulates weight gradients in the rows of a flat buffer.
 
     Args:
         grad_SP: The buffer.
-        layout: Of a row.
+        layout: Layout of a row.
         groups: All groups of this backward.
-        written: Slots whose rows hold something of this step; the others are overwritten, their
-            padding with zeros. None: all rows do.
+        written: Slots whose rows already hold gradients of this step. Rows of other slots in
+            ``groups`` are overwritten (padding with zeros), and their slots are added to the set.
+            None: add to all rows.
     """
 
     def __init__(
@@ -153,7 +170,7 @@ class WeightGradient:
     def add(
         self, group: Group, field: str, a_MK: Tensor, g_MN: Tensor, *, bias: str | None = None
     ) -> None:
-        """``field += a[group]^T g[group]``, ``bias += sum of g[group]``, in the row's precision."""
+        """Add ``a[group]^T g[group]`` to ``field``, and the sum of ``g[group]`` to ``bias``."""
         a, g = a_MK[group.begin : group.end], g_MN[group.begin : group.end]
         into, fresh = self._rows[group.slot], group.slot in self._fresh
         if a.dtype != into[field].dtype:
@@ -174,7 +191,7 @@ def _hidden(
     groups: Sequence[Group],
     layout: ExpertLayout,
 ) -> tuple[Tensor, ...]:
-    """gelu: (before, after) the activation; swiglu: (gate, up, product); each [M, H]."""
+    """Hidden tensors, each [M, H]: gelu (before, after activation); swiglu (gate, up, product)."""
     names = ("w_gate", "w_up") if layout.activation == "swiglu" else ("w_in",)
     parts = [x_MD.new_empty(x_MD.shape[0], layout.hidden) for _ in names]
     for group, fields in zip(groups, weights, strict=True):
@@ -200,7 +217,7 @@ def _gelu_backward(
         if target is not None:
             target.add(group, "w_out", after_MH, grad_MD, bias="b_out")
     back_MH = torch.ops.aten.gelu_backward(back_MH, before_MH)
-    grad_x_MD = grad_MD  # its content is no longer needed, its memory is
+    grad_x_MD = grad_MD  # reuse the memory; the content is no longer needed
     for group, fields in zip(groups, weights, strict=True):
         _rows_times(back_MH, fields["w_in"].t(), None, group, into=grad_x_MD)
         if target is not None:
@@ -227,7 +244,7 @@ def _swiglu_backward(
     # The slope of x * sigmoid(x) is sigmoid(x) * (1 + x * (1 - sigmoid(x))).
     slope_MH = (1 - sigmoid_MH).mul_(gate_MH).add_(1).mul_(sigmoid_MH)
     back_gate_MH = back_MH.mul_(up_MH).mul_(slope_MH)
-    grad_x_MD = grad_MD  # its content is no longer needed, its memory is
+    grad_x_MD = grad_MD  # reuse the memory; the content is no longer needed
     for group, fields in zip(groups, weights, strict=True):
         _rows_times(back_gate_MH, fields["w_gate"].t(), None, group, into=grad_x_MD)
         _rows_times(back_up_MH, fields["w_up"].t(), None, group, into=grad_x_MD, add=True)
@@ -238,9 +255,9 @@ def _swiglu_backward(
 
 
 def _sigmoid(x_MH: Tensor) -> Tensor:
-    """Of steps that give an element the same bits wherever it stands in the tensor.
+    """Sigmoid whose result for an element does not depend on its position in the tensor.
 
-    The fused sigmoid and silu of torch treat the last few elements otherwise, on the CPU.
+    On the CPU, PyTorch's fused sigmoid and silu compute the last few elements differently.
     """
     if x_MH.is_cuda:
         return torch.sigmoid(x_MH)
@@ -252,7 +269,7 @@ def _sigmoid(x_MH: Tensor) -> Tensor:
 def _weights(
     weight_SP: Tensor, groups: Sequence[Group], layout: ExpertLayout, dtype: torch.dtype
 ) -> list[dict[str, Tensor]]:
-    """The fields of each group's expert in the dtype that is computed in."""
+    """The fields of each group's expert, cast to ``dtype``."""
     return [layout.views(weight_SP[group.slot].to(dtype)) for group in groups]
 
 
@@ -265,9 +282,9 @@ def _rows_times(
     into: Tensor,
     add: bool = False,
 ) -> None:
-    """``into[group] = a[group] @ b (+ bias)``, through a padded copy where the group is small.
+    """Compute ``into[group] = a[group] @ b (+ bias)``; pads small groups to ``MIN_ROWS`` rows.
 
-    With ``add`` the product is added to what ``into`` holds.
+    With ``add`` the product is added to ``into`` instead.
     """
     rows, result = a_MK[group.begin : group.end], into[group.begin : group.end]
     num_rows = group.end - group.begin
@@ -291,6 +308,6 @@ def _rows_times(
 
 
 def _depth(b_KN: Tensor) -> int:
-    """How much of K one product may sum over so that a row's bits do not depend on the others."""
+    """Largest part of K for one product such that a row's bits do not depend on other rows."""
     deep = b_KN.device.type == "cpu" and b_KN.stride(-1) == 1 and b_KN.shape[0] > MAX_DEPTH
     return MAX_DEPTH if deep else max(1, b_KN.shape[0])

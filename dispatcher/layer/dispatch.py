@@ -1,4 +1,4 @@
-"""Routed: one micro-batch of one layer on its way, from expert ids to sent and received rows.
+"""Routing of one micro-batch in one layer: from expert ids to sent and received rows.
 
 Shapes: T tokens, K choices, N routed copies sent, M rows received, E experts, R ranks, D width.
 """
@@ -45,12 +45,12 @@ _REASONS = {
 }
 _TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MUST_AGREE = ("width", "element type", "generation")
-_WIDTH = 1 + len(_MUST_AGREE) + 1  # lanes after the counts: refusal, what must agree, place
+_WIDTH = 1 + len(_MUST_AGREE) + 1  # after the counts: problem, _MUST_AGREE, place
 
 
 @dataclass(kw_only=True, eq=False)
 class Routed:
-    """A handle on dispatched copies. It serves one forward and one backward, then it is spent."""
+    """Handle of one dispatch: who sends which rows to whom. Valid for one forward and backward."""
 
     exchange: Exchange
     generation: int
@@ -63,8 +63,8 @@ class Routed:
     sent_N: Tensor  # copy (token * K + choice) in each sent row
     position_TK: Tensor  # sent row of each copy; N for a copy that was not sent
     groups: tuple[Group, ...]  # received rows by expert
-    by_expert_M: Tensor | None  # received order -> expert order; None: the same
-    by_source_M: Tensor | None  # and back
+    by_expert_M: Tensor | None  # index from received order to expert order; None: identical
+    by_source_M: Tensor | None  # the inverse index
     spent: bool = field(default=False)
 
     @property
@@ -77,24 +77,24 @@ class Routed:
 
     @cached_property
     def _splits(self) -> tuple[list[int], list[int]]:
-        """Rows to and from each rank."""
+        """Numbers of rows to each rank and from each rank."""
         return self.split.send_JE.sum(1).tolist(), self.split.recv_IE.sum(1).tolist()
 
     def spend(self) -> None:
         """Mark the handle as used.
 
         Raises:
-            HandleError: It was used before.
+            HandleError: The handle was used before.
         """
         if self.spent:
             raise HandleError("this dispatch was already combined", generation=self.generation)
         self.spent = True
 
     def check_weights(self, weight_TK: Tensor) -> None:
-        """Let only floats pass, one for each choice, where the tokens are.
+        """Check that the weights are floats [T, K] on the device of the tokens.
 
         Raises:
-            DispatchInputError: They are something else; nothing was sent.
+            DispatchInputError: The weights do not fit; nothing was sent.
         """
         shape, device = (self.num_tokens, self.top_k), self.sent_N.device
         if (
@@ -108,10 +108,10 @@ class Routed:
             )
 
     def check_tokens(self, x_TD: Tensor) -> None:
-        """Let only tokens like the routed ones pass.
+        """Check that the tokens have the shape, dtype and device of the routed ones.
 
         Raises:
-            DispatchInputError: Another shape, dtype or device; nothing was sent.
+            DispatchInputError: The tokens differ; nothing was sent.
         """
         shape, device = (self.num_tokens, self.dim), self.sent_N.device
         if (tuple(x_TD.shape), x_TD.dtype, x_TD.device) != (shape, self.dtype, device):
@@ -120,9 +120,9 @@ class Routed:
             )
 
     def to_experts(self, send_ND: Tensor, *, label: str, is_ours: bool = False) -> Tensor:
-        """Sent rows of all ranks to this rank's experts, [M, D] grouped by expert.
+        """Exchange rows from their sources to the experts; returns [M, D], grouped by expert.
 
-        With ``is_ours`` nobody else needs the content of ``send_ND``, and its memory is given back.
+        With ``is_ours`` the memory of ``send_ND`` is freed; the caller must not use it again.
         """
         rows = send_ND.new_empty(self.num_received, send_ND.shape[1])
         self._exchange_rows(rows, send_ND, label=label, forth=True)
@@ -131,7 +131,10 @@ class Routed:
         return take_rows(rows, self.by_expert_M)
 
     def to_sources(self, rows_MD: Tensor, *, label: str, is_ours: bool = False) -> Tensor:
-        """Rows grouped by expert back to where they came from, [N, D] in sent order."""
+        """Exchange rows, grouped by expert, back to their sources; returns [N, D] in sent order.
+
+        With ``is_ours`` the memory of ``rows_MD`` is freed; the caller must not use it again.
+        """
         send_MD = take_rows(rows_MD, self.by_source_M)
         if is_ours and send_MD is not rows_MD:
             _give_back(rows_MD)
@@ -153,9 +156,9 @@ class Routed:
 
 
 def _give_back(rows: Tensor) -> None:
-    """Free the memory of rows that have been sent, whoever still holds the tensor.
+    """Free the memory of rows that have been sent, even if the tensor is still referenced.
 
-    Gloo's thread keeps a finished collective's tensors until it is scheduled again.
+    Gloo's thread holds the tensors of a finished collective until the thread runs again.
     """
     storage = rows.untyped_storage()
     if rows.device.type == "cpu" and storage.resizable():
@@ -164,7 +167,7 @@ def _give_back(rows: Tensor) -> None:
 
 @dataclass(kw_only=True, eq=False)
 class Counting:
-    """A counts exchange under way: other work may run before ``finish_routing``."""
+    """A counts exchange in progress; other work may run before ``finish_routing``."""
 
     exchange: Exchange
     table: RoutingTable
@@ -172,8 +175,8 @@ class Counting:
     served_ER: BoolArray | None
     x_TD: Tensor
     expert_TK: Tensor
-    # [R, E + 5]: after the counts why a rank refuses its input, what all must agree on, and where
-    # in the step it is
+    # [R, E + 5]: each rank's counts, then its input problem (0: none), the values that all ranks
+    # must agree on, and its place in the step
     counts_RE: Tensor
     order_N: Tensor
     pending: Pending
@@ -191,21 +194,24 @@ def start_routing(
     expert_of_slot: Sequence[int] | None = None,
     place: int = 0,
 ) -> Counting:
-    """Count the copies and start the exchange of counts.
+    """Count the copies per expert and start the exchange of the counts. Collective.
 
-    A rank with bad input takes part all the same and says so in the counts, so that every rank
-    raises in ``finish_routing`` and none waits for rows that never come. The counts also say how
-    wide the tokens are, of which dtype, and of which generation the table is.
+    A rank with invalid input takes part as well and reports the problem beside its counts: every
+    rank then raises in ``finish_routing``, and none waits for rows that never arrive. Token width,
+    dtype and generation are compared in the same exchange.
 
     Args:
-        x_TD: Tokens, contiguous.
-        expert_TK: Chosen experts, int64, contiguous; -1 = this copy goes nowhere.
-        table: Replicas of the layer.
-        exchange: The ranks of ``table``.
-        rule: How copies are split over replicas; None: all to the home replica.
+        x_TD: Tokens [T, D], contiguous.
+        expert_TK: Chosen experts, int64 [T, K], contiguous; -1 sends no copy.
+        table: Replicas of the layer, made for this rank.
+        exchange: Collectives over the ranks of ``table``.
+        rule: How copies are split over replicas; None: all go to the home replica.
         served_ER: Replicas that served earlier in this step, see ``split_counts``.
-        expert_of_slot: Experts in the slots of this rank's bank; None takes the table's.
-        place: Where in the step this rank is, see ``place_code``; 0 where nobody says.
+        expert_of_slot: Experts in this rank's slots; None: in the table's order.
+        place: Place of this rank in the step, see ``place_code``; 0 if unknown.
+
+    Returns:
+        The exchange in progress, for ``finish_routing``.
     """
     named = table.slots_of(table.rank)
     slots = named if expert_of_slot is None else tuple(expert_of_slot)
@@ -237,16 +243,21 @@ def start_routing(
 
 
 def finish_routing(counting: Counting, *, expert_of_slot: tuple[int, ...] | None = None) -> Routed:
-    """Wait for the counts and lay out this micro-batch's exchange. The one host synchronisation.
+    """Wait for the counts and compute the layout of the row exchanges.
+
+    This is the only point of a dispatch where the host waits for the device.
 
     Args:
-        counting: From ``start_routing``.
-        expert_of_slot: Experts in the slots of this rank's bank, if they have changed since; None
-            takes those of ``start_routing``.
+        counting: Result of ``start_routing``.
+        expert_of_slot: Experts in this rank's slots if they have changed since ``start_routing``;
+            None: unchanged.
+
+    Returns:
+        The handle for the row exchanges.
 
     Raises:
-        DispatchInputError: This rank's input was refused.
-        PeerInputError: Another rank's was.
+        DispatchInputError: This rank's input is invalid.
+        PeerInputError: Another rank's input is invalid.
         RankMismatchError: The ranks' tokens differ in width or dtype, or their tables in
             generation.
         RanksPartedError: Ranks are at different places of the step.
@@ -288,7 +299,7 @@ def route(
     served_ER: BoolArray | None = None,
     expert_of_slot: Sequence[int] | None = None,
 ) -> Routed:
-    """``start_routing`` and ``finish_routing`` in one."""
+    """Call ``start_routing`` and ``finish_routing``; see there for arguments and errors."""
     return finish_routing(
         start_routing(
             x_TD, expert_TK, table=table, exchange=exchange, rule=rule, served_ER=served_ER,
@@ -298,7 +309,7 @@ def route(
 
 
 def _input_problem(x_TD: Tensor, expert_TK: Tensor, *, num_experts: int) -> int:
-    """0, or a key of ``_REASONS``. Reads no tensor content."""
+    """Return 0 or a key of ``_REASONS``. Reads no tensor content."""
     if x_TD.dtype not in _TOKEN_DTYPES or expert_TK.dtype != torch.int64:
         return 1
     if x_TD.dim() != 2 or expert_TK.dim() != 2 or x_TD.shape[0] != expert_TK.shape[0]:
@@ -315,24 +326,31 @@ def _input_problem(x_TD: Tensor, expert_TK: Tensor, *, num_experts: int) -> int:
 
 
 def _holds_all(slots: Sequence[int], named: Sequence[int]) -> bool:
-    """Whether the slots hold every expert that the table names, each once."""
+    """Whether the slots hold every expert of ``named``, and no expert twice."""
     held = [expert for expert in slots if expert >= 0]
     return len(held) == len(set(held)) and {e for e in named if e >= 0} <= set(held)
 
 
 @lru_cache(maxsize=64)
 def _stamp(dim: int, dtype: int, generation: int, device: torch.device) -> Tensor:
-    """What ranks must agree on, in the order of ``_MUST_AGREE``; kept, as it rarely changes."""
+    """The values of ``_MUST_AGREE`` as a tensor; cached, because they rarely change."""
     return torch.tensor([dim, dtype, generation % 2**31], dtype=torch.int32, device=device)
 
 
 def meet(
     table: RoutingTable, exchange: Exchange, *, place: int, device: torch.device | None = None
 ) -> None:
-    """Compare places where no counts are due, in a collective of the same kind and size.
+    """Compare the ranks' places in the step where no counts are exchanged. Collective.
 
-    A rank whose user code runs fewer layers than its peers' meets the counts of one of theirs here
-    and is told so. Gloo would end the process if it met a collective of another size.
+    The collective has the same kind and size as a counts exchange: a rank that runs fewer layers
+    than the others meets their counts here, and all of them raise. (Gloo aborts the process if
+    ranks meet in collectives of different sizes.)
+
+    Args:
+        table: Routing table of the layer.
+        exchange: Collectives over the ranks of ``table``.
+        place: Place of this rank, see ``place_code``.
+        device: Device of the collective's tensor.
 
     Raises:
         RanksPartedError: Ranks are at different places of the step.

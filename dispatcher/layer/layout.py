@@ -1,4 +1,4 @@
-"""How one expert's parameters lie in its row of the bank.
+"""Layout of one expert's parameters in a row of the expert bank.
 
 Shapes: D model width, H hidden width, P parameters per row with padding.
 """
@@ -13,12 +13,22 @@ from typing import Literal
 from torch import Tensor
 
 Activation = Literal["gelu", "swiglu"]
-ROW_MULTIPLE = 16  # floats: every row starts on a 64-byte line, so each slot computes alike
+ROW_MULTIPLE = 16  # fp32 elements: every row starts at a 64-byte boundary
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLayout:
-    """Fields of one expert, one after the other in record order."""
+    """The weight matrices and biases of one expert, stored one after the other in a flat row.
+
+    Args:
+        activation: "gelu" (two matrices) or "swiglu" (three, no biases).
+        dim: Model width D.
+        hidden: Hidden width H of the expert.
+        bias: Whether a gelu expert has biases.
+
+    Raises:
+        ValueError: Unknown activation, swiglu with biases, or a width < 1.
+    """
 
     activation: Activation
     dim: int
@@ -45,7 +55,7 @@ class ExpertLayout:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Where each field begins in the row."""
+        """Offset of each field in the row, in elements."""
         offsets, at = {}, 0
         for name, shape in self.fields.items():
             offsets[name] = at
@@ -63,7 +73,7 @@ class ExpertLayout:
         return -(-self.num_parameters // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def views(self, row_P: Tensor) -> dict[str, Tensor]:
-        """The fields as views into one row."""
+        """Return the fields as views into a row [P]."""
         return {
             name: row_P[self.offsets[name] : self.offsets[name] + math.prod(shape)].view(shape)
             for name, shape in self.fields.items()

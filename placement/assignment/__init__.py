@@ -1,4 +1,4 @@
-"""From a template and loads to a plan: which node holds which replica.
+"""From a template and loads to a plan: assigns every replica to a node.
 
-Start reading at ``select.py`` (which template) and ``build.py`` (the plan).
+Start with ``select.py``, which chooses the template, and ``build.py``, which makes the plan.
 """

@@ -1,4 +1,4 @@
-"""Which node holds which replica, given core node sets and replica counts.
+"""Assign replicas to nodes, given the core node sets and replica counts.
 
 Shapes: L layers, E experts, N nodes. ``member`` is bool [L, E, N].
 """
@@ -14,7 +14,7 @@ _SMALL = 4096
 
 
 def ranks_by_load(load_LE: Floats) -> Ints:
-    """Experts of every layer from coldest to hottest, int [L, E]; ties by expert id."""
+    """Return the experts of every layer from coldest to hottest, int32 [L, E]; ties by id."""
     order: Ints = np.argsort(load_LE, axis=1, kind="stable").astype(np.int32)
     return order
 
@@ -22,14 +22,18 @@ def ranks_by_load(load_LE: Floats) -> Ints:
 def fill(load_LE: Floats, replicas_LE: Ints, member: Bools, *, slots_per_node: int) -> Bools:
     """Add replicas to the core until every expert has its number, hottest expert first.
 
-    Each goes to the least loaded nodes with a free slot that do not hold the expert yet. What
-    finds no such node is dropped; slots left over then go to the largest load per replica.
+    New replicas go to the least loaded nodes that have a free slot and do not hold the expert
+    yet. A replica without such a node is dropped. Free slots that remain then go to the experts
+    with the largest load per replica.
 
     Args:
         load_LE: Tokens per expert, [L, E].
         replicas_LE: Replicas wanted, [L, E]; an expert that has more already keeps them.
         member: The core, bool [L, E, N]; not changed.
         slots_per_node: Slots per node and layer.
+
+    Returns:
+        Core and fill together, bool [L, E, N].
     """
     member = member.copy()
     rows_L = np.arange(len(member))
@@ -57,7 +61,7 @@ def _least_loaded(key_LN: Floats, need_L: Ints) -> Bools:
     if key_LN.size <= _SMALL:
         order = np.argsort(key_LN, axis=1, kind="stable")
     else:
-        # A hair per node settles ties, so that a partial sort, several times faster, will do.
+        # A tiny offset per node breaks ties, so that a partial sort, which is faster, suffices.
         hair = 1e-12 * max(float(key_LN[key_LN < np.inf].max(initial=1.0)), 1e-300)
         key_LN = key_LN + hair * np.arange(num_nodes)
         most = min(max(int(need_L.max()), 1), num_nodes)
@@ -73,7 +77,7 @@ def _least_loaded(key_LN: Floats, need_L: Ints) -> Bools:
 
 
 def _use_leftovers(load_LE: Floats, member: Bools, room: Ints) -> Bools:
-    """Give each free slot to the hottest expert per replica that its node lacks."""
+    """Give each free slot to the expert with the most load per replica that its node lacks."""
     most = int(room.sum(1).max(initial=0))
     if most <= 0:
         return member

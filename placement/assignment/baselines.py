@@ -1,6 +1,6 @@
-"""Placements to compare with: MRO as printed, spread, compact and an EPLB-like packing.
+"""Baseline placements: MRO as the paper prints it, spread, compact and an EPLB-like packing.
 
-Each plans every layer on its own, with the same loads and slots. Shapes: E experts, N nodes.
+A baseline plans every layer separately. Shapes: E experts, N nodes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ BASELINES = ("mro", "spread", "compact", "eplb-like")
 
 
 def baseline(name: str, request: PlacementRequest) -> Plan:
-    """The plan of a baseline, with the same kind of shares as ours.
+    """Return the plan of a baseline. Shares are computed as in the library's own plans.
+
+    Args:
+        name: One of ``BASELINES``.
+        request: Loads, nodes and slots.
 
     Raises:
-        ValueError: No such baseline.
+        ValueError: There is no baseline of that name.
         InfeasiblePlacementError: Experts do not fit.
     """
     makers: dict[str, Callable[[Floats, PlacementRequest, int], Bools]] = {
@@ -50,7 +54,7 @@ def _paper_replicas(load_E: Floats, request: PlacementRequest, floor: int) -> li
 
 
 def _mro_as_printed(load_E: Floats, request: PlacementRequest, floor: int) -> Bools:
-    """Maximum rank overlap on the paper's allocation; what is left goes to free slots in turn.
+    """Maximum rank overlap on the paper's allocation; missing replicas go to free slots in turn.
 
     Source: Lazarus, section 4.1.
     """
@@ -82,7 +86,7 @@ def _mro_as_printed(load_E: Floats, request: PlacementRequest, floor: int) -> Bo
 
 
 def _spread(load_E: Floats, request: PlacementRequest, floor: int) -> Bools:
-    """Replicas one after the other over all nodes, round-robin."""
+    """Lay the replicas out over all nodes, round-robin."""
     counts = _paper_replicas(load_E, request, floor)
     member = np.zeros((len(counts), request.num_nodes), dtype=np.bool_)
     position = 0
@@ -94,7 +98,7 @@ def _spread(load_E: Floats, request: PlacementRequest, floor: int) -> Bools:
 
 
 def _compact(load_E: Floats, request: PlacementRequest, floor: int) -> Bools:
-    """Node after node is filled; copies of an expert share a node wherever they can."""
+    """Fill node after node, so that replicas of an expert share a node where possible."""
     counts = list(
         allocate_as_paper(
             load_E.tolist(),

@@ -23,9 +23,9 @@ from placement.request import Bools, Floats, Ints, PlacementRequest
 from placement.templates.template import Template
 
 AnyInts = npt.NDArray[np.signedinteger[Any]]
-LARGE = 2_000_000  # layers x experts x nodes from which fewer rounds must do
-_TIGHT = 0.9  # part of the slots that floors take, above which fill cannot level the nodes
-_BETTER = 0.98  # of the busiest block's load by rank, below which experts are mixed
+LARGE = 2_000_000  # layers x experts x nodes above which fewer rounds are run
+_TIGHT = 0.9  # fraction of slots taken by floors above which fill cannot level the nodes
+_BETTER = 0.98  # mix experts if that lowers the busiest block's load to less than this part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class Draft:
 
     Attributes:
         member: bool [L, E, N].
-        factor: Share factor of each node, [L, N].
+        factor: Share factor of each node, [L, N]; see ``shares.node_factors``.
         excess: max/mean node load, averaged over layers, minus 1.
     """
 
@@ -44,7 +44,7 @@ class Draft:
 
 
 def draft_of(request: PlacementRequest, member: Bools) -> Draft:
-    """Shares and balance of a placement."""
+    """Compute shares and balance of a placement, bool [L, E, N]."""
     rounds = ROUNDS_OF_SHARES if member.size <= LARGE else ROUNDS_OF_SHARES // 2
     factor = node_factors(request.load, member, rounds=rounds)
     ratio_L = max_over_mean(loads_of_nodes(request.load, member, factor))
@@ -53,7 +53,7 @@ def draft_of(request: PlacementRequest, member: Bools) -> Draft:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frame:
-    """Templates as arrays, one row per layer (or a single row for all), blocks padded.
+    """Templates as arrays: one row per layer, or a single row for all layers; B blocks, padded.
 
     Attributes:
         nodes: bool [L, B, N].
@@ -65,7 +65,7 @@ class Frame:
 
 
 def frame_of(templates: Sequence[Template], *, num_nodes: int) -> Frame:
-    """The arrays of one template per row."""
+    """Convert templates to arrays, one template per row."""
     blocks = max(len(t) for t in templates)
     nodes = np.zeros((len(templates), blocks, num_nodes), dtype=np.bool_)
     widths = np.zeros((len(templates), blocks), dtype=np.int32)
@@ -78,7 +78,7 @@ def frame_of(templates: Sequence[Template], *, num_nodes: int) -> Frame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """Replicas on a template.
+    """Replicas assigned to nodes on a template.
 
     Attributes:
         member: bool [L, E, N].
@@ -92,7 +92,7 @@ class Placed:
 
 
 def place(request: PlacementRequest, template: Template) -> Placed:
-    """Replicas of all layers on the template."""
+    """Assign the replicas of all layers to nodes on ``template``."""
     frame = frame_of([template], num_nodes=request.num_nodes)
     return place_frame(request.load, frame, slots_per_node=request.slots_per_node)
 
@@ -100,7 +100,7 @@ def place(request: PlacementRequest, template: Template) -> Placed:
 def place_frame(
     load_LE: Floats, frame: Frame, *, slots_per_node: int, rounds: int = ROUNDS
 ) -> Placed:
-    """Core, allocation above it, fill and levelling, for one template per row."""
+    """Assign replicas for one template per row: core, allocation, fill and levelling."""
     num_layers, num_experts = load_LE.shape
     num_nodes = frame.nodes.shape[2]
     order = ranks_by_load(load_LE).astype(np.intp)
@@ -133,11 +133,11 @@ def place_frame(
 def mixed_floors(
     load_LE: Floats, floor_LE: Ints, size_LB: AnyInts, width_LB: AnyInts, order: AnyInts
 ) -> Ints:
-    """Floors by experts dealt to blocks by load, in the layers where that is more level.
+    """Floors [L, E] after experts are dealt to blocks by load, in the layers where that helps.
 
-    Any expert may sit in any block; survival does not change. Where floors take all slots, cold
-    experts together in one block leave its nodes idle. Hottest first, each expert goes to the
-    block that has the least load per node with it.
+    Survival does not depend on which expert is in which block. If floors take nearly all slots, a
+    block of cold experts only would leave its nodes idle. Therefore each expert, hottest first,
+    goes to the block whose load per node is least once the expert is counted.
     """
     rows_L = np.arange(len(load_LE))
     room = width_LB.copy()
@@ -158,7 +158,7 @@ def mixed_floors(
 
 
 def _busiest(load_LE: Floats, floor_LE: Ints, size_LB: AnyInts, width_LB: AnyInts) -> Floats:
-    """Largest load per node of the blocks, [L]; blocks of one size share theirs evenly."""
+    """Largest load per node of any block, [L]; blocks of equal size share their load evenly."""
     worst_L = np.zeros(len(load_LE))
     for size in np.unique(floor_LE):
         nodes_L = size * ((size_LB == size) & (width_LB > 0)).sum(1)
@@ -174,9 +174,9 @@ def level_blocks(
     width_LB: AnyInts,
     order: AnyInts,
 ) -> Ints:
-    """Each expert's block, [L, E]: blocks of one size share their experts evenly by load.
+    """Return each expert's block, int32 [L, E], so that blocks of equal size have equal loads.
 
-    Hottest expert first, to the lightest block of its size that has a place left.
+    Each expert, hottest first, goes to the lightest block of its size with a place left.
     """
     num_layers, num_experts = weight_LE.shape
     rows_L = np.arange(num_layers)
@@ -194,7 +194,7 @@ def level_blocks(
 
 
 def slots_of(member: Bools, weight_LE: Floats, *, ranks_per_node: int, slots_per_rank: int) -> Ints:
-    """Each node's experts on its ranks, hottest first to the least loaded; int32 [L, R, S]."""
+    """Distribute each node's experts over its ranks, evenly by load; int32 [L, R, S], -1 empty."""
     num_layers, _, num_nodes = member.shape
     slots = np.full((num_layers, num_nodes * ranks_per_node, slots_per_rank), -1, dtype=np.int32)
     if ranks_per_node == 1:
@@ -219,7 +219,7 @@ def slots_of(member: Bools, weight_LE: Floats, *, ranks_per_node: int, slots_per
 def add_to_ranks(
     ranks: list[list[int]], experts: Sequence[int], *, weight_E: Floats, room: int
 ) -> None:
-    """Put experts, hottest first, on the least loaded rank with a free slot."""
+    """Append experts, hottest first, to the least loaded list of ``ranks`` with a free slot."""
     load = [float(sum(weight_E[e] for e in held)) for held in ranks]
     for expert in sorted(experts, key=lambda e: (-weight_E[e], e)):
         free = [r for r in range(len(ranks)) if len(ranks[r]) < room]
@@ -238,7 +238,7 @@ def plan_of(
     block: Ints | None = None,
     expert_of_slot: Ints | None = None,
 ) -> Plan:
-    """The finished plan of a draft; ``expert_of_slot`` when the slots are already settled."""
+    """Make the plan of a draft; ``expert_of_slot`` [L, R, S] fixes the slots if given."""
     if block is None:
         block = np.full(request.load.shape, -1, dtype=np.int32)
     replicas = draft.member.sum(2, dtype=np.int32)
@@ -267,7 +267,7 @@ def plan_of(
 
 
 def slot_shares(expert_of_slot: Ints, draft: Draft, *, ranks_per_node: int) -> Floats:
-    """Shares in the shape of the slots, float64 [L, R, S]; 0 for an empty slot."""
+    """Return each slot's share of its expert's tokens, float64 [L, R, S]; 0 for an empty slot."""
     layers, ranks, _ = expert_of_slot.shape
     sums_LE = expert_sums(draft.member, draft.factor)
     layer = np.arange(layers)[:, None, None]

@@ -1,4 +1,4 @@
-"""Homes: the one rank that serves all of an expert's tokens when serving is not spread.
+"""Homes: the rank that serves all tokens of an expert in home mode (no spreading).
 
 Shapes: L layers, E experts, R ranks.
 """
@@ -9,14 +9,14 @@ import numpy as np
 
 from placement.request import Bools, Floats, Ints
 
-_FLEET = 1000  # ranks from which an expert's own ranks are looked up rather than all gone through
+_FLEET = 1000  # number of ranks above which only the ranks that hold an expert are scanned
 
 
 def choose_homes(load_LE: Floats, expert_of_slot: Ints) -> Ints:
-    """One serving rank per expert, so that ranks that serve whole experts are level; [L, E].
+    """Choose one serving rank per expert so that the ranks' loads are level; int32 [L, E].
 
-    Hottest expert first, to the least loaded rank that holds it; then single experts move off
-    the busiest rank while that helps.
+    Each expert, hottest first, goes to the least loaded rank that holds a replica. Then single
+    experts move off the busiest rank while that lowers its load.
     """
     num_layers, num_ranks, _ = expert_of_slot.shape
     num_experts = load_LE.shape[1]
@@ -25,7 +25,7 @@ def choose_homes(load_LE: Floats, expert_of_slot: Ints) -> Ints:
     holds[layer, expert_of_slot[layer, rank, slot], rank] = True
     rows_L = np.arange(num_layers)
     home = np.full((num_layers, num_experts), -1, dtype=np.int32)
-    # Equal loads (idle experts, say) are told apart by how many experts a rank serves already.
+    # Among ranks of equal load, the rank with fewer homes wins.
     step_L = 1e-9 * np.maximum(load_LE.sum(1), 1e-300) / num_ranks
     load = np.zeros((num_layers, num_ranks))
     order = np.argsort(-load_LE, axis=1, kind="stable")
@@ -44,7 +44,7 @@ def choose_homes(load_LE: Floats, expert_of_slot: Ints) -> Ints:
 def _homes_of_layer(
     order_E: Ints, load_E: Floats, holds_ER: Bools, home_E: Ints, load_R: Floats, step: float
 ) -> None:
-    """The same for one layer, looking at an expert's own ranks only; written in place."""
+    """First pass of ``choose_homes`` for one layer, in place; scans only the holding ranks."""
     for expert in order_E.tolist():
         ranks = np.flatnonzero(holds_ER[expert])
         rank = ranks[load_R[ranks].argmin()]
@@ -53,7 +53,7 @@ def _homes_of_layer(
 
 
 def _improved(load_LE: Floats, holds: Bools, home: Ints, load: Floats) -> Ints:
-    """Move one expert a round off each layer's busiest rank, to its least loaded other holder."""
+    """Second pass: per round, move one expert off each layer's busiest rank to another holder."""
     num_layers, num_experts, _ = holds.shape
     rows_L = np.arange(num_layers)
     for _ in range(num_experts):

@@ -1,4 +1,4 @@
-"""Which template to use: exact failure score against balance on a few typical layers.
+"""Choose the template: exact failure score against balance on a few typical layers.
 
 Shapes: L layers, E experts, T candidate templates.
 """
@@ -25,11 +25,11 @@ from placement.templates.template import Template, masks, segment_candidates, wr
 _MOST_LOSSES = 12
 _TABLE_NODES = 14
 _TINY = 48  # nodes x experts up to which the whole family is tried
-_FREE_CORE = 0.78  # part of the slots that floors may take before drift would suffer
-_PER_CORE = 0.08  # excess that each further part is worth
+_FREE_CORE = 0.78  # fraction of slots that floors may take at no price
+_PER_CORE = 0.08  # price of the fraction above that, in excess load
 _TYPICAL_LAYERS = 3
 _MOST_TRIED = 3
-_LEVEL_ENOUGH = 0.004  # excess at which the most promising candidate is taken as it is
+_LEVEL_ENOUGH = 0.004  # excess below which the first candidate is taken without a comparison
 _SMALL = 60_000  # candidates x layers x experts x nodes up to which all layers are tried
 _TRIAL_MOVES = 2
 _TRIAL_ROUNDS = 8
@@ -37,12 +37,14 @@ _TRIAL_ROUNDS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """A template and why: its name, failure score and expected excess load.
+    """A candidate template with its name, failure score and expected excess load.
 
     Attributes:
-        core: Part of all slots that the template's floors take.
-        draft: Its placement of all layers.
-        block: Block of each expert, int32 [L, E].
+        failure: Failure score of the template; see ``failure_score``.
+        core: Fraction of all slots that the template's floors take.
+        excess: max/mean node load, averaged over layers, minus 1.
+        draft: Placement of all layers on the template; None before ``place``.
+        block: Block of each expert, int32 [L, E]; None before ``place``.
     """
 
     template: Template
@@ -56,9 +58,9 @@ class Choice:
 
 @lru_cache(maxsize=4096)
 def failure_score(template: Template, *, num_nodes: int) -> float:
-    """Sum over k < N of 2^-k times the probability that k losses kill an expert.
+    """Return the sum over k < N of 2^-k times the probability that k losses destroy an expert.
 
-    Smaller is safer. Few losses are likelier than many, hence the weights.
+    A smaller score is safer. The weights reflect that few losses are likelier than many.
     """
     if num_nodes <= _TABLE_NODES:
         counts = surviving_counts(masks(template), num_nodes=num_nodes)
@@ -71,7 +73,7 @@ def failure_score(template: Template, *, num_nodes: int) -> float:
 
 
 def load_profile(load_LE: Floats) -> Floats:
-    """Mean share of the expert with each load rank, coldest first, [E], summing to 1."""
+    """Return the mean load share of the coldest, second coldest, ... expert; [E], sum 1."""
     total_L = load_LE.sum(1)
     share = np.where((total_L > 0)[:, None], load_LE, 1.0)
     share = np.sort(share / share.sum(1)[:, None], axis=1)
@@ -80,13 +82,13 @@ def load_profile(load_LE: Floats) -> Floats:
 
 
 def price_of(request: PlacementRequest, choice: Choice) -> float:
-    """What a choice costs: excess load, priced failures, and slots that cannot follow the load."""
+    """Price of a candidate: excess load, priced failure score, and slots bound by floors."""
     tied = _PER_CORE * max(0.0, choice.core - _FREE_CORE)
     return choice.excess + request.failure_price * choice.failure + tied
 
 
 def best_template(request: PlacementRequest, floor: int) -> Choice:
-    """The candidate with the least excess load plus priced failure score, already placed.
+    """Return the cheapest candidate by ``price_of``, with all layers placed on its template.
 
     Candidates are ranked by exact failure score and by the excess that their replica counts force;
     the first few are placed on a few typical layers, and the winner on all of them.
@@ -117,7 +119,7 @@ def best_template(request: PlacementRequest, floor: int) -> Choice:
 
 
 def _best_of(request: PlacementRequest, choices: list[Choice]) -> Choice:
-    """The cheapest candidate once placed: the first if it is level, else the best of all.
+    """Place the candidates and return the cheapest; the first one at once if it is level.
 
     All layers are placed in one go, or a few typical ones where the problem is large.
     """
@@ -158,7 +160,7 @@ def _placed(request: PlacementRequest, choice: Choice) -> Choice:
 
 
 def _fair(profile: Floats, request: PlacementRequest, floor: int) -> Floats:
-    """Replicas by rank that load alone asks for, ascending."""
+    """Replica counts that follow load and floor alone, ascending, [E]."""
     counts = allocate_replicas(
         profile,
         num_slots=request.num_nodes * request.slots_per_node,
@@ -196,15 +198,15 @@ def _even(num_experts: int, num_nodes: int, slots_per_node: int) -> tuple[int, .
 
 
 def _core(template: Template, num_nodes: int, slots: int) -> float:
-    """Part of all slots that the template's floors take; the rest can follow the load."""
+    """Fraction of all slots that the template's floors take; the others can follow the load."""
     return float(_facts(template, num_nodes, slots).sizes.sum()) / (num_nodes * slots)
 
 
 def _least_excess(request: PlacementRequest, choices: list[Choice], profile: Floats) -> Floats:
     """Excess load that replica counts and full nodes force on the mean layer; float64 [T].
 
-    A replica count forces its expert's load onto that many nodes at best; nodes without a free
-    slot can serve no more than the experts of their blocks have, so the others serve the rest.
+    An expert with r replicas loads its nodes with at least 1/r of its tokens. Nodes without a
+    free slot serve only experts of their own blocks, so the other nodes must serve the rest.
     """
     nodes = request.num_nodes
     frames = [_facts(c.template, nodes, request.slots_per_node) for c in choices]
@@ -225,13 +227,13 @@ def _least_excess(request: PlacementRequest, choices: list[Choice], profile: Flo
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What a template says whatever the loads.
+    """Properties of a template that do not depend on the loads.
 
     Attributes:
-        sizes: Nodes of the block of each load rank, int32 [E].
-        full: Nodes without a free slot.
-        confined: 1 for the ranks whose block has a full node, float64 [E].
-        fits: Whether no node has more than its slots.
+        sizes: Number of nodes of each expert's block, experts by load, int32 [E].
+        full: Number of nodes without a free slot.
+        confined: 1.0 for experts whose block has a full node, experts by load, float64 [E].
+        fits: Whether every node has enough slots.
     """
 
     sizes: Ints
@@ -256,7 +258,7 @@ def _facts(template: Template, num_nodes: int, slots: int) -> _Facts:
 
 
 def _typical_layers(request: PlacementRequest) -> Floats:
-    """A few layers, evenly spread by how skewed they are."""
+    """Loads of a few layers, chosen evenly from the least to the most skewed one."""
     load = request.load
     wanted = min(len(load), _TYPICAL_LAYERS)
     total_L = load.sum(1)

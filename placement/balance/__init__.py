@@ -1,4 +1,5 @@
-"""How many replicas each expert gets, and which share of its tokens each of them serves.
+"""Number of replicas of each expert, and the share of its tokens that each replica serves.
 
-``allocate.py`` counts replicas, ``shares.py`` splits tokens, ``level.py`` repairs what is uneven.
+``allocate.py`` counts replicas, ``shares.py`` splits tokens, ``level.py`` moves replicas off
+overloaded nodes.
 """

@@ -1,4 +1,4 @@
-"""How many replicas each expert gets, from its load.
+"""Compute the number of replicas of each expert from its load.
 
 Shapes: L layers, E experts. All functions are deterministic; ties go to the expert with fewer
 replicas, then to the lower id.
@@ -28,23 +28,26 @@ def allocate_replicas(
     min_replicas: int | npt.NDArray[np.int32],
     max_replicas: int,
 ) -> Ints:
-    """Replicas that minimise the largest load per replica of every layer.
+    """Compute replica counts that minimize the largest load per replica in every layer.
 
-    The greedy rule "the next slot goes to the largest load / replicas" is optimal for that
-    objective. A threshold on the ratio is bisected for all layers at once; the few slots that a
-    tie leaves over are handed out one by one, so the answer equals the greedy rule's exactly.
+    The result equals exactly that of the greedy rule "the next slot goes to the expert with the
+    largest load / replicas", which is optimal for this objective. Large problems bisect a
+    threshold on the ratio for all layers at once and hand out the few remaining slots one by one.
 
     Args:
         load: Tokens per expert, [L, E] or [E], each >= 0.
         num_slots: Slots of the whole cluster for one layer.
-        min_replicas: Floor: one number, or one for each expert, [L, E].
-        max_replicas: Ceiling, the number of nodes: a second copy on a node adds nothing.
+        min_replicas: Fewest replicas of an expert, >= 1: one number, or int32 [L, E].
+        max_replicas: Most replicas of an expert. Pass the number of nodes: a second replica on a
+            node adds neither survival nor balance.
 
     Returns:
         int32 [L, E]; each row sums to ``min(num_slots, E * max_replicas)``.
 
     Raises:
-        InfeasiblePlacementError: The floors need more slots, or more nodes, than there are.
+        InfeasiblePlacementError: The floors need more slots than ``num_slots``, exceed
+            ``max_replicas`` or are below 1.
+        InvalidRequestError: The loads are invalid.
     """
     load_LE = _positive(as_load(load), max_replicas)
     floor_LE = np.broadcast_to(np.asarray(min_replicas, dtype=np.int32), load_LE.shape)
@@ -55,7 +58,7 @@ def allocate_replicas(
 
 
 def _by_sorting(load_LE: Floats, floor_LE: Ints, *, num_slots: int, ceiling: int) -> Ints:
-    """All possible grants in the greedy rule's order at once; for small problems."""
+    """Sort all possible grants of a slot in the greedy rule's order; for small problems."""
     num_layers, num_experts = load_LE.shape
     held = np.arange(1, ceiling, dtype=np.float64)[:, None]
     worth = load_LE[:, None, :] / held
@@ -95,7 +98,7 @@ def _at_threshold(load_LE: Floats, floor_LE: Ints, limit_L: Floats, ceiling: int
     """Replicas with every load / replicas <= limit, within floor and ceiling."""
     limit = limit_L[:, None]
     counts = np.minimum(np.ceil(load_LE / limit), ceiling + 1.0)
-    # Rounding of the division may be off by one; the comparison the greedy rule makes decides.
+    # The rounded quotient may be off by one; correct it by the greedy rule's own comparison.
     counts += load_LE / np.maximum(counts, 1.0) > limit
     counts -= (counts > 1) & (load_LE / np.maximum(counts - 1.0, 1.0) <= limit)
     clipped: Ints = np.clip(counts, floor_LE, ceiling).astype(np.int32)
@@ -124,10 +127,10 @@ def _positive(load_LE: Floats, ceiling: int) -> Floats:
 
 
 def check_floors(floor_LE: Ints, *, num_slots: int, max_replicas: int) -> None:
-    """Refuse floors that cannot hold.
+    """Check that floors fit slots and nodes.
 
     Raises:
-        InfeasiblePlacementError: More slots or more nodes are needed than there are.
+        InfeasiblePlacementError: The floors need more slots or more nodes than there are.
     """
     positive_int(max_replicas, name="max_replicas")
     if floor_LE.min() < 1:
@@ -150,7 +153,7 @@ def check_floors(floor_LE: Ints, *, num_slots: int, max_replicas: int) -> None:
 def allocate_by_heap(
     load: Sequence[float], *, num_slots: int, min_replicas: int, max_replicas: int
 ) -> tuple[int, ...]:
-    """The slow twin of ``allocate_replicas`` for one layer: the greedy rule, slot by slot."""
+    """Reference implementation of ``allocate_replicas`` for one layer: the greedy rule."""
     load_LE = as_load(load)
     floor = np.full(load_LE.shape, min_replicas, dtype=np.int32)
     check_floors(floor, num_slots=num_slots, max_replicas=max_replicas)
@@ -170,12 +173,22 @@ def allocate_by_heap(
 def allocate_as_paper(
     load: Sequence[float], *, num_slots: int, min_replicas: int
 ) -> tuple[int, ...]:
-    """The paper's rule: experts in ascending load, each its floored share of what is left.
+    """Compute replica counts by the paper's rule, for comparison with ``allocate_replicas``.
 
-    Kept for comparison. It may give an expert more replicas than there are nodes.
+    In ascending order of load, each expert gets its proportional share of the remaining slots,
+    rounded down, but at least ``min_replicas``. An expert may get more replicas than there are
+    nodes.
+
+    Args:
+        load: Tokens per expert of one layer, [E], each >= 0.
+        num_slots: Slots of the whole cluster for one layer.
+        min_replicas: Fewest replicas of an expert.
+
+    Returns:
+        Replicas per expert, [E].
 
     Raises:
-        InfeasiblePlacementError: ``num_slots < E * min_replicas``; the rule's claims fail there.
+        InfeasiblePlacementError: ``num_slots < E * min_replicas``.
 
     Source: Lazarus, equation 1, in exact rational arithmetic.
     """
@@ -196,7 +209,7 @@ def allocate_as_paper(
 
 
 def slots_from_memory(*, bytes_per_node: int, bytes_per_slot: int, num_layers: int = 1) -> int:
-    """Slots per node and layer that fit into a node's memory.
+    """Return the number of slots per layer that fit into a node's memory.
 
     Raises:
         InfeasiblePlacementError: Not even one slot per layer fits.
@@ -215,9 +228,9 @@ def slots_from_memory(*, bytes_per_node: int, bytes_per_slot: int, num_layers: i
 def losses_floor_survives(
     *, num_experts: int, num_nodes: int, slots_per_node: int, min_replicas: int
 ) -> int:
-    """Further node losses after which ``min_replicas`` copies of each expert still fit.
+    """Return how many more nodes may be lost until ``min_replicas`` of each expert no longer fit.
 
-    -1 when they do not even fit now.
+    -1 if they do not fit even now.
     """
     nodes_needed = max(min_replicas, -(-num_experts * min_replicas // slots_per_node))
     return max(num_nodes - nodes_needed, -1)

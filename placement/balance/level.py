@@ -1,7 +1,9 @@
-"""Local repair of balance: give the overloaded nodes' experts a copy on the idlest node.
+"""Local repair of balance: replicate an expert of the overloaded nodes on the idlest node.
 
-Only fill moves; the core, and with it the survival of losses, stays. Layers are independent and
-each keeps its best placement, so nothing gets worse. Shapes: L layers, E experts, N nodes.
+Only fill moves (replicas beyond the template's blocks). The core stays, and with it the survival
+of losses. Each layer keeps its best placement, so no layer gets worse.
+
+Shapes: L layers, E experts, N nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from placement.request import Bools, Floats
 
 TOLERANCE = 0.002
 ROUNDS = 8
-_LARGEST = 2_000_000  # layers x experts x nodes; beyond it there is fill enough to be level
+_LARGEST = 2_000_000  # layers x experts x nodes; larger placements are level already
 _FIRST_ROUNDS, _NEXT_ROUNDS = 8, 4
 
 
@@ -28,17 +30,20 @@ def levelled(
     tolerance: float = TOLERANCE,
     targets: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[Bools, Floats | None]:
-    """``member`` with fill moved in layers whose max/mean exceeds 1 + ``tolerance``.
+    """Move fill in the layers whose max/mean node load exceeds 1 + ``tolerance``.
 
     Args:
+        load_LE: Tokens per expert, [L, E].
+        member: The placement, bool [L, E, N]; not changed.
         core: Replicas that must stay, bool [L, E, N].
-        rounds: Moves tried per layer; each costs one levelling of the open layers' shares.
-        tolerance: Excess of max/mean that is left alone.
+        slots_per_node: Slots per node and layer.
+        rounds: Moves tried per layer.
+        tolerance: Excess of max/mean over 1 below which a layer is left as it is.
         targets: Nodes that may receive copies, bool [N]; all when None.
 
     Returns:
-        The placement, and max/mean of each layer after a few rounds of levelling shares (None for
-        a placement too large to be worth it).
+        The new placement, and the approximate max/mean of each layer, [L]; None (and the
+        placement unchanged) for a very large placement.
     """
     if member.size > _LARGEST:
         return member, None
@@ -61,7 +66,7 @@ def levelled(
         better_L = ratio_L < best_L[rows] - 1e-6
         member[rows[better_L]] = trial[better_L]
         best_L[rows] = np.minimum(best_L[rows], ratio_L)
-        # A worse step may still lead on; the best placement of each layer is what counts.
+        # A trial may pass through worse placements; ``member`` keeps the best of each layer.
         open_L = best_L[rows] > 1.0 + tolerance
         rows, trial, uses, factor = rows[open_L], trial[open_L], uses[open_L], factor[open_L]
         if not len(rows):
@@ -76,7 +81,7 @@ def _move(
     slots_per_node: int,
     targets: npt.NDArray[np.bool_] | None,
 ) -> npt.NDArray[np.bool_]:
-    """One added copy per layer, in place of the least used fill there; which layers moved."""
+    """Add one replica per layer, evicting the least used fill if needed; return who moved, [L]."""
     rows_L = np.arange(len(member))
     node_load = uses.sum(1)
     peak_L = node_load.max(1)

@@ -1,4 +1,4 @@
-"""Token shares: how evenly a placement can be used, without moving a byte.
+"""Token shares: divide each expert's tokens among its replicas so that nodes are evenly loaded.
 
 Shapes: L layers, E experts, N nodes. ``member`` is bool [L, E, N].
 """
@@ -22,7 +22,7 @@ _DENSE = 60_000  # layers x experts x nodes up to which plain matrices are the f
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
-    """Sums over a placement as small matrix products."""
+    """Sums over a placement, computed as small dense matrix products."""
 
     by_expert: Floats  # [L, E, N]
     by_node: Floats  # [L, N, E]
@@ -38,7 +38,7 @@ class _Dense:
 
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """The same sums over a list of replicas, sorted by layer, expert, node."""
+    """Sums over a placement, computed over a list of replicas sorted by layer, expert, node."""
 
     node_M: npt.NDArray[np.int32]
     expert_M: npt.NDArray[np.int32]
@@ -73,11 +73,23 @@ def _kernel(member: Bools) -> _Dense | _Flat:
 def node_factors(
     load_LE: Floats, member: Bools, *, rounds: int = ROUNDS, start: Floats | None = None
 ) -> Floats:
-    """A factor for every node that brings the busiest one close to the mean, float64 [L, N].
+    """Compute a factor per node such that the resulting shares level the node loads.
 
-    The share of expert e on node j is a_j over the sum of a over e's nodes. Factors are scaled by
-    mean / load until loads are level; the best round of each layer is kept. Among the optimal
-    splits this is the least extreme one, so it ages well. ``start`` continues from earlier factors.
+    With factors a, node j serves the share a_j / (sum of a over the nodes of e) of expert e. The
+    factors are scaled by mean / load until the loads are level; the best round of each layer is
+    kept. Of all optimal splits this is the least extreme one, so it stays good as loads drift.
+
+    Args:
+        load_LE: Tokens per expert, [L, E].
+        member: The placement, bool [L, E, N].
+        rounds: Most scaling rounds.
+        start: Factors to continue from; ones when None.
+
+    Returns:
+        float64 [L, N].
+
+    Raises:
+        InvalidRequestError: An expert has no replica.
 
     Source: Sinkhorn's matrix scaling, stopped after ``rounds``.
     """
@@ -85,7 +97,7 @@ def node_factors(
     kernel = _kernel(member)
     num_layers, _, num_nodes = member.shape
     total_L = load_LE.sum(1)
-    # A layer whose loads vanish in floating point counts as idle.
+    # A layer whose total load is below _IDLE counts as idle.
     mean_LN = np.repeat(
         (np.where(total_L > _IDLE, total_L, 1.0) / num_nodes)[:, None], num_nodes, 1
     )
@@ -100,21 +112,21 @@ def node_factors(
             best_L = np.minimum(best_L, worst_L)
             if best_L.max() < _LEVEL or gain_L.max() < _SETTLED:
                 break
-        # A node without load keeps its factor; none may run away.
+        # A node without load keeps its factor; the bounds keep every factor finite.
         scale = 1.0 / np.where(relative > 1e-6, relative, 1.0)
         factor = np.minimum(np.maximum(factor * scale, 1e-9), 1e9)
     return best
 
 
 def replicas_on_nodes(member: Bools) -> Ints:
-    """Replicas that each node holds in each layer, int32 [L, N]."""
+    """Return the number of replicas on each node in each layer, int32 [L, N]."""
     width = count_width(member.shape[1])
     counts: Ints = member.view(np.uint8).sum(1, dtype=width).astype(np.int32)
     return counts
 
 
 def count_width(most: int) -> type[np.uint16] | type[np.int32]:
-    """What counts up to ``most`` without wrapping; the narrow one is quicker."""
+    """Return the narrowest (fastest) type that counts up to ``most`` without overflow."""
     return np.uint16 if most < 1 << 16 else np.int32
 
 
@@ -126,30 +138,30 @@ def _check_covered(member: Bools) -> None:
 
 
 def expert_sums(member: Bools, factor_LN: Floats) -> Floats:
-    """Sum of the factors of each expert's nodes, float64 [L, E]; what shares are divided by."""
+    """Return the sum of factors over each expert's nodes, float64 [L, E]."""
     return _kernel(member).sums(factor_LN)
 
 
 def loads_of_nodes(load_LE: Floats, member: Bools, factor_LN: Floats) -> Floats:
-    """Tokens that each node serves with these factors, float64 [L, N]."""
+    """Return the tokens that each node serves with these factors, float64 [L, N]."""
     kernel = _kernel(member)
     return kernel.loads(load_LE / kernel.sums(factor_LN)) * factor_LN
 
 
 def dense_shares(member: Bools, factor_LN: Floats) -> Floats:
-    """Shares as float64 [L, E, N]; each row sums to 1."""
+    """Return each node's share of each expert's tokens, float64 [L, E, N]; sums to 1 over N."""
     shares: Floats = member * factor_LN[:, None, :]
     shares /= shares.sum(2)[:, :, None]
     return shares
 
 
 def token_shares(load_LE: Floats, member: Bools, *, rounds: int = ROUNDS) -> Floats:
-    """Share of each expert's tokens that each node should serve, float64 [L, E, N]."""
+    """Return the levelled shares of ``node_factors``, float64 [L, E, N]; sums to 1 over N."""
     return dense_shares(member, node_factors(load_LE, member, rounds=rounds))
 
 
 def max_over_mean(node_load_LN: Floats) -> Floats:
-    """Load of the busiest node over the mean, per layer; 1 for an idle layer."""
+    """Return the load of the busiest node over the mean of each layer, [L]; 1 if idle."""
     mean_L = node_load_LN.mean(1)
     worst_L = node_load_LN.max(1)
     ratio: Floats = np.where(mean_L > 0, worst_L / np.where(mean_L > 0, mean_L, 1.0), 1.0)
@@ -159,10 +171,13 @@ def max_over_mean(node_load_LN: Floats) -> Floats:
 def balance_of(
     load_LE: Floats, member: Bools, *, share_load: Floats | None = None, rounds: int = ROUNDS
 ) -> Floats:
-    """max/mean node load of every layer, [L], with shares made from ``share_load``.
+    """Return max/mean node load of every layer, [L], under levelled shares.
 
     Args:
-        share_load: Loads the shares were levelled for, if older than ``load_LE``.
+        load_LE: Tokens per expert, [L, E].
+        member: The placement, bool [L, E, N].
+        share_load: Loads [L, E] from which the shares are made; ``load_LE`` when None.
+        rounds: Most rounds of ``node_factors``.
     """
     factors = node_factors(load_LE if share_load is None else share_load, member, rounds=rounds)
     return max_over_mean(loads_of_nodes(load_LE, member, factors))
