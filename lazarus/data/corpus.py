@@ -1,6 +1,6 @@
-"""Token sequences from what is at hand: text files, folders, token files, or Python's own sources.
+"""Token sequences from text files, folders, token files, or Python's own source code.
 
-Text is read as bytes: one token a byte, a vocabulary of 256. Token files are memory-mapped.
+Text is read as bytes: one token per byte, a vocabulary of 256. Token files are memory-mapped.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _BIN_DTYPES = {".u8.bin": "<u1", ".u16.bin": "<u2", ".u32.bin": "<u4", ".bin": "
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One long row of tokens, and a short name for it. Shared memory where it is mapped."""
+    """One long sequence of tokens, and a short name for it. Token files are memory-mapped."""
 
     tokens: NDArray[Any]  # integer [M], any integer dtype
     name: str
-    vocab: int | None  # known for bytes, else None
+    vocab: int | None  # 256 for text, None for token files
 
     def digest(self) -> str:
-        """A short fingerprint: length, dtype and 64 evenly spread pages. For comparing ranks."""
+        """A fingerprint of length, dtype and 64 evenly spread pages, to compare between ranks."""
         size = int(self.tokens.shape[0])
         seen = hashlib.sha256(f"{size}:{self.tokens.dtype.str}".encode())
         for start in range(0, size, max(1, size // 64)):
@@ -45,9 +45,18 @@ class Corpus:
 
 
 class TokenDataset:
-    """Map-style: item i is the i-th window of ``seq_len + 1`` tokens; neighbours share one token.
+    """Map-style data set of windows: item i is ``{"tokens": int64 [seq_len + 1]}``.
 
-    Runs in every worker. ``{"tokens": int64 [seq_len + 1]}``.
+    Neighbouring windows share one token. Runs in every worker.
+
+    Args:
+        corpus: The tokens.
+        seq_len: Positions of a training sample; a window has one token more.
+        first: The first window of the corpus to use.
+        last: The window after the last one to use; None means all that follow.
+
+    Raises:
+        DataError: The corpus does not have these windows.
     """
 
     def __init__(self, corpus: Corpus, *, seq_len: int, first: int = 0, last: int | None = None):
@@ -73,14 +82,17 @@ class TokenDataset:
 
 
 def num_windows(corpus: Corpus, *, seq_len: int) -> int:
-    """How many windows of ``seq_len + 1`` tokens, one token shared between neighbours."""
+    """Number of windows of ``seq_len + 1`` tokens if neighbours share one token."""
     return max(0, (int(corpus.tokens.shape[0]) - 1) // seq_len)
 
 
 def load_corpus(path: str | None = None) -> Corpus:
     """Open a text file, a folder of text, a ``.npy`` or ``.bin`` token file, or the default text.
 
-    ``.bin`` is little-endian uint16 without a header; ``.u8.bin``, ``.u32.bin`` say otherwise.
+    Args:
+        path: The file or folder; None means the source files of Python's standard library.
+            ``.bin`` files hold little-endian uint16 tokens without a header, ``.u8.bin`` and
+            ``.u32.bin`` files tokens of the named width.
 
     Raises:
         DataError: There is nothing at ``path``, or it does not hold tokens.
@@ -100,7 +112,16 @@ def load_corpus(path: str | None = None) -> Corpus:
 def datasets(
     corpus: Corpus, *, seq_len: int, split: float
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """Training windows (the first part of the text) and held-out windows (the rest, if any)."""
+    """Split a corpus into training windows (its first part) and held-out windows.
+
+    Args:
+        corpus: The tokens.
+        seq_len: Positions of a training sample.
+        split: Share of the windows to train on, 0 to 1.
+
+    Returns:
+        The training windows, and the held-out windows or None if none are left.
+    """
     total = num_windows(corpus, seq_len=seq_len)
     cut = min(total, max(1, int(total * split)))
     train = TokenDataset(corpus, seq_len=seq_len, first=0, last=cut)
@@ -109,10 +130,10 @@ def datasets(
 
 
 def check_tokens(corpus: Corpus, *, vocab: int, limit: int = 1 << 22) -> None:
-    """Refuse tokens outside ``[0, vocab)``; looks at the first ``limit`` of them.
+    """Refuse tokens outside ``[0, vocab)``, looking at the first ``limit`` tokens.
 
     Raises:
-        DataError: With the token, its place and the way out.
+        DataError: Names an offending token and the vocabulary that it needs.
     """
     seen = np.asarray(corpus.tokens[:limit])
     low, high = int(seen.min(initial=0)), int(seen.max(initial=0))
@@ -139,7 +160,7 @@ def _folder(root: Path) -> Corpus:
 
 
 def _text_files(root: Path, *, suffix: str = "") -> Iterator[Path]:
-    """Files below ``root`` in an order that is the same on every machine; hidden ones left out."""
+    """Files below ``root``, without hidden ones, in an order that is the same on every machine."""
     for folder, names, files in os.walk(root):
         names[:] = sorted(
             n for n in names if not n.startswith(".") and not (suffix and n in _SKIPPED_FOLDERS)

@@ -1,4 +1,4 @@
-"""Which samples make up a step, and how the ranks share them: pure functions of their arguments.
+"""Which samples make up a step, and how ranks share them, as pure functions of the arguments.
 
 Shapes: B samples of a step (the global batch), R ranks.
 """
@@ -15,14 +15,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def step_sample_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDArray[np.int64]:
-    """The samples of one step, the same on every rank and for any number of ranks.
+    """The sample ids of one step, the same on every rank and for any number of ranks.
 
-    The stream of samples runs through one permutation of all samples after another, so that each
-    epoch has every sample exactly once, also where an epoch ends inside a step.
+    Every epoch is a permutation of all samples of its own; epochs follow each other without a gap.
+    So each epoch has every sample exactly once, even if it ends inside a step.
 
     Args:
         seed: The run's seed.
-        step: Counted from 1, as steps commit.
+        step: Step number, counted from 1.
         global_batch: Samples of every step, B.
         num_samples: Samples of the data set.
 
@@ -56,8 +56,8 @@ def permute(
 ) -> NDArray[np.uint64]:
     """Images of ``positions`` under the epoch's permutation of ``range(size)``.
 
-    A balanced Feistel network is a permutation of a power-of-four domain; a value that falls
-    outside ``range(size)`` is sent through again until it falls inside, which keeps it one.
+    A balanced Feistel network permutes a power-of-four domain. A value outside ``range(size)`` is
+    sent through the network again until it falls inside, so the result is still a permutation.
 
     Source: format-preserving encryption by cycle walking (Black and Rogaway, 2002).
     """
@@ -133,15 +133,15 @@ def share(
 
 
 def split_rounds(sizes: Sequence[int], micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
-    """Cut each rank's samples into micro-batches, the same number of rounds for all ranks.
+    """Cut each rank's samples into micro-batches, with the same number of rounds for all ranks.
 
     Args:
         sizes: Samples of each rank, shape [R].
         micro_batch_size: The most samples that a rank may take in one round.
 
     Returns:
-        Shape [R][rounds]; a rank's rounds differ by at most one sample and may be 0 (an empty
-        round, in which the rank only takes part in the collectives). At least one round.
+        Shape [R][rounds], at least one round. A rank's rounds differ by at most one sample and may
+        be 0: in an empty round the rank only takes part in the collectives.
 
     Raises:
         ValueError: micro_batch_size < 1.

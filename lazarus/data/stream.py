@@ -1,9 +1,9 @@
-"""Streams read exactly once while readers come and go: bookkeeping, no input or output of its own.
+"""Bookkeeping of streams that are read exactly once while ranks join and leave.
 
 A stream has a fixed number of shards. Sample n of the run (from 0) is item ``n // num_shards`` of
-shard ``n % num_shards``, and step t takes the samples ``(t - 1) * B`` to ``t * B - 1``: so how far
-each shard is after a committed step is a function of the step alone. Which rank reads a shard
-follows from the members; a shard whose reader is gone is opened by another at the committed place.
+shard ``n % num_shards``, and step t takes the samples ``(t - 1) * B`` to ``t * B - 1``. So how far
+each shard has been read after a committed step is a function of the step alone. Which rank reads a
+shard follows from the members; another rank takes over a shard at its committed position.
 
 Shapes: B samples of a step, S shards, R ranks.
 """
@@ -25,7 +25,10 @@ State = Mapping[str, Any]  # JSON values and tensors
 
 @runtime_checkable
 class ShardIterator(Protocol):
-    """One shard being read. ``state_dict`` says where it is; loading it goes on from there."""
+    """Iterator over one shard that can be resumed.
+
+    ``state_dict`` describes the position; an iterator that loads the state continues from there.
+    """
 
     def __iter__(self) -> Iterator[Any]: ...
     def __next__(self) -> Any: ...
@@ -35,17 +38,17 @@ class ShardIterator(Protocol):
 
 @runtime_checkable
 class StreamSource(Protocol):
-    """What the user gives. ``shard(i, of)`` opens shard i of ``of`` at its beginning."""
+    """The user's stream. ``shard(i, of)`` opens shard ``i`` of ``of`` shards at its beginning."""
 
     def shard(self, i: int, of: int, /) -> ShardIterator: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """How far a shard is: ``consumed`` items, and a state saved after ``state_at`` of them.
+    """How far a shard has been read: ``consumed`` items; ``state`` was saved after ``state_at``.
 
-    Without a state the shard is read from its beginning (``state_at`` is 0). Items between the
-    state and ``consumed`` are read and thrown away.
+    Without a state the shard is read from its beginning (``state_at`` is 0). Items between
+    ``state_at`` and ``consumed`` are read and thrown away.
     """
 
     consumed: int
@@ -55,14 +58,17 @@ class Position:
 
 
 def step_sample_numbers(step: int, global_batch: int) -> NDArray[np.int64]:
-    """int64 [B]: the numbers of a step's samples, which are their ids in the ledger."""
+    """Numbers of a step's samples, int64 [B]; they serve as the samples' ids."""
     if step < 1 or global_batch < 1:
         raise ValueError(f"step={step}, global_batch={global_batch}: each must be >= 1")
     return np.arange((step - 1) * global_batch, step * global_batch, dtype=np.int64)
 
 
 def consumed_after(step: int, global_batch: int, num_shards: int) -> NDArray[np.int64]:
-    """int64 [S]: items of each shard that the steps up to and with ``step`` take; step may be 0."""
+    """Items that all steps up to and including ``step`` take from each shard, int64 [S].
+
+    ``step`` may be 0.
+    """
     whole, extra = divmod(step * global_batch, num_shards)
     consumed_S = np.full(num_shards, whole, dtype=np.int64)
     consumed_S[:extra] += 1
@@ -80,7 +86,7 @@ def shards_of_rank(rank: int, num_ranks: int, num_shards: int) -> tuple[int, ...
 def rank_sample_numbers(
     step: int, global_batch: int, *, num_shards: int, rank: int, num_ranks: int
 ) -> NDArray[np.int64]:
-    """The numbers of a step's samples that one rank reads, ascending; may be empty."""
+    """Numbers of the samples of a step that one rank reads, ascending; may be empty."""
     numbers = step_sample_numbers(step, global_batch)
     mine: NDArray[np.int64] = numbers[(numbers % num_shards) % num_ranks == rank]
     return mine
@@ -88,7 +94,7 @@ def rank_sample_numbers(
 
 @dataclass(kw_only=True)
 class _Open:
-    """One open shard. Items that no committed step has taken yet are kept."""
+    """One open shard, with the items that no committed step has taken yet."""
 
     iterator: ShardIterator
     next_item: int  # number of the item that the iterator gives next
@@ -98,10 +104,16 @@ class _Open:
 
 
 class StreamReader:
-    """One rank's shards. Runs in a worker; called by the training thread only.
+    """Reads one rank's shards. Runs in a worker; not safe for use by several threads at once.
 
-    ``own`` after each change of the members, ``read`` for a step (again for a redo; ahead for
-    prefetching), ``commit`` when a step counts, ``positions`` to hand over or to save.
+    Call ``own`` after each change of the members, ``read`` for a step (again for a redo, ahead for
+    prefetching), ``commit`` when the step commits, and ``positions`` to hand over or to save.
+
+    Args:
+        source: The user's stream.
+        num_shards: Shards into which the stream is cut.
+        global_batch: Samples of a step.
+        shuffle_seed: Seed of the order of shards; None keeps their order.
     """
 
     def __init__(
@@ -123,13 +135,19 @@ class StreamReader:
     def own(
         self, shards: Iterable[int], *, committed: int, known: Mapping[int, Position] | None = None
     ) -> None:
-        """Read these shards from now on, the steps after ``committed`` being next.
+        """Read these shards from now on; the step after ``committed`` comes next.
 
-        Shards that are open already go on where they are: what was read ahead is kept. The others
-        are opened at a known position, or at their beginning, and brought to the committed place.
+        Shards that are open already continue, and what was read ahead is kept. Other shards are
+        opened at their position in ``known``, or at their beginning, and read on to where the
+        committed step ends.
+
+        Args:
+            shards: The shards that this rank reads.
+            committed: The last committed step.
+            known: Positions of shards, as ``positions`` returned them on any rank.
 
         Raises:
-            DataError: A known position lies behind the committed place, or a shard is empty.
+            DataError: A known position lies after the committed step, or a shard is empty.
         """
         wanted = set(shards)
         self._committed = committed
@@ -144,7 +162,7 @@ class StreamReader:
     def read(self, step: int) -> list[Any]:
         """This rank's samples of a step, in the order of their numbers.
 
-        The same step may be read again until it is committed, and gives the same objects.
+        The step may be read again until it is committed, and gives the same objects.
 
         Raises:
             DataError: The step is committed already, or a shard has no items.
@@ -159,7 +177,7 @@ class StreamReader:
         return samples
 
     def commit(self, step: int) -> None:
-        """The step counts: forget its samples."""
+        """Forget the samples of ``step`` and earlier steps."""
         self._committed = step
         consumed = consumed_after(step, self._global_batch, self._num_shards)
         for shard, opened in self._open.items():
@@ -170,7 +188,7 @@ class StreamReader:
                 del opened.saved[item]
 
     def positions(self) -> dict[int, Position]:
-        """Where this rank's shards are after the last committed step; JSON values and tensors."""
+        """Positions of this rank's shards after the last committed step."""
         consumed = consumed_after(self._committed, self._global_batch, self._num_shards)
         return {s: self._position(o, int(consumed[s])) for s, o in sorted(self._open.items())}
 
@@ -206,7 +224,7 @@ class StreamReader:
         return opened.kept[item]
 
     def _advance(self, shard: int, opened: _Open) -> Any:
-        """The next item; at its end a shard begins again."""
+        """Read the next item; a shard that is exhausted begins again."""
         for _ in range(2):
             try:
                 sample = next(opened.iterator)
@@ -225,10 +243,10 @@ class StreamReader:
 
 
 class IterableDatasetSource:
-    """A ``datasets.IterableDataset`` as a stream.
+    """Reads a Hugging Face ``datasets.IterableDataset`` as a stream.
 
     Raises:
-        DataError: It has a shuffle buffer, whose content is not part of its state.
+        DataError: The dataset has a shuffle buffer, whose content is not part of its state.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -243,12 +261,12 @@ class IterableDatasetSource:
         self._dataset = dataset
 
     def shard(self, i: int, of: int, /) -> ShardIterator:
-        """Shard i of ``of``; needs a dataset of at least that many shards."""
+        """Open shard ``i`` of ``of``; the dataset needs at least that many shards."""
         return _DatasetShard(self._dataset.shard(num_shards=of, index=i))
 
 
 class _DatasetShard:
-    """The dataset's state is loaded before its iterator is made."""
+    """Iterator over one shard of a dataset; a state is loaded before iteration begins."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset

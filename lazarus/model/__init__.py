@@ -1,5 +1,4 @@
-"""The model's parts that a rank trains: router, expert bank, MoE layer, and a small GPT.
+"""Model parts that a rank trains: router, expert bank, MoE layer, and a small GPT.
 
-Runs in the workers, on torch. Start reading at ``moe.py``; ``context.py`` is what a run tells one
-layer and what the layer tells the run.
+Start reading at ``moe.py``; ``context.py`` connects one layer with the run around it.
 """

@@ -1,4 +1,4 @@
-"""Balancing the router: a loss in sum form, or a bias; both from committed global counts.
+"""Load balancing of the router, by an auxiliary loss or by a bias, from committed global counts.
 
 Shapes: T tokens, E experts.
 """
@@ -19,11 +19,11 @@ def auxiliary_sum(
     score: Score,
     mask_T: Tensor | None = None,
 ) -> Tensor:
-    """The balancing loss of these tokens, summed over them.
+    """The balancing loss, summed over these tokens.
 
-    The fractions are those of the last committed step, so the sum is linear in the tokens: however
-    a step is split over ranks and rounds, its terms add up to the same. Divided by the number of
-    tokens it is ``coefficient * E * sum_e f_e * mean p_e``.
+    Divided by the number of tokens, the loss is ``coefficient * E * sum_e f_e * mean p_e``. The
+    fractions are those of the last committed step, so the sum is linear in the tokens: however a
+    step is split over ranks and rounds, the parts add up to the same loss.
 
     Args:
         score_TE: Router scores, differentiable.
@@ -42,7 +42,7 @@ def auxiliary_sum(
 
 
 def expected_fractions(counts_E: Tensor) -> Tensor:
-    """Fractions for the next step's loss from a committed step's counts, f32 [E]."""
+    """Fractions f32 [E] for the next step's loss, from the counts of a committed step."""
     total = int(counts_E.sum())
     if total == 0:
         return torch.full((counts_E.numel(),), 1 / counts_E.numel())
@@ -51,6 +51,11 @@ def expected_fractions(counts_E: Tensor) -> Tensor:
 
 def updated_bias(bias_E: Tensor, counts_E: Tensor, *, rate: float = 1e-3) -> Tensor:
     """The bias after a committed step: up for experts below the mean load, down for those above.
+
+    Args:
+        bias_E: The router's bias, f32 [E].
+        counts_E: Copies routed to each expert in the step.
+        rate: By how much a bias changes.
 
     Source: the auxiliary-loss-free rule of DeepSeek-V3.
     """

@@ -1,4 +1,4 @@
-"""What a run tells one MoE layer, and what the layer tells the run."""
+"""What a run sets for one MoE layer, and what the layer reports back."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from dispatcher.splits.split import SplitRule
 
 
 class LayerContext:
-    """One MoE layer's place in a run. The runtime owns and changes it between micro-batches.
+    """Connects one MoE layer with the run. The runtime changes it between micro-batches.
 
-    Shapes: E experts, R ranks.
+    A first forward is one that activation checkpointing does not repeat.
+
+    Shapes: T tokens, E experts, K choices per token, R ranks.
 
     Attributes:
         rule: How copies are split over replicas.
         expected_E: Fractions of routed copies of the last committed step, f32 [E], sum 1.
-        counts_E: Copies of this step so far over all ranks, int64 [E]; first forwards in training
-            mode only, never those that checkpointing repeats.
-        served_ER: Which replicas served tokens in this step so far, equal on all ranks.
-        served_before_ER: The same before the last first forward, for one that is repeated.
+        counts_E: Copies routed in this step so far over all ranks, int64 [E]; first forwards in
+            training mode or with gradients only.
+        served_ER: Which replicas served tokens in this step so far; equal on all ranks.
+        served_before_ER: ``served_ER`` before the newest first forward; used if that is repeated.
         aux_sum: This micro-batch's auxiliary loss, a sum over its tokens; the runtime adds it to
             the loss and resets it.
         observer: Called with (layer, expert_TK) at every first forward, to export a trace.
         forced_TK: Choices to take instead of the router's, to replay a trace; the weights are
             still the router's.
-        written: Set it to an empty set to let the first backward of a step overwrite the gradient
-            rows it writes, so that nobody needs to zero them; ``start_step`` empties it again.
-            Then sum gradients with ``written=`` the same set. None: rows are added to.
-        after_backward: Called when the backward of every first forward so far is over: in the last
-            round of a step no more is added to the gradients of the layer's experts.
+        written: Slots whose gradient rows hold gradients of this step. Rows of other slots are
+            overwritten, so that they need not be zeroed; pass the set as ``written=`` when
+            summing gradients. None: gradients are added to all rows.
+        after_backward: Called when no backward of a first forward is pending. In the last round of
+            a step the gradients of the layer's experts are then complete.
         ghost: This rank has no samples in this round: nothing is routed, outputs are zeros.
-        anchors: Set it to an empty list to let every first forward leave a scalar there that is
-            differentiated beside the loss (see ``expert_path``): then the layer's backward runs
-            on every rank, whatever a rank's loss depends on. None: nobody does that.
-        step, round: Where in the run the layer is, for ranks to compare; the runtime says so.
+        anchors: Scalars left by first forwards, to be differentiated beside the loss (see
+            ``expert_path``), so that the layer's backward runs on every rank whatever its loss
+            depends on. None: forwards leave no anchors.
+        step, round: The current step and round, which ranks compare; set by the runtime.
     """
 
     def __init__(
@@ -72,11 +74,11 @@ class LayerContext:
         self.after_backward: Callable[[], None] | None = None
         self.anchors: list[Tensor] | None = None
         self.step = self.round = 0
-        self._open = 0  # first forwards whose backward is still to come
+        self._open = 0  # first forwards whose backward is pending
 
     @classmethod
     def solo(cls, num_experts: int) -> LayerContext:
-        """No run around the layer: one rank, every expert."""
+        """A context for a layer without a run: one rank that holds every expert."""
         return cls(layer=0, exchange=SoloExchange(), table=RoutingTable.solo(num_experts))
 
     def start_step(self) -> None:
@@ -92,7 +94,7 @@ class LayerContext:
             self.anchors = []
 
     def place(self, *, repeated: bool, differentiable: bool) -> int:
-        """Where in a step this forward is; 0 where nobody differentiates the anchors."""
+        """Code of this forward's place in the step; 0 if anchors are not in use."""
         if self.anchors is None:
             return 0
         kind = Meeting.FORWARD if differentiable else Meeting.WITHOUT_GRAD
@@ -100,12 +102,12 @@ class LayerContext:
         return place_code(kind, layer=self.layer, round=self.round, step=self.step)
 
     def take_anchors(self) -> list[Tensor]:
-        """What the forwards since the last call have left to be differentiated."""
+        """Return the anchors of the forwards since the last call, and start a new list."""
         found, self.anchors = self.anchors or [], []
         return found
 
     def record(self, routed: Routed, aux: Tensor | None) -> None:
-        """Take note of one first forward: its load, its servers, its auxiliary loss."""
+        """Add up one first forward's load, serving replicas and auxiliary loss."""
         self._open += 1
         self.counts_E += torch.from_numpy(routed.counts_RE.sum(0)).to(self.counts_E)
         self.served_before_ER = self.served_ER.copy()
@@ -114,7 +116,7 @@ class LayerContext:
             self.aux_sum = aux if self.aux_sum is None else self.aux_sum + aux
 
     def backward_done(self, routed: Routed) -> None:
-        """The backward of one forward is over; what it ran on has written gradients."""
+        """Note that the backward of one forward is over; the replicas it used have gradients."""
         self.served_ER |= routed.split.served_ER  # a repeated forward may have split otherwise
         self._open -= 1
         if self._open == 0 and self.after_backward is not None:

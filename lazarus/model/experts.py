@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 
 @contextmanager
 def deferred_experts() -> Iterator[None]:
-    """Within this block new banks hold no expert; ``allocate`` and ``assign`` fill them later."""
+    """Context in which new banks hold no expert; ``allocate`` and ``assign`` fill them later."""
     token = _deferred.set(True)
     try:
         yield
@@ -58,7 +58,7 @@ class ExpertBank(nn.Module):
         # One draw, whatever the number of experts: a seeded build is the same everywhere.
         self.key = int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu"))
         self.expert_of_slot: list[int] = []
-        device = torch.empty(0).device  # what torch.device(...) as a context asks for
+        device = torch.empty(0).device  # honours `with torch.device(...)`
         self.weight = nn.Parameter(torch.empty(0, self.layout.row_numel, device=device))
         if not _deferred.get():
             self._hold_all(device)
@@ -74,17 +74,17 @@ class ExpertBank(nn.Module):
         return self.layout.num_parameters
 
     def allocate(self, *, num_slots: int, device: torch.device | str) -> None:
-        """A new weight and gradient of ``num_slots`` rows of zeros, all slots empty."""
+        """Replace weight and gradient by ``num_slots`` rows of zeros, all slots empty."""
         shape = (num_slots, self.layout.row_numel)
         self.weight = nn.Parameter(torch.zeros(shape, device=device))
         self.weight.grad = torch.zeros(shape, device=device)
         self.expert_of_slot = [-1] * num_slots
 
     def assign(self, slot: int, expert: int) -> None:
-        """Say which expert lives in ``slot``; -1 empties it. The row itself is not touched.
+        """Set which expert is in ``slot``; -1 empties the slot. The weights are not touched.
 
         Raises:
-            ValueError: No such slot or expert, or the expert already lives in another slot.
+            ValueError: No such slot or expert, or the expert is already in another slot.
         """
         if not 0 <= slot < len(self.expert_of_slot):
             raise ValueError(f"slot {slot} is not one of {len(self.expert_of_slot)} slots")
@@ -96,7 +96,13 @@ class ExpertBank(nn.Module):
 
     @torch.no_grad()
     def initialise(self, slot: int) -> None:
-        """Fill the row of ``slot`` from (key, expert) alone, on the CPU, then copy it over."""
+        """Fill the row of ``slot`` with initial weights, which depend on bank key and expert alone.
+
+        Weights are drawn on the CPU, so that they are the same on every device.
+
+        Raises:
+            ValueError: The slot is empty.
+        """
         expert = self.expert_of_slot[slot]
         if expert < 0:
             raise ValueError(f"slot {slot} is empty; assign an expert first")
@@ -116,7 +122,7 @@ class ExpertBank(nn.Module):
         """The weights of ``expert``, [P].
 
         Raises:
-            KeyError: This rank does not hold it.
+            KeyError: This rank does not hold the expert.
         """
         if expert not in self.expert_of_slot:
             raise KeyError(f"expert {expert} is not held here; held: {self.expert_of_slot}")
@@ -138,7 +144,7 @@ class ExpertBank(nn.Module):
                 self.initialise(slot)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """``to_empty`` of a bank built on the meta device must not leave rows undefined."""
+        """Initialise rows when a bank built on the meta device gets real memory (``to_empty``)."""
         was_meta = self.weight.is_meta
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.weight.is_meta:
@@ -149,7 +155,7 @@ class ExpertBank(nn.Module):
 
 
 def model_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model: every expert once, held here or not, without padding."""
+    """Parameters of the whole model without padding; every expert counts once, held here or not."""
     banks = [m for m in model.modules() if isinstance(m, ExpertBank)]
     inside = {id(bank.weight) for bank in banks}
     dense = sum(p.numel() for p in model.parameters() if id(p) not in inside)
@@ -157,7 +163,7 @@ def model_parameters(model: nn.Module) -> int:
 
 
 def _mixed(key: int, expert: int) -> int:
-    """A well-spread 63-bit seed of two integers. Source: the splitmix64 finaliser."""
+    """A well-spread 63-bit seed from two integers. Source: the splitmix64 finaliser."""
     z = (key + (expert + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK

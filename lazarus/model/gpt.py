@@ -21,7 +21,7 @@ from lazarus.model.moe import MoELayer
 
 
 class GPTShape(Protocol):
-    """What a model's configuration must say."""
+    """Attributes that a model configuration must have."""
 
     @property
     def layers(self) -> int: ...
@@ -45,7 +45,7 @@ class GPTShape(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """A GPT-MoE's shape; ``preset`` names the known ones."""
+    """Shape of a GPT-MoE; ``preset`` returns a named shape."""
 
     layers: int
     dim: int
@@ -59,13 +59,16 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
-        """The shape called ``name``: tiny, gpt-s, gpt-m, gpt-l."""
+        """The shape called ``name``: tiny, gpt-s, gpt-m or gpt-l."""
         return cls(**MODEL_SHAPES[name])
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTOptions:
-    """How a GPT balances its experts and saves memory."""
+    """Balancing, recomputation and initial scale of a GPT, as in ``MoELayer``.
+
+    ``recompute`` also recomputes attention and dense blocks.
+    """
 
     balance: Literal["aux", "bias", "none"] = "aux"
     aux_coef: float = 0.01
@@ -75,7 +78,7 @@ class GPTOptions:
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, blocks, a head that shares the token embedding's weight."""
+    """Embeddings of tokens and positions, blocks, and a head that shares the token embedding."""
 
     def __init__(self, shape: GPTShape, options: GPTOptions) -> None:
         super().__init__()
@@ -92,10 +95,10 @@ class GPT(nn.Module):
         self._initialise(shape.layers, options.init_std)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Logits [B, S, V].
+        """Logits [B, S, V] of tokens [B, S].
 
         Raises:
-            ValueError: More positions than the model has.
+            ValueError: There are more positions than the model has.
         """
         length = tokens_BS.shape[1]
         if length > self.seq_len:
@@ -117,7 +120,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then experts or a dense feed-forward, each with a norm before and a residual."""
+    """Attention, then experts or a dense feed-forward; each has a norm before it and a residual."""
 
     def __init__(self, shape: GPTShape, options: GPTOptions, *, is_moe: bool) -> None:
         super().__init__()
@@ -183,9 +186,9 @@ class Attention(nn.Module):
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of [B, heads, S, D], in the dtype of ``query`` or, where it is quicker, in fp32.
+    """Causal attention of [B, heads, S, D] in the dtype of ``query``, or in fp32 if that is faster.
 
-    A CPU without matrix units takes up to twice as long for short sequences in bf16 as in fp32.
+    For short sequences, a CPU without matrix units takes up to twice as long in bf16 as in fp32.
     """
     if query.dtype == torch.float32 or query.device.type != "cpu" or _has_matrix_units():
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -215,17 +218,17 @@ class FeedForward(nn.Module):
 
 
 def build(model_config: GPTShape, *, options: GPTOptions | None = None) -> GPT:
-    """A GPT-MoE of the given shape.
+    """Build a GPT-MoE of the given shape.
 
     Args:
-        model_config: Anything with the attributes of ``GPTConfig``, or a ``GPTConfig``.
+        model_config: A ``GPTConfig``, or any object with the same attributes.
         options: Balancing, recomputation and initial scale.
     """
     return GPT(model_config, options or GPTOptions())
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> LossSum:
-    """Next-token cross-entropy of one micro-batch, summed.
+    """Next-token cross-entropy of one micro-batch, summed over tokens.
 
     Args:
         model: Maps tokens [B, S] to logits [B, S, V].

@@ -1,4 +1,4 @@
-"""A loss as a sum and what it is a sum over: a mean of means is wrong with uneven shares."""
+"""A loss as a sum and a count: with uneven shares, the mean of the ranks' means would be wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class LossSum(NamedTuple):
-    """``total`` summed over ``count`` things (tokens, samples); gradients are of the sum."""
+    """A loss of one micro-batch: ``total``, summed over ``count`` tokens or samples.
+
+    A step's gradient is that of all totals, divided by the sum of all counts.
+    """
 
     total: Tensor
     count: int | Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs

@@ -23,9 +23,9 @@ from lazarus.model.experts import ExpertBank
 
 
 class MoELayer(nn.Module):
-    """Each token through its ``top_k`` experts, none dropped.
+    """Mixture-of-experts layer: sends each token through its ``top_k`` experts and drops none.
 
-    Stand-alone it holds all experts and computes the same numbers as in a run.
+    Outside of a run the layer holds all experts and computes the same numbers as in a run.
 
     Args:
         dim: Model width.
@@ -34,19 +34,19 @@ class MoELayer(nn.Module):
         top_k: Experts per token, 1 to ``num_experts``.
         activation: "swiglu" or "gelu".
         score: "softmax" over all experts, or "sigmoid" of each.
-        renormalize: Let a token's weights sum to 1.
+        renormalize: Scale the weights of a token's experts to sum to 1.
         score_scale: Factor on the weights.
         num_shared: Experts that every token passes through, as one dense block; 0 for none.
-        balance: "aux" (a loss over global fractions), "bias" (no loss: a bias on the choice,
-            renewed from committed counts), or "none".
-        aux_coef: Coefficient of the auxiliary loss.
-        bias_rate: By how much the bias of the choice moves after a step.
+        balance: "aux" adds a loss over global fractions to the training loss, "bias" adds a bias
+            to the choice of experts and updates it after each step, "none" does neither.
+        aux_coef: Coefficient of the auxiliary loss. Raise it if few experts get most tokens.
+        bias_rate: By how much the bias changes after a step.
         bias: Whether gelu experts have biases.
-        init_std: Standard deviation of initial weights; None takes 1 / sqrt(fan in).
-        recompute: Keep no hidden activations of experts for the backward.
+        init_std: Standard deviation of initial weights; None means 1 / sqrt(fan in).
+        recompute: Recompute the experts' hidden activations in the backward, to save memory.
 
     Raises:
-        ValueError: ``top_k`` is not in 1..``num_experts``, or a choice is unknown.
+        ValueError: ``top_k`` is not in 1..``num_experts``, or ``balance`` or ``score`` is unknown.
     """
 
     def __init__(
@@ -90,10 +90,11 @@ class MoELayer(nn.Module):
         self.context = LayerContext.solo(num_experts)
 
     def attach(self, context: LayerContext | None) -> None:
-        """Let the layer serve in a run; None makes it stand alone again.
+        """Connect the layer with a run, or disconnect it with None.
 
         Raises:
-            RoutingTableError: The bank does not hold what the table says this rank holds.
+            RoutingTableError: The context's table has another number of experts than the layer, or
+                names experts for this rank that the bank does not hold.
         """
         self.context = LayerContext.solo(self.num_experts) if context is None else context
         table = self.context.table
@@ -111,7 +112,15 @@ class MoELayer(nn.Module):
             )
 
     def forward(self, x_BSD: Tensor, *, mask_BS: Tensor | None = None) -> Tensor:
-        """Same shape. Tokens masked with False are neither routed nor counted and yield zeros."""
+        """Apply the layer to activations [B, S, D].
+
+        Args:
+            x_BSD: The activations.
+            mask_BS: Tokens that are False are neither routed nor counted, and yield zeros.
+
+        Returns:
+            Activations of the same shape.
+        """
         context = self.context
         x_TD = _sent_dtype(x_BSD.reshape(-1, x_BSD.shape[-1]).contiguous())
         score_TE = self._scores(x_BSD.reshape(-1, x_BSD.shape[-1]))
@@ -137,7 +146,7 @@ class MoELayer(nn.Module):
                 differentiable=_is_differentiable(x_TD, gate_TK, self.experts.weight),
             ),
         )
-        # Dense work that needs no peer runs while the counts are on their way.
+        # Dense work that needs no peer runs while the counts are exchanged.
         shared_BSD = None if self.shared is None else self.shared(x_BSD)
         aux = self._auxiliary(score_TE, mask_T)
         routed = finish_routing(counting, expert_of_slot=tuple(self.experts.expert_of_slot))
@@ -154,7 +163,7 @@ class MoELayer(nn.Module):
         return out_BSD if shared_BSD is None else out_BSD + shared_BSD
 
     def _scores(self, x_TD: Tensor) -> Tensor:
-        """Router scores in fp32 whatever autocast says."""
+        """Router scores, in fp32 even under autocast."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.router.weight.float())
             return gate_scores(logits_TE, score=self.score)
@@ -188,7 +197,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 
 def take_auxiliary(model: nn.Module) -> Tensor | None:
-    """The auxiliary losses collected since the last call, summed; None if there are none."""
+    """Sum the auxiliary losses collected since the last call; None if there are none."""
     total: Tensor | None = None
     for layer in moe_layers(model).values():
         part, layer.context.aux_sum = layer.context.aux_sum, None
@@ -198,9 +207,9 @@ def take_auxiliary(model: nn.Module) -> Tensor | None:
 
 
 def commit_load(model: nn.Module, *, bias_rate: float | None = None) -> None:
-    """Fold the step's counts into the next step's fractions and biases, then forget them.
+    """Turn the step's counts into the next step's fractions and biases, then reset the counts.
 
-    For training without a run around the model; in a run the runtime does this at its apply.
+    For training without a run; in a run the runtime does this when a step is applied.
     """
     for layer in moe_layers(model).values():
         counts_E = layer.context.counts_E
@@ -212,7 +221,7 @@ def commit_load(model: nn.Module, *, bias_rate: float | None = None) -> None:
 
 
 def _sent_dtype(x_TD: Tensor) -> Tensor:
-    """Under autocast tokens are sent and computed in its lower precision."""
+    """Convert tokens to the lower precision of autocast, in which they are sent and computed."""
     kind = x_TD.device.type
     return x_TD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x_TD
 
@@ -222,5 +231,5 @@ def _is_differentiable(*tensors: Tensor) -> bool:
 
 
 def _in_backward() -> bool:
-    """Whether this forward is one that checkpointing repeats inside a backward."""
+    """Whether activation checkpointing is repeating this forward inside a backward."""
     return bool(torch._C._current_graph_task_id() != -1)

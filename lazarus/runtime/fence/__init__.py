@@ -1,6 +1,6 @@
-"""Where a worker's two threads meet: what may be decided, where the training thread is.
+"""State that a worker's training thread and control thread share.
 
-Start reading at ``ledger.py``: one lock. ``observer.py`` reports progress and strikes scripted
-faults, ``trail.py`` and ``whereabouts.py`` say which exchange and which user function a rank is
-in.
+Start reading at ``ledger.py``, which decides under one lock whether a step commits.
+``observer.py`` reports progress and fires scripted faults; ``trail.py`` and ``whereabouts.py``
+note which exchange and which user function the rank is in.
 """

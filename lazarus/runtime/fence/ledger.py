@@ -1,4 +1,7 @@
-"""Where a worker's training thread and control thread meet: one lock, six values (rule 3)."""
+"""The step state that a worker's training and control threads share, behind one lock.
+
+Rules named in this module ("rule 3") are those of docs/protocol.md; this module is rule 3.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from lazarus.errors import FencedError
 
 
 class StepLedger:
-    """Which generation this rank computes in, how far it is, and what was decided.
+    """Generation, progress and committed vectors of one rank. Safe to use from any thread.
 
-    ``gen`` is the group the rank computes in, ``fence`` the highest generation it has heard of. The
-    outcome of a step is decided only while both are equal; hearing FENCE freezes it.
+    ``gen`` is the generation the rank computes in, ``fence`` the highest generation it has been
+    told of. A step can be decided only while the two are equal; a FENCE message ends that.
     """
 
     def __init__(self, *, committed: int = 0) -> None:
@@ -30,13 +33,13 @@ class StepLedger:
         """Raise if this rank's generation is over.
 
         Raises:
-            FencedError: A higher generation was heard of.
+            FencedError: The rank has been told of a higher generation.
         """
         if self.fence != self.gen:
             raise FencedError(generation=self.gen, fence=self.fence)
 
     def enter(self, generation: int) -> bool:
-        """Begin computing in ``generation`` unless a higher one was heard of meanwhile."""
+        """Begin computing in ``generation``; return False if a higher one has been announced."""
         with self._lock:
             if self.fence != generation:
                 return False
@@ -44,17 +47,21 @@ class StepLedger:
             return True
 
     def prepare(self, step: int) -> None:
-        """All gradients of ``step`` are complete on this rank (rule 9)."""
+        """Note that all gradients of ``step`` are complete on this rank (rule 9)."""
         with self._lock:
             self.prepared = step
 
     def withdraw(self) -> None:
-        """The attempt is dropped: gradients are scratch again."""
+        """Drop the attempt at the current step: its gradients no longer count as complete."""
         with self._lock:
             self.prepared = self.decided
 
     def decide(self, vector: Vector) -> bool:
-        """Commit ``vector.step`` if no fence came first (rule 12). False: thrown away for ever."""
+        """Commit ``vector.step`` unless a fence came first (rule 12).
+
+        Returns:
+            Whether the step is committed. If False, the vector must never be used.
+        """
         with self._lock:
             if self.fence != self.gen:
                 return False
@@ -62,7 +69,7 @@ class StepLedger:
             return True
 
     def accept(self, vector: Vector) -> None:
-        """Commit a step by the controller's verdict (rule 20)."""
+        """Commit a step because the controller says that it is committed (rule 20)."""
         with self._lock:
             self._take(vector)
 
@@ -72,13 +79,14 @@ class StepLedger:
         self._vectors[vector.step] = vector
 
     def applied(self, step: int) -> None:
+        """Note that the optimizer step of ``step`` has been applied on this rank."""
         with self._lock:
             self.committed = step
 
     def stand(self, step: int) -> None:
-        """Start from the state of a committed step (joiner, resume, rollback).
+        """Start from the state of a committed step: when joining, resuming or rolling back.
 
-        Vectors of steps behind it belong to a history that is over.
+        Vectors of earlier steps are forgotten: they belong to a history that no longer counts.
         """
         with self._lock:
             self._vectors = {}
@@ -87,15 +95,16 @@ class StepLedger:
     def raise_fence(
         self, generation: int, release: Callable[[], None], *, tail: Tail | None = None
     ) -> Report | None:
-        """Fence, then release, then report: never the other way round (rule 17).
+        """Fence first, then release the training thread and return the report (rule 17).
 
         Args:
-            generation: The one that begins.
+            generation: The generation that begins.
             release: Frees the training thread from whatever it waits for.
-            tail: Where it was, for the report.
+            tail: The training thread's newest exchanges, for the report.
 
         Returns:
-            The frozen report, or None if the fence is not higher than the one heard before.
+            The report, frozen at the fence, or None if ``generation`` is not higher than the
+            fence so far.
         """
         with self._lock:
             if generation <= self.fence:
@@ -114,11 +123,12 @@ class StepLedger:
         return report
 
     def acknowledge(self, step: int) -> None:
-        """The controller has journaled up to ``step``: forget those vectors, but not the last."""
+        """Forget the vectors up to ``step``, except the last: the controller has journaled them."""
         with self._lock:
             last = max(self._vectors, default=0)
             self._vectors = {s: v for s, v in self._vectors.items() if s > step or s == last}
 
     def unacknowledged(self, *, above: int) -> tuple[Vector, ...]:
+        """The vectors of steps after ``above``, by step."""
         with self._lock:
             return tuple(self._vectors[step] for step in sorted(self._vectors) if step > above)

@@ -1,4 +1,4 @@
-"""Where the training thread is, as others may see it; and scripted faults at those places."""
+"""Progress of the training thread as other threads see it, and the faults scripted for it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,25 @@ from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.trail import Trail
 from lazarus.runtime.fence.whereabouts import Whereabouts
 
-DEFAULT_PHASE = "forward"  # where a fault strikes that names no phase
-RANDOM_OPTIONS = {"slow": {"factor": 3.0, "steps": 10.0}}  # of faults drawn at random
+DEFAULT_PHASE = "forward"  # phase of a fault that names none
+RANDOM_OPTIONS = {"slow": {"factor": 3.0, "steps": 10.0}}  # options of faults drawn at random
 
 
 class InjectedCrashError(LazarusError):
-    """The scripted exception in user code."""
+    """Raised in the training thread by a scripted ``crash`` fault."""
 
 
 class Observer:
-    """Phase, progress and waiting time of the training thread; fires the node's scripted faults."""
+    """Phase, progress and waiting time of the training thread; fires this node's scripted faults.
+
+    Args:
+        ledger: Gives the generation for messages.
+        faults: Scripted faults that may strike on this rank.
+        send: Sends a message to the controller.
+        node_folder: Folder in which the processes of this node are registered.
+        go_timeout_s: How long a fault waits for the controller to record it before it is dropped.
+        is_first: Whether this rank fires the faults that name no node.
+    """
 
     def __init__(
         self,
@@ -41,7 +50,7 @@ class Observer:
         is_first: Callable[[], bool] = lambda: True,
     ) -> None:
         self.where = Whereabouts()
-        self._is_first = is_first  # whether faults that name no node are this rank's to strike
+        self._is_first = is_first  # whether this rank fires faults that name no node
         self._ledger = ledger
         self._faults = list(faults)
         self._send = send
@@ -50,28 +59,32 @@ class Observer:
         self._go = threading.Event()
         self._forever = threading.Event()
         self._waiting_since = 0.0
-        self.waited_s = 0.0  # inside collectives, since `begin_step`
+        self.waited_s = 0.0  # time inside collectives since `begin_step`
         self.step = 0
-        self.trail: Trail | None = None  # of the group that ran the newest collective
-        self._thread = 0  # that trains
+        self.trail: Trail | None = None  # trail of the group that ran the newest collective
+        self._thread = 0  # identifier of the training thread
         self.phase = ""
         self.progress = 0
         self.is_waiting = False
         self.leaving = False
-        self.announced: FaultFired | None = None  # waits for the controller's Go
+        self.announced: FaultFired | None = None  # fault that waits for the controller's Go
         self._slow: tuple[float, int] | None = None  # factor, last step
         self._num_fired = 0
         self._is_done = False
-        self._drawn = ""  # kind of a random fault that is due, on record already
+        self._drawn = ""  # kind of a random fault that is due; already recorded
 
     def add_faults(self, specs: Sequence[str], *, node: int, rank: int) -> None:
-        """Take over the scripted faults of this node, or of none; most strike in a first rank."""
+        """Take over the scripted faults that are for this node or for no particular node.
+
+        Ranks above 0 take only ``slow`` and ``stall`` faults.
+        """
         for fault in map(parse_fault, specs):
             mine = fault.node in (None, node)
             if mine and (rank == 0 or fault.kind in ("slow", "stall")):
                 self._faults.append(fault)
 
     def begin_step(self, step: int) -> None:
+        """Note that ``step`` begins; ask to leave if a scripted leave is due at the next step."""
         self.step = self.where.step = step
         self._thread = threading.get_ident()
         self.waited_s = 0.0
@@ -115,28 +128,37 @@ class Observer:
         return self.step >= fault.step if between_steps else self.step == fault.step
 
     def moved(self) -> None:
-        """The training thread has done one more part of something that may take long."""
+        """Count progress: the training thread has done one more part of a long operation."""
         self.progress += 1
 
     def waiting(self, label: str) -> None:
-        """The training thread is inside a collective: others keep it."""
+        """Note that the training thread enters a collective, where it waits for other ranks."""
         self.progress += 1
         self._waiting_since = time.monotonic()
         self.is_waiting = True
 
     def done(self) -> None:
+        """Note that the training thread has left the collective, and add up the waiting time."""
         self.is_waiting = False
         self.waited_s += time.monotonic() - self._waiting_since
         self.progress += 1
 
     def go(self, *, is_done: bool = False) -> None:
-        """The controller has the fault on record, perhaps from another rank that struck it."""
+        """Let an announced fault happen: the controller has recorded it.
+
+        Args:
+            is_done: Another rank has already fired the fault, so this rank must not.
+        """
         self.announced = None
         self._is_done = is_done
         self._go.set()
 
     def drag(self, own_s: float) -> None:
-        """A scripted slow rank takes ``factor`` times its own compute time."""
+        """Sleep so that a rank scripted to be slow takes ``factor`` times its own compute time.
+
+        Args:
+            own_s: Seconds that the rank has computed in this step.
+        """
         if self._slow is not None:
             factor, last = self._slow
             if self.step > last:
@@ -161,12 +183,12 @@ class Observer:
     def _strike(self, fault: FaultSpec) -> None:
         self._fired(fault)
         if not self._go.wait(self._go_timeout_s):
-            return  # the controller is gone: an unrecorded fault proves nothing
+            return  # no controller: a fault must not happen unrecorded
         if not self._is_done:
             self._act(fault)
 
     def strike(self, kind: str) -> None:
-        """A random fault: it happens at the next step's forward pass."""
+        """Fire a random fault of this kind at the next forward pass."""
         self._drawn = kind
 
     def _act(self, fault: FaultSpec) -> None:
@@ -183,17 +205,17 @@ class Observer:
             case "crash":
                 raise InjectedCrashError(f"injected crash: {fault}")
             case _:
-                pass  # the controller carries out joins, cuts and its own end
+                pass  # joins, cuts and controller faults: carried out by the controller
 
 
 def register_process(node_folder: Path) -> None:
-    """Note this process as one of its node, so that a fault can end the whole node."""
+    """Register this process in its node's folder, so that a fault can end the whole node."""
     node_folder.mkdir(parents=True, exist_ok=True)
     (node_folder / str(os.getpid())).touch()
 
 
 def kill_node(node_folder: Path) -> None:
-    """SIGKILL to every process of the node, this one last."""
+    """Send SIGKILL to every process of the node, to this process last."""
     own = os.getpid()
     for path in node_folder.iterdir():
         if path.name.isdigit() and int(path.name) != own:
@@ -205,7 +227,7 @@ def kill_node(node_folder: Path) -> None:
 
 
 def stop_self(for_s: float | None) -> None:
-    """SIGSTOP to this process; continued after ``for_s`` seconds by a small child of its own."""
+    """Send SIGSTOP to this process; a child process continues it after ``for_s`` seconds."""
     pid = os.getpid()
     if for_s is not None:
         script = f"sleep {float(for_s)}; kill -CONT {pid}"

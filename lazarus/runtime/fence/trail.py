@@ -1,8 +1,8 @@
-"""Which exchanges a rank has run: labels that are equal on all ranks that meet.
+"""Labels of the exchanges that a rank has run; ranks that run the same exchanges have equal labels.
 
-User code that runs other layers on one rank than on another makes ranks meet in different
-collectives. Exchanges within a machine compare the labels themselves; over a network the newest
-labels of all ranks are compared when a collective fails, and a checksum at every commit.
+If user code runs other layers on one rank than on another, the ranks meet in different
+collectives. Exchanges within a machine compare labels directly. Over a network, the newest labels
+of all ranks are compared when a collective fails, and a checksum of the labels at every commit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from lazarus.basics.tracebacks import UserLine, calling_line, innermost, line_text
 from lazarus.control.messages import Tail
 
-KEPT = 24  # ranks that wait for each other are at most a few exchanges apart
+KEPT = 24  # labels kept: ranks that wait for each other are a few exchanges apart
 
 _PLACES = {
     "counts": "layer {layer} forward (counts)",
@@ -31,16 +31,15 @@ _PLACES = {
 
 
 class Trail:
-    """Labels of one group's exchanges, in order; any thread may ask for the newest ones.
+    """Labels of one group's exchanges, in order. Any thread may read the newest ones.
 
-    ``step`` and ``round`` are set by who computes them, -1 where there is none: labels are equal on
-    all ranks, and where a rank stood before the group was made is its own affair.
+    ``step`` and ``round`` are set from outside and are -1 outside a step or round.
 
     Args:
-        generation: Of the group.
-        group: Its name within the generation.
-        rank: This one's in the group.
-        mute_peers: Tells to which ranks a link carries nothing.
+        generation: Generation of the group.
+        group: Name of the group within the generation.
+        rank: This process's rank in the group.
+        mute_peers: Returns the ranks whose links carry nothing.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Trail:
         self._checksum = 0
 
     def note(self, label: str, *, layer: int) -> str:
-        """Add an exchange that is about to begin; returns its whole label."""
+        """Add the label of an exchange that is about to begin, and return it."""
         place = _PLACES.get(label, label).format(layer=layer)
         within = f" of round {self.round}" if self.round >= 0 else ""
         when = f" in step {self.step}" if self.step >= 0 else ""
@@ -74,11 +73,11 @@ class Trail:
         return tuple(text for _, text, _ in tuple(self._newest))
 
     def tail(self, *, step: int, thread: int) -> Tail:
-        """The newest exchanges, for a report. For any thread; never waits.
+        """The newest exchanges, for a report. Safe to call from any thread; never waits.
 
         Args:
-            step: That is computed.
-            thread: Which computes, by its number.
+            step: The step that is being computed.
+            thread: Identifier of the training thread, as ``threading.get_ident`` returns it.
         """
         kept = tuple(self._newest)
         return Tail(
@@ -93,17 +92,17 @@ class Trail:
         )
 
     def start_step(self, step: int) -> None:
-        """The labels from here on are of ``step``; what the checksum covers begins."""
+        """Begin ``step``: later labels name it, and the checksum starts anew."""
         self.step, self.round, self._checksum = step, -1, 0
 
     @property
     def checksum(self) -> int:
-        """Of the labels since ``start_step``, below 2**20: sums of its square stay exact."""
+        """Checksum of the labels since ``start_step``, below 2**20 so that its square is exact."""
         return self._checksum & 0xFFFFF
 
 
 def user_line(thread: int) -> str:
-    """The innermost line of the user's that a thread is in, "train.py:12 in loss"; or empty."""
+    """The innermost line of user code that a thread runs, as "train.py:12 in loss", or ""."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return ""

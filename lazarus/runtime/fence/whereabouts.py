@@ -1,8 +1,8 @@
-"""Which of the user's functions a rank is in, noted where the death of its process leaves it.
+"""Notes of which user function a rank is in, kept in a file that outlives the process.
 
-A process that is gone can say nothing more. So the training thread writes what it is about to do
-into a small mapped file of its node's folder: a few microseconds each, no system call. Whoever sees
-the process end reads the note, and what ``faulthandler`` wrote while the process crashed.
+The training thread writes what it is about to do into a small memory-mapped file in its node's
+folder, which takes a few microseconds and no system call. After the process has died, the driver
+reads the note and whatever ``faulthandler`` wrote during the crash.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from lazarus.basics.tracebacks import clean, place_in_crash, shown_crash
 from lazarus.control.messages import WorkerDied
 
-_SIZE = 4096  # of the mapped file
-_MOST_IDS = 64  # sample ids that a note carries
-_TAIL_BYTES = 4096  # of what a crashing process wrote
+_SIZE = 4096  # bytes of the mapped file
+_MOST_IDS = 64  # sample ids in a note, at most
+_TAIL_BYTES = 4096  # bytes read of a crash report
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
-    """What the training thread was doing. ``phase`` is empty outside the user's functions."""
+    """What the training thread is doing. ``phase`` is empty outside user functions."""
 
     generation: int = 0
     rank: int = -1
@@ -39,9 +39,9 @@ class Note:
 
 
 class Whereabouts:
-    """What this process notes of its training thread; without a file, in memory only.
+    """Writes notes about this process's training thread; without a file, keeps them in memory.
 
-    Who knows it sets ``step``, ``generation``, ``rank`` and ``places`` (phase -> where the user's
+    The owner sets ``step``, ``generation``, ``rank`` and ``places`` (phase -> where the user's
     function is defined); every note carries them.
     """
 
@@ -53,14 +53,14 @@ class Whereabouts:
 
     @classmethod
     def in_folder(cls, folder: Path, local_rank: int) -> Whereabouts:
-        """Notes go into the node's folder."""
+        """Create the note file of this rank in its node's folder."""
         path = _note_path(folder, local_rank)
         path.write_bytes(bytes(_SIZE))
         with path.open("r+b") as opened:
             return cls(mmap.mmap(opened.fileno(), _SIZE))
 
     def enter(self, phase: str, sample_ids: Sequence[int] | NDArray[np.int64] = ()) -> None:
-        """The thread is about to call a function of the user's."""
+        """Note that the training thread is about to call the user function of ``phase``."""
         self.now = Note(
             generation=self.generation,
             rank=self.rank,
@@ -72,7 +72,7 @@ class Whereabouts:
         self._write()
 
     def leave(self) -> None:
-        """The thread is in the library's own code again."""
+        """Note that the training thread has returned from user code."""
         if self.now.phase:
             self.now = Note(generation=self.generation, rank=self.rank, step=self.step)
             self._write()
@@ -92,7 +92,7 @@ def _encoded(note: Note) -> bytes:
 
 
 def read_note(folder: Path, local_rank: int) -> Note | None:
-    """The last note of a process that has ended; None if it left none that is whole."""
+    """The last note of a process that has ended; None if there is no intact note."""
     try:
         with _note_path(folder, local_rank).open("rb") as file:
             held = file.read(_SIZE)
@@ -112,20 +112,20 @@ def crash_path(folder: Path, local_rank: int) -> Path:
 
 
 def read_crash(folder: Path, local_rank: int) -> str:
-    """What a crashing process wrote, its beginning: signal and the stack of the thread at fault."""
+    """The beginning of what ``faulthandler`` wrote: the signal and the failing thread's stack."""
     with contextlib.suppress(OSError), crash_path(folder, local_rank).open("rb") as file:
         return clean(file.read(_TAIL_BYTES).decode("utf-8", "replace"), limit=_TAIL_BYTES)
     return ""
 
 
 class LastWords:
-    """What processes of this machine noted before they ended.
+    """Notes of processes on this machine that have ended. Safe to use from any thread.
 
-    The folder of a node that is taken down may be gone before the end of its processes is seen:
-    what they noted is kept in time. For any thread.
+    A node's folder may be removed before the end of its processes is noticed, so ``keep`` saves
+    their notes in time.
 
     Args:
-        scratch: Has the folders of the nodes.
+        scratch: Directory that holds the folders of the nodes.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -133,13 +133,13 @@ class LastWords:
         self._kept: dict[str, tuple[Note, str]] = {}
 
     def keep(self, name: str) -> None:
-        """The process has been killed, and the folder of its node is about to be removed."""
+        """Save the notes of the killed process ``name`` before its node's folder is removed."""
         note, crash = self._read(name)
         if note is not None or crash:
             self._kept[name] = (note or Note(), crash)
 
     def of(self, name: str, cause: str) -> WorkerDied:
-        """The news of a death, with what the process noted of the user's code that it was in."""
+        """The message that process ``name`` has died, with what the process had noted."""
         note, crash = self._read(name)
         if note is None and not crash:
             note, crash = self._kept.get(name, (None, ""))

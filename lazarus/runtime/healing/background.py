@@ -1,4 +1,4 @@
-"""Replicas that are refilled behind training, in rounds between two optimizer steps."""
+"""Background healing: replicas that are transferred after RESUME, in rounds between steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from placement import Plan
 
 
 class Refill:
-    """What one generation still has to move after RESUME; nothing, if all was moved before it."""
+    """Transfers that one generation has left for after RESUME; may be empty."""
 
     def __init__(self, order: Prepare, plan: Plan, feed: TransferRun, replica: Replica) -> None:
         moves = order.moves_behind
@@ -26,11 +26,14 @@ class Refill:
 
     @property
     def plan(self) -> Plan:
-        """The plan with the replicas that are there: what routing may use now."""
+        """The plan restricted to replicas that have arrived, which routing may use now."""
         return without(self._plan, self._missing)
 
     def run_round(self, rank: int) -> None:
-        """The next round, while the tensors stand still; places what ``rank`` got."""
+        """Run the next round, and place the experts that ``rank`` received.
+
+        The training tensors must not change meanwhile.
+        """
         batch = self._rounds.pop(0)
         self._feed.run_round(batch)
         self._missing -= {(piece.layer, piece.expert, piece.target) for piece in batch}

@@ -1,4 +1,4 @@
-"""What a comparison while training finds outvoted takes the majority's bits at once."""
+"""Repair of copies that a comparison during training has found outvoted."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from lazarus.runtime.state.replica import Replica
 
 
 class InCommon(Protocol):
-    """What all ranks have in common, as far as a comparison and its repair read and set it.
-
-    A worker's ``common_state.CommonState`` is one.
-    """
+    """The part of ``worker.common_state.CommonState`` that comparison and repair use."""
 
     def checksum(self) -> int: ...
 
@@ -42,13 +39,18 @@ def repair(
     generation: int,
     step: int,
 ) -> None:
-    """All ranks take part; those that are outvoted end with the bits of the others.
+    """Give outvoted ranks the majority's bits. All ranks must call this.
 
-    Everything is received and verified before anything is written, so that a loss in between
-    leaves every rank as it was.
+    Everything is received and verified before anything is written, so that a loss during the
+    transfer leaves every rank unchanged.
 
     Args:
         found: Differences with a majority, the same list on all ranks.
+        replica: This rank's state.
+        exchange: The group of all ranks.
+        common: State that all ranks have in common.
+        generation: The current generation.
+        step: The step after which copies were compared.
     """
     dense = next((d for d in found if d.layer < 0), None)
     order = _order(found, dense, generation=generation, step=step)
@@ -79,14 +81,14 @@ def repair(
 
 
 def _sound(difference: Difference) -> list[int]:
-    """Ranks whose copy is that of the majority."""
+    """Ranks that hold the majority's copy."""
     return [rank for rank in difference.holders if rank not in difference.odd]
 
 
 def _order(
     found: Sequence[Difference], dense: Difference | None, *, generation: int, step: int
 ) -> Prepare:
-    """The transfers, as a change of members would order them."""
+    """The transfers, in the form of a PREPARE order."""
     moves = []
     for difference in found:
         if difference.layer < 0:

@@ -1,4 +1,7 @@
-"""Experts without a live replica: each holder fetches the one chosen copy (rule 27). EFFECTS."""
+"""Experts that no rank holds: each future holder fetches the copy chosen for it (rule 27).
+
+The rule is that of docs/protocol.md.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _Found = TypeVar("_Found")
 
 
 def still_wanted(observer: Observer, ledger: StepLedger, generation: int) -> Callable[[], None]:
-    """What a wait for storage calls all the time: this rank is alive, and not fenced."""
+    """A function for waits on storage: reports progress, and raises if this rank is fenced."""
 
     def waiting() -> None:
         observer.progress += 1
@@ -40,11 +43,11 @@ def still_wanted(observer: Observer, ledger: StepLedger, generation: int) -> Cal
 
 
 class PatientReader:
-    """Reads from storage for one rank, asking again while it refuses.
+    """Reads from storage for one rank, retrying while storage refuses.
 
     Args:
-        patience_s: For how long it asks again, and how long a read may stand still.
-        waiting: Called all the time while it waits.
+        patience_s: How long to retry, and how long a read may make no progress.
+        waiting: Called repeatedly while waiting; may raise to give up.
     """
 
     def __init__(self, *, patience_s: float, waiting: Callable[[], None] = lambda: None) -> None:
@@ -53,16 +56,20 @@ class PatientReader:
         self._moved = 0
 
     def __call__(self, storage: Storage, path: str) -> bytes:
-        """The bytes of a file."""
+        """Read the bytes of a file.
+
+        Raises:
+            StorageError: Storage still refuses.
+        """
         return self.ask(
             lambda: read_file(storage, path, progress=self._count), place=storage.place(path)
         )
 
     def ask(self, work: Callable[[], _Found], *, place: str) -> _Found:
-        """Whatever is to be read from storage.
+        """Run ``work``, which reads from storage, with retries.
 
         Raises:
-            StorageError: It still refuses.
+            StorageError: Storage still refuses. Later calls do not retry any more.
         """
         try:
             return patiently(
@@ -75,7 +82,7 @@ class PatientReader:
                 operation="read",
             )
         except StorageError:
-            self._for_s = 0.0  # what is down is down for all files: each is asked for once
+            self._for_s = 0.0  # storage is down: other files are tried once
             raise
 
     def _count(self, num_bytes: int) -> None:
@@ -83,7 +90,7 @@ class PatientReader:
 
 
 def bad_source(problem: CheckpointError, *, name: str, what: str, source: str) -> BadSourceError:
-    """What the controller must hear: which copy is no good, and whether storage refused it."""
+    """An error for the controller that names the bad copy, and whether storage refused the read."""
     refused = problem if isinstance(problem, StorageError) else None
     return BadSourceError(
         name=name,
@@ -96,11 +103,11 @@ def bad_source(problem: CheckpointError, *, name: str, what: str, source: str) -
 
 
 class Fetcher:
-    """The restores of one PREPARE, for one rank.
+    """Fetches the experts that one PREPARE has this rank restore from keepers or storage.
 
     Attributes:
-        versions: What came from storage where that may differ from what was asked for: a file that
-            is damaged or cannot be read is passed over for an older one.
+        versions: Versions read from storage that may differ from those asked for: a file that is
+            damaged or cannot be read is replaced by an older one.
     """
 
     def __init__(
@@ -113,7 +120,7 @@ class Fetcher:
         read: PatientReader,
         keeper_s: float,
     ) -> None:
-        """``keeper_s`` bounds the wait for a keeper to send one record."""
+        """``keeper_s`` bounds the wait for a keeper to send one record, in seconds."""
         self._order, self._replica, self._keeper_s = order, replica, keeper_s
         self._credentials, self._tag, self._read = credentials, tag, read
         self._readers: dict[CheckpointRef, CheckpointReader] = {}
@@ -123,10 +130,16 @@ class Fetcher:
     def fetch(
         self, plan: Plan, seat: int, into: TransferRun, *, entering: Callable[[], None]
     ) -> None:
-        """Stage what this seat is to hold; ``entering`` is called before each expert.
+        """Stage the experts that this rank is to hold.
+
+        Args:
+            plan: The plan of the new generation.
+            seat: This rank in the plan.
+            into: Where records are staged.
+            entering: Called before each expert.
 
         Raises:
-            BadSourceError: A copy cannot be read; the next attempt chooses another one.
+            BadSourceError: A copy cannot be read; the next attempt chooses another copy.
         """
         for restore in self._order.restores:
             if restore.source == "init" or seat not in plan.ranks_of(restore.layer, restore.expert):
@@ -174,16 +187,16 @@ class Fetcher:
         return self._readers[ref]
 
     def _newest(self, restore: Restore, ref: CheckpointRef) -> Mapping[str, torch.Tensor]:
-        """As the checkpoint has it, or where that is no good from an older version; and say so."""
+        """Read the expert from the checkpoint, or an older version if that is damaged."""
         if restore.step >= ref.step:
             try:
                 return self._reader(ref).expert(*_key(restore))
             except CheckpointError:
-                pass  # an older version may be sound, and says what is wrong if there is none
+                pass  # try an older version, which raises if there is none
         return self._older(restore, ref.url, upto=ref.step)
 
     def _older(self, restore: Restore, url: str, *, upto: int) -> Mapping[str, torch.Tensor]:
-        """The newest sound version at a checkpoint or before; the same one on every rank."""
+        """Read the newest sound version up to the step ``upto``; the same version on every rank."""
         if (url, upto) not in self._stored:
             lineage = [(int(g), int(b)) for g, b in json.loads(self._order.lineage)]
             self._stored[url, upto] = self._read.ask(

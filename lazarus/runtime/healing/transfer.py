@@ -1,8 +1,8 @@
-"""Healing: expert records and dense state from rank to rank, in bounded collective rounds.
+"""Transfer of expert records and dense state between ranks, in collective rounds of bounded size.
 
-Every feeder knows the whole schedule, so a round is one uneven all-to-all of bytes. Each piece
-carries a header that names what it is, for which (generation, step), and its checksum; it counts
-only when the receiver has verified it. A loss breaks the round like any collective.
+All ranks that take part (feeders) know the whole schedule, so a round is one uneven all-to-all of
+bytes. Each piece has a header with its name, generation, step and checksum, which the receiver
+verifies before it uses the piece. The loss of a rank ends a round like any collective.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lazarus.control.messages import Move, Prepare
 from lazarus.errors import TransferError
 from lazarus.runtime.state.flat_bytes import DenseImage
 
-ROUND_BYTES = 32 << 20  # a rank sends about this much in one round
+ROUND_BYTES = 32 << 20  # a rank sends about this many bytes in one round
 _HEADER = struct.Struct("<qqiiq16s16x")  # generation, step, layer, expert or -1, offset, xxh3_128
 
 Expert = tuple[int, int]
@@ -29,7 +29,7 @@ ReadRecord = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """One stretch of bytes from ``source`` to ``target``; layer -1 is the dense image."""
+    """A range of bytes to send from rank ``source`` to rank ``target``; layer -1: dense image."""
 
     source: int
     target: int
@@ -44,6 +44,7 @@ class Piece:
 
 
 def expert_pieces(moves: Sequence[Move], *, record_bytes: int) -> list[Piece]:
+    """One piece for each expert record to move."""
     return [
         Piece(
             source=move.source,
@@ -58,7 +59,7 @@ def expert_pieces(moves: Sequence[Move], *, record_bytes: int) -> list[Piece]:
 
 
 def dense_pieces(sources: Sequence[int], targets: Sequence[int], *, num_bytes: int) -> list[Piece]:
-    """Every target gets the whole image, a stretch of it from each source."""
+    """Pieces that give every target the whole dense image, a part of it from each source."""
     share = -(-num_bytes // max(1, len(sources)))
     pieces = []
     for target in targets:
@@ -80,7 +81,7 @@ def dense_pieces(sources: Sequence[int], targets: Sequence[int], *, num_bytes: i
 
 
 def rounds_of(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Cut the schedule, in order, so that no rank sends or receives much over ROUND_BYTES."""
+    """Cut the schedule, in order; no rank sends or receives much over ROUND_BYTES in a round."""
     current: list[Piece] = []
     load: dict[tuple[str, int], int] = {}
     for piece in pieces:
@@ -96,7 +97,12 @@ def rounds_of(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 class TransferRun:
-    """One rank's part in the transfers of one generation."""
+    """One rank's part in the transfers of one generation.
+
+    Attributes:
+        staged: Verified expert records, by layer and expert, that have no slot yet.
+        bytes_received: Bytes received so far.
+    """
 
     def __init__(
         self,
@@ -108,7 +114,7 @@ class TransferRun:
         record_bytes: int,
         device: torch.device | None = None,
     ) -> None:
-        """``device``: what the exchange takes; None is the CPU."""
+        """``device``: device of the tensors that ``exchange`` takes; None means the CPU."""
         self._device = device or torch.device("cpu")
         self._order = prepare
         self._exchange = exchange
@@ -119,10 +125,10 @@ class TransferRun:
         self.bytes_received = 0
 
     def run(self) -> None:
-        """All transfers before RESUME.
+        """Run all transfers that come before RESUME.
 
         Raises:
-            TransferError: A piece arrived damaged or is not what was asked for.
+            TransferError: A piece arrived damaged or is not the expected piece.
         """
         order = self._order
         pieces = dense_pieces(
@@ -132,7 +138,11 @@ class TransferRun:
             self.run_round(batch)
 
     def run_round(self, pieces: Sequence[Piece]) -> None:
-        """One all-to-all."""
+        """Send and receive the pieces of one round in one all-to-all.
+
+        Raises:
+            TransferError: A piece arrived damaged or is not the expected piece.
+        """
         rank, size = self._exchange.rank, self._exchange.size
         outgoing = sorted((p for p in pieces if p.source == rank), key=lambda p: p.target)
         incoming = sorted((p for p in pieces if p.target == rank), key=lambda p: p.source)
@@ -195,5 +205,5 @@ def _splits(pieces: Sequence[Piece], size: int, peer: Callable[[Piece], int]) ->
 
 
 def staged_experts(staged: Mapping[Expert, Tensor], layer: int) -> list[int]:
-    """Experts of one layer whose verified records wait."""
+    """Experts of one layer whose records are staged, ascending."""
     return sorted(expert for at, expert in staged if at == layer)

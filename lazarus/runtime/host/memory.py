@@ -1,4 +1,4 @@
-"""The devices and the memory that a process sees."""
+"""Devices and memory that a process can use."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def visible_bytes() -> int:
-    """All memory of the devices that this process sees, or host memory where it sees none."""
-    import torch  # not for keepers, which ask for the machine's alone
+    """Total memory of the GPUs visible to this process, in bytes; host memory if there are none."""
+    import torch  # imported here: keepers run without torch
 
     if not torch.cuda.is_available():
         return machine_bytes()
@@ -20,7 +20,7 @@ def visible_bytes() -> int:
 
 
 def ranks_per_node(asked: int | Literal["auto"]) -> int:
-    """``cluster.ranks_per_node``; auto: one for each GPU that this process sees, at least one."""
+    """Resolve ``cluster.ranks_per_node``: "auto" is the number of visible GPUs, at least 1."""
     if asked != "auto":
         return asked
     import torch  # not for keepers
@@ -29,10 +29,10 @@ def ranks_per_node(asked: int | Literal["auto"]) -> int:
 
 
 def machine_bytes(limit: Path = _CGROUP_LIMIT) -> int:
-    """Host memory, or what this container may use of it."""
+    """Host memory in bytes, or this container's limit if that is lower."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         text = limit.read_text(encoding="ascii").strip()
-    except OSError:  # no container, or one that does not say
+    except OSError:  # no container, or no cgroup limit
         return whole
     return min(whole, int(text)) if text.isdecimal() else whole

@@ -1,4 +1,4 @@
-"""TCP sockets of this process: which there are, to whom they lead, and whether they carry."""
+"""TCP sockets of this process: addresses, peers, and whether their links still carry data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 Address = tuple[str, int]
 
 _TCP = (socket.AF_INET, socket.AF_INET6)
-# Of Linux's tcp_info: retransmissions of the oldest segment, and segments without an answer.
+# Offsets in Linux's tcp_info: retransmissions of the oldest segment, unacknowledged segments.
 _RETRANSMITS, _UNACKED, _INFO_BYTES = 2, 24, 104
 
 
 def socket_names() -> dict[int, str]:
-    """Socket file descriptors of this process, and the name of what each one refers to."""
+    """File descriptors of this process's sockets, with the kernel's name of each socket."""
     found: dict[int, str] = {}
     for entry in os.listdir("/proc/self/fd"):
         with suppress(OSError):
@@ -27,14 +27,14 @@ def socket_names() -> dict[int, str]:
 
 
 def listeners() -> dict[str, Address]:
-    """Addresses that this process listens at, by name of the socket."""
+    """Addresses that this process listens at, by the kernel's name of the socket."""
     return {name: address_of(copy) for name, copy in _copies(is_listening=True)}
 
 
 def connections(*, besides: set[str]) -> Iterator[tuple[str, socket.socket]]:
-    """Duplicates of the connected sockets whose names are not among ``besides``.
+    """Duplicates of the connected TCP sockets whose names are not in ``besides``.
 
-    A duplicate cannot be reused by somebody else. Who takes one closes it.
+    The descriptor of a duplicate cannot be reused by other code. The caller closes each one.
     """
     return _copies(is_listening=False, besides=besides)
 
@@ -74,7 +74,7 @@ def address_of(own: socket.socket) -> Address:
 
 
 def peer_of(connected: socket.socket) -> Address | None:
-    """The other end; None where it is gone."""
+    """Address of the other end; None if the connection is gone."""
     try:
         host, port, *_ = connected.getpeername()
     except OSError:
@@ -83,14 +83,14 @@ def peer_of(connected: socket.socket) -> Address | None:
 
 
 def _plain(host: str) -> str:
-    """An IPv4 address as such, also where a socket for both versions writes it as IPv6."""
+    """Write an IPv4 address mapped into IPv6 ("::ffff:10.0.0.1") as IPv4."""
     return host.removeprefix("::ffff:")
 
 
 def is_mute(connected: socket.socket) -> bool:
-    """Whether what was sent here is sent again and again without an answer.
+    """Whether data sent on this connection is being retransmitted without an acknowledgement.
 
-    A peer whose process is stopped still answers: its kernel does. A link that is cut does not.
+    A peer whose process is stopped still acknowledges, since its kernel does; a cut link does not.
     """
     try:
         info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)

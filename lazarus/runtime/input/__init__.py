@@ -1,5 +1,5 @@
-"""What a rank reads its samples through; runs in a worker.
+"""How a rank reads its samples; runs in a worker.
 
-Start reading at ``reader.py``. ``sources.py`` knows the three shapes of data, ``positions.py``
-says where shards are, ``randomness.py`` seeds every generator by step and sample.
+Start reading at ``reader.py``. ``sources.py`` reads the three kinds of data, ``positions.py``
+encodes how far shards have been read, ``randomness.py`` seeds generators by step and sample.
 """

@@ -1,4 +1,4 @@
-"""Where shards are, as JSON: what travels to joiners and into checkpoints. Data, never code."""
+"""Positions in shards as JSON, for joining ranks and checkpoints. Decoding never runs code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from lazarus.errors import DataError
 
 
 def encoded_positions(positions: Mapping[int, Position]) -> dict[str, Any]:
-    """JSON of positions; tensors and arrays as base64."""
+    """Encode positions as JSON values; tensors and arrays become base64.
+
+    Raises:
+        DataError: A shard's state holds something other than JSON values, tensors and arrays.
+    """
     return {
         str(shard): [p.consumed, p.state_at, p.passes, _encoded(p.state)]
         for shard, p in sorted(positions.items())
@@ -22,7 +26,7 @@ def encoded_positions(positions: Mapping[int, Position]) -> dict[str, Any]:
 
 
 def decoded_positions(text: Mapping[str, Any]) -> dict[int, Position]:
-    """What ``encoded_positions`` gave."""
+    """Decode what ``encoded_positions`` returned."""
     return {
         int(shard): Position(
             consumed=int(consumed),

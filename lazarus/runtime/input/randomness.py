@@ -1,4 +1,4 @@
-"""The global generators of torch, numpy and Python as one thing."""
+"""Seeds, compares and protects the global random generators of torch, numpy and Python."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 
 
 def reseed(seed: int, step: int, sample: int) -> None:
-    """All generators from (seed, step, first sample) alone (rule 5)."""
+    """Seed all generators from seed, step and sample alone (rule 5 of docs/protocol.md)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + sample) % (1 << 63)
     torch.default_generator.manual_seed(mixed)
     cuda: Any = torch.cuda
-    if cuda.is_initialized():  # else no device has drawn, nor will in this run
+    if cuda.is_initialized():  # else this process uses no GPU
         torch.cuda.manual_seed_all(mixed)
     np.random.seed(mixed % (1 << 32))
     random.seed(mixed)
 
 
 def fingerprint() -> int:
-    """Changes whenever something draws from a global generator."""
+    """A hash of the CPU generators' states, which changes when something draws from them."""
     torch_state = hash(torch.get_rng_state().numpy().tobytes())
     numpy_state = repr(np.random.get_state(legacy=False))
     drawn = np.random.get_state(legacy=False)["state"]["key"]
@@ -32,7 +32,7 @@ def fingerprint() -> int:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Whatever is drawn inside leaves the generators as they were."""
+    """Context that restores the generators to their state before the block."""
     kept: tuple[Any, ...] = (np.random.get_state(), random.getstate())
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -1,4 +1,4 @@
-"""What a step reads its samples through: one source, read ahead where that is safe."""
+"""Reads a step's samples from one source, ahead of time where that is safe."""
 
 from __future__ import annotations
 
@@ -24,15 +24,22 @@ from lazarus.runtime.input.sources import (
     StepShare,
 )
 
-POSITIONS_EVERY = 16  # steps between exchanges of where each shard is
+POSITIONS_EVERY = 16  # steps between exchanges of shard positions
 RoundsOf = Callable[[StepShare], Sequence[int]]  # sizes of this rank's micro-batches
 
 
 class Reading:
-    """One rank's source, with a thread that reads ahead.
+    """One rank's source of samples, with a thread that reads ahead.
 
-    Read ahead is not consumed: positions move at commits alone. Data that draws random numbers is
-    read while the training thread waits, reseeded for each micro-batch (rule 5), never ahead.
+    Reading ahead consumes nothing: positions move only at commits. If loading a batch draws random
+    numbers, no batch is read ahead: each is loaded while the training thread waits, after reseeding
+    for the micro-batch (rule 5 of docs/protocol.md).
+
+    Args:
+        source: Where samples come from.
+        seed: The run's seed.
+        prefetch_steps: Steps to read ahead; 0 reads in the training thread.
+        never_draws: The source is known not to draw random numbers.
     """
 
     def __init__(
@@ -45,12 +52,12 @@ class Reading:
         self._ahead: dict[tuple[int, int, int], Future[Any]] = {}
         self._shares: dict[int, StepShare] = {}
         self._never_draws = never_draws
-        self._draws: bool | None = None  # random numbers; None: not seen yet
-        self._bookkeeping: Future[None] | None = None  # of the last commit
+        self._draws: bool | None = None  # whether loading draws random numbers; None: unknown yet
+        self._bookkeeping: Future[None] | None = None  # the source's bookkeeping of the last commit
         self.num_samples = source.num_samples
 
     def seat(self, seating: RankPlace) -> None:
-        """Other members: what was read ahead is put back."""
+        """Take this rank's place in a new generation, and discard what was read ahead."""
         for future in self._ahead.values():
             future.cancel()
         self._ahead.clear()
@@ -59,20 +66,25 @@ class Reading:
         self._run(lambda: self._source.seat(seating))
 
     def share(self, step: int) -> StepShare:
-        """Who has which samples of a step."""
+        """The samples of a step, and how many of them each rank has."""
         if step not in self._shares:
             self._shares[step] = self._source.share(step)
         return self._shares[step]
 
     def batch(self, step: int, *, first: int, size: int) -> Any:
-        """One micro-batch of this rank; see ``Source.load``."""
+        """Load one micro-batch of this rank; see ``Source.load``."""
         future = self._ahead.pop((step, first, size), None)
         if future is not None:
             return future.result()
         return self._run(lambda: self._load_now(step, first, size))
 
     def read_ahead(self, step: int, rounds_of: RoundsOf) -> None:
-        """Begin to read the steps after ``step``; returns at once."""
+        """Begin to load the steps after ``step``; returns at once.
+
+        Args:
+            step: The current step.
+            rounds_of: Gives the sizes of this rank's micro-batches.
+        """
         if self._thread is None or self._draws is not False:
             return
         for later in range(step + 1, step + 1 + self._prefetch_steps):
@@ -101,38 +113,38 @@ class Reading:
         return batch
 
     def committed(self, step: int) -> None:
-        """The step counts; nobody waits for the bookkeeping."""
+        """Move positions on to the committed ``step``; the source does so in the background."""
         self._ahead = {key: value for key, value in self._ahead.items() if key[0] > step}
         self._shares = {key: value for key, value in self._shares.items() if key > step}
         if self._thread is None:
             self._source.committed(step)
             return
         if self._bookkeeping is not None:
-            self._bookkeeping.result()  # a step old: it is done, or has failed
+            self._bookkeeping.result()  # one step old: raises if that failed
         self._bookkeeping = self._thread.submit(self._source.committed, step)
 
     def exchange_state(self, step: int, exchange: Exchange, *, device: torch.device) -> None:
-        """Now and then every rank of a stream learns where all shards are."""
+        """Let all ranks of a stream exchange shard positions, every ``POSITIONS_EVERY`` steps."""
         if self.num_samples >= 0 or step % POSITIONS_EVERY:
             return
         texts = gather_texts(self._run(self._source.known), exchange, device=device)
         self._run(lambda: self._source.learn(texts))
 
     def state(self) -> dict[str, Any]:
-        """JSON: what another rank, or another life of the run, needs to read on."""
+        """JSON values from which another rank, or a resumed run, can read on."""
         found: dict[str, Any] = self._run(self._source.state)
         return found
 
     def take_state(self, state: dict[str, Any]) -> None:
-        """Read on from what ``state`` gave elsewhere.
+        """Read on from what ``state`` returned elsewhere.
 
         Raises:
-            DataError: It is of other data.
+            DataError: The state belongs to other data.
         """
         self._run(lambda: self._source.take_state(state))
 
     def _run(self, work: Callable[[], Any]) -> Any:
-        """In the thread that alone touches the source, if there is one."""
+        """Run ``work`` in the reading thread if there is one: only that thread uses the source."""
         return work() if self._thread is None else self._thread.submit(work).result()
 
     def close(self) -> None:
@@ -150,10 +162,19 @@ def open_reading(
     shuffle_shards: bool = False,
     prefetch_steps: int = 0,
 ) -> Reading:
-    """Read data of any of the three shapes.
+    """Open training data of any of the three kinds.
+
+    Args:
+        data: Map-style data, an object with ``batch(step, sample_ids)``, or a stream of shards.
+        collate: Makes a batch of a list of samples.
+        seed: The run's seed.
+        global_batch: Samples of a step.
+        num_shards: Shards into which a stream is cut.
+        shuffle_shards: Read the shards of a stream in an order drawn from ``seed``.
+        prefetch_steps: Steps to read ahead.
 
     Raises:
-        DataError: It has none of them, is empty, or keeps a shuffle buffer.
+        DataError: The data is of no known kind, is empty, or keeps a shuffle buffer.
     """
     if hasattr(data, "_ex_iterable"):
         data = IterableDatasetSource(data)
@@ -185,7 +206,7 @@ def open_reading(
 
 
 def _is_indexed(data: Any) -> bool:
-    """Map-style, or a pure function of the samples' ids."""
+    """Whether samples are addressed by id: map-style, or through ``batch(step, sample_ids)``."""
     if isinstance(data, IterableDataset):
         return False
     by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
@@ -193,7 +214,7 @@ def _is_indexed(data: Any) -> bool:
 
 
 def _size_of(data: Any) -> int:
-    """Samples of the data; 0 for a function that knows no end."""
+    """Number of samples; 0 for data without a length."""
     if not hasattr(data, "__len__"):
         return 0
     if not len(data):

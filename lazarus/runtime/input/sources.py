@@ -1,4 +1,4 @@
-"""Data in its three shapes, as one rank reads it: by index, as a pure function, as a stream.
+"""The three kinds of data as one rank reads them: by index, by pure function, or as a stream.
 
 Shapes: B samples of a step (the global batch), R ranks.
 """
@@ -31,7 +31,13 @@ Collate = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShare:
-    """A step's samples: all of them, how many each rank takes, and this rank's own."""
+    """The samples of a step.
+
+    Attributes:
+        ids_B: Ids of all samples.
+        sizes: How many samples each rank takes, shape [R].
+        mine: Ids of this rank's samples.
+    """
 
     ids_B: NDArray[np.int64]
     sizes: tuple[int, ...]
@@ -40,7 +46,7 @@ class StepShare:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankPlace:
-    """Who this rank is among how many, from the step after ``committed`` on."""
+    """This rank's place among ``size`` ranks, for the steps after ``committed``."""
 
     rank: int
     size: int
@@ -49,21 +55,21 @@ class RankPlace:
 
 
 class Source(Protocol):
-    """One shape of data. ``load`` alone touches the user's code."""
+    """One kind of data. Only ``load`` calls the user's code."""
 
-    num_samples: int  # 0: numbered without end; -1: a stream of shards
+    num_samples: int  # 0: ids without end; -1: a stream of shards
 
     def seat(self, seating: RankPlace) -> None: ...
     def share(self, step: int) -> StepShare: ...
     def load(self, step: int, shared: StepShare, *, first: int, size: int) -> Any:
-        """Samples ``first`` to ``first + size`` of the own ones as one batch.
+        """Load samples ``first`` to ``first + size`` of this rank's share as one batch.
 
-        With size 0 a batch that stands in for none: it has the right form, and does not count.
+        With size 0, load a stand-in batch of the right form whose samples do not count.
         """
 
     def committed(self, step: int) -> None: ...
     def known(self) -> str:
-        """What only this rank knows of a stream, for ``learn`` on the others."""
+        """What only this rank knows of a stream, as text for ``learn`` on the others."""
 
     def learn(self, texts: Sequence[str]) -> None: ...
     def state(self) -> dict[str, Any]: ...
@@ -115,10 +121,10 @@ class IndexedSource:
         return {"num_samples": self.num_samples}
 
     def take_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a run whose data has another size.
+        """Check that the run's data has the same size as the data here.
 
         Raises:
-            DataError: Samples would be read twice or never.
+            DataError: The sizes differ, so samples would be read twice or never.
         """
         theirs = int(state.get("num_samples", self.num_samples))
         if theirs != self.num_samples:
@@ -129,7 +135,7 @@ class IndexedSource:
 
 
 class ShardedSource:
-    """A stream: this rank's shards, and where all shards were a few steps ago."""
+    """A stream of shards: reads this rank's shards, and knows older positions of all shards."""
 
     num_samples = -1
 
@@ -181,7 +187,7 @@ class ShardedSource:
         return self._collate(self._reader.read(step)[first : first + size])
 
     def _any_item(self) -> Any:
-        """An item of some shard, read beside the stream: it is consumed by nobody."""
+        """An item for stand-in batches, from an iterator of its own; consumes nothing."""
         if not self._stand_in:
             item = next(self._source.shard(0, self._num_shards), None)
             if item is None:
@@ -193,11 +199,11 @@ class ShardedSource:
         self._reader.commit(step)
 
     def known(self) -> str:
-        """Where this rank's shards are after the last committed step."""
+        """Positions of this rank's shards after the last committed step, as JSON."""
         return json.dumps(encoded_positions(self._reader.positions()))
 
     def learn(self, texts: Sequence[str]) -> None:
-        """Where all shards are, from every rank's ``known``."""
+        """Take the positions of all shards from every rank's ``known``."""
         for text in texts:
             self._known |= decoded_positions(json.loads(text))
 
@@ -210,7 +216,7 @@ class ShardedSource:
         }
 
     def take_state(self, state: Mapping[str, Any]) -> None:
-        """Read on from these positions; what is open belongs to another history.
+        """Read on from the positions in ``state``; open shards are closed.
 
         Raises:
             DataError: The run's stream is cut into another number of shards.

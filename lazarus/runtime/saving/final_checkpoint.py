@@ -1,4 +1,4 @@
-"""A full checkpoint written by the ranks themselves, at the end of a run: each rank its share."""
+"""The full checkpoint at the end of a run, to which each rank writes its share."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from placement import Plan
 
 
 class FinalWriter:
-    """Writes this rank's share of the last checkpoint, for as long as it takes within a bound.
+    """Writes this rank's share of the last checkpoint, with retries.
 
     Args:
         url: Where the run's checkpoints are.
-        patience_s: For how long storage that refuses is asked again, and a write may stand still.
-        waiting: Called all the time meanwhile: this rank is alive, and not fenced.
+        patience_s: How long to retry when storage refuses, and how long a write may make no
+            progress.
+        waiting: Called repeatedly meanwhile; may raise to give up.
     """
 
     def __init__(self, url: str, *, patience_s: float, waiting: Callable[[], None]) -> None:
@@ -45,13 +46,17 @@ class FinalWriter:
         tag: Tag,
         scalars: str,
     ) -> Finalized:
-        """Experts at home here, and every size-th dense tensor; or what storage refused."""
+        """Write the experts whose home is this rank, and every ``size``-th dense tensor.
+
+        Returns:
+            The message for the controller; names the problem if storage refused.
+        """
         started = time.monotonic()
         records = share_of(
             replica, plan, rank=rank, size=size, tag=tag, step=order.step, moved=self._waiting
         )
         url = order.url or self._url
-        # A name of its own: a partial checkpoint of the same step may be under way.
+        # A separate job name: a partial checkpoint of the same step may be in progress.
         own = replace(tag, job=f"{tag.job}-full")
         files, problem = "", None
         try:
@@ -91,10 +96,16 @@ def share_of(
     step: int,
     moved: Callable[[], None] = lambda: None,
 ) -> list[Record]:
-    """What this rank writes of a full checkpoint; the tensors must not change meanwhile.
+    """This rank's records of a full checkpoint. The tensors must not change until they are written.
 
     Args:
-        moved: Called at every expert: from a device they are copied one by one.
+        replica: This rank's state.
+        plan: Gives each expert's home.
+        rank: This rank.
+        size: Number of ranks.
+        tag: Identifies the run and generation.
+        step: The step of the state.
+        moved: Called after every expert, to report progress: GPU copies take time.
     """
     records = [_dense_record(replica, rank=rank, size=size, tag=tag, step=step)]
     for layer in range(len(replica.layers)):
@@ -108,7 +119,7 @@ def share_of(
 def share_report(
     replica: Replica, files: Sequence[WrittenFile], *, rank: int, scalars: str
 ) -> dict[str, Any]:
-    """JSON-able report of a written share, for the manifest."""
+    """JSON-able report of a written share, for the manifest; rank 0 adds what all ranks share."""
     report: dict[str, Any] = {"files": [file.to_json() for file in files]}
     if rank == 0:
         report |= {
@@ -139,7 +150,7 @@ def _expert_record(replica: Replica, layer: int, expert: int, *, tag: Tag, step:
 
 
 def layer_entry(replica: Replica, layer: int) -> dict[str, Any]:
-    """What a manifest says of one MoE layer: path, experts, tensors of each."""
+    """A manifest's entry for one MoE layer: path, number of experts, and tensors of an expert."""
     parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
     for name, tensor in replica.expert_names(layer):
         part = "weights" if name.startswith("model.") else "optimizer"

@@ -1,4 +1,4 @@
-"""One node's try of the checkpoint place: what it writes is read by another node. EFFECTS."""
+"""A test by one node that the checkpoint place can be written, read and seen by other nodes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from lazarus.errors import StorageError
 
 
 class PlaceProbe:
-    """Written before the groups are built, read behind: then every node has written its own.
+    """Writes a probe file, and reads the file of another node.
+
+    Files are written before the groups are built and read afterwards, when every node must have
+    written its own.
 
     Attributes:
-        problem: Why this node cannot use the place; None: it can.
+        problem: Why this node cannot use the checkpoint place; None if it can.
     """
 
     def __init__(
@@ -29,11 +32,11 @@ class PlaceProbe:
         return f"probe-{self._run}-{node}"
 
     def write(self) -> None:
-        """Leave a file for the others, and read it back."""
+        """Write this node's probe file, and read it back."""
         self._try(lambda: write_probe(self._url, self._name(self._node)), "write")
 
     def read(self, seats: Sequence[Seat]) -> None:
-        """Look for the file of the next node: a folder of this machine alone does not have it."""
+        """Look for the probe file of the next node; it is missing if the folder is not shared."""
         nodes = sorted({seat.node for seat in seats})
         other = nodes[(nodes.index(self._node) + 1) % len(nodes)]
         if self.problem is None:
@@ -48,7 +51,7 @@ class PlaceProbe:
             )
 
     def close(self) -> None:
-        """Every node has read. What cannot be removed now is swept when the run is over."""
+        """Remove this node's file, which every node has read by now. Errors are ignored."""
         found = self.problem
         self._try(lambda: remove_probe(self._url, self._name(self._node)), "delete")
         self.problem = found

@@ -1,7 +1,7 @@
-"""Dense state to stand on that is not this rank's own: a checkpoint's, or that of the first step.
+"""Common state to roll back to: that of a checkpoint, or that of the first step.
 
-It is read beside the training state and taken over in one go, so that a loss in between leaves
-every rank where it was.
+It is read without changing the rank's own state and taken over all at once, so that a loss in
+between leaves every rank unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lazarus.runtime.state.replica import Replica
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """Everything but the experts after ``step``; ``history`` is float64 [3, L, E]."""
+    """State after ``step`` except the experts; ``history`` is float64 [3, layers, experts]."""
 
     step: int
     dense: Mapping[str, Tensor]
@@ -38,12 +38,12 @@ class Base:
 
     @classmethod
     def of(cls, replica: Replica, *, step: int, scalars: str) -> Base:
-        """The dense state of a replica, not copied."""
+        """The state of a replica. Tensors are not copied."""
         dense = dict(replica.dense_tensors())
         return cls(step=step, dense=dense, history=replica.history, scalars=scalars)
 
     def dense_digest(self) -> str:
-        """Fast checksum, compared between ranks before they take it."""
+        """Fast checksum, which ranks compare before they take the state over."""
         digest = xxhash.xxh3_128()
         for name in sorted(self.dense):
             digest.update(as_bytes(self.dense[name].contiguous()).cpu().numpy().data)
@@ -55,10 +55,15 @@ class Base:
 
 
 def read_base(ref: CheckpointRef, replica: Replica, *, read: PatientReader | None = None) -> Base:
-    """Read what a replica needs from a checkpoint.
+    """Read the common state of a checkpoint.
+
+    Args:
+        ref: The checkpoint.
+        replica: Gives the names and shapes that the checkpoint must have.
+        read: Reads files; by default with one second of patience.
 
     Raises:
-        CheckpointError: It lacks a tensor, has one of another shape, or is damaged.
+        CheckpointError: The checkpoint is damaged, or lacks a tensor of the right shape.
     """
     read = read or PatientReader(patience_s=1.0)
     manifest = read.ask(lambda: load_manifest(ref.url, ref.step), place=str(ref))

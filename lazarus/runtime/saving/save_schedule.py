@@ -1,7 +1,7 @@
-"""When this rank saves what: a function of committed steps, and so equal on all ranks.
+"""When one rank saves which experts: a function of committed steps, so equal on all ranks.
 
-Whether a rank gets to begin a save, and whether the save succeeds, is not in it. So a rank that
-commits a step late, by the verdict of a change of members, still agrees with the others.
+Whether a save begins or succeeds does not affect the schedule. So a rank that commits a step late,
+by the controller's verdict, still has the same schedule as the others.
 """
 
 from __future__ import annotations
@@ -28,46 +28,46 @@ class SaveSchedule:
 
     Args:
         config: The schedule as configured.
-        last_step: The step that a full checkpoint of its own follows; 0: none does.
+        last_step: The step that is followed by a full checkpoint instead; 0 for none.
     """
 
     def __init__(self, config: ScheduleConfig, *, last_step: int = 0) -> None:
         self._config = config
         self._last_step = last_step
         self._state = SaveState.initial(config)
-        self._adapting: Resume | None = None  # its word is not in force yet
+        self._adapting: Resume | None = None  # RESUME that takes effect at the next commit
         self._due: tuple[int, Selection] | None = None
 
     @property
     def routed_LE(self) -> NDArray[np.int64]:
-        """Routed copies of each expert since step 1."""
+        """Copies routed to each expert since step 1, int64 [layers, experts]."""
         return self._state.routed_LE
 
     def to_text(self) -> str:
         return json.dumps(self._state.to_json())
 
     def take_text(self, text: str) -> None:
-        """Take over what ``to_text`` gave on another rank, or in a checkpoint."""
+        """Take over what ``to_text`` returned on another rank, or what a checkpoint holds."""
         self._state = SaveState.from_json(json.loads(text))
         self._due = None
 
     def adapt(self, order: Resume) -> None:
-        """What RESUME says about the checkpoints to come; in force with the next commit."""
+        """Change the schedule as RESUME says, with effect from the next commit."""
         self._adapting = order
 
     def aligned(self) -> int | None:
-        """The generation is over: forget what it left undone here.
+        """Forget what is due or pending, because the generation is over.
 
-        A RESUME that no commit followed may not have reached every rank, so its word is void.
+        A RESUME without a commit after it may not have reached every rank, so it is dropped.
 
         Returns:
-            The step of a checkpoint that this rank owed a share of and has not begun.
+            The step of a checkpoint whose share this rank had not begun to write, or None.
         """
         due, self._adapting, self._due = self._due, None, None
         return due[0] if due is not None and due[1].persists else None
 
     def committed(self, step: int, counts_LE: NDArray[np.float64]) -> None:
-        """Fold a committed step in, and what it saves; part of the apply."""
+        """Account for a committed step, and choose what to save of it; part of the apply."""
         if self._adapting is not None:
             order, self._adapting = self._adapting, None
             self._state = replace(self._state, schedule=self._adapted(order))
@@ -80,7 +80,7 @@ class SaveSchedule:
             self._due = (step, selection)
 
     def take_due(self, step: int) -> Selection | None:
-        """What is to be saved of the state after ``step``; asked once."""
+        """What to save of the state after ``step``, or None. The second call returns None."""
         due, self._due = self._due, None
         return due[1] if due is not None and due[0] == step else None
 

@@ -1,7 +1,7 @@
-"""One rank's part in partial expert checkpoints: which experts, when, and what came of it.
+"""One rank's part in partial expert checkpoints: schedules, takes and reports snapshots.
 
-Every rank computes the same schedule from committed counts, so a snapshot starts at one step on
-all of them without a message. Nothing here delays an optimizer step by more than a memory copy.
+Every rank computes the same schedule from committed counts, so all ranks begin a snapshot at the
+same step without a message. A save delays an optimizer step by no more than a memory copy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lazarus.runtime.saving.save_schedule import SaveSchedule
 from lazarus.runtime.state.replica import Replica
 from placement import Plan
 
-_SHARES_KEPT = 2  # one that is being written, one that waits for its manifest
+_SHARES_KEPT = 2  # one being written, one waiting for its manifest
 
 
 class Saver:
@@ -71,12 +71,12 @@ class Saver:
             on_report=self._report,
         )
         self._snapshotter = Snapshotter(self._link)
-        self._began_s: float | None = None  # when the newest snapshot began, until the apply
-        self._window_s = 0.0  # from there to the optimizer step that it must not delay
-        self.stalled_s = 0.0  # training waited for copies, in all
+        self._began_s: float | None = None  # when the newest snapshot began; None after the apply
+        self._window_s = 0.0  # from there to the optimizer step, which must not wait
+        self.stalled_s = 0.0  # total time that training waited for copies
 
     def aligned(self, generation: int) -> None:
-        """The generation is over. A share of a checkpoint that was never begun is told."""
+        """Report a share of a checkpoint that was never begun, because ``generation`` is over."""
         step = self.schedule.aligned()
         if step is not None:
             record = {"kind": "persist", "step": step, "generation": generation, "ok": False}
@@ -85,11 +85,11 @@ class Saver:
     # ---- protocol points -----------------------------------------------------------------------
 
     def wait_before_write(self) -> None:
-        """Nothing reads the training tensors when this returns (before apply, before place)."""
+        """Wait until no snapshot reads the training tensors."""
         self.stalled_s += self._snapshotter.wait_before_apply()
 
     def before_apply(self) -> None:
-        """``wait_before_write`` at the end of a step: the window for a snapshot is over."""
+        """``wait_before_write`` at the end of a step; also measures the time a snapshot had."""
         if self._began_s is not None:
             self._window_s, self._began_s = time.monotonic() - self._began_s, None
         self.wait_before_write()
@@ -106,10 +106,17 @@ class Saver:
         term: int,
         published: int,
     ) -> None:
-        """Begin what the schedule says for the state after ``step``; returns at once.
+        """Begin the snapshot scheduled for the state after ``step``; returns at once.
 
         Args:
-            nodes: Node of each rank; keepers: its keeper's address.
+            step: The committed step.
+            plan: The plan in force.
+            rank: This rank.
+            nodes: Node of each rank.
+            keepers: Address of each rank's keeper.
+            generation: The current generation.
+            term: The controller's term.
+            published: The last step that the controller has journaled.
         """
         selection = self.schedule.take_due(step)
         if selection is None:
@@ -194,7 +201,7 @@ class Saver:
         return tuple(items)
 
     def _head(self) -> dict[str, Any]:
-        """What a manifest says beside the files, as of this very step."""
+        """What a manifest holds beside the files, as of this step."""
         replica = self._replica
         return {
             "layers": [layer_entry(replica, layer) for layer in range(len(replica.layers))],
@@ -205,7 +212,7 @@ class Saver:
         }
 
     def _report(self, record: dict[str, Any]) -> None:
-        """Tell the controller at once: a node that dies next must not take the news along."""
+        """Report a share to the controller at once, so that the report survives this node."""
         step = int(record.get("step", -1))
         if record["kind"] == "persist":
             with self._lock:
@@ -222,7 +229,7 @@ class Saver:
         self._send(body)
 
     def _measured(self, record: dict[str, Any]) -> dict[str, Any]:
-        """How fast a share was copied and written, and the time that a copy may take."""
+        """Rates of copying and writing a share, and the time available for a copy."""
         rate, wall_s = self._snapshotter.rate(), float(record.get("wall_s", 0.0))
         if rate is None or wall_s <= 0 or self._window_s <= 0:
             return {}
@@ -235,12 +242,12 @@ class Saver:
 
     @property
     def told(self) -> tuple[ShareReported, ...]:
-        """The last shares that this rank reported: a new controller must hear them again."""
+        """The last shares that this rank reported, to repeat them to a new controller."""
         with self._lock:
             return tuple(self._told)
 
     def inventory(self, *, term: int, generation: int) -> tuple[SnapshotHeld, ...]:
-        """Complete expert copies in this node's keeper; none if it does not answer."""
+        """Expert copies complete in this node's keeper; none if the keeper does not answer."""
         client = KeeperClient(
             self._keeper,
             credentials=self._credentials,
@@ -269,7 +276,7 @@ class Saver:
     def tell_resumed(
         self, lineage: Sequence[tuple[int, int]], step: int, *, term: int, generation: int
     ) -> None:
-        """Tell the keeper what the newest RESUME voids in its memory; nobody waits for it."""
+        """Tell the keeper, in the background, which of its copies the newest RESUME makes void."""
         client = KeeperClient(
             self._keeper,
             credentials=self._credentials,
@@ -290,7 +297,7 @@ class Saver:
 
 
 def _schedule(config: TrainConfig, replica: Replica) -> ScheduleConfig:
-    """The configured schedule; ``auto`` takes the library's defaults."""
+    """The configured schedule, with the library's defaults for ``auto``."""
     return default_schedule_of(
         config, num_layers=len(replica.layers), num_experts=replica.num_experts
     )

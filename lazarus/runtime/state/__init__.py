@@ -1,5 +1,5 @@
-"""Everything that one rank trains, addressed by global names.
+"""The trained state of one rank, addressed by names that are the same on every rank.
 
-Runs in a worker. Start reading at ``replica.py``; the other modules are its parts: banks, buffers,
-dense gradients, bytes in one fixed order, checksums and comparison of replicas.
+Runs in a worker. Start reading at ``replica.py``; the other modules are its parts: expert banks,
+buffers, dense gradients, state as flat bytes, checksums and the comparison of replicas.
 """

@@ -1,4 +1,4 @@
-"""Rows of a rank's expert banks: where their gradients lie, and in which order."""
+"""Gradient buffers of a rank's expert banks, and the order of the banks' rows."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lazarus.runtime.state.flat_bytes import state_tensors
 
 
 def gradients(parameters: Tensor) -> Tensor:
-    """A buffer of zeros for gradients; on a CPU, where ranks of the same machine can read it."""
+    """A gradient buffer of zeros; on a CPU in memory that ranks of the same machine can read."""
     if parameters.device.type == "cpu":
         return shared_zeros(parameters.shape, parameters.dtype)
     return torch.zeros_like(parameters)
 
 
 def arrange(bank: ExpertBank, optimizer: Optimizer, order: Sequence[int]) -> None:
-    """Move the bank's rows, with their optimizer state, into the given order of experts.
+    """Reorder the bank's rows and their optimizer state to match ``order``.
 
-    Does nothing where the bank holds other experts. Gradients stay behind: they are scratch.
+    Does nothing if the bank holds other experts than ``order``. Gradients are not moved.
 
     Args:
         bank: One layer's experts on this rank.
-        optimizer: Holds their moments.
-        order: Experts by slot, -1 for an empty one; further slots stay empty.
+        optimizer: The optimizer that keeps state for the bank's weight.
+        order: Expert of each slot, -1 for an empty slot; slots beyond its length stay empty.
     """
     held = list(bank.expert_of_slot)
     wanted = [*order, *[-1] * (len(held) - len(order))]

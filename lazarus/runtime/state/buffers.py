@@ -1,10 +1,11 @@
-"""Buffers of the user's model: what a forward pass writes into them, and what a step makes of it.
+"""Buffers of the user's model that forward passes write, kept equal on all ranks.
 
-A persistent buffer that a forward pass writes (running statistics, counters) is state: after a step
-all ranks have the same value, for floating ones the mean over the ranks weighted by their samples,
-for integer ones the largest. A rank without samples has no say. The new value is exchanged with the
-step, folded in by the apply, and dropped with an abandoned attempt (rule 6). Buffers that are not
-persistent, or that the user names, are scratch: never compared, sent or saved.
+A persistent buffer that a forward pass writes (running statistics, counters) is state. After a
+step all ranks have the same value: the mean over ranks weighted by samples for floating-point
+buffers, the largest value for integer buffers. Ranks without samples do not count. New values are
+exchanged with the step, become current when the step is applied, and are dropped with an abandoned
+attempt (rule 6 of docs/protocol.md). Buffers that are not persistent, or that the user names in
+``train.scratch_buffers``, are scratch: never compared, sent or saved.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lazarus.runtime.state.flat_bytes import as_bytes
 
 @dataclass(eq=False)
 class _Place:
-    """Where a buffer lies in the model; the tensor that it is outside of forward passes."""
+    """One buffer: where it lies in the model, and its tensor outside of forward passes."""
 
     name: str
     module: nn.Module
@@ -37,7 +38,7 @@ class _Place:
         return self.module._buffers.get(self.key)
 
     def put(self, content: Tensor) -> None:
-        """The very tensor of before, with this content."""
+        """Put the original tensor back into the module, with this content."""
         self.tensor.copy_(content)
         self.module._buffers[self.key] = self.tensor
 
@@ -46,8 +47,9 @@ class Buffers:
     """All buffers of one model.
 
     Args:
-        scratch: Names, or patterns of names, of persistent buffers that are scratch all the same.
-        own: Names of buffers that the runtime itself maintains: state that no forward writes.
+        model: The model; buffers that appear in a forward pass later must not be persistent.
+        scratch: Names, or patterns of names, of persistent buffers to treat as scratch.
+        own: Names of buffers that the runtime maintains: state that no forward pass writes.
     """
 
     def __init__(
@@ -66,36 +68,36 @@ class Buffers:
         self._candidates = [place for place in self._state if place.name not in own]
         self._names = {place.name for place in (*self._state, *self._scratch)}
         self._agreed: list[_Place] = []  # written by some rank: exchanged in every step
-        self._fresh: list[Tensor] | None = None  # their values after the step under way
-        self.has_unknown = False  # this rank wrote one that is not agreed on
+        self._fresh: list[Tensor] | None = None  # their values after the current step
+        self.has_unknown = False  # this rank wrote a buffer outside `_agreed`
 
     def state(self) -> list[tuple[str, Tensor]]:
-        """Buffers that are state, by name in the model."""
+        """Buffers that are state, with their names in the model."""
         return [(place.name, place.tensor) for place in self._state]
 
     def kept(self) -> dict[str, Tensor]:
-        """Their content after the last commit: it stands still while a forward pass writes."""
+        """Content of the state buffers after the last commit; forward passes do not change it."""
         return {place.name: place.kept for place in self._state}
 
     @torch.no_grad()
     def keep(self) -> None:
-        """The present content is that of the last commit."""
+        """Take the present content as that of the last commit."""
         self._fresh = None
-        for place in self._scratch:  # a forward pass may have put another tensor there
+        for place in self._scratch:  # a forward pass may have replaced the tensor
             place.tensor = place.tensor if place.now is None else place.now
         for place in (*self._state, *self._scratch):
             place.kept = place.tensor.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo what passes since the last commit have written (rule 6)."""
+        """Undo what forward passes have written since the last commit (rule 6)."""
         self._fresh = None
         for place in (*self._state, *self._scratch):
             place.put(place.kept)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """A pass that does not count, as on a rank without samples, leaves state as it was."""
+        """Context in which forward passes leave state unchanged, as on a rank without samples."""
         before = [place.now for place in self._candidates]
         content = [None if now is None else now.detach().clone() for now in before]
         yield
@@ -109,15 +111,17 @@ class Buffers:
 
     @torch.no_grad()
     def exchange(self, exchange: Exchange, *, samples: int, total: int, agree: bool) -> None:
-        """What this step makes of the buffers, equal on all ranks; nothing is written yet.
+        """Compute the step's new buffer values, equal on all ranks, without writing them yet.
 
         Args:
-            samples: What this rank computed of the step; 0: it has no say.
+            exchange: The group of all ranks.
+            samples: Samples of the step that this rank computed; with 0 its values do not count.
             total: Samples of the step.
-            agree: Find out first which buffers any rank writes.
+            agree: First find out which buffers any rank writes.
 
         Raises:
-            UserMistakeError: A forward pass has changed what a buffer is, not only its content.
+            UserMistakeError: A forward pass has changed a buffer's shape or type, or added a
+                persistent buffer.
         """
         self._fresh, self.has_unknown = None, False
         if not self._candidates:
@@ -133,13 +137,13 @@ class Buffers:
 
     @torch.no_grad()
     def fold(self, *, is_taken: bool) -> None:
-        """Part of the apply: the step's values, or those of before where it changes nothing."""
+        """Write the step's values into the buffers, or the old values if the step is not taken."""
         values = self._fresh if is_taken and self._fresh is not None else None
         for at, place in enumerate(self._agreed):
             place.put(place.kept if values is None else values[at])
 
     def _agree(self, written: Sequence[bool], exchange: Exchange) -> None:
-        """The union of what all ranks write, and of what was agreed on before."""
+        """Let all ranks agree which buffers to exchange: those that any rank wrote so far."""
         known = {place.name for place in self._agreed}
         own = [
             float(wrote or place.name in known)
@@ -184,7 +188,7 @@ class Buffers:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every buffer once: name in the model, module and name in it."""
+    """Yield every buffer once: its name in the model, its module, and its name in the module."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for key, tensor in module._buffers.items():
@@ -194,7 +198,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """float64 or int64: sums of equal values over samples are exact there."""
+    """Convert to float64 or int64, in which sums of equal values over samples are exact."""
     if tensor.is_complex():
         return torch.view_as_real(tensor).double()
     return tensor.double() if tensor.is_floating_point() else tensor.long()
@@ -209,7 +213,7 @@ def _narrow(value: Tensor, *, like: Tensor) -> Tensor:
 def _mean(
     values: Sequence[Tensor], exchange: Exchange, *, samples: int, total: int
 ) -> list[Tensor]:
-    """Mean over ranks, weighted by samples. Without samples a rank adds nothing, not even a NaN."""
+    """Mean over ranks, weighted by samples. Ranks without samples add exact zeros, never a NaN."""
     if not values:
         return []
     flat = torch.cat([value.reshape(-1) for value in values])
@@ -219,7 +223,7 @@ def _mean(
 
 
 def _largest(values: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:
-    """The largest of all ranks, element by element."""
+    """Element-wise maximum over all ranks."""
     if not values:
         return []
     flat = torch.cat([value.reshape(-1) for value in values])

@@ -1,4 +1,4 @@
-"""Fast checksums of state, equal wherever the bits are; no defence against an adversary."""
+"""Fast checksums of state: equal bits give equal sums. Not safe against deliberate tampering."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lazarus.runtime.state.flat_bytes import as_bytes
 
-_STRETCH = 1 << 22  # words at a time: temporaries stay small
+_STRETCH = 1 << 22  # words summed at a time, to keep temporaries small
 
 
 def checksum_of(rows: Sequence[Tensor]) -> int:
-    """Of tensors one after the other, in (0, 2**62]; never 0.
+    """Checksum of tensors in order, in (0, 2**62]; never 0.
 
-    On a device it is computed there: copying all experts to the host would take longer than
-    anything else in a change of members.
+    Tensors on a GPU are summed there: copying all experts to the host would take longer than the
+    rest of a reconfiguration. Checksums from a GPU and from a CPU cannot be compared.
     """
     if all(row.device.type == "cpu" for row in rows):
         digest = xxhash.xxh3_64()
@@ -29,7 +29,7 @@ def checksum_of(rows: Sequence[Tensor]) -> int:
 
 
 def text_checksum(*words: str) -> int:
-    """The same of texts."""
+    """Checksum of strings, in the same range as ``checksum_of``."""
     return _positive(xxhash.xxh3_64_intdigest("\n".join(words).encode()))
 
 
@@ -38,9 +38,9 @@ def _positive(value: int) -> int:
 
 
 def device_sum(row: Tensor) -> Tensor:
-    """A weighted sum of a tensor's words, modulo 2**64: exact, so its order does not matter.
+    """Weighted sum of a tensor's words modulo 2**64: exact, so the order of summation is free.
 
-    Weights are odd, so that no change of a single word cancels out.
+    Weights are odd, so that a change of a single word always changes the sum.
 
     Returns:
         int64 scalar on the tensor's device.
@@ -55,7 +55,7 @@ def device_sum(row: Tensor) -> Tensor:
     for first in range(0, words.numel(), _STRETCH):
         part = words[first : first + _STRETCH].to(torch.int64)
         place = torch.arange(first, first + part.numel(), device=row.device)
-        weight = place * -7046029254386353131  # a large odd number: spreads neighbours apart
+        weight = place * -7046029254386353131  # large and odd: neighbours get unrelated weights
         weight = (weight ^ (weight >> 29)) | 1
         total += (part * weight).sum()
     return total

@@ -1,6 +1,6 @@
-"""Whether replicas are still equal bit for bit: a detector of silent corruption (invariant I17).
+"""Bit-for-bit comparison of replicas, to detect silent corruption (invariant I17 of protocol.md).
 
-Shapes: R ranks, L MoE layers, E experts, N = 1 + L * E things that are compared.
+Shapes: R ranks, N = 1 + layers * experts checksums: the dense state, then every expert.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lazarus.errors import LazarusError
 from lazarus.runtime.state.checksums import checksum_of
 from lazarus.runtime.state.replica import Replica
 
-MOST_REPORTED = 16  # differences of one comparison in the record; the first says enough
+MOST_REPORTED = 16  # differences of one comparison that are recorded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """One thing whose copies differ. Layer and expert -1: the dense state.
+    """The dense state (layer and expert -1) or one expert whose copies differ.
 
-    ``odd`` are the ranks that most others outvote; without a majority, all that hold a copy.
+    ``odd`` are the ranks outvoted by a majority; without a majority, all ranks that hold a copy.
     """
 
     layer: int
@@ -39,13 +39,13 @@ class Difference:
     is_majority: bool
 
     def repaired(self, *, generation: int, step: int) -> Repaired:
-        """What the controller is told when the odd copies have the majority's bits."""
+        """Message to the controller that the odd copies now have the majority's bits."""
         return Repaired(
             generation=generation, step=step, layer=self.layer, expert=self.expert, ranks=self.odd
         )
 
     def to_json(self, *, step: int, nodes: Sequence[int]) -> str:
-        """The fields of the record's event; ``nodes`` by rank."""
+        """Fields of the recorded event, as JSON. ``nodes`` gives each rank's node."""
         name = "dense state" if self.layer < 0 else f"L{self.layer}/E{self.expert}"
         ranks = ", ".join(map(str, self.odd))
         verdict = f"differs on rank {ranks}" if self.is_majority else f"differs between {ranks}"
@@ -61,10 +61,11 @@ class Difference:
 
 
 def checksums(replica: Replica, *, common: int) -> NDArray[np.int64]:
-    """int64 [N]: of the dense state, then of each expert's record; 0 where it is not held.
+    """Checksums of the dense state and of every expert, int64 [N]; 0 for experts not held here.
 
     Args:
-        common: Checksum of what all ranks have in common.
+        replica: This rank's state.
+        common: Checksum of the state that all ranks hold, which becomes entry 0.
     """
     sums = np.zeros(1 + len(replica.layers) * replica.num_experts, dtype=np.int64)
     sums[0] = common
@@ -76,7 +77,7 @@ def checksums(replica: Replica, *, common: int) -> NDArray[np.int64]:
 
 
 def tensor_sums(replica: Replica) -> tuple[TensorSum, ...]:
-    """The model's dense tensors as this rank has built them."""
+    """Name, type and checksum of each dense tensor of the model, as this rank has built it."""
     return tuple(
         TensorSum(
             name=name.removeprefix("model."),
@@ -89,7 +90,7 @@ def tensor_sums(replica: Replica) -> tuple[TensorSum, ...]:
 
 
 def compare(replica: Replica, exchange: Exchange, *, common: int) -> list[Difference]:
-    """All ranks gather all checksums, and each finds the same differences."""
+    """Gather the checksums of all ranks; every rank finds the same differences."""
     own = torch.from_numpy(checksums(replica, common=common)).to(replica.device)
     gathered = torch.empty(exchange.size * own.numel(), dtype=torch.int64, device=replica.device)
     exchange.all_gather(gathered, own, label="digest")
@@ -98,10 +99,11 @@ def compare(replica: Replica, exchange: Exchange, *, common: int) -> list[Differ
 
 
 def differences(sums_RN: NDArray[np.int64], *, num_experts: int) -> list[Difference]:
-    """What differs, and on whom.
+    """Find the experts or dense state whose copies differ, and the ranks that are odd.
 
     Args:
-        sums_RN: Checksums of every rank; 0 where a rank holds no copy.
+        sums_RN: Checksums of every rank, int64 [R, N]; 0 where a rank holds no copy.
+        num_experts: Experts of each layer.
     """
     highest = sums_RN.max(axis=0)
     lowest = np.where(sums_RN == 0, highest, sums_RN).min(axis=0)
@@ -125,7 +127,12 @@ def differences(sums_RN: NDArray[np.int64], *, num_experts: int) -> list[Differe
 
 
 def require_equal(words: Mapping[str, str], exchange: Exchange, *, device: torch.device) -> None:
-    """All-gather what must be equal on every rank before RESUME (rule 24); each compares.
+    """Check that all ranks have the same ``words`` before RESUME (rule 24 of docs/protocol.md).
+
+    Args:
+        words: What must be equal, by a name for the error message.
+        exchange: The group of all ranks.
+        device: Device of the tensors that are exchanged.
 
     Raises:
         LazarusError: Something differs; the message names it.

@@ -1,12 +1,12 @@
-"""Dense gradients summed over all ranks: in buckets while the backward goes on, or after it.
+"""Sums dense gradients over all ranks, in buckets during the backward pass or after it.
 
-A bucket is a stretch of the flat buffer; the last parameters, whose gradients come first, are in
-the first one. Bounds depend on the model alone, and buckets start in one order: whether they
-overlap the backward changes no bit.
+A bucket is a stretch of the flat gradient buffer. The first bucket holds the last parameters, whose
+gradients come first. Bounds depend on the model alone and buckets start in a fixed order, so
+overlapping the backward changes no bit of the result.
 
-Collectives must come in one order on all ranks, but a rank's gradients may not: it may have no use
-for a parameter in a step. So buckets start only where all ranks pass, at the end of an MoE layer's
-backward, and at which of these ends is learnt in a generation's first step and agreed on.
+All ranks must start collectives in the same order, but gradients may arrive in another order on
+each rank, or not at all. So buckets start only at the end of an MoE layer's backward, which all
+ranks pass; during a generation's first step the ranks learn at which end each bucket is complete.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ BUCKET_BYTES = 25 << 20
 
 _AT_THE_END = 1 << 30
 _Arrival = Callable[[Tensor], None]
-_Listen = Callable[[_Arrival], object]  # torch leaves its own unannotated
+_Listen = Callable[[_Arrival], object]  # torch's own method has no annotation
 
 
 class DenseSync:
-    """Sums one flat gradient buffer, step by step.
+    """Sums the flat gradient buffer over all ranks, once a step.
 
     Args:
-        parameters: All dense ones, in the order of the buffer.
-        flat_grad: Their gradients, side by side.
-        overlaps: Start buckets within the backward.
-        bucket_bytes: A bucket has at least so many, but for the last one; None: ``BUCKET_BYTES``.
+        parameters: All dense parameters, in the order of the buffer.
+        flat_grad: Their gradients, one after another.
+        overlaps: Start buckets during the backward.
+        bucket_bytes: Least size of every bucket but the last; None means ``BUCKET_BYTES``.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class DenseSync:
         self._members = _members(parameters, BUCKET_BYTES if bucket_bytes is None else bucket_bytes)
         self._bounds = _bounds(self._members, flat_grad.numel())
         self._missing = [0] * len(self._members)
-        self._armed = False  # while the step's last backward goes on
+        self._armed = False  # the step's last backward is running
         self._passed = 0  # MoE layers whose backward is over
-        self._complete: list[int] = []  # by bucket: how many were when its last gradient came
-        self._start_at: list[int] = []  # by bucket: how many must be; agreed
-        self._late: int | None = None  # bucket that was on its way when a gradient came
+        self._complete: list[int] = []  # by bucket: `_passed` at its last gradient
+        self._start_at: list[int] = []  # by bucket: `_passed` must exceed this; agreed on
+        self._late: int | None = None  # bucket that had started before one of its gradients
         self._pending: list[Pending] = []
         self.begin_generation()
         if overlaps:
@@ -65,7 +65,7 @@ class DenseSync:
                     listen(partial(self._arrived, bucket))
 
     def begin_generation(self) -> None:
-        """Other ranks: what was agreed on with the last ones is void."""
+        """Forget when buckets start, which the ranks of the previous generation had agreed on."""
         self._start_at = [_AT_THE_END] * len(self._bounds)
         self.start_step()
 
@@ -75,20 +75,20 @@ class DenseSync:
         self._complete = [_AT_THE_END] * len(self._bounds)
 
     def arm(self) -> None:
-        """The next backward is the step's last on this rank: its gradients are the final ones."""
+        """Announce the step's last backward on this rank, which produces the final gradients."""
         if self.overlaps:
             self._armed, self._passed = True, 0
             self._missing = [sum(p.requires_grad for p in some) for some in self._members]
 
     def pass_layer(self, exchange: Exchange) -> None:
-        """An MoE layer's backward is over, on this rank as on all: start what is due."""
+        """Start the buckets that are due at the end of an MoE layer's backward."""
         if self._armed:
             self._passed += 1
             while self._started < len(self._bounds) and self._due(self._started):
                 self._start_next(exchange)
 
     def finish(self, exchange: Exchange) -> Pending:
-        """Start what has not been started; wait on the result before touching a gradient.
+        """Start the remaining buckets. Wait on the result before touching a gradient.
 
         Raises:
             ConfigError: A gradient came after its bucket had been sent.
@@ -111,7 +111,7 @@ class DenseSync:
             pending.wait()
 
     def agree(self, exchange: Exchange) -> None:
-        """From the next step on, start each bucket where it has been complete on all ranks."""
+        """Agree to start each bucket, from the next step on, where all ranks had it complete."""
         if not self.overlaps:
             return
         own = torch.tensor(self._complete, dtype=torch.float32, device=self._flat_grad.device)
@@ -146,7 +146,7 @@ class DenseSync:
 
 
 def _members(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Parameters by bucket, from the last one to the first."""
+    """Parameters of each bucket; both buckets and parameters run from the last to the first."""
     buckets: list[list[nn.Parameter]] = []
     room = 0
     for parameter in reversed(parameters):
@@ -159,7 +159,7 @@ def _members(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list
 
 
 def _bounds(members: Sequence[Sequence[nn.Parameter]], size: int) -> list[tuple[int, int]]:
-    """Where each bucket lies in the flat buffer."""
+    """Begin and end of each bucket in the flat buffer, in elements."""
     bounds, end = [], size
     for bucket in members:
         begin = end - sum(p.numel() for p in bucket)

@@ -1,4 +1,4 @@
-"""One rank's items of the state digest: each global name is on exactly one rank."""
+"""One rank's part of the state digest; every tensor's name is on exactly one rank."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from lazarus.runtime.state.replica import Replica
 def digest_items(
     replica: Replica, home_LE: NDArray[np.int32], rank: int, *, moved: Callable[[], None]
 ) -> tuple[DigestItem, ...]:
-    """Experts at home on this rank; dense state on rank 0.
+    """Digests of the experts whose home is this rank; on rank 0 also of the dense state.
 
     Args:
-        moved: Called at every item, since all of them may take minutes.
+        replica: This rank's state.
+        home_LE: Home rank of each expert, shape [layers, experts].
+        rank: This rank.
+        moved: Called after every tensor or expert to report progress: all may take minutes.
     """
     items: list[DigestItem] = []
     if rank == 0:
@@ -40,7 +43,7 @@ def digest_items(
 
 
 def _item(name: str, tensor: Tensor) -> DigestItem:
-    """SHA-256 over name, dtype, shape and little-endian bytes."""
+    """SHA-256 of name, dtype, shape and little-endian bytes."""
     head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|"
     digest = hashlib.sha256(head.encode())
     digest.update(as_bytes(tensor.contiguous()).cpu().numpy().data)

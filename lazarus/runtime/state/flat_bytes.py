@@ -1,9 +1,8 @@
-"""Optimizer and model state as bytes: dense images and expert records, in one fixed order.
+"""Optimizer and model state as bytes in a fixed order: dense images and expert records.
 
-Shapes: S slots on this rank, P parameters of one expert.
-A record is one expert's parameters and everything the optimizer keeps for them, as bytes: what
-travels when a replica is healed. The dense image is all the rest. Both orders depend on the model
-and the optimizer alone, so sender and receiver agree without talking.
+An expert's record is its parameters and everything the optimizer keeps for them; records travel
+when a replica is healed. The dense image is all other state. Both orders depend on the model and
+the optimizer alone, so sender and receiver need not negotiate.
 """
 
 from __future__ import annotations
@@ -16,19 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_NO_SETTINGS = frozenset({"params", "lr"})  # the rate is a function of the step
+_NO_SETTINGS = frozenset({"params", "lr"})  # the learning rate is a function of the step
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A uint8 view [n] of a contiguous tensor."""
+    """View a contiguous tensor as uint8 [n]."""
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def fill_state(optimizer: Optimizer) -> None:
     """Create the optimizer's state before the first step, all zeros.
 
-    Optimizers make their state lazily; a joiner needs the tensors to receive into. One step with
-    zero gradients and learning rate 0 makes them; parameters are put back, states zeroed.
+    Optimizers create their state lazily, but a joining rank needs the tensors to receive into. One
+    step with zero gradients and learning rate 0 creates them; then parameters are restored and
+    the state is zeroed.
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -51,7 +51,7 @@ def fill_state(optimizer: Optimizer) -> None:
 
 
 def state_tensors(optimizer: Optimizer, param: nn.Parameter) -> list[tuple[str, Tensor]]:
-    """The optimizer's tensors of one parameter that have its shape, by key."""
+    """Tensors that the optimizer keeps for one parameter and that have its shape, sorted by key."""
     state = optimizer.state[param]
     return [
         (key, state[key])
@@ -61,7 +61,12 @@ def state_tensors(optimizer: Optimizer, param: nn.Parameter) -> list[tuple[str, 
 
 
 def read_scalars(optimizer: Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> str:
-    """JSON of every number the optimizer keeps: equal on all ranks at one step."""
+    """JSON of every single number that the optimizer keeps; equal on all ranks at one step.
+
+    Raises:
+        TypeError: The optimizer keeps a tensor that is neither a number nor shaped like its
+            parameter.
+    """
     found: dict[str, dict[str, float]] = {}
     for name, param in named:
         for key, value in sorted(optimizer.state[param].items()):
@@ -80,7 +85,7 @@ def read_scalars(optimizer: Optimizer, named: Sequence[tuple[str, nn.Parameter]]
 def write_scalars(
     optimizer: Optimizer, named: Sequence[tuple[str, nn.Parameter]], text: str
 ) -> None:
-    """Take over what ``read_scalars`` gave on another rank."""
+    """Set the numbers that ``read_scalars`` read on another rank."""
     found = json.loads(text)
     for name, param in named:
         for key, number in found.get(name, {}).items():
@@ -92,7 +97,7 @@ def write_scalars(
 
 
 def read_settings(optimizer: Optimizer, *, base_lr: Sequence[float]) -> str:
-    """JSON of the numbers that each parameter group is set to; rates before the schedule."""
+    """JSON of each parameter group's numeric settings, with learning rates before the schedule."""
     groups = [
         {
             key: group[key]
@@ -105,7 +110,7 @@ def read_settings(optimizer: Optimizer, *, base_lr: Sequence[float]) -> str:
 
 
 def write_settings(optimizer: Optimizer, text: str) -> list[float]:
-    """Take over what ``read_settings`` gave on another rank. Returns the rates."""
+    """Set what ``read_settings`` read on another rank. Returns the learning rates by group."""
     found = json.loads(text)
     for group, settings in zip(optimizer.param_groups, found["groups"], strict=True):
         for key, value in settings.items():
@@ -135,11 +140,12 @@ class DenseImage:
             start += part.numel()
 
     def read(self, first: int, last: int) -> Tensor:
-        """Bytes [first, last) as a fresh uint8 tensor."""
+        """Copy bytes [first, last) into a new uint8 tensor."""
         pieces = list(self._pieces(first, last))
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
 
     def write(self, first: int, content: Tensor) -> None:
+        """Overwrite the bytes from ``first`` on with ``content``, a uint8 tensor."""
         done = 0
         for piece in self._pieces(first, first + content.numel()):
             piece.copy_(content[done : done + piece.numel()])

@@ -1,6 +1,6 @@
-"""Square sums of gradients, quick: in single precision by stretches, those in double precision.
+"""Fast square sums of gradients: single precision within stretches, double precision across them.
 
-All of it in double precision took 6 to 8 % of a step on a CPU, most of it to convert.
+Double precision throughout took 6 to 8 % of a step on a CPU, mostly for the conversion.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ STRETCH = 4096  # elements whose squares are summed in the tensor's own precisio
 
 
 def square_sums(rows: Sequence[Tensor]) -> list[float]:
-    """Square sum of each tensor, to about 1e-7 of it; one host synchronisation for all.
+    """Square sum of each tensor, with a relative error of about 1e-7, in one host synchronisation.
 
-    A tensor's bits depend on its values and length alone, not on where it lies or on the number of
+    A sum depends on the tensor's values and length alone, not on its address or the number of
     threads. Elements below 1e-22 count as zeros. A row whose squares overflow in single precision
-    is summed in double from the start.
+    is summed in double precision.
 
     Args:
         rows: Contiguous float32 tensors.

@@ -1,4 +1,4 @@
-"""The learning-rate multiplier of each step, asked before the step changes anything."""
+"""The learning-rate multiplier of each step, from the user's schedule."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Schedule = Callable[[int], float]
 
 
 class Rates:
-    """The schedule's answers: numbers >= 0, or the step ends before its commit."""
+    """Calls the user's schedule and checks that it returns a finite number >= 0."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._last: tuple[int, float] | None = None
 
     def of(self, step: int) -> float:
-        """The multiplier of ``step``, a pure function of it; asked once.
+        """The multiplier of ``step``. The schedule must be a pure function of the step.
 
         Raises:
-            UserMistakeError: The schedule gave no finite number >= 0.
+            UserMistakeError: The schedule did not return a finite number >= 0.
         """
         if self._last is None or self._last[0] != step:
             self._last = (step, _checked(self._schedule(step), step))

@@ -1,4 +1,6 @@
-"""Everything one rank trains: model, optimizer, load history; addressed by global names.
+"""The trained state of one rank: model, optimizer and load history, addressed by global names.
+
+Rules named in this module are those of docs/protocol.md.
 
 Shapes: L MoE layers, E experts, S slots on this rank, P parameters of one expert.
 """
@@ -43,7 +45,23 @@ Expert = tuple[int, int]
 
 
 class Replica:
-    """One rank's share of the model: all dense state, and the experts that its plan gives it."""
+    """One rank's part of the model: all dense state, and the experts that its plan assigns to it.
+
+    Args:
+        build: Builds the model; experts are created only when the rank is to hold them.
+        optimizer: Makes an optimizer from parameter groups.
+        schedule: Learning-rate multiplier of each step.
+        clip_norm: Largest gradient norm; 0 for no clipping.
+        seed: Seed of the model's initial values.
+        device: Where the state lives.
+        num_slots: Experts of each layer that this rank has room for.
+        overlaps: Sum dense gradients during the backward pass.
+        scratch_buffers: Names or patterns of buffers that are not state.
+
+    Raises:
+        ValueError: The model has no ``MoELayer``, its layers differ in their number of experts,
+            or a dense parameter is not float32.
+    """
 
     def __init__(
         self,
@@ -90,7 +108,7 @@ class Replica:
     # ---- building ------------------------------------------------------------------------------
 
     def _flatten(self) -> None:
-        """Put all dense parameters and their gradients into two flat tensors."""
+        """Move all dense parameters and their gradients into two flat tensors."""
         expert = {id(bank.weight) for bank in self.banks}
         self.dense = [(name, p) for name, p in self.model.named_parameters() if id(p) not in expert]
         total = sum(p.numel() for _, p in self.dense)
@@ -132,10 +150,11 @@ class Replica:
         return self.banks[layer].expert_of_slot.index(expert)
 
     def held(self, plan: Plan | None = None) -> tuple[Held, ...]:
-        """Live copies on this rank.
+        """Experts that this rank holds, by layer.
 
         Args:
-            plan: In force so far: copies that others hold too come with their checksums.
+            plan: The plan in force so far. If given, experts that other ranks hold too come with
+                their checksums.
         """
         return tuple(self._held(layer, plan) for layer in range(len(self.banks)))
 
@@ -150,7 +169,7 @@ class Replica:
         return Held(layer=layer, experts=experts, sums=sums)
 
     def drop(self, layer: int, expert: int) -> None:
-        """Hold this expert no longer, if it is held: another copy takes its place."""
+        """Give up this expert's slot, if this rank holds the expert."""
         bank = self.banks[layer]
         if expert in bank.expert_of_slot:
             bank.assign(self.slot_of(layer, expert), -1)
@@ -162,7 +181,7 @@ class Replica:
         ]
 
     def shape(self) -> dict[str, Any]:
-        """What a plan must know of the model, as ranks report it at ALIGN."""
+        """What the controller must know of the model to make a plan; ranks report it at ALIGN."""
         return {
             "num_layers": len(self.layers),
             "num_experts": self.num_experts,
@@ -186,6 +205,7 @@ class Replica:
         return checksum_of(self._rows(layer, self.slot_of(layer, expert)))
 
     def write_record(self, layer: int, slot: int, record: Tensor) -> None:
+        """Fill a slot's weights and optimizer state from a record."""
         start = 0
         for row in self._rows(layer, slot):
             size = row.numel() * row.element_size()
@@ -194,7 +214,7 @@ class Replica:
             start += size
 
     def record_of(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> Tensor:
-        """An expert's record, as bytes, from its tensors by global name.
+        """Build an expert's record from its tensors, given by global name.
 
         Raises:
             KeyError: A tensor is missing.
@@ -211,11 +231,11 @@ class Replica:
         return torch.cat(rows)
 
     def load_dense(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over all dense state by global name.
+        """Copy all dense state from tensors given by global name.
 
         Raises:
             KeyError: A tensor is missing.
-            ValueError: One has another shape.
+            ValueError: A tensor has another shape than in the model.
         """
         with torch.no_grad():
             for name, own in self.dense_tensors():
@@ -228,12 +248,16 @@ class Replica:
         self.keep_buffers()
 
     def forget_experts(self) -> None:
-        """Empty every slot: what was held belongs to no step that counts."""
+        """Empty every slot, because the experts held belong to no committed step."""
         for bank in self.banks:
             bank.expert_of_slot[:] = [-1] * len(bank.expert_of_slot)
 
     def place(self, layer: int, experts: Sequence[int], staged: Mapping[Expert, Tensor]) -> None:
-        """Hold exactly ``experts`` in this layer: stay, drop, and take over staged records."""
+        """Hold exactly ``experts`` in this layer.
+
+        Experts that are held already stay, others are dropped. New experts are filled from
+        ``staged`` records, or initialised if there is none.
+        """
         bank = self.banks[layer]
         wanted = set(experts)
         if not wanted - set(bank.expert_of_slot) and wanted == {
@@ -255,7 +279,7 @@ class Replica:
                 self.write_record(layer, slot, record)
 
     def ensure_slots(self, num_slots: int) -> None:
-        """Grow every bank to at least ``num_slots``; rows and optimizer state move along."""
+        """Grow every bank to at least ``num_slots``, keeping its rows and their optimizer state."""
         for bank in self.banks:
             have = bank.weight.shape[0]
             if have >= num_slots:
@@ -277,7 +301,7 @@ class Replica:
     # ---- dense state ---------------------------------------------------------------------------
 
     def dense_tensors(self) -> list[tuple[str, Tensor]]:
-        """Every dense tensor that is state, by global name, in one fixed order."""
+        """Every dense tensor that is state, with its global name, in a fixed order."""
         found = [(f"model.{name}", p.detach()) for name, p in self.dense]
         for name, param in self.dense:
             if param.requires_grad:
@@ -296,7 +320,7 @@ class Replica:
         write_scalars(self.optimizer, self._trained, text)
 
     def settings(self) -> str:
-        """The optimizer's settings: no state, and yet equal on all ranks."""
+        """The optimizer's settings as JSON: not trained, but equal on all ranks."""
         return read_settings(self.optimizer, base_lr=self._base_lr)
 
     def take_settings(self, text: str) -> None:
@@ -316,12 +340,12 @@ class Replica:
     # ---- the step ------------------------------------------------------------------------------
 
     def zero_gradients(self) -> None:
-        """Experts' gradients are overwritten by a step's first backward, see ``LayerContext``."""
+        """Zero the dense gradients; a step's first backward overwrites those of the experts."""
         self.flat_grad.zero_()
         self.dense_sync.start_step()
 
     def dense_square_sum(self) -> float:
-        """Square sum of the reduced dense gradient: equal bits on all ranks, so never summed."""
+        """Square sum of the reduced dense gradient; equal on all ranks, so never added up."""
         return square_sums([self.flat_grad])[0]
 
     def expert_square_sums(self, home_LE: NDArray[np.int32], rank: int) -> NDArray[np.float64]:
@@ -338,9 +362,13 @@ class Replica:
         return squares
 
     def apply(self, sums: StepSums, *, dense_square: float) -> float:
-        """One optimizer step from the gradient sums in the buffers and the committed vector.
+        """Make one optimizer step from the gradient sums and the committed vector.
 
-        No collective, no wait, no randomness: the same bits on every rank (rule 13).
+        Uses no collective, no waiting and no randomness: every rank gets the same bits (rule 13).
+
+        Args:
+            sums: The committed sums of the step.
+            dense_square: Square sum of the dense gradient.
 
         Returns:
             The global gradient norm, before clipping.
@@ -374,7 +402,7 @@ class Replica:
         self.optimizer.step()
 
     def keep_buffers(self) -> None:
-        """What buffers hold now belongs to the last committed step."""
+        """Take the present content of the buffers as that of the last committed step."""
         self.buffers.keep()
 
     def restore_scratch(self) -> None:
@@ -382,7 +410,7 @@ class Replica:
         self.buffers.restore()
 
     def expected_fractions(self, layer: int) -> Tensor:
-        """Expert fractions of the last committed step, f32 [E]; uniform before the first."""
+        """Expert fractions of the last committed step, f32 [E]; uniform before the first step."""
         last = self.history[2, layer]
         total = last.sum()
         if total > 0:
@@ -392,7 +420,7 @@ class Replica:
     # ---- names ---------------------------------------------------------------------------------
 
     def expert_tensors(self, layer: int, expert: int) -> Iterator[tuple[str, Tensor]]:
-        """One expert's state by global name: fields, then the optimizer's tensors of each."""
+        """One expert's state by global name: the fields, then the optimizer's tensors of each."""
         bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{expert}"
         slot = self.slot_of(layer, expert)
         for field, view in bank.field_views(bank.weight.detach()[slot]).items():
@@ -402,15 +430,16 @@ class Replica:
                 yield f"optimizer.{key}.{path}.{field}", view
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
-        """Dense state that stands still until the next apply: buffers as the last commit left them.
+        """Dense state that does not change before the next apply, for a snapshot.
 
-        A forward pass may write buffers (scratch of an attempt) while a snapshot reads.
+        A forward pass may write buffers while the snapshot is read, so buffers are given as the
+        last commit left them.
         """
         names = {f"model.{name}": kept for name, kept in self.buffers.kept().items()}
         return [(name, names.get(name, tensor)) for name, tensor in self.dense_tensors()]
 
     def expert_names(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and shapes of any expert's tensors in this layer, with ``{e}`` for its id."""
+        """Names and shapes of one expert's tensors in this layer, with ``{e}`` for the id."""
         bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{{e}}"
         rows = [("model", bank.weight.detach()[0])]
         shaped = state_tensors(self.optimizer, bank.weight)

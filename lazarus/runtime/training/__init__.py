@@ -1,6 +1,6 @@
-"""One optimizer step, and what lies between two of them: evaluation, comparison, hooks.
+"""One optimizer step, and the work between two steps: evaluation, comparison, hooks.
 
-Runs in the training thread of a worker. Start reading at ``step.py``; ``world.py`` is the
-generation that it computes in, ``factory.py`` what is made of the configuration and of the user's
-code.
+Runs in the training thread of a worker. Start reading at ``step.py``. ``world.py`` is the
+generation that a step computes in; ``factory.py`` makes a rank's parts from the configuration and
+the user's code.
 """

@@ -1,4 +1,4 @@
-"""What happens at a step's boundary beside training: evaluation, comparison of replicas, hooks."""
+"""Work between two steps: evaluation, comparison of replicas, hooks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Send = Callable[[Body], None]
 class BetweenSteps:
     """Work a rank does after one optimizer step and before the next: evaluation, comparison, hooks.
 
-    Collectives here belong to no step: a loss repeats them, never a step. All ranks do the same at
-    the same boundaries, as functions of the step and of what ``state`` says, which
-    every rank takes from one chosen member before it resumes.
+    If a rank is lost here, this work is repeated, never the step. All ranks do the same work after
+    the same steps: what to do depends only on the step and on ``state``, which every rank takes
+    from one chosen member before it resumes.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class BetweenSteps:
         repairs: bool,
         hooks: Hooks,
     ) -> None:
-        """``repairs``: what a comparison finds outvoted takes the bits of the others at once."""
+        """``repairs``: give outvoted copies the majority's bits once a comparison finds them."""
         self._replica, self._evaluator, self._hooks = replica, evaluator, hooks
         self._compare_every, self._last_step, self._repairs = compare_every, last_step, repairs
         self._evaluated: tuple[int, float, float] | None = None  # step, loss sum, count
         self._has_trained = False
-        self.told: Evaluated | None = None  # the last one; a new controller must hear it too
+        self.told: Evaluated | None = None  # last message, to repeat to a new controller
 
     def state(self) -> Any:
-        """JSON: the last evaluation."""
+        """The last evaluation, as JSON values."""
         return self._evaluated
 
     def take_state(self, state: Any) -> None:
@@ -54,14 +54,14 @@ class BetweenSteps:
             self._evaluated = (int(step), float(loss_sum), float(count))
 
     def agree(self, scalars: str) -> None:
-        """Before RESUME every rank takes the same member's word for what was evaluated."""
+        """Take over the last evaluation of one chosen member, before RESUME."""
         if scalars:
             self.take_state(json.loads(scalars).get("evaluated"))
 
     def before_training(self, step: int, world: World, send: Send) -> None:
-        """The state after ``step`` stands; what a loss interrupted there is made up for."""
+        """Report the evaluation after ``step`` if one is due; a loss may have interrupted it."""
         if not self._has_trained and self._evaluated is not None and self._evaluated[0] == step:
-            return  # an earlier life of the run has told it
+            return  # reported before the run was resumed
         self._evaluate(step, world, send)
 
     def check(
@@ -74,12 +74,17 @@ class BetweenSteps:
         nodes: Sequence[int],
         common: InCommon,
     ) -> None:
-        """``step`` is applied here: hooks, and the comparison where one is due.
+        """Call the commit hooks for ``step``, and compare replicas if that is due.
 
-        It comes before anything is saved, so that no snapshot is taken of what is outvoted.
+        Runs before anything is saved, so that no snapshot contains an outvoted copy.
 
         Args:
+            step: The step that has been applied.
+            world: The generation.
+            send: Sends a message to the controller.
+            context: The context for hooks.
             nodes: The node of each rank.
+            common: State that all ranks have in common.
         """
         self._has_trained = True
         self._hooks.commit(context, step)
@@ -107,7 +112,7 @@ class BetweenSteps:
             send(difference.repaired(generation=world.generation, step=step))
 
     def evaluate(self, step: int, world: World, send: Send) -> None:
-        """The held-out loss after ``step``, where one is due."""
+        """Compute and report the held-out loss after ``step`` if that is due."""
         self._evaluate(step, world, send)
 
     def _evaluate(self, step: int, world: World, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""What the user's functions are told about the worker they run in, and what they tell it back."""
+"""The context that user functions get in a worker, and the measures that they log through it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-MAX_NAMES = 256  # of measures in one run; each costs two lanes of every commit vector
+MAX_NAMES = 256  # measures in one run; each costs two lanes of every commit vector
 
 
 class Measures:
-    """What ``ctx.log`` collects on one rank in one step, summed over its micro-batches.
+    """Values that ``ctx.log`` collects on one rank in one step, summed over its micro-batches.
 
-    All ranks sum under one agreed list of names. A name that is not on it yet waits for the next
-    step, in which all ranks agree anew; what an abandoned attempt logged is gone.
+    All ranks sum values under one agreed list of names. A name that is not on the list waits for
+    the next step, in which all ranks agree again. Values of an abandoned attempt are dropped.
     """
 
     def __init__(self) -> None:
         self.muted = False  # ghost rounds and evaluations log nothing
         self.names: tuple[str, ...] = ()
         self._sums: dict[str, list[float]] = {}
-        self._waiting: dict[str, list[float]] = {}  # of the last committed step
+        self._waiting: dict[str, list[float]] = {}  # values that the last commit could not include
 
     def start(self) -> None:
-        """A step, or another attempt at it, begins."""
+        """Begin a step, or another attempt at the same step."""
         self.muted = False
         self._sums = {name: list(pair) for name, pair in self._waiting.items()}
 
@@ -39,19 +39,19 @@ class Measures:
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names of this step on this rank."""
+        """Names that this rank has logged in this step, sorted."""
         return tuple(sorted(self._sums))
 
     @property
     def has_unknown(self) -> bool:
-        """Whether a name is not on the agreed list."""
+        """Whether this rank has logged a name that is not on the agreed list."""
         return not set(self._sums) <= set(self.names)
 
     def agree(self, names: Iterable[str]) -> None:
-        """Sum under these names from now on.
+        """Sum values under these names from now on.
 
         Raises:
-            ValueError: There are more than ``MAX_NAMES``, or one is no line of text.
+            ValueError: There are more than ``MAX_NAMES`` names, or one is not a line of text.
         """
         found = tuple(sorted(names))
         if len(found) > MAX_NAMES:
@@ -67,7 +67,7 @@ class Measures:
         return np.array(pairs, dtype=np.float64).reshape(-1)
 
     def commit(self) -> None:
-        """The step counts: keep only what it could not take along."""
+        """Forget the committed values; values of names not agreed on wait for the next step."""
         known = set(self.names)
         self._waiting = {name: pair for name, pair in self._sums.items() if name not in known}
         self._sums = {}
@@ -75,10 +75,20 @@ class Measures:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """Runs in every worker. Rank and world size change with the generation: -1 and 0 while built.
+    """Where a user function runs. Every worker has its own context.
 
-    The model function must not let its result depend on rank, node or generation: every rank
-    builds the same dense weights.
+    Rank and world size change with the generation; while the model is built they are -1 and 0.
+    The model function must not let its result depend on rank, node or generation: every rank must
+    build the same dense weights.
+
+    Attributes:
+        rank: This rank in the current generation.
+        world_size: Number of ranks.
+        node: Number of this rank's machine.
+        device: Where the model lives.
+        generation: Counts reconfigurations.
+        seed: The run's seed.
+        dtype: bfloat16, or float32 with ``train.precision = "fp32"``.
     """
 
     rank: int
@@ -91,10 +101,15 @@ class WorkerContext:
     measures: Measures = field(default_factory=Measures, repr=False, compare=False)
 
     def log(self, name: str, value: float, *, weight: float = 1.0) -> None:
-        """Add to a measure of this step, from the loss, the model or a gradient hook.
+        """Log a measure of this step, from the loss, the model or a gradient hook.
 
-        Value times weight and weight are summed over micro-batches and ranks; their quotient is
-        published with the commit (``metrics`` of ``step_committed``), so it does not depend on how
-        the step was shared. An abandoned attempt leaves nothing behind.
+        The published value is a weighted mean over all micro-batches and ranks, so it does not
+        depend on how the step was shared. It is published with the commit, in ``metrics`` of
+        ``step_committed``. Values of an abandoned attempt are dropped.
+
+        Args:
+            name: Name of the measure, one line of text.
+            value: The value.
+            weight: Weight of the value, such as the number of tokens behind it.
         """
         self.measures.log(name, value, weight)

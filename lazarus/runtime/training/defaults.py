@@ -1,4 +1,4 @@
-"""What a run uses where the user gave nothing: the GPT-MoE, the corpus, AdamW, the schedule."""
+"""Defaults for what the user does not pass: the GPT-MoE, the corpus, AdamW, the schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def model(config: TrainConfig) -> nn.Module:
 
 
 def training_data(config: TrainConfig) -> Any:
-    """Windows of the configured text, the training part."""
+    """Training windows of the configured text.
+
+    Raises:
+        DataError: The text is missing, too short, or has tokens outside the vocabulary.
+    """
     corpus = load_corpus(config.data.path)
     check_tokens(corpus, vocab=config.model.vocab)
     train, _ = datasets(corpus, seq_len=config.seq_len, split=config.data.split)
@@ -33,10 +37,10 @@ def training_data(config: TrainConfig) -> Any:
 
 
 def held_out_data(config: TrainConfig) -> Any:
-    """Windows of the configured text that are not trained on.
+    """Held-out windows of the configured text, which are never trained on.
 
     Raises:
-        DataError: ``data.split`` leaves none.
+        DataError: ``data.split`` leaves no windows.
     """
     corpus = load_corpus(config.data.path)
     _, held_out = datasets(corpus, seq_len=config.seq_len, split=config.data.split)
@@ -49,18 +53,18 @@ def held_out_data(config: TrainConfig) -> Any:
 
 
 def prefetch_steps(config: TrainConfig, data: Any) -> int:
-    """Steps that are read ahead: none where the tokens are in memory already."""
+    """Steps to read ahead: 0 if the tokens are in memory already."""
     in_memory = isinstance(data, TokenDataset) and not isinstance(data.corpus.tokens, np.memmap)
     return 0 if in_memory else config.data.prefetch_steps
 
 
 def collate(items: list[Any]) -> Any:
-    """Tensors of equal shape stacked, nested containers kept."""
+    """Stack tensors of equal shape; nested containers are kept."""
     return default_collate(items)
 
 
 def optimizer(config: TrainConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
-    """AdamW as configured, fused."""
+    """Factory of a fused AdamW with the configured settings."""
     optim = config.optim
 
     def make(groups: list[dict[str, Any]]) -> Optimizer:
@@ -96,5 +100,5 @@ def schedule(config: TrainConfig) -> Callable[[int], float]:
 
 
 def loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """Next-token cross-entropy."""
+    """Next-token cross-entropy, summed over tokens."""
     return gpt.loss(module, batch)

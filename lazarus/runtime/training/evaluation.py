@@ -1,4 +1,4 @@
-"""Held-out loss of a committed state, shared by all ranks; nothing of the training is touched."""
+"""Held-out loss of a committed state, computed by all ranks together without changing the state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lazarus.runtime.training.world import World
 
 
 class Evaluator:
-    """Evaluates the same samples every time, in their order, whoever takes part."""
+    """Evaluates the same samples in the same order every time, whichever ranks take part."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class Evaluator:
         self._observer, self._measures = observer, measures
 
     def is_due(self, step: int) -> bool:
-        """Whether the state after this step is evaluated."""
+        """Whether the state after this step is to be evaluated."""
         return step > 0 and step % self._every == 0
 
     def run(self, step: int, world: World) -> Evaluated:
-        """The held-out loss after ``step``, over all ranks.
+        """Compute the held-out loss after ``step``, over all ranks.
 
         Raises:
-            FencedError, CollectiveError: A member is gone; the evaluation is done again later.
+            FencedError, CollectiveError: A member is lost; the evaluation is repeated later.
         """
         batch = self._batching.global_batch
         count = min(self._batches * batch, len(self._data))
@@ -66,7 +66,7 @@ class Evaluator:
             for first in range(0, count, batch):
                 ids = np.arange(first, min(first + batch, count), dtype=np.int64)
                 sums += self._global_batch(step, ids, world)
-            self._replica.restore_scratch()  # what evaluation writes into buffers is no state
+            self._replica.restore_scratch()  # drop what evaluation wrote into buffers
             world.meet()
         sums = sums.to(self._replica.device)
         world.exchange.all_reduce(sums, label="digest")
@@ -75,7 +75,7 @@ class Evaluator:
 
     @contextmanager
     def _evaluating(self, world: World) -> Iterator[None]:
-        """Modules in evaluation mode, each then back in the mode it was in."""
+        """Context with all modules in evaluation mode; restores each module's mode afterwards."""
         modes = [(module, module.training) for module in self._replica.model.modules()]
         self._measures.muted = True
         self._replica.model.eval()

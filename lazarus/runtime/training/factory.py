@@ -1,4 +1,4 @@
-"""What a rank makes of the configuration and of the user's code."""
+"""Makes a rank's parts from the configuration and the user's code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lazarus.runtime.training.step import Batching
 
 
 class Workshop:
-    """Makes a rank's parts; the user's functions get ``context``, as it is at that moment."""
+    """Makes a rank's parts. User functions get the ``context`` passed to each method."""
 
     def __init__(self, config: TrainConfig, user: UserCode, *, observer: Observer) -> None:
         self._config, self._user, self._observer = config, user, observer
@@ -37,7 +37,7 @@ class Workshop:
         return first_replica(self._config, self._user, context=context)
 
     def reading(self, context: WorkerContext) -> Reading:
-        """The training data, at the beginning."""
+        """The training data, at its beginning."""
         config, data = self._config, self._user.data
         opened = defaults.training_data(config) if data is None else _opened(data, context)
         return open_reading(
@@ -51,7 +51,7 @@ class Workshop:
         )
 
     def boundary(self, replica: Replica, hooks: Hooks, context: WorkerContext) -> BetweenSteps:
-        """What happens between two steps."""
+        """The work between two steps."""
         return BetweenSteps(
             replica,
             evaluator=self._evaluator(replica, context) if self._config.eval.every else None,
@@ -78,7 +78,7 @@ class Workshop:
 
 
 def first_context(config: TrainConfig, *, node: int, device: torch.device) -> WorkerContext:
-    """What the user's functions are told before the first generation."""
+    """The context for user functions before the first generation."""
     return WorkerContext(
         rank=-1,
         world_size=0,
@@ -106,7 +106,7 @@ def first_replica(config: TrainConfig, user: UserCode, *, context: WorkerContext
 
 
 def _overlaps(asked: str, device: torch.device) -> bool:
-    """auto: where a rank has its own device, sums travel beside the backward for nothing."""
+    """Whether to sum dense gradients during the backward; "auto" means on GPUs only."""
     return asked == "on" or (asked == "auto" and device.type != "cpu")
 
 

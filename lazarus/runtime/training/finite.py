@@ -1,4 +1,4 @@
-"""Steps whose numbers are none: an update is left out, and who never recovers is stopped."""
+"""Handles steps with NaN or infinite loss or gradients: skips updates, ends hopeless runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from lazarus.control.vector import StepSums
 from lazarus.errors import UserMistakeError
 
-MOST_IN_A_ROW = 10  # skipped steps, until the run ends
+MOST_IN_A_ROW = 10  # skipped steps after which the run ends
 
 
 class FiniteWatch:
-    """Follows ``train.on_nonfinite`` on one rank; all ranks see the same sums.
+    """Applies ``train.on_nonfinite`` on one rank; all ranks see the same sums.
 
     Args:
-        stops: End the run at the first such step ("stop") rather than at the tenth in a row.
+        stops: End the run at the first non-finite step ("stop"), not after ``MOST_IN_A_ROW``.
     """
 
     def __init__(self, *, stops: bool) -> None:
@@ -25,14 +25,14 @@ class FiniteWatch:
 
     @property
     def is_skipping(self) -> bool:
-        """Whether the last committed step changed nothing."""
+        """Whether the last committed step was skipped, leaving the model unchanged."""
         return self._in_a_row > 0
 
     def check(self, sums: StepSums) -> None:
-        """Before the commit.
+        """Check a step's sums before the commit.
 
         Raises:
-            UserMistakeError: The loss was a sum over nothing, or "stop" and a number is none.
+            UserMistakeError: The loss counts add up to 0, or a number is not finite with "stop".
         """
         if not sums.count > 0:
             raise UserMistakeError(
@@ -45,10 +45,10 @@ class FiniteWatch:
             )
 
     def committed(self, sums: StepSums) -> None:
-        """After the commit.
+        """Count skipped steps, after the commit.
 
         Raises:
-            UserMistakeError: Too many steps in a row have changed nothing.
+            UserMistakeError: ``MOST_IN_A_ROW`` steps in a row have been skipped.
         """
         self._in_a_row = self._in_a_row + 1 if sums.skips else 0
         if self._in_a_row >= MOST_IN_A_ROW:
@@ -60,10 +60,10 @@ class FiniteWatch:
 
 
 def check_total(total: Tensor, *, stops: bool) -> None:
-    """One micro-batch's loss, where it arises.
+    """Check one micro-batch's loss as soon as the loss function returns.
 
     Raises:
-        UserMistakeError: "stop", and it is not finite.
+        UserMistakeError: The loss is not finite, and ``train.on_nonfinite`` is "stop".
     """
     if stops and not math.isfinite(value := float(total.detach())):
         raise UserMistakeError(f'the loss is {value}, and train.on_nonfinite = "stop"')

@@ -1,4 +1,4 @@
-"""The user's worker hooks: at set-up, on gradients before the commit, after each commit."""
+"""The user's hooks in workers: at set-up, on gradients before the commit, after each commit."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from lazarus.runtime.training.context import WorkerContext
 
 
 class WorkerHook(Protocol):
-    """What a hook may define; each method may be missing. Runs in every worker.
+    """Methods that a hook may define; each may be missing. Runs in every worker.
 
-    A step may run twice (a redo), so a hook has no side effect but ``ctx.log``.
+    A step may run twice, so a hook must have no side effect except ``ctx.log``.
     """
 
     def on_setup(self, ctx: WorkerContext, model: nn.Module) -> None:
-        """The model is built; experts come later."""
+        """Called when the model has been built; its experts do not exist yet."""
 
     def on_gradients(self, ctx: WorkerContext, named_grads: Mapping[str, Tensor]) -> None:
-        """Gradients of the step's sum (not yet divided by its count), equal on all replicas.
+        """Called with the gradients of the step's summed loss, before clipping.
 
-        They may be changed in place, by the same function on every rank: what it does to a
-        gradient must not depend on the rank. Experts appear where they are held, as
-        ``{layer path}.experts.{expert}.{field}``. Clipping comes after this.
+        Gradients are equal on all replicas and not yet divided by the step's count. A hook may
+        change them in place if the result does not depend on the rank. Experts appear on the ranks
+        that hold them, as ``{layer path}.experts.{expert}.{field}``.
         """
 
     def on_commit(self, ctx: WorkerContext, step: int) -> None:
-        """The step is committed and applied on this rank."""
+        """Called when ``step`` has been committed and applied on this rank."""
 
 
 class Hooks:
-    """All hooks of a run, called in the order in which they were given."""
+    """All hooks of a run, called in the order in which they were passed."""
 
     def __init__(self, hooks: Sequence[Any], *, where: Whereabouts | None = None) -> None:
         self._hooks = tuple(hooks)
@@ -47,7 +47,7 @@ class Hooks:
                 hook.on_setup(ctx, model)
 
     def gradients(self, ctx: WorkerContext, replica: Replica) -> None:
-        """After all sums, before anything is computed from them."""
+        """Call ``on_gradients`` when all gradients are summed and nothing has used them yet."""
         if not self._on_gradients:
             return
         found = named_gradients(replica)
@@ -58,7 +58,7 @@ class Hooks:
 
     @property
     def watch_commits(self) -> bool:
-        """Whether any hook is called after a commit."""
+        """Whether any hook defines ``on_commit``."""
         return any(hasattr(hook, "on_commit") for hook in self._hooks)
 
     def commit(self, ctx: WorkerContext, step: int) -> None:
@@ -70,7 +70,7 @@ class Hooks:
 
 
 def named_gradients(replica: Replica) -> dict[str, Tensor]:
-    """Views of all gradient buffers of this rank, by global name."""
+    """Views of all gradients on this rank, by global name."""
     found = {name: p.grad for name, p in replica.dense if p.requires_grad and p.grad is not None}
     for path, bank in zip(replica.layer_names, replica.banks, strict=True):
         assert bank.weight.grad is not None

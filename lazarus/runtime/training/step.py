@@ -1,4 +1,7 @@
-"""One step on one rank: rounds of forward and backward, gradient sums, the commit vector."""
+"""One step on one rank: rounds of forward and backward, gradient sums, the commit vector.
+
+Rules named in this module are those of docs/protocol.md.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Batching:
 
 
 class Step:
-    """Computes steps of one world; holds what the commit needs until the vector is decided."""
+    """Computes steps of one world, and keeps what the commit needs until the vector is decided."""
 
     def __init__(
         self,
@@ -70,20 +73,24 @@ class Step:
         self._hooks = hooks
         self._observer.where.generation = world.generation
         self._observer.where.rank = world.exchange.rank
-        self.must_repeat = False  # a buffer was written that no rank has exchanged: not committed
-        self._must_agree = True  # on the names of measures, before the next commit
-        self._summed: set[int] = set()  # layers whose replicas have equal gradients in this step
+        self.must_repeat = False  # a rank wrote a buffer that was not exchanged: no commit
+        self._must_agree = True  # agree on names of measures and on buffers in this step
+        self._summed: set[int] = set()  # layers whose replica gradients are summed in this step
         self.dense_square = 0.0
         self.shared: StepShare | None = None
 
     def compute(
         self, step: int, *, pause: Callable[[], bool], prepared: Callable[[], None]
     ) -> Lanes:
-        """Gradient sums of ``step`` in the buffers and the summed commit vector.
+        """Compute the summed gradients of ``step`` and its summed commit vector.
 
         Args:
-            pause: Asked last: whether this rank wants all to stop after the step (rule 15).
-            prepared: Called when every gradient of the step is complete here (rule 9).
+            step: The step.
+            pause: Called last: whether this rank wants all ranks to stop after the step (rule 15).
+            prepared: Called when every gradient of the step is complete on this rank (rule 9).
+
+        Returns:
+            The commit vector, summed over all ranks.
 
         Raises:
             FencedError, CollectiveError: The attempt is over.
@@ -101,7 +108,7 @@ class Step:
         total, aux, count = self._rounds(step, shared)
         where.leave()
         self._observer.enter("grad_sync")
-        # In flight beside the replicas' exchanges, which another stream or thread may serve.
+        # Runs beside the replicas' exchanges, which another stream or thread may serve.
         dense = replica.dense_sync.finish(world.exchange)
         for layer in range(len(world.contexts)):
             if layer not in self._summed:
@@ -146,7 +153,7 @@ class Step:
         return self._commit_barrier(lanes)
 
     def _overlap(self) -> None:
-        """Sum gradients while the next backward goes on; it is this step's last one here."""
+        """Sum gradients during the next backward, which is the step's last on this rank."""
         sync = self._replica.dense_sync
         if sync.overlaps:
             sync.arm()
@@ -154,7 +161,7 @@ class Step:
                 context.after_backward = partial(self._layer_done, layer)
 
     def _layer_done(self, layer: int) -> None:
-        """Sum what no later part of the backward adds to."""
+        """Sum the gradients that the rest of the backward does not change."""
         self._sum_replicas(layer)
         self._replica.dense_sync.pass_layer(self._world.exchange)
 
@@ -172,7 +179,7 @@ class Step:
         self._summed.add(layer)
 
     def _agree(self) -> None:
-        """All ranks sum the measures that any of them has logged."""
+        """Agree on the measures to sum: all that any rank has logged."""
         texts = gather_texts(
             "\n".join(self._measures.logged), self._world.exchange, device=self._replica.device
         )
@@ -180,9 +187,11 @@ class Step:
         self._measures.agree(found | set(self._measures.names))
 
     def _commit_barrier(self, lanes: Lanes) -> Lanes:
-        """The sum over all ranks on the host: fixed lanes, whether somebody logged a name or wrote
-        a buffer that is not agreed on, whether all ran the same exchanges, and the measures
-        (rule 10)."""
+        """Sum the commit vector over all ranks, and return the result on the host (rule 10).
+
+        Lanes are the fixed ones; whether any rank logged a name or wrote a buffer that is not
+        agreed on; a check that all ranks ran the same exchanges; and the measures.
+        """
         measures, buffers = self._measures, self._replica.buffers
         unknown = [float(measures.has_unknown), float(buffers.has_unknown)]
         same = self._world.trail_lanes()
@@ -197,10 +206,10 @@ class Step:
         return with_measures(found[:fixed], measures.names, found[fixed + 4 :])
 
     def check(self, lanes: Lanes, *, step: int) -> StepSums:
-        """Decode the vector and hold it against what the step must contain (rule 12, I9).
+        """Decode the vector, and check it against what the step must contain (rule 12, I9).
 
         Raises:
-            BrokenInvariantError: Members, generation, step, samples or hashes are not as expected.
+            BrokenInvariantError: Generation, step, number of samples or their hash is wrong.
         """
         sums = decode(self._world.layout, lanes)
         assert self.shared is not None
@@ -226,7 +235,7 @@ class Step:
             context.expected_E = self._replica.expected_fractions(layer)
 
     def _sizes(self, shared: StepShare) -> tuple[int, ...]:
-        """This rank's micro-batches; every rank has as many, some of them empty."""
+        """Sizes of this rank's micro-batches. All ranks have the same number; some may be empty."""
         rank = self._world.exchange.rank
         return split_rounds(shared.sizes, self._batching.micro_batch_size)[rank]
 
@@ -282,11 +291,15 @@ class Step:
 
 
 def differentiate(objective: Tensor, anchors: Sequence[Tensor]) -> None:
-    """Backward of the loss and of every MoE layer that ran forward, whatever the loss depends on.
+    """Run the backward of the loss and of every MoE layer that ran forward.
 
-    A rank whose loss is a constant (all its labels are masked) still has to serve the tokens of
-    its peers. Autograd runs nodes in the reverse order in which they were made, so that all ranks
-    pass the layers in one order, wherever their losses begin.
+    A rank whose loss is constant (all labels masked) must still serve the tokens of its peers.
+    Autograd runs nodes in the reverse order of their creation, so all ranks pass the layers in the
+    same order, wherever their losses begin.
+
+    Args:
+        objective: The micro-batch's loss.
+        anchors: One scalar from each forward of an MoE layer.
     """
     roots = [root for root in (objective, *anchors) if root.requires_grad]
     if roots:
@@ -294,18 +307,18 @@ def differentiate(objective: Tensor, anchors: Sequence[Tensor]) -> None:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision that the forward computes in."""
+    """Context in which the forward computes in ``precision``: "bf16", or else unchanged."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
 def checked_loss(result: Any) -> tuple[Tensor, float]:
-    """What the user's loss must be: a sum and what it is a sum over.
+    """Check the result of the user's loss function, and return its total and count.
 
     Raises:
-        TypeError: Anything else, with the two-line fix.
-        UserMistakeError: The count is no finite number >= 0, or the total no single number.
+        TypeError: The result is not a ``LossSum``; the message shows how to make one.
+        UserMistakeError: The count is not a finite number >= 0, or the total not a single number.
     """
     if isinstance(result, Tensor) or not isinstance(result, LossSum):
         raise TypeError(
@@ -325,7 +338,7 @@ def checked_loss(result: Any) -> tuple[Tensor, float]:
 
 
 def move_to(batch: Any, device: torch.device) -> Any:
-    """Tensors of a nested batch on ``device``."""
+    """Move the tensors of a nested batch to ``device``."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):

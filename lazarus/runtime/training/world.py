@@ -1,4 +1,4 @@
-"""One generation as one rank computes in it: exchange, tables, shares, and where its step is."""
+"""One generation as one rank computes in it: exchange, routing tables, and the current step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from placement import Plan
 
 
 class World:
-    """Made anew for each generation, and whenever a rank holds other replicas."""
+    """What a step computes in. Made for each generation, and anew when replicas are added."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class World:
         replica.dense_sync.begin_generation()
 
     def start_step(self, step: int) -> None:
-        """What is exchanged from here on belongs to ``step``."""
+        """Begin ``step``: later exchanges are labelled with it."""
         self.step = step
         if self.trail is not None:
             self.trail.start_step(step)
 
     def start_round(self, number: int) -> None:
-        """And to this micro-batch of it; -1: to none."""
+        """Begin a micro-batch of the step; -1 means none."""
         self.round = number
         for context in self.contexts:
             context.step, context.round = self.step, number
@@ -87,10 +87,10 @@ class World:
             self.trail.round = number
 
     def meet(self) -> None:
-        """Nobody goes on before it is known that all ranks have run the same layers.
+        """Wait until all ranks are known to have run the same layers.
 
         Raises:
-            RanksPartedError: One is still in a layer.
+            RanksPartedError: A rank is still in a layer.
         """
         if self.exchange.size > 1:
             place = place_code(Meeting.BACKWARD_OVER, round=self.round, step=self.step)
@@ -98,17 +98,18 @@ class World:
         self.start_round(-1)
 
     def trail_lanes(self) -> list[float]:
-        """What of this step's exchanges all ranks sum: a checksum and its square."""
+        """Checksum of this step's exchange labels, and its square, to be summed over all ranks."""
         checksum = 0.0 if self.trail is None else float(self.trail.checksum)
         return [checksum, checksum * checksum]
 
     def require_one_trail(self, summed: NDArray[np.float64]) -> None:
-        """Numbers are equal where the mean of their squares is the square of their mean.
+        """Check, from the summed lanes, that all ranks ran the same exchanges.
 
-        Exchanges of different layers that fit each other by chance give wrong gradients.
+        Checksums are equal if the mean of their squares is the square of their mean. Without this
+        check, exchanges of different layers that happen to match in size give wrong gradients.
 
         Raises:
-            RanksPartedError: Ranks ran different exchanges in this step; on all ranks.
+            RanksPartedError: Ranks ran different exchanges in this step; raised on all ranks.
         """
         checksums, squares = (int(lane) for lane in summed)
         if self.exchange.size * squares != checksums * checksums:

@@ -1,5 +1,5 @@
-"""A worker: the process of one rank, with a thread that trains and a thread that obeys.
+"""The worker: the process of one rank, with a training thread and a control thread.
 
-Start reading at ``process.py``; ``rank.py`` is the rank's state between orders. What it does in a
-step is in ``training/``.
+Start reading at ``process.py``; ``rank.py`` carries out the controller's orders, and
+``training/`` computes a step.
 """

@@ -1,8 +1,8 @@
-"""What all ranks have in common: everything but the experts. One rank's copy of it.
+"""One rank's copy of the state that all ranks have in common: everything but the experts.
 
-That is the dense tensors and the numbers of the optimizer, the load history, the schedule of
-saves, the position in the data, and the last evaluation. A joiner takes it from a peer, a rollback
-from a checkpoint, and ranks compare it at every change of members.
+That is the dense tensors, the optimizer's numbers, the load history, the save schedule, the
+position in the data, and the last evaluation. A joining rank takes this state from a peer, a
+rollback from a checkpoint; ranks compare it at every change of members.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lazarus.runtime.training.factory import Workshop
 
 
 class CommonState:
-    """Reads, compares and replaces what is equal on all ranks."""
+    """Reads, compares and replaces the state that is equal on all ranks."""
 
     def __init__(
         self,
@@ -47,12 +47,15 @@ class CommonState:
         self._first = ""
 
     def begin(self, saver: Saver | None) -> None:
-        """All parts are there, and nothing has been trained yet."""
+        """Note the state before training. Called once, when all parts have been made."""
         self.saver = saver
         self._first = self.scalars()
 
     def scalars(self) -> str:
-        """Numbers that are equal on all ranks: the optimizer's, and the save schedule's."""
+        """JSON of what is equal on all ranks beside tensors and load history.
+
+        That is the optimizer's numbers and settings, save schedule, data position, last evaluation.
+        """
         save = None if self.saver is None else self.saver.schedule.to_text()
         return json.dumps(
             {
@@ -65,7 +68,7 @@ class CommonState:
         )
 
     def take_scalars(self, text: str) -> None:
-        """The inverse of ``scalars``."""
+        """Take over what ``scalars`` returned elsewhere, except the optimizer's settings."""
         found = json.loads(text)
         self._replica.take_scalars(found["optimizer"])
         self._boundary.take_state(found.get("evaluated"))
@@ -75,9 +78,12 @@ class CommonState:
             self.saver.schedule.take_text(found["save"])
 
     def agree(self, text: str) -> None:
-        """Before RESUME every rank takes the same member's word for what is no state.
+        """Take the last evaluation and the optimizer's settings of one chosen member before RESUME.
 
-        Settings are not taken from a checkpoint: a resumed run may have others.
+        ``take_scalars`` leaves settings alone, since a resumed run may be configured with others.
+
+        Args:
+            text: The member's ``scalars``, or empty to keep this rank's own.
         """
         self._boundary.agree(text)
         found = json.loads(text) if text else {}
@@ -85,15 +91,16 @@ class CommonState:
             self._replica.take_settings(found["settings"])
 
     def checksum(self) -> int:
-        """Of all of it; never 0."""
+        """Checksum of dense state, load history, save schedule and settings; never 0."""
         replica = self._replica
         return text_checksum(replica.dense_digest(), self.history_digest(), replica.settings())
 
     def history_digest(self, base: Base | None = None) -> str:
-        """Fast checksum of what committed steps have counted: loads, and the schedule of saves.
+        """Fast checksum of the load history and the save schedule.
 
         Args:
-            base: Of this state, which is not taken over yet, instead of the rank's own.
+            base: Compute the checksum of this state, which is not taken over yet, instead of the
+                rank's own.
         """
         if base is None:
             schedule = "" if self.saver is None else self.saver.schedule.to_text()
@@ -103,9 +110,10 @@ class CommonState:
     def read_base(
         self, ref: CheckpointRef | None, context: WorkerContext, *, read: PatientReader
     ) -> Base:
-        """The state of a checkpoint, or of the first step (None).
+        """Read the common state of a checkpoint, or of the first step if ``ref`` is None.
 
-        Experts come with PREPARE. Nothing of this rank's own state is touched yet (rule 23).
+        Experts are fetched later, with PREPARE. This rank's own state is not changed (rule 23 of
+        docs/protocol.md).
 
         Raises:
             BadSourceError: The checkpoint lacks something or is damaged.
@@ -119,7 +127,7 @@ class CommonState:
             raise bad_source(problem, name=str(ref), what=what, source=ref.url) from problem
 
     def take_base(self, base: Base) -> None:
-        """Stand at another step: all that this rank held belongs to a history that is over."""
+        """Replace this rank's state by ``base``, and give up all experts."""
         self.stand_still()
         self._replica.load_dense(base.dense)
         self._replica.history = base.history
@@ -128,27 +136,32 @@ class CommonState:
         self._ledger.stand(base.step)
 
     def join(self, order: Prepare) -> None:
-        """A joiner has the dense tensors: make the rest its own."""
+        """Complete the state of a joining rank that has received the dense tensors."""
         self.take_numbers(order.scalars, order.history)
         self._replica.keep_buffers()
         self._replica.forget_experts()
         self._ledger.stand(order.step)
 
     def repair(self, dense: Mapping[str, Tensor], order: Prepare) -> None:
-        """A member whose state was outvoted has received that of the majority; experts stay."""
+        """Replace the common state of an outvoted rank by the majority's; its experts stay."""
         self.stand_still()
         self._replica.load_dense(dense)
         self.take_numbers(order.scalars, order.history)
 
     def take_numbers(self, scalars: str, history: bytes) -> None:
-        """What another rank says beside its dense tensors; ``history`` is float64 [3, L, E]."""
+        """Take over another rank's state beside the dense tensors.
+
+        Args:
+            scalars: The rank's ``scalars``.
+            history: The rank's load history, little-endian float64 [3, layers, experts].
+        """
         found = np.frombuffer(history, dtype="<f8")
         self._replica.history = found.reshape(self._replica.history.shape).astype(np.float64)
         self.take_scalars(scalars)
         self.agree(scalars)
 
     def stand_still(self) -> None:
-        """Before anything writes training tensors: no snapshot reads them any more."""
+        """Wait until no snapshot reads the training tensors, before anything writes them."""
         if self.saver is not None:
             self.saver.wait_before_write()
 

@@ -1,7 +1,10 @@
-"""One rank: a training thread that computes and obeys, a control thread that fences and reports.
+"""The process of one rank: a training thread that computes, and a control thread that fences.
 
-Workers never decide. The training thread waits for orders (ALIGN, PREPARE, RESUME, FINALIZE),
-trains from RESUME until a pause, a fence or an error, and then waits again.
+Workers decide nothing. The training thread waits for orders of the controller (ALIGN, PREPARE,
+RESUME, FINALIZE), trains from RESUME until a pause, a fence or an error, and then waits again. The
+control thread receives all messages and reports to the controller.
+
+Rules named in this module are those of docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -73,11 +76,11 @@ from lazarus.runtime.worker.user_errors import (
 )
 from lazarus.version import __version__
 
-_FOREVER = 1 << 60  # a fence that nothing follows
+_FOREVER = 1 << 60  # above every generation: the rank never trains again
 
 
 class Worker:
-    """The process of one rank, from hello to depart."""
+    """The process of one rank, from its first message (hello) to its last order (depart)."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
@@ -87,13 +90,13 @@ class Worker:
         self._rank: Rank | None = None
         self._node = -1
         self._term = 0
-        self._pause = 0  # newest generation that shall pause; may be told before it is entered
+        self._pause = 0  # newest generation told to pause; perhaps not entered yet
         self._building = True
         self._over = threading.Event()
-        self._left = threading.Event()  # the training thread is out of everybody's functions
-        self._is_alone = False  # a process of its own, which may be ended
+        self._left = threading.Event()  # the training thread has finished
+        self._is_alone = False  # this process is a worker's own and may be killed
         self._acked = 0
-        self._last_words: Body | None = None  # what a new controller must hear again
+        self._last_words: Body | None = None  # message to repeat to a new controller
         self._timeouts = spec.config.timeouts
         self._link = Link(
             spec.controller,
@@ -169,10 +172,10 @@ class Worker:
                 self._orders.put(body)
 
     def _resend(self) -> None:
-        """A new controller: say again what it may not have heard (rule 14)."""
+        """Repeat to a new controller what it may not have received (rule 14)."""
         for vector in self._ledger.unacknowledged(above=self._acked):
             self._link.send(vector)
-        if self._observer.leaving:  # before its pause: the transition there takes it out
+        if self._observer.leaving:  # before its pause, which lets the node go
             self._link.send(LeaveRequest(generation=self._ledger.gen, cause="leave"))
         if (last := self._last_words) is not None:
             self._link.send(last)
@@ -199,10 +202,9 @@ class Worker:
         self._end(Fenced(reason=reason))
 
     def _end_anyway(self) -> None:
-        """End the process although its training thread is in a function of the user's.
+        """Kill the process if its training thread stays in user code.
 
-        The driver would, but it may be gone: a loop without end would run for as long as the
-        machine does.
+        The driver would kill it too, but may be gone; an endless loop would then run on.
         """
         if not self._left.wait(self._timeouts.final_s):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -226,7 +228,7 @@ class Worker:
     # ---- training thread -----------------------------------------------------------------------
 
     def run(self) -> int:
-        """The whole life of the process.
+        """Run the process from start to end.
 
         Returns:
             0 after Depart, 1 after an error or exclusion.
@@ -259,7 +261,7 @@ class Worker:
             self._left.set()
 
     def _thread_died(self, name: str, problem: BaseException) -> None:
-        """Without that thread this rank would be a lie: say so, and go."""
+        """Report that a background thread has died, and end the process."""
         self._failed(problem, self._observer.where.now, Cause.INTERNAL)
         self._link.close()
         os._exit(1)
@@ -278,7 +280,7 @@ class Worker:
                 return 1
             generation = getattr(order, "generation", 0)
             if generation != self._ledger.fence:
-                continue  # of an older attempt
+                continue  # an order of an older attempt
             try:
                 self._obey(order)
             except FencedError:
@@ -289,7 +291,7 @@ class Worker:
                 raise UserCodeFailure(problem, self._observer.where.now) from problem
 
     def _is_first(self) -> bool:
-        """Whether this rank speaks for all; while groups are built every one may."""
+        """Whether this rank fires faults that name no node; before groups exist every rank may."""
         return self._rank is None or self._rank.may_report
 
     def _build(self) -> Rank:
@@ -316,10 +318,10 @@ class Worker:
                 self._observer.enter("reconfigure")
                 self._link.send(self._align(rank, order))
             case Prepare():
-                self._observer.step = max(self._observer.step, order.step)  # a joiner's first
+                self._observer.step = max(self._observer.step, order.step)  # joining: no step yet
                 self._link.send(rank.prepare(order, self._term))
             case Resume():
-                self._acked = min(self._acked, order.step)  # a rollback does steps again
+                self._acked = min(self._acked, order.step)  # a rollback repeats steps
                 rank.resume(order)
                 if self._ledger.enter(order.generation):
                     self._train(rank, order.step + 1, halt=order.halt)
@@ -358,7 +360,7 @@ class Worker:
         self._say(Paused(generation=self._ledger.gen, step=self._ledger.committed))
 
     def _one_step(self, rank: Rank, step: int) -> bool:
-        """Compute, commit, apply (rules 9-13). True: all ranks stop here."""
+        """Compute, commit and apply one step (rules 9-13). True: all ranks pause after the step."""
         began = time.monotonic()
         with self._user_code():
             lanes = rank.compute(step, pause=self._wants_pause)
@@ -408,30 +410,30 @@ class Worker:
         )
 
     def _say(self, body: Body) -> None:
-        """Send, and keep: a controller that comes back must hear it too."""
+        """Send a message, and keep it to repeat it to a new controller."""
         self._last_words = body
         self._link.send(body)
 
     def _failed(self, problem: BaseException, note: Note, cause: Cause) -> int:
-        """Say what happened and wait to be let go: the controller decides what it means."""
+        """Report an exception, and wait until the controller ends this process."""
         told = message_of(problem, note, generation=self._ledger.gen, cause=cause)
         if cause is Cause.INTERNAL:
             print(f"worker {self._spec.worker}: {told.traceback}", file=sys.stderr, flush=True)
         for vector in self._ledger.unacknowledged(above=self._acked):
-            self._link.send(vector)  # what was committed before is on record before the error
+            self._link.send(vector)  # commits are recorded before the error
         self._say(told)
         self._release()
         self._over.wait(self._timeouts.controller_restart_s)
         return 1
 
     def leave(self, cause: str) -> None:
-        """Ask to go (SIGTERM, a notice from the machine)."""
+        """Ask the controller to let this node leave (after SIGTERM or a preemption notice)."""
         self._observer.leaving = True
         self._link.send(LeaveRequest(generation=self._ledger.gen, cause=cause))
 
 
 def _bad_source(problem: CollectiveError | TransferError) -> dict[str, str]:
-    """What a suspicion says of a copy that is no good."""
+    """Fields of a suspicion that name an unusable copy of state; empty if there is none."""
     if not isinstance(problem, BadSourceError):
         return {}
     found = {"storage_url": problem.url, "operation": problem.operation}
@@ -439,7 +441,7 @@ def _bad_source(problem: CollectiveError | TransferError) -> dict[str, str]:
 
 
 def run_worker(spec: WorkerSpec) -> int:
-    """Entry point of a rank's process, whoever started it."""
+    """Entry point of a rank's process."""
     prepare_process(max(1, int(spec.config.cluster.cpus_per_rank)))
     worker = Worker(spec)
     if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,7 @@
-"""One rank's state between orders: replica, groups, staged copies, the step that is computed."""
+"""One rank's state between orders: replica, groups, staged copies, and the current step.
+
+Rules named in this module are those of docs/protocol.md.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +69,11 @@ class Pending:
     plan: Plan
     exchange: GuardedExchange | None  # None on a rank that leaves
     feed: TransferRun
-    base: Base | None  # all state goes back to this one
+    base: Base | None  # common state to roll back to, if any
 
 
 class Rank:
-    """What the training thread does for each order; ``release`` alone is called from elsewhere."""
+    """Carries out the controller's orders. Only ``release`` is called by the control thread."""
 
     def __init__(
         self,
@@ -95,8 +98,8 @@ class Rank:
         self._workshop = Workshop(self._config, self.user, observer=observer)
         self._term = 0
         self._loaded = spec.resume is None
-        self._aligned = 0  # the newest generation that this rank stood by as a member
-        self._plan: Plan | None = None  # of the newest RESUME
+        self._aligned = 0  # newest generation that this rank aligned for
+        self._plan: Plan | None = None  # plan of the newest RESUME
         self.saver: Saver | None = None
         self._refill: Refill | None = None
         self._make()
@@ -114,7 +117,7 @@ class Rank:
         self.common.begin(self.saver)
 
     def _make(self) -> None:
-        """Everything that the configuration and the user's code give."""
+        """Make all parts that follow from the configuration and the user's code."""
         shop, context = self._workshop, self.context
         self.replica = shop.replica(context)
         self.reading = shop.reading(context)
@@ -133,7 +136,7 @@ class Rank:
     # ---- orders --------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Free the training thread from whatever it waits for. Called by the control thread."""
+        """Free the training thread from any wait. Called by the control thread."""
         self._groups.release()
 
     def _close_groups(self) -> None:
@@ -141,13 +144,13 @@ class Rank:
         self._groups.close()
 
     def redo(self) -> None:
-        """Drop the attempt: scratch goes back to what the last commit left (rule 20)."""
+        """Drop the current attempt, and restore scratch state as of the last commit (rule 20)."""
         self._close_groups()
         self.common.stand_still()
         self.replica.restore_scratch()
 
     def accept(self, lanes: Lanes, order: Align) -> None:
-        """Apply a step that others decided, with their vector, bit for bit (rule 20)."""
+        """Apply a step that other ranks committed, using their vector, bit for bit (rule 20)."""
         step, world = self._step, self._world
         assert step is not None and world is not None
         sums = decode(world.layout, lanes)
@@ -157,7 +160,7 @@ class Rank:
         self._close_groups()
 
     def aligned(self, generation: int, term: int, *, step: int) -> Aligned:
-        """Where this rank stands, for the controller to compare and plan with."""
+        """Describe this rank's state, for the controller to compare and to plan with."""
         self._close_groups()
         if self.saver is not None:
             self.saver.aligned(self._ledger.gen)
@@ -165,7 +168,7 @@ class Rank:
         base = None if self._pending is None else self._pending.base
         self._pending = None
         if base is not None and base.step == step != self._ledger.committed:
-            self.common.take_base(base)  # that RESUME was given, and did not reach this rank
+            self.common.take_base(base)  # RESUME was sent, but did not reach this rank
         self._term = term
         if not self._loaded:
             assert self._spec.resume is not None
@@ -191,12 +194,16 @@ class Rank:
         )
 
     def _patient(self) -> PatientReader:
-        """Reads from storage, for as long as this rank is not fenced by a newer generation."""
+        """A storage reader that gives up when this rank is fenced by a newer generation."""
         waiting = still_wanted(self._observer, self._ledger, self._ledger.fence)
         return PatientReader(patience_s=self._config.timeouts.storage_stuck_s, waiting=waiting)
 
     def reload(self, place: str) -> None:
-        """All state of another step, with the experts to come: nobody holds the present one."""
+        """Take the common state of another step, since no rank holds the present one.
+
+        Args:
+            place: A checkpoint as "url step", or "init" for the state of the first step.
+        """
         self._pending = None
         self.common.take_base(self._read_base(_ref_of(place)))
         self._loaded = True
@@ -205,9 +212,9 @@ class Rank:
         return self.common.read_base(ref, self.context, read=self._patient())
 
     def prepare(self, order: Prepare, term: int) -> Ready:
-        """Groups, transfers into staging, comparison of digests (rules 23 and 24)."""
+        """Build groups, transfer state into staging, and compare digests (rules 23 and 24)."""
         self._close_groups()
-        self._term = term  # a joiner is not asked to align
+        self._term = term  # a joining rank gets no ALIGN
         self._pending = None
         plan = Plan.from_json(order.plan)
         own = self._spec.worker
@@ -226,7 +233,7 @@ class Rank:
         own_seat = next(i for i, s in enumerate(order.feeders) if s.worker == own)
         is_fed = own_seat in order.dense_targets
         repaired = {}
-        if is_fed and self._aligned == order.generation:  # outvoted: nothing is written before
+        if is_fed and self._aligned == order.generation:  # outvoted: receive beside the own state
             repaired = {name: torch.empty_like(t) for name, t in self.replica.dense_tensors()}
         feed = TransferRun(
             order,
@@ -262,7 +269,7 @@ class Rank:
         )
 
     def _place_probe(self, order: Prepare) -> PlaceProbe | None:
-        """One rank of each node tries the checkpoint place."""
+        """Test the checkpoint place; one rank of each node does."""
         if self._spec.local_rank:
             return None
         probe = PlaceProbe(
@@ -289,7 +296,7 @@ class Rank:
     def _compare(
         self, order: Prepare, plan: Plan, exchange: GuardedExchange, base: Base | None
     ) -> None:
-        """All-gather what must be equal on every rank; each compares."""
+        """Compare with all ranks what must be equal on every rank before RESUME (rule 24)."""
         require_equal(
             {
                 "run": self._spec.run_id,
@@ -304,7 +311,7 @@ class Rank:
         )
 
     def resume(self, order: Resume) -> None:
-        """Switch slots, free old ones, stand ready for the next step (rule 25)."""
+        """Put staged experts into their slots and get ready for the next step (rule 25)."""
         pending = self._pending
         if pending is None or pending.order.generation != order.generation:
             raise FencedError(generation=order.generation, fence=self._ledger.fence)
@@ -325,7 +332,7 @@ class Rank:
         plan = self._refill.plan
         for restore in pending.order.restores:
             replica.drop(restore.layer, restore.expert)
-        for key in pending.feed.staged:  # an outvoted copy gives way to a sound one
+        for key in pending.feed.staged:  # replace an outvoted copy
             replica.drop(*key)
         for layer in range(len(replica.layers)):
             experts = [int(e) for e in plan.expert_of_slot[layer, exchange.rank] if e >= 0]
@@ -353,7 +360,7 @@ class Rank:
         self._enter(plan, exchange, order.generation)
 
     def _enter(self, plan: Plan, exchange: GuardedExchange, generation: int) -> None:
-        """Compute with these replicas from the next step on."""
+        """Compute with the replicas of ``plan`` from the next step on."""
         self._world = World(
             self.replica,
             plan,
@@ -374,7 +381,7 @@ class Rank:
         )
 
     def _heal_on(self, refill: Refill, step: int, send: Callable[[Body], None]) -> None:
-        """One round of refilling between two optimizer steps, when the tensors stand still."""
+        """Run one round of background healing between two optimizer steps."""
         world = self._world
         assert world is not None
         rank = world.exchange.rank
@@ -393,7 +400,7 @@ class Rank:
 
     @property
     def is_reporter(self) -> bool:
-        """The lowest rank sends each vector; the others keep theirs until acknowledged."""
+        """Whether this rank sends commit vectors (rank 0). Others keep theirs until acknowledged."""
         return self._world is not None and self._world.exchange.rank == 0
 
     @property
@@ -402,7 +409,7 @@ class Rank:
 
     def compute(self, step: int, *, pause: Callable[[], bool]) -> Lanes:
         lanes = self._attempt(step, pause)
-        if self.step.must_repeat:  # all ranks know: what was not exchanged cannot be committed
+        if self.step.must_repeat:  # on all ranks: a written buffer was not exchanged
             self._ledger.withdraw()
             self.replica.restore_scratch()
             lanes = self._attempt(step, pause)
@@ -422,20 +429,27 @@ class Rank:
 
     @property
     def told(self) -> tuple[Body, ...]:
-        """The last evaluation and shares of checkpoints that this rank reported."""
+        """Messages to repeat to a new controller: last evaluation, and shares of checkpoints."""
         shares = () if self.saver is None else self.saver.told
         evaluation = self._boundary.told
         return shares if evaluation is None else (evaluation, *shares)
 
     def before_training(self, step: int, send: Callable[[Body], None]) -> None:
-        """Training goes on from the state after ``step``."""
+        """Report the evaluation after ``step`` if one is due, before training continues."""
         assert self._world is not None
         self._boundary.before_training(step, self._world, send)
 
     def after_commit(
         self, step: int, send: Callable[[Body], None], *, published: int, saves: bool
     ) -> None:
-        """What follows a commit at its boundary: a snapshot, a digest now and then."""
+        """Do what follows a commit: healing, hooks, comparison, snapshot, evaluation, digest.
+
+        Args:
+            step: The committed step.
+            send: Sends a message to the controller.
+            published: The last step that the controller has journaled.
+            saves: Whether a snapshot may begin after this step.
+        """
         if self._refill is not None and not self._refill.is_over:
             self._heal_on(self._refill, step, send)
         world, boundary = self._world, self._boundary
@@ -467,7 +481,7 @@ class Rank:
         return DigestPart(generation=world.generation, step=step, items=items)
 
     def finalize(self, order: Finalize) -> list[Body]:
-        """Last digest, and this rank's share of the last checkpoint."""
+        """Messages for FINALIZE: the last digest, and this rank's share of the last checkpoint."""
         world = self._world
         assert world is not None
         digest = [] if order.url else [self._digest_part(order.step)]
@@ -496,23 +510,26 @@ class Rank:
 
 
 def _ref_of(place: str) -> CheckpointRef | None:
-    """What an order names: a checkpoint, or the state of the first step."""
+    """The checkpoint that an order names; None for "init", the state of the first step."""
     return None if place == "init" else CheckpointRef.parse(place)
 
 
 def split_rule(asked: DispatchConfig, device: torch.device) -> SplitRule:
-    """How copies are split. auto: spreading pays where every rank has its own device."""
+    """How token copies are split over replicas.
+
+    The mode "auto" is "home" on CPUs and "balanced" on GPUs, where each rank has its own device.
+    """
     on_cpu = device.type == "cpu"
     auto = "home" if on_cpu else "balanced"
     mode = auto if asked.mode == "auto" else asked.mode
     price = asked.rows_per_replica
-    if price is None:  # measured on CPUs; of devices a model, see benchmarks/balance_rows.py
+    if price is None:  # measured on CPUs, modelled for GPUs: see benchmarks/balance_rows.py
         price = 128.0 if on_cpu else 2048.0
     return SplitRule(mode=mode, rows_per_replica=price, ranks_per_device=asked.ranks_per_device)
 
 
 def _device(local_rank: int) -> torch.device:
-    """The rank's device: one GPU each where there are any."""
+    """The rank's device: a GPU chosen by local rank, or the CPU if there is no GPU."""
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         with suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""What every worker process sets up once, and what it says of itself."""
+"""Process-wide settings of a worker, and its crash and stack reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from lazarus.runtime.fence.whereabouts import crash_path
 
 
 def prepare_process(threads: int) -> None:
-    """Process-wide settings of a worker: fixed thread count, determinism, no Ctrl-C."""
+    """Set thread count and determinism, and ignore Ctrl-C. SIGUSR1 prints all stacks to stderr.
+
+    Args:
+        threads: Threads of one torch operation.
+    """
     torch.set_num_threads(threads)
     with suppress(RuntimeError):
         torch.set_num_interop_threads(1)
@@ -33,7 +37,7 @@ def prepare_process(threads: int) -> None:
 
 @contextmanager
 def crashes_noted(folder: Path, local_rank: int) -> Iterator[None]:
-    """While inside, a crash of this process leaves its stack in the node's folder."""
+    """Context in which a crash of this process writes its stack into the node's folder."""
     with crash_path(folder, local_rank).open("wb", buffering=0) as file:
         faulthandler.enable(file, all_threads=False)
         try:

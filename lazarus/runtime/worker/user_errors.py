@@ -1,4 +1,4 @@
-"""What the user's code raises in a worker, told apart from what the library raises itself."""
+"""Tells exceptions of the user's code from those of the library itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lazarus.runtime.spec import UserCode
 
 # Raised by the library about the user's code.
 _OF_USER = (ConfigError, DataError, InjectedCrashError, RanksPartedError, UserMistakeError)
-# Functions of the user's that a phase calls, the one most likely to be at fault first.
+# User functions that a phase calls, the most likely cause of an error first.
 _FUNCTIONS = {
     "build": ("model", "data", "optimizer"),
     "data": ("data", "collate"),
@@ -45,11 +45,11 @@ DATA_THREAD = "data"  # name of the thread that reads ahead, see ``Reading``
 
 
 class LeftProcessError(BaseException):
-    """The user's function called ``os._exit``: it would have ended the process without a word."""
+    """The user's function called ``os._exit``, which would have ended the process silently."""
 
 
 class UserCodeFailure(Exception):
-    """Wraps the ``problem`` that ended a call of the user's functions; ``note`` says where."""
+    """Wraps the exception ``problem`` that ended a user function; ``note`` says where."""
 
     def __init__(self, problem: BaseException, note: Note) -> None:
         super().__init__(note.phase)
@@ -58,11 +58,14 @@ class UserCodeFailure(Exception):
 
 @contextmanager
 def user_code(ledger: StepLedger, where: Whereabouts) -> Iterator[None]:
-    """Exceptions in here are the user's, unless the library's own or the attempt was over anyway.
+    """Context that tells errors of the user's code from other errors.
+
+    Errors of the library itself pass unchanged. Once the attempt is over (a fence, a failed
+    collective), errors count as its consequence: user code may have caught and wrapped the cause.
 
     Raises:
-        UserCodeFailure: The user's code raised, ``SystemExit`` and ``KeyboardInterrupt`` included.
-        FencedError, CollectiveError: The attempt is over; user code may have wrapped the news.
+        UserCodeFailure: The user's code raised; includes ``SystemExit`` and ``KeyboardInterrupt``.
+        FencedError, CollectiveError: The attempt is over.
     """
     try:
         yield
@@ -83,10 +86,10 @@ def user_code(ledger: StepLedger, where: Whereabouts) -> Iterator[None]:
 
 @contextmanager
 def fatal(where: Whereabouts, phase: str) -> Iterator[None]:
-    """Whatever is raised in here ends the process: nothing can be done again (rule 13).
+    """Context in which any exception ends the process, since the work cannot be repeated (rule 13).
 
     Raises:
-        UserCodeFailure: It is the user's code that has to change.
+        UserCodeFailure: The exception is the fault of the user's code.
     """
     where.enter(phase)
     try:
@@ -100,18 +103,18 @@ def fatal(where: Whereabouts, phase: str) -> Iterator[None]:
 
 
 def is_users(problem: BaseException, note: Note) -> bool:
-    """Whether it is the user's code that has to change."""
+    """Whether the user's code has to change to avoid this exception."""
     if isinstance(problem, LazarusError | RanksPartedError):
         return isinstance(problem, _OF_USER)
     return note.phase == "build" or is_of_user(problem) or bool(note.phase and note.place)
 
 
 def message_of(problem: BaseException, note: Note, *, generation: int, cause: Cause) -> UserError:
-    """What the controller is told: bounded, and fit for any encoding."""
+    """Message about an exception for the controller, bounded in size and safe to encode."""
     said = describe(problem)
     place = said.place or note.place
     summary = said.summary
-    if isinstance(problem, UserMistakeError):  # a sentence of its own
+    if isinstance(problem, UserMistakeError):  # its text is a full sentence
         summary = summary.removeprefix(f"{type(problem).__name__}: ")
     shown = said.shown or (f"In your code:\n  {place}" if place else said.full)
     return UserError(
@@ -130,7 +133,7 @@ def message_of(problem: BaseException, note: Note, *, generation: int, cause: Ca
 
 
 def places_of(user: UserCode) -> dict[str, str]:
-    """Phase -> where the function of the user's that it calls is defined; empty for built-ins."""
+    """Where each phase's user function is defined, by phase; empty for built-in functions."""
     return {phase: _first_place(user, names) for phase, names in _FUNCTIONS.items()}
 
 
@@ -144,9 +147,9 @@ def _first_place(user: UserCode, names: tuple[str, ...]) -> str:
 
 
 def catch_exit(where: Whereabouts, *, real: Callable[[int], NoReturn] = os._exit) -> None:
-    """Make ``os._exit`` in a function of the user's an exception; elsewhere it does what it does.
+    """Make ``os._exit`` raise ``LeftProcessError`` in user functions and in the data thread.
 
-    A child that the user's code forks leaves as it likes.
+    Elsewhere, and in child processes that user code forks, ``os._exit`` works as usual.
     """
     own = os.getpid()
 
