@@ -400,7 +400,7 @@ class Rank:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this rank sends commit vectors (rank 0). Others keep theirs until acknowledged."""
+        """Whether this is rank 0, which sends vectors; others keep theirs until acknowledged."""
         return self._world is not None and self._world.exchange.rank == 0
 
     @property
