@@ -1,8 +1,8 @@
-"""What the controller, its workers and the driver say to each other: frozen records.
+"""The messages between the controller, its workers and the driver, as frozen structs.
 
-Each class is declared here once and nowhere else: ``runtime/rpc/codec.py`` writes and reads them as
-msgpack by these very fields. A reader refuses a value of another type and ignores a field that it
-does not know. Nothing here knows of streams, clocks or processes.
+``runtime/rpc/codec.py`` encodes these classes as msgpack, field by field. A reader refuses a value
+of the wrong type and ignores a field that is not declared here. The module does not depend on
+streams, clocks or processes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Int = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]  # what fits in 64 b
 
 
 class Body(Struct, frozen=True, kw_only=True, tag=True):
-    """What travels between the controller and a worker or the driver; named on the wire."""
+    """Base of all messages; type and field names are part of the encoding."""
 
 
 class Part(Struct, frozen=True, kw_only=True, array_like=True):
-    """A piece of a body, of which there may be thousands: without names on the wire.
+    """Base of repeated pieces of a message, encoded as arrays without field names.
 
-    New fields go to the end, with a default.
+    Append new fields at the end, with a default.
     """
 
 
@@ -51,7 +51,7 @@ class Hello(Body, frozen=True, kw_only=True):
 
 
 class Heartbeat(Body, frozen=True, kw_only=True):
-    """Alive; and how far the training thread is."""
+    """Sign of life of a worker, with the progress of its training thread."""
 
     generation: Int
     step: Int
@@ -63,49 +63,49 @@ class Heartbeat(Body, frozen=True, kw_only=True):
 
 
 class Vector(Body, frozen=True, kw_only=True):
-    """The commit vector of one decided step: ``lanes`` is float64 little endian."""
+    """The summed commit vector of one step; ``lanes`` is float64, little endian."""
 
     generation: Int
     step: Int
     lanes: bytes
     wall_s: float = 0.0
-    at_s: float = 0.0  # when the controller heard of it; set there
+    at_s: float = 0.0  # when the controller received the vector; set by the controller
 
 
 class Suspicion(Body, frozen=True, kw_only=True):
-    """A collective failed. Carries no state (protocol rule 16)."""
+    """A collective failed, or a copy to restore from cannot be read (rule 16)."""
 
     generation: Int
     step: Int
     phase: str = ""
     error: str = ""
-    bad_source: str = ""  # name of a copy that is no good
-    storage_url: str = ""  # what storage refused; empty: the copy was read
-    operation: str = ""  # and what was asked of it
-    store: bool = False  # the rendezvous store did not answer, which says nothing of any node
+    bad_source: str = ""  # name of a copy that cannot be used
+    storage_url: str = ""  # URL that storage refused; empty: the copy was read
+    operation: str = ""  # operation that storage refused
+    store: bool = False  # the rendezvous store did not answer: no node is to blame
 
 
 class Tail(Part, frozen=True, kw_only=True):
-    """The newest exchanges of a rank and where it is: evidence about why all were waiting."""
+    """The newest exchanges of a rank and its place in user code, to explain why all ranks wait."""
 
     group: str = ""
     last: Int = -1  # number of the newest exchange
-    labels: tuple[str, ...] = ()  # up to it
+    labels: tuple[str, ...] = ()  # of the newest exchanges, up to ``last``
     rank: Int = -1  # in the group
     step: Int = -1
-    place: str = ""  # the line of the user's that the training thread is in
+    place: str = ""  # line of user code that the training thread is in
     mute: tuple[Int, ...] = ()  # ranks to which a link carries nothing
-    places: tuple[str, ...] = ()  # for each label, the line of the user's that led to it
+    places: tuple[str, ...] = ()  # for each label, the line of user code that led to it
 
 
 class Report(Body, frozen=True, kw_only=True):
-    """The frozen answer to FENCE (rule 18)."""
+    """Answer to FENCE: the steps at which the rank has stopped (rule 18)."""
 
     generation: Int
     committed: Int
     prepared: Int
     vectors: tuple[Vector, ...] = ()
-    entered: Int = 0  # the generation whose RESUME it carried out last
+    entered: Int = 0  # generation of the last RESUME that the rank carried out
     tail: Tail = Tail()
 
 
@@ -114,17 +114,17 @@ class Held(Part, frozen=True, kw_only=True):
 
     layer: Int
     experts: tuple[Int, ...]
-    sums: tuple[Int, ...] = ()  # checksum of each; 0 or none: not made
+    sums: tuple[Int, ...] = ()  # checksum of each expert; 0 or no entry: not computed
 
 
 class SnapshotHeld(Part, frozen=True, kw_only=True):
-    """One expert copy in host memory of this rank's node."""
+    """A snapshot of one expert, in host memory of the rank's node or as read from storage."""
 
     layer: Int
     expert: Int
     generation: Int
     step: Int
-    routed: Int = 0  # the expert's cumulative routed copies in it
+    routed: Int = 0  # the expert's cumulative routed copies at that step
     num_bytes: Int = 0
 
 
@@ -137,7 +137,7 @@ class TensorSum(Part, frozen=True, kw_only=True):
 
 
 class Aligned(Body, frozen=True, kw_only=True):
-    """The rank stands at ``step``; ``history`` is float64 [L, E] little endian."""
+    """Answer to ALIGN: the rank is at ``step``; ``history`` is float64 [3, L, E], little endian."""
 
     generation: Int
     step: Int
@@ -152,13 +152,13 @@ class Aligned(Body, frozen=True, kw_only=True):
     num_experts: Int = 0
     top_k: Int = 0
     snapshots: tuple[SnapshotHeld, ...] = ()
-    tensors: tuple[TensorSum, ...] = ()  # before a rank's first step only
-    place: str = ""  # where the user's builder of the model is defined, then as well
-    settings_digest: str = ""  # of the optimizer's settings: they are no state, and yet equal
+    tensors: tuple[TensorSum, ...] = ()  # only before a rank's first step
+    place: str = ""  # where the user's model builder is defined; set together with tensors
+    settings_digest: str = ""  # of the optimizer's settings, which must be equal on all ranks
 
 
 class StorageProblem(Part, frozen=True, kw_only=True):
-    """What a disk or an object store refused."""
+    """An operation that a disk or object store refused."""
 
     url: str
     operation: str
@@ -167,14 +167,14 @@ class StorageProblem(Part, frozen=True, kw_only=True):
 
 
 def problem_of(error: StorageError) -> StorageProblem:
-    """As it goes over the wire."""
+    """The wire form of a StorageError."""
     return StorageProblem(
         url=error.url, operation=error.operation, reason=error.reason, is_full=error.is_full
     )
 
 
 class Ready(Body, frozen=True, kw_only=True):
-    """Groups built, digests compared, every staged copy verified."""
+    """Answer to PREPARE: groups are built, digests compared, all staged copies verified."""
 
     generation: Int
     plan_digest: str
@@ -187,14 +187,14 @@ class Ready(Body, frozen=True, kw_only=True):
 
 
 class Paused(Body, frozen=True, kw_only=True):
-    """The rank stopped at the boundary after ``step`` (rule 15), or finished the last step."""
+    """The rank has paused after ``step`` (rule 15), or has finished the last step."""
 
     generation: Int
     step: Int
 
 
 class LeaveRequest(Body, frozen=True, kw_only=True):
-    """This node wants to go, and will not die before ``notice_s`` seconds."""
+    """The node will leave; its machine stays for at least ``notice_s`` seconds."""
 
     generation: Int
     notice_s: float = 0.0
@@ -209,8 +209,8 @@ class FaultFired(Body, frozen=True, kw_only=True):
     kind: str
     phase: str = ""
     spec: str = ""
-    count: Int = 1  # nodes that a join brings
-    number: Int = 0  # of this worker's faults: said again to a new controller, it is the same one
+    count: Int = 1  # nodes that a "join" fault adds
+    number: Int = 0  # number of this fault on the worker, the same if sent again
 
 
 class DigestItem(Part, frozen=True, kw_only=True):
@@ -219,7 +219,7 @@ class DigestItem(Part, frozen=True, kw_only=True):
 
 
 class DigestPart(Body, frozen=True, kw_only=True):
-    """This rank's share of the state digest: each item is on exactly one rank."""
+    """The rank's part of the state digest; each item is reported by exactly one rank."""
 
     generation: Int
     step: Int
@@ -227,21 +227,22 @@ class DigestPart(Body, frozen=True, kw_only=True):
 
 
 class Finalized(Body, frozen=True, kw_only=True):
-    """The rank has written its share of the last checkpoint (``files`` is JSON), or could not."""
+    """The rank has written its share of the last checkpoint (``files`` is JSON), or failed to."""
 
     generation: Int
     step: Int
     files: str = ""
     wall_s: float = 0.0
-    url: str = ""  # where, as ``Finalize`` said
-    num_bytes: Int = 0  # room that the share needs
+    url: str = ""  # target, as in ``Finalize``
+    num_bytes: Int = 0  # size of the share
     problem: StorageProblem | None = None
 
 
 class UserError(Body, frozen=True, kw_only=True):
-    """A rank cannot go on: the user's code raised, or (``cause``) the library's own did.
+    """A rank cannot go on: user code raised, or Lazarus itself did; see ``cause``.
 
-    ``place`` is the user's line, ``shown`` the traceback for people, ``traceback`` the whole one.
+    ``place`` is the line of user code, ``shown`` the shortened traceback for messages, and
+    ``traceback`` the full one.
     """
 
     generation: Int
@@ -255,12 +256,12 @@ class UserError(Body, frozen=True, kw_only=True):
     place: str = ""
     shown: str = ""
     on_purpose: bool = False  # an injected crash
-    url: str = ""  # of the storage that failed, where that is the cause
+    url: str = ""  # of the storage that failed, if storage is the cause
     operation: str = ""
 
 
 class ShareReported(Body, frozen=True, kw_only=True):
-    """A snapshot or persist of this node ended; ``record`` is JSON."""
+    """A snapshot or persist on this node ended; ``record`` is JSON with its outcome."""
 
     generation: Int
     step: Int
@@ -268,7 +269,7 @@ class ShareReported(Body, frozen=True, kw_only=True):
 
 
 class ReplicaMismatch(Body, frozen=True, kw_only=True):
-    """The run-time comparison of replicas found bits that differ; ``what`` is JSON."""
+    """The comparison during training found replicas that differ; ``what`` is JSON."""
 
     generation: Int
     step: Int
@@ -276,17 +277,17 @@ class ReplicaMismatch(Body, frozen=True, kw_only=True):
 
 
 class Repaired(Body, frozen=True, kw_only=True):
-    """What the run-time comparison outvoted has the bits of the majority again."""
+    """Replicas that the comparison during training outvoted are repaired on ``ranks``."""
 
     generation: Int
     step: Int
-    layer: Int = -1  # and expert -1: the dense state
+    layer: Int = -1  # layer and expert are -1 for the dense state
     expert: Int = -1
     ranks: tuple[Int, ...] = ()
 
 
 class Evaluated(Body, frozen=True, kw_only=True):
-    """Held-out loss of the state after ``step``: a sum over all ranks and what it is a sum over."""
+    """Held-out loss after ``step``: sum over all ranks, and ``count``, the number of summands."""
 
     generation: Int
     step: Int
@@ -295,7 +296,7 @@ class Evaluated(Body, frozen=True, kw_only=True):
 
 
 class Healed(Body, frozen=True, kw_only=True):
-    """Progress of healing behind training on this rank."""
+    """Background healing is complete; sent by rank 0."""
 
     generation: Int
     step: Int
@@ -319,10 +320,10 @@ class Fence(Body, frozen=True, kw_only=True):
 
 
 class Align(Body, frozen=True, kw_only=True):
-    """Stand at committed step ``step``; with ``commit``, by applying ``lanes`` if one behind.
+    """Order to move to the committed step ``step``, and to answer with Aligned.
 
-    With ``reload`` ("url step", or "init") this rank's own state does not count: it takes that of
-    the checkpoint.
+    With ``commit``, a rank that is one step behind applies the commit vector ``lanes``. With
+    ``reload`` ("url step", or "init") the rank replaces its own state by the checkpoint's.
     """
 
     generation: Int
@@ -333,7 +334,7 @@ class Align(Body, frozen=True, kw_only=True):
 
 
 class Seat(Part, frozen=True, kw_only=True):
-    """One rank of a group."""
+    """The worker, node and addresses behind one rank of a group."""
 
     worker: str
     node: Int
@@ -342,7 +343,7 @@ class Seat(Part, frozen=True, kw_only=True):
 
 
 class Move(Part, frozen=True, kw_only=True):
-    """One expert's record from feeder ``source`` to feeder ``target``."""
+    """Transfer of one expert's image; ``source`` and ``target`` are feeder indices."""
 
     layer: Int
     expert: Int
@@ -351,7 +352,7 @@ class Move(Part, frozen=True, kw_only=True):
 
 
 class Restore(Part, frozen=True, kw_only=True):
-    """Every replica of this expert comes back from one chosen copy (rule 27)."""
+    """Restore of all replicas of one lost expert from the same chosen copy (rule 27)."""
 
     layer: Int
     expert: Int
@@ -362,10 +363,11 @@ class Restore(Part, frozen=True, kw_only=True):
 
 
 class Prepare(Body, frozen=True, kw_only=True):
-    """Build the groups of ``generation``, heal into staging, compare, and say Ready.
+    """Order to build the groups of ``generation``, transfer state into staging, and answer Ready.
 
-    ``seats`` are the training ranks in rank order; ``feeders`` the transfer group: the seats, then
-    ranks of leaving nodes that still serve. ``speeds`` weighs the sample shares; empty: equal.
+    ``seats`` are the training ranks in rank order. ``feeders`` are the members of the transfer
+    group: the seats, then the ranks of leaving nodes, which still send state. ``speeds`` are the
+    weights of the ranks' sample shares; empty if all are equal.
     """
 
     generation: Int
@@ -383,7 +385,7 @@ class Prepare(Body, frozen=True, kw_only=True):
     restores: tuple[Restore, ...] = ()
     speeds: tuple[float, ...] = ()
     lineage: str = "[]"
-    reload: str = ""  # "url step": take dense state and history from this checkpoint first
+    reload: str = ""  # "url step": first read dense state and history from there
     probe: bool = False  # write to the checkpoint place, and read what the other nodes wrote
 
 
@@ -392,44 +394,45 @@ class Resume(Body, frozen=True, kw_only=True):
     step: Int
     plan_digest: str = ""
     lineage: str = "[]"
-    double_k: bool = False  # the PLT budget is spent: save twice as many experts from now on
+    double_k: bool = False  # PLT budget is spent: save twice as many experts
     save_all: bool = False  # no checkpoint stands: the next one holds every expert
-    k_snapshot: Int = 0  # the schedule of saves from measured rates; 0: as configured
+    k_snapshot: Int = 0  # measured schedule of saves; 0: as configured
     snapshot_every: Int = 0
     persist_every: Int = 0
-    halt: bool = False  # the run is being stopped: pause at once, before the next step
+    halt: bool = False  # the run is stopping: pause before the next step
 
 
 class Pause(Body, frozen=True, kw_only=True):
-    """Raise your pause lane in the next vector you contribute."""
+    """Order to set the pause lane in the worker's next contribution to a commit vector."""
 
     generation: Int
 
 
 class Ack(Body, frozen=True, kw_only=True):
-    """Vectors up to ``step`` are journaled."""
+    """Commits up to ``step`` are journaled; their vectors may be forgotten."""
 
     step: Int
 
 
 class Go(Body, frozen=True, kw_only=True):
-    """The injected fault is on record: let it happen."""
+    """Answer to FaultFired: the fault is on record and may happen now."""
 
     spec: str
-    is_done: bool = False  # another rank has struck it: do nothing
+    is_done: bool = False  # another rank has already fired the fault: do nothing
 
 
 class InjectFault(Body, frozen=True, kw_only=True):
-    """A random fault that only the process itself can show, on record already."""
+    """Order to carry out a random fault that only the process itself can cause."""
 
     kind: str
 
 
 class Finalize(Body, frozen=True, kw_only=True):
-    """Digest, and with ``checkpoint`` write your share of a full checkpoint of ``step``.
+    """Order to send the rank's digest part and, with ``checkpoint``, to write its last share.
 
-    With ``url`` it is written there, after it could not be written where it belongs: the digest is
-    known, and what was written of the first attempt goes.
+    The share is of a full checkpoint of ``step``. ``url`` is set for a second attempt at another
+    place, after the run's checkpoint place failed: the digest is known by then, and files of the
+    first attempt are deleted.
     """
 
     generation: Int
@@ -440,19 +443,19 @@ class Finalize(Body, frozen=True, kw_only=True):
 
 
 class Depart(Body, frozen=True, kw_only=True):
-    """Leave in peace: the run is over, or goes on without you."""
+    """Order to exit: the run is over, or goes on without this node, which has left."""
 
     reason: str = ""
 
 
 class Fenced(Body, frozen=True, kw_only=True):
-    """You are not a member any more: exit (rule 31)."""
+    """Order to exit: the worker is not, or no longer, a member (rule 31)."""
 
     reason: str = ""
 
 
 class Checkpoint(Body, frozen=True, kw_only=True):
-    """Snapshot and persist what ``detail`` (JSON) selects, at the boundary after ``step``."""
+    """Order to snapshot and persist what ``detail`` (JSON) selects, after ``step``."""
 
     generation: Int
     step: Int
@@ -460,7 +463,7 @@ class Checkpoint(Body, frozen=True, kw_only=True):
 
 
 class AskStacks(Body, frozen=True, kw_only=True):
-    """Send your Python stacks."""
+    """Order to send the Python stacks of the process; answered by Stacks."""
 
 
 # ---- driver <-> controller -------------------------------------------------------------------
@@ -471,10 +474,10 @@ class DriverHello(Body, frozen=True, kw_only=True):
 
 
 class WorkerDied(Body, frozen=True, kw_only=True):
-    """The launcher saw a process end; ``cause`` says how it knows.
+    """The launcher saw a worker process end; ``cause`` says how.
 
-    The rest is what the process noted last, where that was inside a function of the user's, and
-    what it wrote while it crashed.
+    The other fields are the last note of the process, if it died inside a user function, and what
+    the process wrote while it crashed.
     """
 
     worker: str
@@ -490,7 +493,7 @@ class WorkerDied(Body, frozen=True, kw_only=True):
 
 
 class NodeNotice(Body, frozen=True, kw_only=True):
-    """The cluster says that this machine will go in ``notice_s`` seconds."""
+    """The cluster announces that the node's machine goes away in ``notice_s`` seconds."""
 
     node_key: str
     notice_s: float = 0.0
@@ -498,7 +501,7 @@ class NodeNotice(Body, frozen=True, kw_only=True):
 
 
 class Injected(Body, frozen=True, kw_only=True):
-    """The driver is about to strike a node itself (random faults)."""
+    """The driver is about to inject a random fault into a node."""
 
     kind: str
     node_key: str = ""
@@ -506,9 +509,10 @@ class Injected(Body, frozen=True, kw_only=True):
 
 
 class StopRun(Body, frozen=True, kw_only=True):
-    """End the run: after the next commit, or at once.
+    """Order to end the run, at the next pause or (``now``) at once.
 
-    ``preempted``: the machine wants it, not the user. ``failure``: the driver cannot go on.
+    ``preempted`` means that the machine asks for the stop, not the user. ``failure`` is set if the
+    driver cannot go on.
     """
 
     now: bool = False
@@ -518,13 +522,13 @@ class StopRun(Body, frozen=True, kw_only=True):
 
 
 class NodesAwaited(Body, frozen=True, kw_only=True):
-    """Nodes that are wanted and not there: told when it changes, and to each new controller."""
+    """Number of missing nodes; sent when it changes, and to each new controller."""
 
     missing: Int = 0  # without a machine
     coming: Int = 0  # being started
-    reason: str = ""  # what machines lack
+    reason: str = ""  # why they are missing
     is_troubled: bool = False  # there are machines, but nodes do not start there
-    is_hopeless: bool = False  # there is nobody, and nothing will be tried any more
+    is_hopeless: bool = False  # no node is there, and no start will be tried any more
 
 
 class MachineJudged(Body, frozen=True, kw_only=True):
@@ -532,20 +536,20 @@ class MachineJudged(Body, frozen=True, kw_only=True):
 
     machine: str
     reason: str
-    is_banned: bool  # left alone from now on; else suspect
+    is_banned: bool  # not used any more; False: suspect
 
 
 class Record(Body, frozen=True, kw_only=True):
-    """One line of events.jsonl, as written."""
+    """One line of events.jsonl."""
 
     line: str
 
 
 class StartNode(Body, frozen=True, kw_only=True):
-    """The run holds for want of nodes; or a fault on purpose adds one."""
+    """Order to start a node, because the run holds with too few or a "join" fault adds one."""
 
     reason: str = ""
-    is_extra: bool = False  # beyond the nodes that are wanted
+    is_extra: bool = False  # in addition to the wanted nodes
 
 
 class NodeUp(Body, frozen=True, kw_only=True):
@@ -555,31 +559,31 @@ class NodeUp(Body, frozen=True, kw_only=True):
 
 
 class NodeEndsMachine(Body, frozen=True, kw_only=True):
-    """When this node goes its machine is taken as gone too: it leaves, or ends on purpose."""
+    """The node leaves or ends by an injected fault: do not use its place on the machine again."""
 
     node_key: str
 
 
 class KillNode(Body, frozen=True, kw_only=True):
-    """A node is lost: end what is left of it."""
+    """Order to kill the remaining processes of a lost node."""
 
     node_key: str
     cause: str = ""
-    is_silent: bool = False  # it was not seen to end: it says nothing, or does not move
+    is_silent: bool = False  # the node was not seen to end: silent, or without progress
 
 
 class Pulse(Body, frozen=True, kw_only=True):
-    """The controller's loop turns."""
+    """Sign of life of the controller's loop."""
 
 
 class ControllerFailed(Body, frozen=True, kw_only=True):
-    """The last word of a controller that cannot go on: its process ends."""
+    """The controller cannot go on, and its process ends."""
 
     failure: Failure
 
 
 class RunOver(Body, frozen=True, kw_only=True):
-    """The end: why it was not a good one, if it was not; ``result`` is JSON."""
+    """The run has ended; ``failure`` says why it did not finish, and ``result`` is JSON."""
 
     status: Status
     failure: Failure | None = None

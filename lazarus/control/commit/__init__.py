@@ -1,5 +1,6 @@
-"""Journey of a step: from its summed vector to a published commit, and at last the run's end.
+"""Commits: from the summed vector of a step to its published commit, and the end of the run.
 
-Start reading at ``commits.py``. ``finalizing.py`` is the last digest and the last checkpoint,
-``exactly_once.py`` says which samples a committed step has.
+Start reading at ``commits.py``. ``finalizing.py`` handles the last digest and checkpoint,
+``exactly_once.py`` the samples of committed steps, ``measures.py`` the metrics that users log, and
+``unfired.py`` reports scripted faults that never fired.
 """

@@ -1,4 +1,4 @@
-"""From decided vectors to published commits, digests and the end of the run."""
+"""Journals and publishes commits, evaluations and digests, and ends the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lazarus.failure import Cause, Failure, Status
 
 
 def on_vector(state: Control, body: Vector, *, at_s: float) -> Decision:
-    """A rank decided a step: keep the vector; journal and publish soon."""
+    """Keep the first vector of a step; it is journaled and published within ``flush_s``."""
     if body.generation != state.resumed or body.step <= state.step:
         return replace(state, stale=state.stale + 1), ()
     if body.step in state.known:
@@ -49,7 +49,7 @@ def on_vector(state: Control, body: Vector, *, at_s: float) -> Decision:
 
 
 def flush(state: Control, *, at_s: float) -> Decision:
-    """Journal every commit known without a gap, then publish it (rule 28)."""
+    """Journal all commits that directly follow the last one, then publish them (rule 28)."""
     ready: list[Vector] = []
     while (vector := state.known.get(state.step + len(ready) + 1)) is not None:
         ready.append(vector)
@@ -92,7 +92,7 @@ def flush(state: Control, *, at_s: float) -> Decision:
 
 
 def sums_of(state: Control, vector: Vector) -> StepSums:
-    """Decode a vector of the generation that runs, or ran last."""
+    """Decode a vector of the newest RESUMEd generation."""
     layout = VectorLayout(
         world_size=len(state.seats), num_layers=state.shape[0], num_experts=state.shape[1]
     )
@@ -100,14 +100,14 @@ def sums_of(state: Control, vector: Vector) -> StepSums:
 
 
 def counts_of(state: Control, lanes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Routed copies [L, E] of a step of the generation that ran last."""
+    """Routed copies, float64 [L, E], of a step of the newest RESUMEd generation."""
     layers, experts = state.shape
     layout = VectorLayout(world_size=len(state.seats), num_layers=layers, num_experts=experts)
     return lanes[layout.counts].reshape(layers, experts)
 
 
 def commit_events(state: Control, vector: Vector) -> tuple[Publish, ...]:
-    """What the record says of one commit, from its vector alone (rule 11)."""
+    """The events of one commit, computed from its vector alone (rule 11)."""
     sums = sums_of(state, vector)
     events = (_step_committed(state, vector, sums), *_skipped(vector, sums))
     if not state.config.ledger:
@@ -116,7 +116,7 @@ def commit_events(state: Control, vector: Vector) -> tuple[Publish, ...]:
 
 
 def _skipped(vector: Vector, sums: StepSums) -> tuple[Publish, ...]:
-    """The step counts, but its numbers are none: it changed neither parameters nor moments."""
+    """The event for a committed step that changed no state, because a value was not finite."""
     if not sums.skips:
         return ()
     fields = {"generation": vector.generation, "step": vector.step, "reason": sums.skip_reason}
@@ -148,7 +148,7 @@ def _step_committed(state: Control, vector: Vector, sums: StepSums) -> Publish:
 
 
 def on_evaluated(state: Control, body: Evaluated, *, at_s: float) -> Decision:
-    """Held-out loss after a step; a repeated report of the same step says nothing new."""
+    """Publish the held-out loss after a step, once per step."""
     if body.generation != state.resumed or body.step == state.evaluated:
         return replace(state, stale=state.stale + 1), ()
     state, commands = flush(replace(state, evaluated=body.step), at_s=at_s)
@@ -164,7 +164,7 @@ def on_evaluated(state: Control, body: Evaluated, *, at_s: float) -> Decision:
 
 
 def close_timeline(state: Control, *, at_s: float) -> Decision:
-    """The first commit after a recovery ends it: publish the whole of it."""
+    """Publish the timeline of a recovery, at the first commit after its RESUME."""
     timeline = state.timeline
     if timeline is None or state.phase is not Phase.RUNNING:
         return state, ()
@@ -194,7 +194,7 @@ def _timeline_fields(
 
 
 def on_heartbeat(state: Control, worker: str, body: Heartbeat, *, at_s: float) -> Decision:
-    """Note how far the worker is; tell it which vectors it may forget."""
+    """Note the worker's progress, and acknowledge journaled commits to the worker."""
     known = state.workers[worker]
     moved = body.progress != known.progress
     known = replace(
@@ -222,7 +222,7 @@ def combine_digests(items: Iterable[DigestItem]) -> str:
 
 
 def on_digest_part(state: Control, worker: str, body: DigestPart, *, at_s: float) -> Decision:
-    """Gather one rank's items; with the last of them publish the digest."""
+    """Store one rank's items; the last rank's items complete the digest, which is published."""
     if body.generation != state.resumed or worker not in state.seats:
         return replace(state, stale=state.stale + 1), ()
     parts = {**state.digests.get(body.step, {}), worker: body.items}
@@ -236,10 +236,13 @@ def on_digest_part(state: Control, worker: str, body: DigestPart, *, at_s: float
 
 
 def end(state: Control, *, status: Status, failure: Failure | None, at_s: float) -> Decision:
-    """Close the record, let everybody go, tell the driver.
+    """End the run: journal and publish its result, release all workers, and tell the driver.
 
     Args:
-        failure: Why the run did not finish; None: it did, or was stopped as asked.
+        state: The controller's state.
+        status: How the run ended.
+        failure: Why the run did not finish; None if it finished or the user stopped it.
+        at_s: Time of the end in seconds.
     """
     state, commands = flush(state, at_s=at_s)
     fields = {
@@ -277,7 +280,7 @@ def _cause(status: Status, failure: Failure | None) -> str:
 
 
 def last_words(entry: Mapping[str, Any]) -> tuple[Publish, TellDriver]:
-    """What a journaled end makes the record and the driver hear, from whichever life."""
+    """The last event and the message to the driver, from the journal entry of the end."""
     failure = Failure.from_json(entry["error"]) if entry["error"] else None
     over = RunOver(status=entry["status"], failure=failure, result=entry["result"])
     event = Publish(t=float(entry["at_s"]), event="run_finished", fields=entry["fields"])

@@ -1,4 +1,4 @@
-"""Which samples a committed step has, as the record may say it (invariant I9)."""
+"""The samples of committed steps, for the ledger in the run's record (invariant I9)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from lazarus.data.stream import step_sample_numbers
 
 
 def num_samples_in(scalars: str) -> int:
-    """How many samples the data has, as an aligned rank says; see ``Control.num_samples``."""
+    """Size of the data, from the ``scalars`` of an aligned rank; see ``Control.num_samples``."""
     data = json.loads(scalars or "{}").get("data") or {}
     return int(data.get("num_samples", 0))
 
 
 def ids_of_step(step: int, *, seed: int, global_batch: int, num_samples: int) -> NDArray[np.int64]:
-    """int64 [B]: the samples of a step; without a size they are numbered from the beginning."""
+    """The sample ids of a step, int64 [global_batch].
+
+    Without a size (``num_samples`` <= 0) samples are numbered consecutively from the first step.
+    """
     if num_samples > 0:
         return step_sample_ids(seed, step, global_batch, num_samples)
     return step_sample_numbers(step, global_batch)
 
 
 def ledger_event(state: Control, vector: Vector, sums: StepSums) -> Publish:
-    """The sample ids of a committed step, or that its vector speaks of other samples."""
+    """The event with a committed step's sample ids, or a mismatch if its vector has others."""
     config = state.config
     ids = ids_of_step(
         sums.step,

@@ -1,8 +1,8 @@
-"""The end of a run: last digest, last checkpoint, and what if storage refuses that one. PURE.
+"""The end of a run: the last digest and the last checkpoint. PURE.
 
-Ranks hold the state until the checkpoint stands. One that cannot be written where it belongs is
-written once more, to the run's ``rescue`` folder; where that fails too, the run ends with what the
-reader must know: where it was to go, what the storage said, how much room it needs.
+Ranks keep their state until the last checkpoint is complete. If the checkpoint place fails, the
+checkpoint is written to the run's ``rescue`` folder instead. If this fails too, the run ends with
+an error that names the place, the storage's message and the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lazarus.failure import Cause, Failure, Status
 
 
 def begin(state: Control, *, at_s: float) -> Decision:
-    """All ranks stand at the last step: digest, and a full checkpoint."""
+    """Order the last digest and a full checkpoint, once all ranks have paused at the last step."""
     order = Finalize(
         generation=state.resumed,
         step=state.step,
@@ -40,7 +40,7 @@ def begin(state: Control, *, at_s: float) -> Decision:
 
 
 def on_finalized(state: Control, worker: str, body: Finalized, *, at_s: float) -> Decision:
-    """One rank's share of the last checkpoint is durable, or can not be."""
+    """Store one rank's share of the last checkpoint; the last share leads to the manifest."""
     wanted = (state.resumed, state.final_url)
     if state.phase is not Phase.FINALIZING or (body.generation, body.url) != wanted:
         return replace(state, stale=state.stale + 1), ()
@@ -63,12 +63,12 @@ def on_finalized(state: Control, worker: str, body: Finalized, *, at_s: float) -
         final=True,
         url=state.final_url,
     )
-    # Never an older one after it: it would point to versions that are newer than itself.
+    # No older manifest may follow: it would point to versions newer than itself.
     return replace(state, manifest_pending=True, ordered=body.step), (order,)
 
 
 def on_refused_manifest(state: Control, event: ManifestDone) -> Decision:
-    """The shares are durable, but the checkpoint did not become true."""
+    """Handle a failure to write the last manifest, although all shares are durable."""
     if state.phase is not Phase.FINALIZING or event.generation != state.resumed:
         return state, ()
     url = state.final_url or state.config.checkpoint_url
@@ -77,7 +77,7 @@ def on_refused_manifest(state: Control, event: ManifestDone) -> Decision:
 
 
 def _refused(state: Control, problem: StorageProblem, *, at_s: float) -> Decision:
-    """Try the other place once; then it is said what to do."""
+    """Try the rescue place once; after that, end the run."""
     rescue = state.config.rescue_url
     what = f"{problem.operation} {problem.url}: {problem.reason}"
     fields = {"generation": state.resumed, "step": state.step, "reason": what}
@@ -94,7 +94,7 @@ def _refused(state: Control, problem: StorageProblem, *, at_s: float) -> Decisio
 
 
 def _left_behind(state: Control) -> tuple[DropFiles, ...]:
-    """Shares that some ranks could write, although the checkpoint will not be."""
+    """Commands that delete the shares written to the first place."""
     if state.final_url:
         return ()
     shares = {worker: body.files for worker, body in state.finalized.items()}
@@ -129,7 +129,7 @@ def _way_out(state: Control, newest: int | None) -> str:
 
 
 def newest_standing(state: Control) -> int | None:
-    """The newest step that a next life of the run could go on from."""
+    """The newest step from which the run could be resumed; None if there is none."""
     standing = [
         c.step
         for c in state.checkpoints
@@ -141,7 +141,7 @@ def newest_standing(state: Control) -> int | None:
 
 
 def finish(state: Control, *, at_s: float) -> Decision:
-    """Everything is written. Where it is in the rescue folder, somebody must look."""
+    """End the run after its last checkpoint; a checkpoint in the rescue folder is a failure."""
     problem = state.final_problem
     if problem is None:
         return _good_end(state, at_s=at_s)

@@ -1,8 +1,9 @@
-"""What users log in a step, behind the lanes of its commit vector.
+"""Metrics that users log in a step, stored behind the lanes of the step's commit vector.
 
-The sums travel with the vector and are journaled with it, so a committed step has its metrics
-whoever dies. Tail of a vector after its fixed lanes: M, then M pairs (weighted sum, weight), then
-the names as bytes of UTF-8 text, one a line, padded to whole lanes. No names, no tail.
+The sums are journaled with the vector, so a committed step keeps its metrics whichever node is
+lost. The tail of a vector after its fixed lanes is: the number M of names, M pairs (weighted sum,
+weight), and the names as UTF-8 text, one per line, padded to whole lanes. Without names there is no
+tail.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from lazarus.errors import BrokenInvariantError
 
 
 def with_measures(lanes: Lanes, names: Sequence[str], sums: Lanes) -> Lanes:
-    """A summed vector with the measures of its step.
+    """Append the measures of a step to its summed vector.
 
     Args:
         lanes: The fixed lanes, summed over all ranks.
-        names: Names in the order in which all ranks summed.
+        names: Names, in the order of ``sums`` on all ranks.
         sums: float64 [2 * len(names)], summed over all ranks.
     """
     if not names:
@@ -31,10 +32,10 @@ def with_measures(lanes: Lanes, names: Sequence[str], sums: Lanes) -> Lanes:
 
 
 def measures_of(layout: VectorLayout, lanes: Lanes) -> Mapping[str, tuple[float, float]]:
-    """Mean and weight of every name that was logged in the step.
+    """Mean and weight of every metric that was logged in the step, by name.
 
     Raises:
-        BrokenInvariantError: What follows the fixed lanes is not such a tail.
+        BrokenInvariantError: The lanes behind the fixed ones are not a valid tail.
     """
     tail = lanes[layout.num_lanes :]
     if not tail.size:

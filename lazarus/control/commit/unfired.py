@@ -1,4 +1,4 @@
-"""Scripted faults that never happened, and why: nobody shall take a drill for passed. PURE."""
+"""Reports scripted faults that never fired, so that no fault test passes without one. PURE."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SPEC = re.compile(r"(?P<kind>\w+)(?::(?P<node>\d+))?@(?P<step>\d+)(?:/(?P<phase
 
 
 def names_a_node(spec: str) -> bool:
-    """Whether a scripted fault strikes one node, and not whoever lives."""
+    """Whether a scripted fault is for a given node, not for any node."""
     return ":" in spec.partition("@")[0]
 
 
 def unfired(state: Control, *, at_s: float) -> tuple[Publish, ...]:
-    """What the record says of them when the run ends."""
+    """One event for each scripted fault that has not fired, with the reason."""
     left = [text for text in state.config.faults if text not in state.fired_specs]
     return tuple(
         Publish(

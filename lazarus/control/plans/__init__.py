@@ -1,5 +1,6 @@
-"""Plans: what the planner is asked, and the verdict that a recovery begins with.
+"""Plans: the request to the placement policy, and the verdict that a recovery begins with.
 
-``planning.py`` asks, ``verdict.py`` says what survivors' reports prove, ``healing.py`` is a plan
-whose replicas are still on their way, ``tuning.py`` is what running steps teach.
+``planning.py`` builds the request, ``verdict.py`` decides from reports whether a step is committed
+and who sends what, ``healing.py`` handles replicas that are transferred after RESUME, and
+``tuning.py`` adapts sample shares and the plan to measured steps.
 """

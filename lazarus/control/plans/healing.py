@@ -1,4 +1,4 @@
-"""Healing behind training: the plan while some of its replicas are still on their way."""
+"""Background healing: training resumes while some replicas of the plan are still missing."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Missing = frozenset[tuple[int, int, int]]  # (layer, expert, rank) without its r
 
 
 def missing_after(moves: Iterable[Move]) -> Missing:
-    """Replicas that wait for these moves; every one has a live replica elsewhere."""
+    """The replicas that these moves will bring, as (layer, expert, rank)."""
     return frozenset((move.layer, move.expert, move.target) for move in moves)
 
 
 def without(plan: Plan, missing: Missing) -> Plan:
-    """The plan with only the replicas that are there, at least one of each expert.
+    """The plan reduced to the replicas that are present.
 
-    Each expert's shares are scaled up over the replicas that are left; a home that is missing
-    moves to the lowest rank that holds the expert.
+    The shares of each affected expert are scaled up over its present replicas. If the expert's home
+    rank is missing its replica, the lowest rank that holds one becomes the home.
 
     Args:
-        plan: What was agreed on.
-        missing: Replicas that are not there yet.
+        plan: The plan of the newest RESUME.
+        missing: Replicas that are not there yet; every expert must have another one.
     """
     if not missing:
         return plan
@@ -53,14 +53,19 @@ def split_moves(
     owners: Mapping[Expert, Sequence[int]],
     wanted: Mapping[Expert, Sequence[int]],
 ) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
-    """What must move before RESUME so that the rest may move behind training.
+    """Split moves into those before RESUME and those in the background.
 
-    RESUME frees every slot that the plan does not name. So an expert that no rank both holds and
-    keeps moves once before, and only ranks that keep an expert send it later.
+    RESUME frees every slot that the plan does not name. An expert that no rank both holds and keeps
+    is therefore moved once before RESUME, and later moves are sent only by ranks that keep the
+    expert.
 
     Args:
+        moves: All moves, in order.
         owners: Ranks that hold each expert now.
         wanted: Ranks that the plan gives each expert to.
+
+    Returns:
+        The moves before RESUME and the moves after it, the latter with their sources chosen anew.
     """
     before: list[Move] = []
     behind: list[Move] = []
@@ -81,11 +86,14 @@ def split_moves(
 
 
 def heals_behind(moves: Sequence[Move], *, mode: str, record_bytes: int, before_bytes: int) -> bool:
-    """Whether to resume first and refill between optimizer steps.
+    """Whether to resume first and transfer replicas between optimizer steps.
 
     Args:
+        moves: All moves of the recovery.
         mode: "before", "behind", or "auto": behind if a rank would receive more than
             ``before_bytes``.
+        record_bytes: Size of one expert's image in bytes.
+        before_bytes: Limit for "auto", in bytes per rank.
     """
     if mode != "auto" or not moves:
         return mode == "behind" and bool(moves)

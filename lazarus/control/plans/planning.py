@@ -1,4 +1,4 @@
-"""What a plan is asked for, and what the record says of it (rule 22). PURE."""
+"""Builds the request to the placement policy and the events about its plan (rule 22). PURE."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from lazarus.control.plans.verdict import SlotMemory, slots_for
 from lazarus.control.ports import Publish
 from placement import PlacementRequest, Plan, replan
 
-_GRADIENT_SHARE = 1 / 3  # of a record: weight and two moments are kept, the gradient is as large
-_MOST_LISTED = 20_000  # slots of a plan that the record lists one by one
+_GRADIENT_SHARE = 1 / 3  # gradient over an image (weight and two moments)
+_MOST_LISTED = 20_000  # larger plans are published without their slots
 
 
 def plan_for(state: Control, transition: Transition) -> Plan:
-    """F of rule 22: base plan, load history, members, configuration; nothing else.
+    """The plan for the next members: the function F of rule 22.
+
+    The plan depends on base plan, load history, members and configuration only.
 
     Raises:
-        InfeasiblePlacementError: Fewer slots than experts.
+        InfeasiblePlacementError: There are fewer slots than experts.
     """
     aligned = next(iter(transition.aligned.values()))
     nodes, config = transition.next_nodes, state.config
@@ -46,12 +48,12 @@ def plan_for(state: Control, transition: Transition) -> Plan:
 def request_for(
     state: Control, *, load: NDArray[np.float64], nodes: tuple[int, ...], slots: int
 ) -> PlacementRequest:
-    """What the run asks a placement policy.
+    """The request to a placement policy.
 
     Args:
-        load: Smoothed tokens of each expert, [L, E].
+        load: Smoothed routed copies of each expert, float64 [L, E].
         nodes: Members by serial, ascending.
-        slots: Of each node, in one layer.
+        slots: Slots of each node, in one layer.
     """
     config = state.config
     return PlacementRequest(
@@ -69,13 +71,16 @@ def request_for(
 
 
 def history_of(body: Aligned) -> NDArray[np.float64]:
-    """The load history at the aligned step, [3, L, E]."""
+    """The load history at the aligned step, float64 [3, L, E]."""
     shape = (3, body.num_layers, body.num_experts)
     return np.frombuffer(body.history, dtype="<f8").reshape(shape)
 
 
 def _domains(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
-    """The zone of each node; one that names none stands alone. Nothing if nobody names one."""
+    """The failure domain of each node; empty if no node names a zone.
+
+    A node without a zone gets a domain of its own.
+    """
     zones = [state.nodes[node].zone for node in nodes]
     if not any(zones):
         return ()
@@ -83,7 +88,7 @@ def _domains(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _memory(state: Control, nodes: tuple[int, ...], aligned: Aligned) -> SlotMemory | None:
-    """What slots cost in all layers and may fill; None where a node does not know its memory."""
+    """Memory per slot and per node; None if a node does not know its memory."""
     least = min(state.nodes[node].memory_bytes for node in nodes)
     if least <= 0 or not aligned.expert_bytes:
         return None
@@ -96,7 +101,7 @@ def _memory(state: Control, nodes: tuple[int, ...], aligned: Aligned) -> SlotMem
 def adoption(
     state: Control, transition: Transition, plan: Plan, *, at_s: float
 ) -> tuple[Publish, ...]:
-    """What the record says of the plan that is in force from now on."""
+    """Events for a newly adopted plan, and for a user's policy that was not followed."""
     asked = (("placement.policy", plan.fallback), ("recovery.policy", transition.refused))
     refused = (
         Publish(

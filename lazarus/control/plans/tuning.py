@@ -1,6 +1,6 @@
-"""What running steps teach: slow nodes get fewer samples, drifting loads a better plan (rule 34).
+"""Adaptation to measured steps: sample shares of slow nodes, and rebalancing (rule 34).
 
-Both depend on measurements, so they change at a pause only and are journaled with RESUME.
+Both depend on measurements, so they change only at a pause and are journaled with RESUME.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from placement.migration.migrate import transfers
 from placement.rebalance import MoveCost, considered
 
 SLOW_FACTOR = 2.0  # a node this much slower than the median is slow
-STREAK = 8  # consecutive committed steps that must agree
-MIN_WEIGHT = 0.25  # nobody gets less than a quarter of a fair share
-REBALANCE_EVERY = 10  # steps between looks at the plan
-REBALANCE_AFTER = 100  # steps that a plan is left alone
-MOVE_COST_S = 0.15  # of a planned pause, measured on small machines
+STREAK = 8  # consecutive committed steps after which a share changes
+MIN_WEIGHT = 0.25  # smallest share weight; 1 is a fair share
+REBALANCE_EVERY = 10  # steps between two considerations of a rebalance
+REBALANCE_AFTER = 100  # steps after a RESUME without a rebalance
+MOVE_COST_S = 0.15  # cost of a planned pause, measured on small machines
 
 
 def learned(state: Control, sums: Sequence[StepSums], *, at_s: float) -> Decision:
-    """Fold committed steps in; perhaps ask for a pause by setting ``wants``."""
+    """Add the measurements of committed steps; set ``wants`` if a change is worth a pause."""
     events: tuple[Command, ...] = ()
     for one in sums:
         state = _measured(state, one)
-    # A stream's samples follow its shards, whatever the weights.
+    # Weights have no effect on a stream, whose samples follow its shards.
     if state.num_samples >= 0 and not state.wants:
         state, events = _speeds(state, at_s=at_s)
     if not state.wants and sums:
@@ -40,13 +40,13 @@ def learned(state: Control, sums: Sequence[StepSums], *, at_s: float) -> Decisio
 
 
 def _measured(state: Control, sums: StepSums) -> Control:
-    """Seconds of own compute per sample and node, smoothed."""
+    """Update each node's smoothed seconds of own compute per sample."""
     nodes = state.seat_nodes
     weights = [state.speeds.get(node, 1.0) for node in nodes] if state.speeds else [1.0]
     sizes = share(state.config.global_batch, len(nodes), weights if min(weights) < 1.0 else None)
     slowest: dict[int, float] = {}
     for node, size, own_s in zip(nodes, sizes, sums.times, strict=True):
-        # A rank without samples says nothing of its node.
+        # A rank without samples measures nothing.
         measured = own_s / size if size else inf
         if measured > slowest.get(node, -1.0):
             slowest[node] = measured
@@ -59,14 +59,19 @@ def _measured(state: Control, sums: StepSums) -> Control:
 
 
 def wanted_weight(own_s: float, usual_s: float) -> float:
-    """Share weight in eighths, from the pace of a node and of the median node."""
+    """Share weight of a node, a multiple of 1/8; 1 unless the node is slow.
+
+    Args:
+        own_s: Seconds per sample of the node.
+        usual_s: Seconds per sample of the median node.
+    """
     if usual_s <= 0 or own_s < SLOW_FACTOR * usual_s:
         return 1.0
     return max(MIN_WEIGHT, round(8.0 * usual_s / own_s) / 8.0)
 
 
 def _speeds(state: Control, *, at_s: float) -> Decision:
-    if len(state.pace) < 3:  # of two nodes nobody can say which one is the odd one
+    if len(state.pace) < 3:  # of two nodes it is not clear which one is unusual
         return state, ()
     usual = median(state.pace.values())
     streaks: dict[int, int] = {}
@@ -95,7 +100,7 @@ def _slow_event(state: Control, node: int, weight: float, usual: float, *, at_s:
     fields = {
         "generation": state.resumed,
         "node": node,
-        "rank": state.seat_nodes.index(node),  # the first of its ranks
+        "rank": state.seat_nodes.index(node),  # the first rank of the node
         "slowdown": round(state.pace[node] / usual, 3),
         "weight": weight,
     }
@@ -117,6 +122,6 @@ def _rebalance(state: Control, *, step: int) -> Control:
         steps=min(steps, REBALANCE_EVERY),
         cost=MoveCost(fixed=fixed),
     )
-    # New shares alone do not pay for a pause of all ranks; they come with the next RESUME.
+    # New shares alone are not worth a pause of all ranks; the next RESUME brings them.
     moves = better is not None and transfers(plan, better)
     return replace(state, regret=regret, wants="rebalance" if moves else "")

@@ -1,4 +1,4 @@
-"""The decisions of one recovery, each a pure function: verdict, needs, moves, slots."""
+"""Pure functions behind the decisions of a recovery: verdict, needed replicas, moves, slots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Expert = tuple[int, int]  # (layer, expert)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Step that every member must stand at; ``vector`` for those that are one behind."""
+    """The step that every member must reach; ranks that are one behind apply ``vector``."""
 
     step: int
     vector: Vector | None = None
@@ -26,15 +26,18 @@ class Verdict:
 def verdict(
     reports: Mapping[str, Report], *, known: Mapping[int, Vector], published: int
 ) -> Verdict:
-    """Whether the step in flight is committed (rule 19).
+    """Decide whether the step in flight is committed (rule 19).
 
     Args:
-        reports: Of every voting worker, by worker.
-        known: Vectors received, by step, from any rank: of ``published`` and of steps above.
-        published: Newest journaled commit.
+        reports: Reports of all voting workers, by worker.
+        known: Vectors received from any rank, by step, of step ``published`` and above.
+        published: Step of the newest journaled commit.
+
+    Returns:
+        The highest step for which there is any evidence, with its vector if known.
 
     Raises:
-        BrokenInvariantError: The members cannot stand at one step.
+        BrokenInvariantError: The members cannot all reach this step.
     """
     vectors = dict(known)
     said = {id(report): report for report in reports.values()}.values()  # each object once
@@ -56,11 +59,15 @@ def verdict(
 
 
 def aligned_alike(aligned: Mapping[str, Aligned], *, at_start: bool = True) -> str:
-    """Empty if all aligned ranks agree, else what differs and on whom.
+    """Compare what aligned ranks must have in common.
 
     Args:
-        at_start: Nothing has been trained, so state that differs was made so; later on it can be
-            repaired.
+        aligned: Answers by worker.
+        at_start: Whether to compare the digests too. Before the first step a difference cannot be
+            repaired; later it can.
+
+    Returns:
+        What differs and on which workers; empty if all agree.
     """
     bodies = {id(body): body for body in aligned.values()}.values()  # each object once
     state = ("dense_digest", "history_digest") if at_start else ()
@@ -75,10 +82,10 @@ def aligned_alike(aligned: Mapping[str, Aligned], *, at_start: bool = True) -> s
 
 
 def holders(aligned: Mapping[str, Aligned], feeders: Sequence[Seat]) -> dict[Expert, list[int]]:
-    """Feeder indices that hold a live copy of each expert, ascending."""
+    """Feeder indices that hold a live copy, ascending, for each expert."""
     bodies = [aligned.get(seat.worker) for seat in feeders]
     said = np.fromiter(map(id, bodies), dtype=np.int64, count=len(bodies))
-    order = np.argsort(said, kind="stable")  # those whose answer is one object, ascending
+    order = np.argsort(said, kind="stable")  # feeders grouped by answer object, ascending
     ends = np.flatnonzero(np.diff(said[order], append=-1)) + 1
     by_answer = order.tolist()
     owners: dict[Expert, list[int]] = {}
@@ -91,7 +98,7 @@ def holders(aligned: Mapping[str, Aligned], feeders: Sequence[Seat]) -> dict[Exp
 
 
 def needs(plan: Plan, *, num_seats: int) -> dict[Expert, list[int]]:
-    """Seat indices that the plan gives a replica of each expert, ascending."""
+    """Seat indices that the plan gives a replica to, ascending, for each expert."""
     wanted: dict[Expert, list[int]] = {}
     for layer, slots_RS in enumerate(plan.expert_of_slot[:, :num_seats]):
         rank, slot = np.nonzero(slots_RS >= 0)
@@ -107,10 +114,16 @@ def needs(plan: Plan, *, num_seats: int) -> dict[Expert, list[int]]:
 def schedule_moves(
     wanted: Mapping[Expert, Sequence[int]], owners: Mapping[Expert, Sequence[int]]
 ) -> tuple[tuple[Move, ...], tuple[Expert, ...]]:
-    """Who sends what to whom, rarest expert first, the least loaded owner sending.
+    """Schedule the transfers of missing replicas.
+
+    The rarest expert comes first, and the owner that has sent least so far sends.
+
+    Args:
+        wanted: Ranks that need each expert.
+        owners: Ranks that hold each expert now.
 
     Returns:
-        The moves in order, and the experts that nobody holds.
+        The moves in order, and the experts that no rank holds.
     """
     lost = tuple(sorted(expert for expert in wanted if not owners.get(expert)))
     sent: dict[int, int] = {}
@@ -133,7 +146,13 @@ def schedule_moves(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotMemory:
-    """Bytes that one slot takes in all layers, that slots may fill on a node, and that it has."""
+    """Memory for experts, in bytes.
+
+    Attributes:
+        per_slot: Size of one slot, summed over all layers.
+        per_node: Memory of a node that slots may fill.
+        whole_node: Smallest memory that a node has.
+    """
 
     per_slot: float
     per_node: float
@@ -151,14 +170,24 @@ def slots_for(
     ranks_per_node: int = 1,
     memory: SlotMemory | None = None,
 ) -> int:
-    """Slots per node for a membership: as configured, or automatic.
+    """The number of slots per node, as configured or automatic.
 
-    Automatic slots hold ``min_replicas`` of every expert after ``spare_losses`` losses from the
-    started size, and grow with the need when fewer nodes are left, so that no expert is homeless;
-    memory caps them: the floor then holds for fewer losses, or is lowered.
+    The automatic number has room for ``min_replicas`` of every expert after ``spare_losses`` losses
+    from the started size. It grows if fewer nodes are left, so that every expert still has a slot.
+    Memory limits the number: the floor then holds for fewer losses, or is lowered.
+
+    Args:
+        num_nodes: Nodes of the membership.
+        num_experts: Experts in each layer.
+        configured: Slots per node from the configuration; None for automatic.
+        started_nodes: Number of nodes that the run is configured for.
+        min_replicas: Replicas of every expert to keep.
+        spare_losses: Node losses after which the floor must still hold.
+        ranks_per_node: Automatic numbers are multiples of this.
+        memory: Memory limits; None if not known.
 
     Raises:
-        InfeasiblePlacementError: Memory does not even hold every expert once.
+        InfeasiblePlacementError: Memory does not hold every expert once.
     """
     if configured is not None:
         return configured

@@ -1,1 +1,1 @@
-"""The controller's state after its own death, from its journal or from a folded one."""
+"""Rebuilds the controller's state after a restart, from its journal or a folded state."""

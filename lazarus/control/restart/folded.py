@@ -1,7 +1,7 @@
-"""What the journal has told so far, as one JSON value: a restart reads it instead of the entries.
+"""The folded state: one JSON object that a restart reads instead of the journal's entries. PURE.
 
-Whatever ``replay.replayed`` sets is in it, since every field of the state that differs from a blank
-one is written down, by a few general rules. PURE.
+The object has every field of the replayed state that differs from a blank state, and so everything
+that ``replay.replayed`` sets.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from placement import Plan, rebalance
 
 _ROOMS: tuple[ModuleType, ...] = (state, messages, ports, restore_choice, adaptive, plt, rebalance)
 _KIND = "~"  # marks a JSON object that stands for something else
-_AS_PLAN = "as plan"  # the usual case of the plan that is kept twice
+_AS_PLAN = "as plan"  # stands for ``base_plan`` if it is the same object as ``plan``
 
 
-Known = dict[str, tuple[Any, str]]  # of a field: its value, and that as text
+Known = dict[str, tuple[Any, str]]  # field name -> its value and the text of the value
 
 
 def folded_text(replayed: Control, *, known: Known) -> str:
-    """A JSON object; ``unfolded`` gives an equal state back.
+    """Write a replayed state as the text of a JSON object, which ``unfolded`` reads.
 
     Args:
-        known: What an earlier call left: fields that are still the same object need no work. A
-            plan of a thousand ranks is written once, not with every step.
+        replayed: The state.
+        known: A cache, filled by earlier calls. A field that is still the same object is not
+            encoded again, for example the plan of a thousand ranks.
     """
     blank = blank_state(replayed.config)
     parts = []
@@ -58,10 +59,10 @@ def folded_text(replayed: Control, *, known: Known) -> str:
 
 
 def unfolded(data: Mapping[str, Any], config: ControlConfig) -> Control:
-    """The state that ``folded_text`` was given, from the object that it wrote.
+    """Read a state from the JSON object that ``folded_text`` wrote.
 
     Raises:
-        ValueError: It is not what ``folded_text`` writes.
+        ValueError: The object was not written by ``folded_text``.
     """
     try:
         fields = {name: _get(item) for name, item in data.items()}
@@ -120,7 +121,7 @@ def _get(item: Any) -> Any:
 
 
 def _names(kind: type) -> tuple[str, ...]:
-    """The fields of a record type of ours."""
+    """Names of the fields of a dataclass or struct that a state may contain."""
     if kind is not _class(kind.__name__):
         raise TypeError(f"a folded state cannot hold {kind.__qualname__}")
     if dataclasses.is_dataclass(kind):

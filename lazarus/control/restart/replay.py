@@ -1,4 +1,4 @@
-"""The controller's state from its journal, after its death (rules 35-39)."""
+"""Rebuilds the controller's state from its journal after a restart (rules 35-39)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from placement import Plan
 
 
 def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
-    """Before anything has happened, or at the checkpoint that the run starts from."""
+    """The state at the start of a run, or of a run that starts from a checkpoint."""
     return Control(
         config=config,
         term=term,
@@ -42,7 +42,7 @@ def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
 def resumed_state(
     entries: Sequence[Mapping[str, Any]], config: ControlConfig, *, now_s: float
 ) -> Control:
-    """What a new life of the controller knows before any worker has spoken."""
+    """The state of a restarted controller, from all journal entries, before any hello."""
     state = blank_state(config)
     for entry in entries:
         state = replayed(state, entry)
@@ -50,15 +50,19 @@ def resumed_state(
 
 
 def blank_state(config: ControlConfig) -> Control:
-    """What ``replayed`` begins with: no term, no time."""
+    """The state before the first journal entry, with term 0 and time 0."""
     return initial_state(config, term=0, now_s=0.0)
 
 
 def awakened(state: Control, *, now_s: float) -> Control:
-    """The beginning of a controller's next life, from what its journal told.
+    """The state of a restarted controller, from its replayed journal.
 
-    Workers of the newest RESUMEd generation are expected back; whoever does not come within the
-    tolerated stall is lost. Generations claimed but never resumed are void.
+    The workers of the newest RESUMEd generation are expected to come back; see
+    ``members.settle_reconnecting`` for how long. Generations claimed but never resumed are void.
+
+    Args:
+        state: The state after the last journal entry.
+        now_s: Current time in seconds.
     """
     state = replace(state, term=state.term + 1, started_s=now_s, phase_s=now_s)
     if not state.resumed:
@@ -74,11 +78,12 @@ def awakened(state: Control, *, now_s: float) -> Control:
 def missing_commits(
     entries: Iterable[Mapping[str, Any]], state: Control, *, said: Callable[[str, int, int], bool]
 ) -> Iterator[Publish]:
-    """What the record lacks of the commits that are journaled, and of a restart that voids some.
+    """Events of journaled commits and rollbacks that the record lacks.
 
     Args:
-        entries: What was journaled after ``state``.
-        said: Whether the record has this event of this generation and step.
+        entries: The journal entries after ``state``.
+        state: The replayed state before these entries.
+        said: Whether the record has an event, given its name, generation and step.
     """
     names = ("step_committed", "ledger") if state.config.ledger else ("step_committed",)
     found: list[Publish] = []
@@ -92,7 +97,7 @@ def missing_commits(
                 events = commit_events(state, vector_of(commit))
                 found += (e for e in events if e.event != "step_committed" or e.event in missing)
         if entry["kind"] == "resume" and entry["rollback"]:
-            found = []  # of what is void nobody need hear any more
+            found = []  # events of void commits are not published
             fields = {"generation": int(entry["generation"]), "step": int(entry["step"])}
             if not said("rolled_back", fields["generation"], fields["step"]):
                 at_s = 0.0 if state.newest is None else state.newest.at_s
@@ -102,7 +107,7 @@ def missing_commits(
 
 
 def vector_of(commit: Mapping[str, Any]) -> Vector:
-    """A commit as it was journaled."""
+    """The commit vector in a journaled commit."""
     return Vector(
         generation=int(commit["generation"]),
         step=int(commit["step"]),
@@ -113,7 +118,7 @@ def vector_of(commit: Mapping[str, Any]) -> Vector:
 
 
 def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
-    """What the journal tells after one more entry."""
+    """The replayed state after one more journal entry."""
     if (found := entry if entry["kind"] == evidence.KIND else entry.get(evidence.KIND)) is not None:
         state = evidence.recalled(state, found)
     match entry["kind"]:
@@ -128,7 +133,7 @@ def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
                 nodes={**state.nodes, serial: empty},
             )
         case "claim":
-            voters = set(entry["members"])  # whom it left out is lost, whoever says hello (rule 38)
+            voters = set(entry["members"])  # members without a vote are lost (rule 38)
             members = tuple(n for n in state.members if n in voters)
             return replace(state, generation=int(entry["generation"]), members=members)
         case "commits":
@@ -161,7 +166,7 @@ def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
 
 
 def _ledger(state: Control, entry: Mapping[str, Any]) -> PltLedger:
-    """Lost tokens so far, from the restores that RESUME entries name; ``state`` stands there."""
+    """The ledger of lost tokens after a RESUME entry; ``state`` has the entry's load history."""
     ledger = state.plt
     if entry["rollback"]:
         ledger = ledger.rolled_back(state.routed.tolist())

@@ -1,5 +1,5 @@
-"""Checkpoints as the controller sees them: which there are, and what is lost without them.
+"""The controller's part in checkpoints: completing them, and restoring from them.
 
-``saves.py`` collects shares and orders manifests, ``adapting.py`` follows measured rates,
-``losses.py`` chooses where an expert without a live replica comes back from.
+``saves.py`` collects shares and orders manifests, ``adapting.py`` adapts the schedule of saves to
+measured rates, ``losses.py`` chooses the copies from which lost experts are restored.
 """

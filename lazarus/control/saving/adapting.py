@@ -1,4 +1,4 @@
-"""The schedule of saves from measured rates: when to look, what RESUME tells the ranks."""
+"""Adapts the schedule of saves to measured copy and write rates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lazarus.control.cluster.state import Control
 from lazarus.control.ports import Publish
 from placement import Plan
 
-WANTED = "checkpoint schedule"  # reason of the pause
+WANTED = "checkpoint schedule"  # reason of a pause for a new schedule
 
 
 def on_measured(state: Control, worker: str, record: Mapping[str, Any]) -> Control:
-    """A rank's share of a checkpoint says how fast it was made.
+    """Note the rates that a rank measured while it wrote its share of a checkpoint.
 
-    The first time that all ranks have said so, a schedule that differs much is worth a pause;
-    later ones come with the RESUMEs that happen anyway.
+    Once all ranks have reported, a pause is requested if the adapted schedule differs much from the
+    default. Later changes take effect at the next RESUME, without a pause of their own.
     """
     figures = record.get("measured")
     if figures is None or not state.config.saves.is_adaptive:
@@ -39,7 +39,7 @@ def on_measured(state: Control, worker: str, record: Mapping[str, Any]) -> Contr
 
 
 def chosen_for(state: Control, plan: Plan) -> Adapted | None:
-    """The schedule under a plan; None while nothing is measured."""
+    """The adapted schedule under a plan; None if not adaptive or nothing is measured yet."""
     known = [state.measured[worker] for worker in state.seats if worker in state.measured]
     if not known or not state.config.saves.is_adaptive or state.step_s <= 0:
         return None
@@ -64,12 +64,12 @@ def chosen_for(state: Control, plan: Plan) -> Adapted | None:
 
 
 def at_resume(state: Control, plan: Plan) -> Adapted | None:
-    """What holds from the RESUME of ``plan`` on; None: as configured."""
+    """The schedule in force from the RESUME of ``plan`` on; None: as configured."""
     return chosen_for(state, plan) or state.adapted
 
 
 def adapted_events(state: Control, before: Adapted | None, *, at_s: float) -> tuple[Publish, ...]:
-    """A changed schedule on record, with the figures behind it."""
+    """An event if the schedule changed, with the rates it is based on."""
     now = state.adapted
     if now is None or now == before:
         return ()

@@ -1,4 +1,4 @@
-"""Experts without a live replica: where they come back from, and the bill (rules 27 and 29)."""
+"""Lost experts: the copies to restore them from, and the tokens lost (rules 27 and 29)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Expert = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WayBack:
-    """What brings lost experts back.
+    """How lost experts are restored.
 
     Attributes:
-        restores: Where each comes from.
-        step: To roll all state back to; None: go on where we stand.
-        refused: Why the user's policy did not decide this; empty if it did or there is none.
+        restores: The copy for each expert.
+        step: Step to which all state is rolled back; None: go on at the present step.
+        refused: Why the user's policy was not followed; empty if it was or there is none.
     """
 
     restores: tuple[Restore, ...] = ()
@@ -48,7 +48,11 @@ class WayBack:
 def restores_for(
     state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert], *, at_s: float
 ) -> WayBack | Fail | Hold:
-    """What brings back the experts that nobody holds, or all state where that has to go back."""
+    """Choose how to restore lost experts, or all state if it must be rolled back.
+
+    Returns:
+        The way back, ``Fail`` if there is none, or ``Hold`` if the user's policy wants to wait.
+    """
     if transition.restarts:
         return restart(state, transition)
     if transition.goes_back and not lost:
@@ -73,7 +77,7 @@ def restores_for(
 def _decide(
     state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert], *, at_s: float
 ) -> RecoveryDecision | Hold:
-    """The user's policy decides if there is one, unless it has held everything up too long."""
+    """Ask the user's policy, or decide by the settings if there is none or it has held too long."""
     config = state.config
     losses = [_loss(state, transition, plan, expert) for expert in lost]
     view = _view(state, transition, at_s=at_s)
@@ -104,13 +108,14 @@ def _view(state: Control, transition: Transition, *, at_s: float) -> ClusterView
 def checkpoint_awaited(
     state: Control, transition: Transition, plan: Plan, lost: Sequence[Expert], *, at_s: float
 ) -> bool:
-    """Whether lost experts come back better from a checkpoint that the survivors still write.
+    """Whether to wait for a checkpoint in flight before lost experts are restored.
 
-    A rollback waits for any newer one; a restore only where it would start an expert afresh.
+    A rollback waits for any newer checkpoint; a restore only if an expert would otherwise start
+    from its initial weights.
     """
     config = state.config
     if config.recovery is not None or config.on_lost_expert == "fail":
-        return False  # a policy of the user's knows what is in flight, and may hold
+        return False  # a user's policy sees what is in flight, and may hold
     if not lost or not worth_waiting(state, transition, at_s=at_s):
         return False
     decision = _decide(state, transition, plan, lost, at_s=at_s)
@@ -121,7 +126,7 @@ def checkpoint_awaited(
 
 
 def place_of_checkpoint(state: Control, step: int) -> str:
-    """Where the state of a step is read: "url step", or "init" for a fresh start from the seed."""
+    """The place of a step's checkpoint: "url step", or "init" for initial state from the seed."""
     config = state.config
     if config.resume is not None and step <= config.start_step:
         return f"{config.resume} {step}"
@@ -129,7 +134,7 @@ def place_of_checkpoint(state: Control, step: int) -> str:
 
 
 def bad_source_of(restore: Restore) -> str:
-    """How a copy that could not be read is named, so that it is not chosen again."""
+    """The name of a copy in ``bad_sources``, as a rank reports it if the copy cannot be read."""
     kind = restore.source.partition(":")[0]
     expert = f"L{restore.layer}/E{restore.expert}"
     if kind == "storage":
@@ -138,14 +143,14 @@ def bad_source_of(restore: Restore) -> str:
 
 
 def _at_start(state: Control, transition: Transition, expert: Expert) -> Restore:
-    """The first generation: from the seed, or from the checkpoint that the run starts from."""
+    """A restore at the start of the run: from the seed, or from the starting checkpoint."""
     config = state.config
     place = "init" if config.resume is None else f"{config.resume} {config.start_step}"
     return _from_checkpoint(state, expert, place, step=transition.step, is_exact=False)
 
 
 def _everything_from(state: Control, step: int, *, is_exact: bool) -> tuple[Restore, ...]:
-    """All experts of a checkpoint; see ``_from_checkpoint``."""
+    """Restores of all experts from a checkpoint; see ``_from_checkpoint``."""
     layers, experts = state.shape
     place = place_of_checkpoint(state, step)
     return tuple(
@@ -158,11 +163,10 @@ def _everything_from(state: Control, step: int, *, is_exact: bool) -> tuple[Rest
 def _from_checkpoint(
     state: Control, expert: Expert, place: str, *, step: int, is_exact: bool
 ) -> Restore:
-    """An expert as a checkpoint has it.
+    """A restore of one expert from a checkpoint.
 
-    Where its file is damaged, or cannot be read, an exact restore is no good as a whole; else that
-    expert alone comes from the next older version ("newest:"), as after the loss of its last
-    replica.
+    If the expert's file is damaged or cannot be read, an exact restore fails as a whole. Otherwise
+    the expert is read from its next older version (source "newest:").
     """
     layer, name = expert
     kind = "storage" if is_exact else "newest"
@@ -172,17 +176,18 @@ def _from_checkpoint(
 
 
 def restart(state: Control, transition: Transition) -> WayBack:
-    """All state of a run whose nodes were gone all at once, from the checkpoint chosen for it."""
+    """Restore all state from the checkpoint at ``transition.step``, after all nodes were lost."""
     is_exact = state.config.on_lost_expert != "partial"
     step = transition.step
     return WayBack(restores=_everything_from(state, step, is_exact=is_exact), step=step)
 
 
 def restart_step(state: Control) -> int | None:
-    """The committed step that a run goes on from when nobody is left who holds its state.
+    """The step from which a run restarts after all its nodes were lost.
 
-    The newest checkpoint on its history that can be read, full ones first where the user wants
-    every expert of one step; else where the run started. None: that cannot be read any more.
+    Returns:
+        The step of the newest valid, readable checkpoint, full ones first unless ``on_lost_expert``
+        is "partial"; else the step at which the run started. None if that cannot be read either.
     """
     wants_full = state.config.on_lost_expert != "partial"
     standing = [
@@ -205,7 +210,7 @@ def _loss(state: Control, transition: Transition, plan: Plan, expert: Expert) ->
     known = [*_in_memory(state, transition, expert), *_on_storage(state, expert)]
     copies = [c for c in known if bad_source_of(_restore_from(state, c)) not in state.bad_sources]
     first = Copy(layer=layer, expert=name, generation=0, step=0, source=Source.INITIAL)
-    # What storage holds and does not give now is not thrown away for initial weights.
+    # No initial weights while storage holds a copy that it refuses to read for now.
     if not state.config.resume and not any(_is_refused(state, copy) for copy in known):
         copies.append(first)
     per_node = state.config.ranks_per_node
@@ -282,7 +287,7 @@ def _restore_from(state: Control, copy: Copy) -> Restore:
 
 
 def restored_entry(restore: Restore) -> dict[str, Any]:
-    """What the journal keeps of a choice."""
+    """The journal's form of a restore."""
     return {
         "layer": restore.layer,
         "expert": restore.expert,
@@ -294,9 +299,9 @@ def restored_entry(restore: Restore) -> dict[str, Any]:
 
 
 def with_versions_read(transition: Transition) -> Transition:
-    """The transition with what its ranks really read from storage, for the bill and the journal.
+    """The transition with the versions that its ranks actually read from storage.
 
-    A file that is damaged or cannot be read is passed over for the next older version.
+    They may be older than ordered, because a rank skips a file that is damaged or cannot be read.
     """
     read = {
         (version.layer, version.expert): version
@@ -321,9 +326,9 @@ def _as_read(transition: Transition, restore: Restore, version: SnapshotHeld | N
 
 
 def differently_read(transition: Transition) -> Mapping[Expert, int]:
-    """Experts of which ranks read different versions, each with the oldest step of them.
+    """Experts of which ranks read different versions, each with the step of the oldest one.
 
-    Every replica comes from one copy (rule 27): whoever could read a newer one reads that again.
+    All replicas must come from the same copy (rule 27), so the oldest version is read again.
     """
     if not any(body.restored for body in transition.ready.values()):
         return {}
@@ -344,19 +349,19 @@ def _version_of(body: Ready, expert: Expert) -> tuple[int, int, int] | None:
 
 
 def over_budget(state: Control) -> bool:
-    """Whether the tokens lost since K was last doubled exceed the budget (Dynamic-K)."""
+    """Whether PLT has grown by more than the budget since K was last doubled (Dynamic-K)."""
     return plt_of(state) - state.plt_spent > state.config.plt_budget
 
 
 def plt_of(state: Control) -> float:
-    """The paper's PLT of the run so far."""
+    """The portion of lost tokens (PLT) of the run so far, as the paper defines it."""
     return portion_lost(state.plt.lost_by_expert(), routed=state.routed.tolist())
 
 
 def bill_restores(
     state: Control, transition: Transition, *, at_s: float
 ) -> tuple[tuple[Publish, ...], Control]:
-    """One event per restored expert, and the portion of lost tokens so far."""
+    """Add the lost tokens of a RESUME to the ledger; one event per rollback and restored expert."""
     events: list[Publish] = []
     if transition.rollback:
         state = replace(state, plt=state.plt.rolled_back(state.routed.tolist()))

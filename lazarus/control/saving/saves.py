@@ -1,8 +1,9 @@
-"""Checkpoints as the controller sees them: shares come in, manifests are ordered.
+"""Collects the shares of checkpoints and orders their manifests.
 
-A checkpoint of generation g and step t is true once every seat of g has reported its share and t
-is published, whichever generation runs by then: a loss or a join does not void what the survivors
-still write (rule 29). It is lost with the first seat that is gone without having reported.
+The manifest of a checkpoint of generation g and step t is ordered once every worker of g has
+reported its share and t is published, whichever generation runs by then: a loss or a join does not
+void what the other ranks still write (rule 29). The checkpoint fails if a worker of g is lost
+before it has reported its share.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from lazarus.control.messages import ShareReported
 from lazarus.control.ports import Command, DropFiles, Journal, ManifestDone, Publish, WriteManifest
 from lazarus.control.saving.adapting import on_measured
 
-_DOUBLINGS = 8  # of the time between pauses for a full checkpoint
-_GENERATIONS = 8  # whose seats are remembered: a share that comes later than that is dropped
+_DOUBLINGS = 8  # most doublings of the time between pauses for a full checkpoint
+_GENERATIONS = 8  # generations whose late shares are accepted
 
 
 def on_snapshotted(state: Control, worker: str, body: ShareReported, *, at_s: float) -> Decision:
-    """A keeper finished something; with the last share of a checkpoint comes its manifest."""
+    """Handle the end of a snapshot or persist on a node.
+
+    The last share of a checkpoint leads to its manifest; a failed share makes the checkpoint fail.
+    """
     record = json.loads(body.record)
     persists = record["kind"] == "persist" or bool(record.get("persist"))
     commands: tuple[Command, ...] = ()
@@ -42,7 +46,7 @@ def on_snapshotted(state: Control, worker: str, body: ShareReported, *, at_s: fl
         save = replace(save, shares=dict.fromkeys((*save.shares, worker), ""), failed=True)
         state = replace(state, saves={**state.saves, body.step: save})
         return _want_all(state, at_s=at_s), commands
-    if save.failed:  # the others' shares are of no use any more
+    if save.failed:  # this share is of no use any more
         save = replace(save, shares={**save.shares, worker: ""})
         state = replace(state, saves={**state.saves, body.step: save})
         return state, (*commands, *dropped({worker: body.record}))
@@ -54,7 +58,7 @@ def on_snapshotted(state: Control, worker: str, body: ShareReported, *, at_s: fl
 
 
 def dropped(shares: Mapping[str, str]) -> tuple[DropFiles, ...]:
-    """The files of shares of a checkpoint that will not become true."""
+    """A command that deletes the files of these shares; none if there are no files."""
     reports = [json.loads(share) for share in shares.values() if share]
     paths = tuple(str(item["path"]) for r in reports for item in r.get("files", ()))
     return (DropFiles(paths=paths),) if paths else ()
@@ -66,7 +70,7 @@ def _failed(generation: int, fields: dict[str, Any], *, at_s: float) -> Publish:
 
 
 def _save_of(state: Control, body: ShareReported) -> Save | None:
-    """The checkpoint that a share belongs to; None if it can not become true any more."""
+    """The checkpoint that a share belongs to; None if it can no longer be completed."""
     generation, step = body.generation, body.step
     seats = state.seats if generation == state.resumed else state.past_seats.get(generation)
     on_history = is_valid(
@@ -81,7 +85,10 @@ def _save_of(state: Control, body: ShareReported) -> Save | None:
 
 
 def order_manifests(state: Control, *, at_s: float) -> Decision:
-    """Every step whose shares are all in and whose commit is published (rule 28)."""
+    """Order the manifests of published steps whose shares are complete (rule 28).
+
+    Checkpoints that cannot be completed are published as failed and their files deleted.
+    """
     commands: list[Command] = []
     for step, save in sorted(state.saves.items()):
         if step > state.step:
@@ -110,7 +117,7 @@ def _order(state: Control, step: int, save: Save) -> WriteManifest:
 
 
 def meta_of(state: Control, *, wall_s: float) -> dict[str, Any]:
-    """What a manifest says of the run: its lost tokens go with the state that lacks them."""
+    """The run's data in a manifest: term, lineage, time, and the lost tokens up to this state."""
     return {
         "term": state.term,
         "lineage": [list(pair) for pair in state.lineage],
@@ -120,14 +127,14 @@ def meta_of(state: Control, *, wall_s: float) -> dict[str, Any]:
 
 
 def is_hopeless(state: Control, save: Save) -> bool:
-    """Whether a share is missing whose rank will never send it."""
+    """Whether a missing share will never come, because its worker is lost."""
     if state.phase is Phase.RECONNECTING:
-        return False  # who is missing may be on the way back
+        return False  # missing workers may come back
     return any(w not in save.shares and w not in state.workers for w in save.seats)
 
 
 def in_flight(state: Control, *, upto: int) -> int:
-    """Newest step <= ``upto`` whose checkpoint may still become true; -1: none."""
+    """Newest step <= ``upto`` whose checkpoint may still be completed; -1 if there is none."""
     hoped = [
         step
         for step, save in state.saves.items()
@@ -137,7 +144,7 @@ def in_flight(state: Control, *, upto: int) -> int:
 
 
 def after_resume(state: Control, lineage: Lineage) -> Mapping[int, Save]:
-    """What of the shares on their way survives a RESUME."""
+    """The incomplete checkpoints, by step, that are still valid after a RESUME."""
     return {
         step: save
         for step, save in state.saves.items()
@@ -146,13 +153,13 @@ def after_resume(state: Control, lineage: Lineage) -> Mapping[int, Save]:
 
 
 def seats_remembered(state: Control) -> Mapping[int, tuple[str, ...]]:
-    """Seats of the generation that ends now and of a few before it."""
+    """Seats of the generation that ends now and of a few before it, by generation."""
     known = {**state.past_seats, state.resumed: state.seats}
     return {generation: known[generation] for generation in sorted(known)[-_GENERATIONS:]}
 
 
 def _uprooted(state: Control) -> Decision:
-    """Somebody removed or damaged files: no checkpoint at this run's own place stands any more."""
+    """Forget all checkpoints at the run's own place, whose files were removed or damaged."""
     standing = tuple(c for c in state.checkpoints if c.step < _first_own(state))
     if standing == state.checkpoints:
         return state, ()
@@ -161,7 +168,7 @@ def _uprooted(state: Control) -> Decision:
 
 
 def _standing_entry(state: Control, *, step: int) -> dict[str, Any]:
-    """Which checkpoints stand once the manifest of ``step`` was ordered, for the journal."""
+    """The journal entry with the checkpoints that exist after the manifest of ``step``."""
     return {
         "kind": "manifest",
         "term": state.term,
@@ -172,13 +179,16 @@ def _standing_entry(state: Control, *, step: int) -> dict[str, Any]:
 
 
 def _first_own(state: Control) -> int:
-    """Older checkpoints lie where the run began, from which no file is taken over."""
+    """The first step whose checkpoint can be at the run's own place.
+
+    Older ones are at the place that the run was started from; new ones cannot use their files.
+    """
     config = state.config
     return 0 if config.resume in (None, config.checkpoint_url) else config.start_step + 1
 
 
 def none_stands(state: Control) -> bool:
-    """Whether no checkpoint of this run's history stands that a partial one could point to."""
+    """Whether there is no valid checkpoint that a partial checkpoint could point to."""
     first = _first_own(state)
     return not any(
         c.step >= first
@@ -190,9 +200,9 @@ def none_stands(state: Control) -> bool:
 
 
 def _want_all(state: Control, *, at_s: float) -> Control:
-    """The checkpoint that all partial ones would have pointed to is lost: ask for another.
+    """Ask for a pause to save a full checkpoint, if partial ones have nothing to point to.
 
-    That costs a pause. While checkpoints fail again and again, each pause comes later.
+    While checkpoints keep failing, the time to the next such pause doubles.
     """
     needed = none_stands(state) and state.config.partial_checkpoints
     if not needed or state.wants or at_s < state.whole_again_s:
@@ -207,7 +217,7 @@ def _want_all(state: Control, *, at_s: float) -> Control:
 
 
 def worth_waiting(state: Control, transition: Transition, *, at_s: float) -> bool:
-    """Whether a checkpoint newer than all that stand is in flight, and may still come in time."""
+    """Whether a checkpoint newer than all usable ones may still be completed within the limit."""
     usable = max((c.step for c in state.checkpoints if c.step <= transition.step), default=-1)
     waited = at_s - transition.phase_s
     newest = in_flight(state, upto=transition.step)
@@ -215,7 +225,7 @@ def worth_waiting(state: Control, transition: Transition, *, at_s: float) -> boo
 
 
 def last_ones_awaited(state: Control, *, at_s: float) -> bool:
-    """Whether the end of the run waits for a checkpoint on its way: no full one follows it."""
+    """Whether the end of a run without a final checkpoint waits for a checkpoint in flight."""
     waited = at_s - state.phase_s
     return (
         not state.config.final_checkpoint
@@ -225,7 +235,7 @@ def last_ones_awaited(state: Control, *, at_s: float) -> bool:
 
 
 def on_manifest(state: Control, event: ManifestDone) -> Decision:
-    """A checkpoint became true, or did not."""
+    """Handle a manifest that was written, or could not be."""
     if event.final:
         state = replace(state, manifest_pending=False)
     else:
