@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 6  # of the Feistel network below; four already look random, two more are cheap
+_ROUNDS = 6  # rounds of the Feistel network; four look random already, two more are cheap
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -99,16 +99,17 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def share(
     global_batch: int, num_ranks: int, weights: Sequence[float] | None = None
 ) -> tuple[int, ...]:
-    """How many samples of a step each rank takes.
+    """Share the samples of a step among ranks.
 
     Args:
         global_batch: Samples of the step, B.
         num_ranks: R; rank r takes the samples after those of the ranks below it.
-        weights: Relative speeds, shape [R], each > 0; none means equal.
+        weights: Relative speeds, shape [R], each > 0; None means equal.
 
     Returns:
-        Shape [R], summing to B. Without weights sizes differ by at most one and the lower ranks
-        have the larger ones; with weights the largest remainders get the spare samples.
+        Samples of each rank, shape [R], summing to B. Without weights sizes differ by at most one
+        and lower ranks have the larger ones; with weights the largest remainders get the spare
+        samples.
 
     Raises:
         ValueError: num_ranks < 1, a wrong number of weights, or a weight that is not > 0.

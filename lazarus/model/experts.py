@@ -1,4 +1,4 @@
-"""The bank of experts that one rank holds, addressed by global expert ids.
+"""The expert weights that one rank holds, addressed by global expert ids.
 
 Shapes: S slots, P parameters in a row (padded), D model width, H hidden width.
 """
@@ -30,7 +30,7 @@ def deferred_experts() -> Iterator[None]:
 
 
 class ExpertBank(nn.Module):
-    """Rows of expert parameters, one slot each.
+    """The experts of one layer that this rank holds: a weight [S, P] with one expert per slot.
 
     Args:
         dim: Model width.
@@ -38,7 +38,7 @@ class ExpertBank(nn.Module):
         num_experts: Experts of the layer, whether or not this rank holds them.
         activation: "gelu" or "swiglu".
         bias: Whether gelu experts have biases.
-        init_std: Standard deviation of initial weights; None takes 1 / sqrt(fan in).
+        init_std: Standard deviation of initial weights; None means 1 / sqrt(fan in).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ExpertBank(nn.Module):
         self.layout = ExpertLayout(activation=activation, dim=dim, hidden=hidden, bias=bias)
         self.num_experts = num_experts
         self.init_std = init_std
-        # One draw, whatever the number of experts: a seeded build is the same everywhere.
+        # One draw whatever the number of experts, so that a seeded build is the same on every rank.
         self.key = int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu"))
         self.expert_of_slot: list[int] = []
         device = torch.empty(0).device  # honours `with torch.device(...)`

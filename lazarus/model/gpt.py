@@ -112,7 +112,7 @@ class GPT(nn.Module):
     def _initialise(self, layers: int, std: float) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                # Residual branches start smaller, so that depth does not grow the stream.
+                # Smaller residual branches, so that activations do not grow with depth.
                 scale = (2 * layers) ** -0.5 if name.endswith((".project", ".down")) else 1.0
                 nn.init.normal_(module.weight, std=std * scale)
                 if isinstance(module, nn.Linear) and module.bias is not None:

@@ -94,7 +94,7 @@ class Observer:
                 self._ask_to_leave(fault)
 
     def tail(self) -> Tail:
-        """The newest exchanges, for a report."""
+        """The training thread's newest exchanges and its place in user code, for a report."""
         trail = self.trail
         if trail is None:
             return Tail()
@@ -107,7 +107,11 @@ class Observer:
         self._send(LeaveRequest(generation=self._ledger.gen, notice_s=notice, cause="leave"))
 
     def enter(self, phase: str) -> None:
-        """The training thread is about to begin ``phase``."""
+        """Note that the training thread begins ``phase``, and fire the faults that are due there.
+
+        Raises:
+            InjectedCrashError: A scripted ``crash`` is due.
+        """
         self.phase = phase
         self.progress += 1
         if self._drawn and phase == DEFAULT_PHASE:

@@ -107,7 +107,7 @@ def read_note(folder: Path, local_rank: int) -> Note | None:
 
 
 def crash_path(folder: Path, local_rank: int) -> Path:
-    """Where ``faulthandler`` writes while the process of this rank crashes."""
+    """The file that ``faulthandler`` writes when this rank's process crashes."""
     return folder / f"crash-{local_rank}"
 
 

@@ -22,6 +22,7 @@ class Refill:
 
     @property
     def is_over(self) -> bool:
+        """Whether all transfers are done."""
         return not self._rounds
 
     @property

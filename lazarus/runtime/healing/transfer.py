@@ -40,6 +40,7 @@ class Piece:
 
     @property
     def name(self) -> str:
+        """The piece's name in error messages."""
         return f"L{self.layer}/E{self.expert}" if self.layer >= 0 else f"dense+{self.offset}"
 
 

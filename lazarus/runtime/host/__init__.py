@@ -1,1 +1,1 @@
-"""What any process of a run sees of its machine: its memory, and its own TCP sockets."""
+"""The machine as any process of a run sees it: memory and GPUs, and the process's TCP sockets."""

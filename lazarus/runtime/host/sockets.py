@@ -65,10 +65,11 @@ def _is(copy: socket.socket, *, is_listening: bool) -> bool:
             return is_listening
         return not is_listening and bool(copy.getpeername())
     except OSError:
-        return False  # not connected (any more)
+        return False  # not connected
 
 
 def address_of(own: socket.socket) -> Address:
+    """Local address of a socket."""
     host, port, *_ = own.getsockname()
     return _plain(host), port
 

@@ -148,6 +148,7 @@ class Reading:
         return work() if self._thread is None else self._thread.submit(work).result()
 
     def close(self) -> None:
+        """Stop reading ahead."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 

@@ -77,7 +77,15 @@ class Source(Protocol):
 
 
 class IndexedSource:
-    """Samples by index: ``data[i]``, or ``data.batch(step, ids)`` for a pure function."""
+    """Samples by id, as ``data[i]`` or, for a pure function, ``data.batch(step, ids)``.
+
+    Args:
+        data: The user's data.
+        collate: Makes a batch of a list of samples; not used with ``batch``.
+        seed: Seed of the order of samples.
+        global_batch: Samples of a step.
+        num_samples: Size of the data; 0 for ids without end.
+    """
 
     def __init__(
         self, data: Any, *, collate: Collate, seed: int, global_batch: int, num_samples: int

@@ -51,6 +51,7 @@ class Base:
         return digest.hexdigest()
 
     def history_digest(self) -> str:
+        """Fast checksum of the load history."""
         return xxhash.xxh3_128_hexdigest(self.history.tobytes())
 
 

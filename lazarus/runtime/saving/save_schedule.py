@@ -44,6 +44,7 @@ class SaveSchedule:
         return self._state.routed_LE
 
     def to_text(self) -> str:
+        """The schedule's state as JSON."""
         return json.dumps(self._state.to_json())
 
     def take_text(self, text: str) -> None:

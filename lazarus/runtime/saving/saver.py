@@ -35,7 +35,18 @@ _SHARES_KEPT = 2  # one being written, one waiting for its manifest
 
 
 class Saver:
-    """Schedules, takes and reports snapshots on one rank."""
+    """Schedules, takes and reports snapshots on one rank.
+
+    Args:
+        config: The run's configuration.
+        replica: This rank's state.
+        keeper: Address of this node's keeper.
+        credentials: For connections to keepers.
+        job: Id of the run.
+        url: Where checkpoints are written.
+        scalars: Gives the JSON that a manifest stores of the common state.
+        send: Sends a report to the controller.
+    """
 
     def __init__(
         self,
@@ -285,7 +296,7 @@ class Saver:
         )
 
         def tell() -> None:
-            # A dead keeper holds nothing that could be wrong.
+            # A keeper that cannot be reached is ignored: if dead, its copies are gone.
             with closing(client), suppress(CheckpointError):
                 client.tell(lineage=lineage, resume_step=step)
 
@@ -306,6 +317,7 @@ def _schedule(config: TrainConfig, replica: Replica) -> ScheduleConfig:
 def default_schedule_of(
     config: TrainConfig, *, num_layers: int, num_experts: int
 ) -> ScheduleConfig:
+    """The schedule that ``config`` asks for, for a model of this shape."""
     checkpoint = config.checkpoint
     return default_schedule(
         num_layers=num_layers,

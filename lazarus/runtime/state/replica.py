@@ -147,6 +147,11 @@ class Replica:
     # ---- experts -------------------------------------------------------------------------------
 
     def slot_of(self, layer: int, expert: int) -> int:
+        """Slot of an expert in its layer's bank.
+
+        Raises:
+            ValueError: This rank does not hold the expert.
+        """
         return self.banks[layer].expert_of_slot.index(expert)
 
     def held(self, plan: Plan | None = None) -> tuple[Held, ...]:
@@ -311,12 +316,15 @@ class Replica:
         return found
 
     def dense_image(self) -> DenseImage:
+        """All dense state as one virtual byte string."""
         return DenseImage([tensor for _, tensor in self.dense_tensors()])
 
     def scalars(self) -> str:
+        """The single numbers that the optimizer keeps, as JSON; equal on all ranks."""
         return read_scalars(self.optimizer, self._trained)
 
     def take_scalars(self, text: str) -> None:
+        """Set what ``scalars`` returned on another rank."""
         write_scalars(self.optimizer, self._trained, text)
 
     def settings(self) -> str:
@@ -324,6 +332,7 @@ class Replica:
         return read_settings(self.optimizer, base_lr=self._base_lr)
 
     def take_settings(self, text: str) -> None:
+        """Set what ``settings`` returned on another rank."""
         self._base_lr = write_settings(self.optimizer, text)
 
     def dense_digest(self) -> str:
@@ -335,6 +344,7 @@ class Replica:
         return digest.hexdigest()
 
     def history_digest(self) -> str:
+        """Fast checksum of the load history."""
         return xxhash.xxh3_128_hexdigest(self.history.tobytes())
 
     # ---- the step ------------------------------------------------------------------------------

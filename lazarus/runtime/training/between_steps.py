@@ -48,6 +48,7 @@ class BetweenSteps:
         return self._evaluated
 
     def take_state(self, state: Any) -> None:
+        """Take over what ``state`` returned on another rank, or in a checkpoint."""
         self._evaluated = None
         if state is not None:
             step, loss_sum, count = state

@@ -31,6 +31,7 @@ class Measures:
         self._sums = {name: list(pair) for name, pair in self._waiting.items()}
 
     def log(self, name: str, value: float, weight: float) -> None:
+        """Add ``value`` with ``weight`` to the measure ``name``."""
         if self.muted:
             return
         pair = self._sums.setdefault(name, [0.0, 0.0])
@@ -62,7 +63,7 @@ class Measures:
         self.names = found
 
     def lanes(self) -> NDArray[np.float64]:
-        """float64 [2 * names]: weighted sum and weight of each agreed name."""
+        """Weighted sum and weight of each agreed name, float64 [2 * names]."""
         pairs = [self._sums.get(name, (0.0, 0.0)) for name in self.names]
         return np.array(pairs, dtype=np.float64).reshape(-1)
 

@@ -33,7 +33,7 @@ class Workshop:
         )
 
     def replica(self, context: WorkerContext) -> Replica:
-        """The state of the first step."""
+        """Build model and optimizer in the state of the first step."""
         return first_replica(self._config, self._user, context=context)
 
     def reading(self, context: WorkerContext) -> Reading:
@@ -91,7 +91,7 @@ def first_context(config: TrainConfig, *, node: int, device: torch.device) -> Wo
 
 
 def first_replica(config: TrainConfig, user: UserCode, *, context: WorkerContext) -> Replica:
-    """The state of the first step, on the context's device."""
+    """Build model and optimizer in the state of the first step, on the context's device."""
     make = user.model
     return Replica(
         (lambda: defaults.model(config)) if make is None else (lambda: make(context)),

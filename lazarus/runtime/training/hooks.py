@@ -42,6 +42,7 @@ class Hooks:
         self._on_gradients = [h for h in self._hooks if hasattr(h, "on_gradients")]
 
     def setup(self, ctx: WorkerContext, model: nn.Module) -> None:
+        """Call ``on_setup`` of every hook."""
         for hook in self._hooks:
             if hasattr(hook, "on_setup"):
                 hook.on_setup(ctx, model)
@@ -62,6 +63,7 @@ class Hooks:
         return any(hasattr(hook, "on_commit") for hook in self._hooks)
 
     def commit(self, ctx: WorkerContext, step: int) -> None:
+        """Call ``on_commit`` of every hook."""
         for hook in self._hooks:
             if hasattr(hook, "on_commit"):
                 self._where.enter("on_commit")

@@ -332,7 +332,7 @@ class Rank:
         plan = self._refill.plan
         for restore in pending.order.restores:
             replica.drop(restore.layer, restore.expert)
-        for key in pending.feed.staged:  # replace an outvoted copy
+        for key in pending.feed.staged:  # so that `place` replaces an outvoted copy
             replica.drop(*key)
         for layer in range(len(replica.layers)):
             experts = [int(e) for e in plan.expert_of_slot[layer, exchange.rank] if e >= 0]
@@ -395,6 +395,7 @@ class Rank:
 
     @property
     def step(self) -> Step:
+        """Computes the steps of the current generation."""
         assert self._step is not None
         return self._step
 
@@ -408,6 +409,11 @@ class Rank:
         return self._world is None or self.is_reporter
 
     def compute(self, step: int, *, pause: Callable[[], bool]) -> Lanes:
+        """Compute ``step``, twice if a buffer was written that ranks had not agreed to exchange.
+
+        Returns:
+            The commit vector, summed over all ranks.
+        """
         lanes = self._attempt(step, pause)
         if self.step.must_repeat:  # on all ranks: a written buffer was not exchanged
             self._ledger.withdraw()
@@ -419,6 +425,7 @@ class Rank:
         return self.step.compute(step, pause=pause, prepared=lambda: self._ledger.prepare(step))
 
     def apply(self, sums: StepSums) -> None:
+        """Apply a committed step: optimizer, measures, data position and save schedule."""
         if self.saver is not None:
             self.saver.before_apply()
         self.replica.apply(sums, dense_square=self.step.dense_square)

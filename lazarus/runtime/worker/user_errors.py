@@ -1,4 +1,7 @@
-"""Tells exceptions of the user's code from those of the library itself."""
+"""Tells exceptions of the user's code from those of the library itself.
+
+Rule 13 is that of docs/protocol.md.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from lazarus.runtime.fence.observer import InjectedCrashError
 from lazarus.runtime.fence.whereabouts import Note, Whereabouts
 from lazarus.runtime.spec import UserCode
 
-# Raised by the library about the user's code.
+# Errors that the library raises about the user's code.
 _OF_USER = (ConfigError, DataError, InjectedCrashError, RanksPartedError, UserMistakeError)
 # User functions that a phase calls, the most likely cause of an error first.
 _FUNCTIONS = {
@@ -60,8 +63,9 @@ class UserCodeFailure(Exception):
 def user_code(ledger: StepLedger, where: Whereabouts) -> Iterator[None]:
     """Context that tells errors of the user's code from other errors.
 
-    Errors of the library itself pass unchanged. Once the attempt is over (a fence, a failed
-    collective), errors count as its consequence: user code may have caught and wrapped the cause.
+    Errors of the library pass unchanged unless they are about the user's code. Once the attempt is
+    over (a fence, a failed collective), errors count as its consequence: user code may have caught
+    and wrapped the cause.
 
     Raises:
         UserCodeFailure: The user's code raised; includes ``SystemExit`` and ``KeyboardInterrupt``.
