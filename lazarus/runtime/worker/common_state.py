@@ -2,7 +2,8 @@
 
 That is the dense tensors, the optimizer's numbers, the load history, the save schedule, the
 position in the data, and the last evaluation. A joining rank takes this state from a peer, a
-rollback from a checkpoint; ranks compare it at every change of members.
+rollback from a checkpoint. At every change of members ranks compare all of it but the position and
+the evaluation.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class CommonState:
         self._first = self.scalars()
 
     def scalars(self) -> str:
-        """JSON of what is equal on all ranks beside tensors and load history.
+        """JSON of the common state beside tensors and load history.
 
         That is the optimizer's numbers and settings, save schedule, data position, last evaluation.
+        A rank knows newer positions of its own shards of a stream than of other shards.
         """
         save = None if self.saver is None else self.saver.schedule.to_text()
         return json.dumps(
@@ -99,8 +101,7 @@ class CommonState:
         """Fast checksum of the load history and the save schedule.
 
         Args:
-            base: Compute the checksum of this state, which is not taken over yet, instead of the
-                rank's own.
+            base: If given, the checksum is of this state, which is not taken over yet.
         """
         if base is None:
             schedule = "" if self.saver is None else self.saver.schedule.to_text()
