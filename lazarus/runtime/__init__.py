@@ -1,8 +1,8 @@
-"""The processes of a run and all their effects; what is to be done is decided in ``control/``.
+"""The processes of a run and their side effects. All decisions are made in ``lazarus.control``.
 
-One room for each process: ``driver/``, ``controller/``, ``worker/``, ``keeper/``; ``launch/``
-starts them. A worker's rooms are ``training/``, ``saving/``, ``healing/`` and ``input/``, on top
-of ``state/`` (what a rank holds), ``comm/`` (what it computes through) and ``fence/`` (what may
-stop it). ``spec.py`` is what the driver hands to each process. Imports go down only:
-``tools/rooms.py`` prints them.
+Each kind of process has a package: ``driver/``, ``controller/``, ``worker/``, ``keeper/``;
+``launch/`` starts them. Worker code is split into ``training/``, ``saving/``, ``healing/`` and
+``input/``, which build on ``state/`` (the tensors a rank holds), ``comm/`` (process groups and
+collectives) and ``fence/`` (how a rank is stopped). ``spec.py`` holds what the driver passes to
+each process. Packages only import packages below them; ``tools/rooms.py`` prints the order.
 """

@@ -1,4 +1,7 @@
-"""What the driver is given and hands to processes. Secrets travel here, never in an environment."""
+"""Specs that start the driver, a worker or the controller.
+
+Secrets are passed in these objects, never in environment variables.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,15 @@ class RunSpec:
     """Everything the driver needs to start a run's processes.
 
     Attributes:
-        config: Of the run, as its record has it.
-        control: What the controller is told of it, and of this run.
+        config: The run's configuration, as written to its record.
+        control: The controller's part of the configuration, with this run's id and start step.
         user: The cloudpickled ``UserCode``.
-        scratch: Folder for what ends with the run.
-        decisive: What of the configuration decides the mathematics; every manifest carries it.
-        lives: Ids of the runs that this one continues, and its own.
-        journal: Folder below ``run_dir``; one for each life of the run.
+        run_dir: Folder of the run's journal and record.
+        scratch: Folder for files that are not needed after the run.
+        credentials: Secret and certificate shared by the run's processes.
+        decisive: Settings that affect the numerical result; stored in every manifest.
+        lives: Ids of the runs that this run continues, and its own id.
+        journal: Name of the journal's folder in ``run_dir``; a resumed run uses a new one.
     """
 
     config: TrainConfig
@@ -46,7 +51,7 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserCode:
-    """The user's functions, as they run in workers. ``None`` means the shipped one."""
+    """The user's functions, called in workers. ``None`` selects the default that Lazarus ships."""
 
     model: Callable[..., Any] | None = None
     data: Any = None
@@ -60,7 +65,7 @@ class UserCode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """One rank's process."""
+    """Everything that one worker process (one rank) needs to start."""
 
     run_id: str
     worker: str
@@ -68,30 +73,30 @@ class WorkerSpec:
     local_rank: int
     ranks_per_node: int
     host: str
-    controller: str  # where it listens
+    controller: str  # the controller's address, "host:port"
     credentials: Credentials
     config: TrainConfig
     user: bytes  # cloudpickled UserCode, made by this run's driver
-    node_folder: Path  # scratch folder that names the node's processes
+    node_folder: Path  # scratch folder with a file for each process of the node
     faults: tuple[str, ...] = ()
-    keeper: str = ""
-    zone: str = ""
-    memory_share: float = 1.0
-    resume: CheckpointRef | None = None  # that the run starts from
+    keeper: str = ""  # address of the node's keeper; empty: none
+    zone: str = ""  # availability zone; empty: unknown
+    memory_share: float = 1.0  # see ``NodePlace``
+    resume: CheckpointRef | None = None  # the checkpoint that the run starts from
     checkpoint_url: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerSpec:
-    """The controller's process."""
+    """Everything that the controller process needs to start."""
 
     config: ControlConfig
-    host: str  # where others reach it
-    port: int  # 0: any; a restarted controller takes the old one
+    host: str  # address at which other processes reach the controller
+    port: int  # 0: any free port; a restarted controller gets the port it had before
     credentials: Credentials
     run_dir: Path
     decisive: Mapping[str, Any] = field(default_factory=dict)  # see ``RunSpec``
-    lives: tuple[str, ...] = ()  # ids of the runs that this one continues, and its own
+    lives: tuple[str, ...] = ()  # see ``RunSpec``
     keep_checkpoints: int = 3
-    journal: str = "journal"  # folder below run_dir; one for each life of the run
-    bind_host: str = ""  # what it listens on; empty: host
+    journal: str = "journal"  # see ``RunSpec``
+    bind_host: str = ""  # address that the controller listens on; empty: ``host``

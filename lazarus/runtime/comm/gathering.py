@@ -1,4 +1,4 @@
-"""Texts of different lengths from every rank to every rank, over an exchange of tensors."""
+"""All-gather of texts of different lengths, over an exchange that carries tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from dispatcher.exchange import Exchange
 
 
 def gather_texts(text: str, exchange: Exchange, *, device: torch.device) -> list[str]:
-    """The texts of all ranks, by rank. Two collectives: lengths, then padded bytes."""
+    """Gather a text from every rank, by two all-gathers: lengths, then padded bytes.
+
+    Args:
+        text: This rank's text.
+        exchange: Collectives over the ranks.
+        device: Device of the exchange's tensors.
+
+    Returns:
+        The texts of all ranks, in rank order.
+    """
     own = text.encode()
     lengths_R = torch.zeros(exchange.size, dtype=torch.int64, device=device)
     length = torch.tensor([len(own)], dtype=torch.int64, device=device)

@@ -1,9 +1,10 @@
-"""Process groups that can be broken at once: built per generation, released by their own process.
+"""Process groups that another thread of the same process can abort; one group per generation.
 
-Gloo has no abort, and a rank that waits for a stopped peer waits for its whole time-out. So we keep
-a duplicate of every connected socket of the group: shutting that down makes the collective that
-sits on it raise within milliseconds, whatever the cause, and a duplicate cannot be reused by
-somebody else. NCCL has its own abort.
+Gloo has no abort: a rank that waits for a stopped peer waits for the whole time-out. So this module
+keeps a duplicate of every connected socket of a group. Shutting a duplicate down makes the
+collective that waits on the socket raise within milliseconds. The duplicate stays valid after gloo
+closes its own descriptor, so that no unrelated socket that reuses the number is shut down. NCCL has
+an abort of its own.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from lazarus.runtime.host.sockets import (
     socket_names,
 )
 
-_FIRST_ATTEMPT_S, _LAST_ATTEMPT_S = 1.0, 5.0  # bounds of one connection to the store
-_PAUSE_S = 0.05  # between two
+_FIRST_ATTEMPT_S, _LAST_ATTEMPT_S = 1.0, 5.0  # limits of the first and of later connect attempts
+_PAUSE_S = 0.05  # between two attempts
 
 T = TypeVar("T")
 
@@ -44,19 +45,22 @@ c10d: Any = dist  # torch's stubs lack these classes
 
 
 class StoreUnreachableError(RuntimeError):
-    """The rendezvous store does not answer; says nothing about any rank of the group."""
+    """The rendezvous store does not answer. No rank of the group is to blame."""
 
 
 def _open_client(
     address: str, port: int, *, timeout_s: float, over: threading.Event
 ) -> tuple[Any, Address]:
-    """A client of the store, and where the store is in numbers. Connections are tried again.
+    """Connect to the rendezvous store, in several attempts.
 
     Args:
         address: Host of the store.
-        port: Of the store.
-        timeout_s: For all attempts together.
-        over: Set when nobody wants the client any more.
+        port: Port of the store.
+        timeout_s: Limit of all attempts together.
+        over: Set by another thread to stop further attempts.
+
+    Returns:
+        The client, and the store's numeric address and port.
 
     Raises:
         StoreUnreachableError: No attempt succeeded.
@@ -78,10 +82,13 @@ def _open_client(
 
 
 def _client_within(address: str, port: int, place: Address, *, within_s: float) -> Any:
-    """One attempt. The client itself waits for ever for a greeting that does not come.
+    """Make one attempt to connect to the store, in a thread of its own.
+
+    Torch's client waits for ever if the server accepts but never answers. After ``within_s`` its
+    sockets to the store are shut down, which frees the thread.
 
     Raises:
-        OSError, RuntimeError: It failed, or took too long.
+        OSError, RuntimeError: The attempt failed or took too long.
     """
     earlier = set(socket_names().values())
     made: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -105,21 +112,21 @@ def _client_within(address: str, port: int, place: Address, *, within_s: float) 
 
 
 class Group:
-    """One generation's process group over its own store client, releasable from another thread.
+    """One generation's process group with its own store client; ``release`` aborts it.
 
-    Only the group's own sockets are ever shut down: those that lead to the store, to the listener
-    of a peer, or that came in through this rank's listener. Ranks tell each other their listeners
-    through the store.
+    Only sockets of this group are shut down: those connected to the store or to a peer's listener,
+    and those accepted by this rank's listener. Ranks publish the addresses of their listeners in
+    the store.
     """
 
     def __init__(self, *, generation: int) -> None:
         self.generation = generation
         self._lock = threading.Lock()
-        self._over = threading.Event()  # released
+        self._over = threading.Event()  # set by ``release``
         self._store_place: Address | None = None
-        self._earlier: set[str] = set()  # sockets to the store that are another group's
-        self._own_ports: frozenset[int] = frozenset()  # of this rank's listener
-        self._rank_at: dict[Address, int] = {}  # the peers' listeners
+        self._earlier: set[str] = set()  # sockets that existed before this group was built
+        self._own_ports: frozenset[int] = frozenset()  # ports of this rank's listener
+        self._rank_at: dict[Address, int] = {}  # address of a peer's listener -> its rank
         self._held: dict[str, socket.socket] = {}
         self._made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._store: Any = None
@@ -138,22 +145,22 @@ class Group:
         timeout_s: float,
         connect_s: float = 20.0,
     ) -> dist.ProcessGroup:
-        """Connect all pairs; blocks until every rank is here or ``release`` is called.
+        """Connect to all peers; blocks until every rank has come or ``release`` is called.
 
         Args:
             store: Address of the store, "host:port".
-            prefix: Of this group's keys.
-            rank: Of this process in the group.
-            size: Ranks in the group.
+            prefix: Prefix of this group's keys in the store.
+            rank: This process's rank in the group.
+            size: Number of ranks in the group.
             host: Address of this rank.
-            device: What the group's tensors lie on.
+            device: Device of the group's tensors: NCCL for CUDA, else gloo.
             timeout_s: Longest wait for a peer, here and in every collective.
-            connect_s: Longest time for a connection to the store, all attempts together.
+            connect_s: Longest wait for a connection to the store, all attempts together.
 
         Raises:
-            FencedError: Released while building.
+            FencedError: The group was released meanwhile.
             StoreUnreachableError: The store does not answer.
-            RuntimeError: A peer did not come.
+            RuntimeError: A peer did not come in time.
         """
         with self._lock:
             self._check()
@@ -177,7 +184,7 @@ class Group:
         return pg
 
     def _gloo(self, rank: int, size: int, host: str, timeout_s: float) -> dist.ProcessGroup:
-        """Tell the peers this rank's listener, learn theirs, and connect."""
+        """Exchange the addresses of all listeners through the store, and connect by gloo."""
         store = self._store
         options = c10d.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
@@ -198,7 +205,11 @@ class Group:
         return group
 
     def exchange(self, *, shared: bool, timeout_s: float) -> Exchange:
-        """Collectives of the built group; with ``shared`` through memory where that is possible.
+        """Collectives over the built group.
+
+        Args:
+            shared: Use shared memory if this machine supports it and all ranks are on it.
+            timeout_s: Longest wait for a peer.
 
         Raises:
             RuntimeError: A peer left meanwhile, or the group was released.
@@ -214,13 +225,14 @@ class Group:
         return found if found.connect(over, timeout_s=timeout_s) else over
 
     def _unless_released(self, make: Callable[[], T]) -> T:
-        """What ``make`` makes, in a thread of its own: some waits have no socket to shut down.
+        """Call ``make`` in a thread of its own and return its result, unless released first.
 
-        A store client tries to connect for as long as it may, and gloo waits for a peer that was
-        to connect to it. After ``release`` such a thread ends by itself, at its own time-out.
+        Some waits have no socket that ``release`` could shut down: a store client that tries to
+        connect, and gloo waiting for a peer to connect. After ``release`` such a thread ends at
+        its own time-out.
 
         Raises:
-            FencedError: Released meanwhile.
+            FencedError: The group was released meanwhile.
         """
 
         def died(name: str, problem: BaseException) -> None:
@@ -239,7 +251,11 @@ class Group:
             raise FencedError(generation=self.generation, fence=self.generation + 1)
 
     def _hold(self) -> None:
-        """Take duplicates of the group's sockets; if released meanwhile, shut them down."""
+        """Duplicate the group's sockets; if the group was released meanwhile, shut them down.
+
+        Raises:
+            FencedError: The group was released meanwhile.
+        """
         with self._lock:
             self._collect()
             if self._over.is_set():
@@ -267,7 +283,7 @@ class Group:
                 held.shutdown(socket.SHUT_RDWR)
 
     def mute_peers(self) -> tuple[int, ...]:
-        """Ranks to which a link of this rank carries nothing. Never waits for anybody."""
+        """Ranks whose machine does not acknowledge data sent to it: a broken link. Never blocks."""
         on_host: dict[str, set[int]] = {}
         for (ip, _), peer in self._rank_at.items():
             on_host.setdefault(ip, set()).add(peer)
@@ -285,10 +301,13 @@ class Group:
         return tuple(sorted(found))
 
     def release(self) -> None:
-        """Free every thread that waits on this group, now. Any thread may call it, repeatedly."""
+        """Abort the group, so that every thread that waits on it raises.
+
+        Any thread may call this, more than once.
+        """
         with self._lock:
             self._over.set()
-            self._made.put((None, None))  # whoever waits need not
+            self._made.put((None, None))  # wakes ``_unless_released``
             if self.pg is None:
                 self._collect()
             self._shut()
@@ -300,7 +319,7 @@ class Group:
             abort()
 
     def close(self) -> None:
-        """Release, and give all sockets and threads back."""
+        """Release the group and free its sockets and threads."""
         self.release()
         if self._shared is not None:
             self._shared.close()
@@ -313,9 +332,10 @@ class Group:
 
 
 def _device_at(host: str) -> tuple[Any, list[Address]]:
-    """A gloo device, and where it listens: told by the listener that appeared with it.
+    """Create a gloo device, and find its address: the listener that appeared with the device.
 
-    In the rare case that another thread opened one at that moment, another device tells.
+    If another thread opened a listener at the same moment, the address is ambiguous; then another
+    device is created, up to three in all.
     """
     for _ in range(3):
         before = listeners()

@@ -1,4 +1,4 @@
-"""The exchange that a run computes through: fenced, observed, and a place for injected faults."""
+"""The collectives of the training thread, with a fence check, an observer and fault injection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lazarus.errors import CollectiveError, FencedError
 from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.trail import Trail
 
-# Which phase of the step a collective belongs to; faults strike there.
+# Label of a collective -> phase of the step, at whose start faults can be injected.
 PHASE_OF_LABEL = {
     "dispatch": "dispatch",
     "combine": "combine",
@@ -27,7 +27,7 @@ PHASE_OF_LABEL = {
 
 
 class Observer(Protocol):
-    """Told of every phase that the training thread passes, and of the trail it leaves."""
+    """Follows the training thread: its phase, what it waits for, and the trail of collectives."""
 
     trail: Trail | None
 
@@ -37,18 +37,20 @@ class Observer(Protocol):
 
 
 class GuardedExchange:
-    """Every collective of the training thread goes through here.
-
-    Before each: the fence is checked. A failed collective becomes FencedError if the fence was the
-    cause, else CollectiveError, which the worker reports as a suspicion; ranks that met in
-    different collectives are told so by a RanksPartedError.
+    """An exchange that checks the fence before each collective and reports to an observer.
 
     Args:
-        inner: What moves the data.
-        ledger: Knows the fence.
-        observer: Is told of phases and waits.
+        inner: The exchange that moves the data.
+        ledger: Holds the fence.
+        observer: Notified of phases and waits.
         group: Name of the group within its generation.
-        mute_peers: Tells to which ranks a link carries nothing.
+        mute_peers: Returns the ranks whose machine does not acknowledge data sent to it.
+
+    Raises:
+        FencedError: By any collective, if the generation is over.
+        CollectiveError: By a collective that failed for another reason; the worker reports this as
+            a suspicion.
+        RanksPartedError: By a collective in which ranks called different collectives.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class GuardedExchange:
         self.size = inner.size
 
     def in_layer(self, layer: int) -> GuardedExchange:
-        """The same exchange, for the collectives of one MoE layer."""
+        """A copy of this exchange whose trail names ``layer``, the index of an MoE layer."""
         found = copy.copy(self)
         found._layer = layer
         return found
@@ -145,10 +147,10 @@ class _GuardedPending:
 
 
 def trail_of(exchange: Exchange) -> Trail | None:
-    """What an exchange notes of its collectives; None where it notes nothing."""
+    """The trail of an exchange; None if the exchange is not guarded and keeps none."""
     return exchange.trail if isinstance(exchange, GuardedExchange) else None
 
 
 def in_layer(exchange: Exchange, layer: int) -> Exchange:
-    """The exchange as one layer uses it, where exchanges tell layers apart."""
+    """The exchange for one MoE layer; an exchange that is not guarded is returned as is."""
     return exchange.in_layer(layer) if isinstance(exchange, GuardedExchange) else exchange

@@ -1,4 +1,4 @@
-"""The process groups that a rank is in: built, freed from elsewhere, closed (rules 18 and 24)."""
+"""Builds, releases and closes a rank's process groups (rules 18 and 24 of docs/protocol.md)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.observer import Observer
 from lazarus.runtime.spec import WorkerSpec
 
-STORE = "rendezvous store"  # label of the error where it does not answer
+STORE = "rendezvous store"  # label of the CollectiveError when the store does not answer
 
 
 class RankGroups:
-    """Groups of the generation under way; ``release`` alone is called by another thread."""
+    """The process groups of the current generation. Only ``release`` is thread-safe."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class RankGroups:
         self._groups: list[Group] = []
 
     def release(self) -> None:
-        """Free the training thread from whatever it waits for."""
+        """Abort all groups, so that the training thread stops waiting in a collective."""
         with self._lock:
             groups = list(self._groups)
         for group in groups:
@@ -47,11 +47,16 @@ class RankGroups:
             group.close()
 
     def build(self, seats: tuple[Seat, ...], order: Prepare, kind: str) -> GuardedExchange:
-        """Connect these seats, of which this rank has one.
+        """Build a process group.
+
+        Args:
+            seats: The group's members in rank order; this worker is one of them.
+            order: The controller's order, with the generation and the store's address.
+            kind: Name of the group within the generation.
 
         Raises:
             FencedError: The generation is over.
-            CollectiveError: The store did not answer (``STORE``), or a peer did not come.
+            CollectiveError: The store did not answer (label ``STORE``), or a peer did not come.
         """
         group = Group(generation=order.generation)
         with self._lock:

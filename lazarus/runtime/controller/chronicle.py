@@ -1,4 +1,4 @@
-"""What a controller writes down: its journal, for its successor, and the record, for everybody."""
+"""What a controller writes: the journal, for the next controller, and the record, for users."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _FIGURES = ("goodput_tokens_per_s", "ettr", "plt")
 
 
 class Chronicle:
-    """Journal, record and clock of one controller, from where an earlier one left them.
+    """Journal, record and clock of a controller; they continue those of an earlier controller.
 
     Attributes:
-        told: What the journal told when it was opened.
+        told: What the journal held when it was opened.
 
     Raises:
-        JournalError, RecordError: What the earlier one left cannot be taken for true.
+        JournalError, RecordError: The existing journal or record is damaged.
     """
 
     def __init__(self, spec: ControllerSpec) -> None:
@@ -43,14 +43,14 @@ class Chronicle:
         self._clock = RunClock.going_on(since=self.told.term, last_m=self._record.last_m)
 
     def unsaid(self) -> Iterator[Publish]:
-        """Commits that the earlier one journaled and did not get to say."""
+        """Events of commits that an earlier controller journaled but did not record."""
         if self.told.state.resumed:
             base = self._found.folded.state
             yield from missing_commits(self._found.tail(), base, said=self._record.said)
         self._record.forget_said()
 
     def begin(self, *, term: int, port: int) -> None:
-        """From now on this controller rules."""
+        """Journal that this controller takes over, with its term and port."""
         if self.told.header is None:
             self.note({"kind": "header", "run": self._spec.config.run_id, "format": FORMAT})
         who = {"term": term, "port": port, "pid": os.getpid()}
@@ -60,21 +60,23 @@ class Chronicle:
         """Append to the journal.
 
         Raises:
-            UnrecordedError, JournalConflictError: It is not there; this controller must end.
+            UnrecordedError, JournalConflictError: The entry was not written; this controller must
+                end.
         """
         with recording(self._spec.run_dir):
             self._journal.append(entry)
         self._folding.note(entry)
 
     def tidy(self) -> None:
-        """Between two events: fold the journal where that is due."""
+        """Fold the journal if that is due; called between two events."""
         if self._journal.is_long or self._folding.is_worth_it:
             self.fold()
 
     def fold(self) -> None:
-        """Let the journal's next reader begin here. The record has what is journaled so far.
+        """Write a folded state, from which the next controller starts.
 
-        Where there is no room for that the journal just stays long.
+        Call this only when the record has the events of all entries so far. If the state cannot be
+        written, the journal stays long, with a warning on standard error.
         """
         try:
             self._journal.fold(self._folding.state(self._record.mark()))
@@ -83,28 +85,28 @@ class Chronicle:
             print(f"the journal was not folded: {problem}", file=sys.stderr, flush=True)
 
     def event_of(self, command: Publish) -> dict[str, Any]:
-        """What the record will say."""
+        """The event of a command, with its times, as the record will hold it."""
         event = {**self._clock.stamp(command.t), "event": command.event, **command.fields}
         if command.event == "run_finished":
             event["wall_s"] = self._clock.life_s(command.t)
         return self._record.completed(event)
 
     def say(self, event: Mapping[str, Any]) -> None:
-        """Write a line of the record.
+        """Append an event from ``event_of`` to the record.
 
         Raises:
-            UnrecordedError: It is not there.
+            UnrecordedError: The event was not written.
         """
         with recording(self._spec.run_dir):
             self._record.append(event)
 
     @property
     def last_event(self) -> str:
-        """Name of the newest line's event."""
+        """Name of the record's newest event; empty: no event."""
         return self._record.last_event
 
     def figures(self) -> dict[str, Any]:
-        """What the run came to, as the record's end says."""
+        """Goodput, ETTR and PLT of the run, from ``run_finished``; 0.0 before that event."""
         return {name: self._record.finished.get(name, 0.0) for name in _FIGURES}
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How a controller that cannot go on says so: what failed, and room kept to write that down."""
+"""How a controller ends that cannot continue: its failure, and disk space reserved to record it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from lazarus.control.cluster.state import Control
 from lazarus.errors import JournalError, LazarusError, RecordError
 from lazarus.failure import Cause, Failure, Status
 
-_RESERVE_BYTES = 16 << 10  # the last entry of a journal and the last line of a record, twice over
+_RESERVE_BYTES = 16 << 10  # twice the last entry of a journal plus the last line of a record
 
 
 class UnrecordedError(LazarusError):
-    """The run's folder took neither journal nor record: nothing more may happen in this run."""
+    """The journal or the record could not be written, so the run must end.
+
+    Attributes:
+        is_full: The storage is full or over its quota.
+        folder: The run's folder.
+    """
 
     def __init__(self, problem: OSError, *, folder: Path) -> None:
         self.is_full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -28,10 +33,10 @@ class UnrecordedError(LazarusError):
 
 @contextmanager
 def recording(folder: Path) -> Iterator[None]:
-    """Whoever writes journal or record of the run in ``folder`` does so in here.
+    """Context in which the journal and the record of the run in ``folder`` are written.
 
     Raises:
-        UnrecordedError: Storage refused.
+        UnrecordedError: The storage raised an OSError.
     """
     try:
         yield
@@ -40,11 +45,11 @@ def recording(folder: Path) -> Iterator[None]:
 
 
 class Reserve:
-    """Room kept free from the start, so that a run on a full disk can still record its end."""
+    """A file that takes disk space, deleted when a run on a full disk must record its end."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ".reserve"
-        with suppress(OSError):  # no room even for this: then the end goes unrecorded
+        with suppress(OSError):  # without the reserve the end may go unrecorded
             self._path.write_bytes(os.urandom(_RESERVE_BYTES))
 
     def release(self) -> None:
@@ -53,7 +58,10 @@ class Reserve:
 
 
 def unrecorded_end(state: Control, problem: UnrecordedError) -> tuple[Status, Failure]:
-    """How a run ends whose folder cannot be written: short, where a checkpoint stands."""
+    """Status and failure of a run whose folder cannot be written.
+
+    The status is "short" if a checkpoint exists, else "failed".
+    """
     newest = max((c.step for c in state.checkpoints), default=None)
     folder, place = problem.folder, state.config.checkpoint_url
     mend = "make room there" if problem.is_full else "make it writable"
@@ -79,12 +87,12 @@ def unrecorded_end(state: Control, problem: UnrecordedError) -> tuple[Status, Fa
 
 
 def went_along(place: str, folder: Path) -> bool:
-    """Whether the checkpoints at ``place`` are gone with a run's folder that was removed."""
+    """Whether the checkpoints at ``place`` were in the run's folder that was removed."""
     return not place or Path(place.removeprefix("file://")).is_relative_to(folder)
 
 
 def failure_of(problem: BaseException) -> Failure:
-    """Why a controller's process ends."""
+    """Describe the exception that ends the controller's process."""
     is_storage = isinstance(problem, OSError | UnrecordedError | JournalError | RecordError)
     lines = f"{type(problem).__name__}: {problem}".splitlines()
     return Failure(

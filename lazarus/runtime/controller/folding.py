@@ -1,4 +1,4 @@
-"""What the journal has come to so far, kept beside it, so that it can be folded at any entry."""
+"""Folds the journal: replays its entries into one state, from which a restart continues."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What a journal tells.
+    """What the entries of a journal add up to.
 
-    Args:
-        header: The first entry; None: nobody has journaled anything.
-        term: The newest entry of a controller that began; None before the first.
-        port: Where the first one listened.
-        end: How the run was ended, if it was.
+    Attributes:
+        state: The controller's state after the entries.
+        header: The first entry; None: the journal is empty.
+        term: The newest "term" entry, written by each controller that starts; None: no such entry.
+        port: Port that the first controller listened on; 0: none has started.
+        end: The "end" entry; None: the run has not ended.
     """
 
     state: Control
@@ -40,7 +41,7 @@ class Told:
     end: Entry | None = None
 
     def after(self, entry: Entry) -> Told:
-        """The same with one more entry."""
+        """A copy with one more entry taken into account."""
         told = replace(self, state=replayed(self.state, entry))
         match entry["kind"]:
             case "header":
@@ -52,10 +53,11 @@ class Told:
         return told
 
     def to_json(self, mark: Mark, *, known: Known) -> str:
-        """As text, with how far the record was at the same moment.
+        """As JSON, together with the record's position at the same moment.
 
         Args:
-            known: Texts of parts of the state that have not changed since; kept up to date.
+            mark: The position.
+            known: Cache of the texts of unchanged parts of the state; updated by this call.
         """
         rest = {
             "format": journal_reader.FORMAT,
@@ -70,7 +72,7 @@ class Told:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], config: ControlConfig) -> Told:
-        """The inverse of ``to_dict``."""
+        """The inverse of ``to_json``, given the parsed JSON."""
         return cls(
             state=unfolded(data["control"], config),
             header=data["header"],
@@ -84,11 +86,11 @@ class Told:
 class Found:
     """A journal as a controller finds it when it starts.
 
-    Args:
-        folder: Where it is.
-        folded: What its newest sound state tells.
-        number: The entry behind which that was folded; 0: there is none.
-        mark: How far the record was then; None: there is none.
+    Attributes:
+        folder: The journal's folder.
+        folded: The newest undamaged folded state, or an empty one.
+        number: Number of the last entry in the folded state; 0: there is no folded state.
+        mark: The record's position when the state was folded; None: there is no folded state.
     """
 
     folder: Path
@@ -97,15 +99,15 @@ class Found:
     mark: Mark | None = None
 
     def tail(self) -> Iterator[Entry]:
-        """The entries behind the folded state, read one by one.
+        """The entries after the folded state, read one by one.
 
         Raises:
-            JournalError: One is damaged, or missing.
+            JournalError: An entry is damaged or missing.
         """
         return (entry for _, entry in journal_reader.entries_after(self.folder, self.number))
 
     def told(self) -> Told:
-        """What all of it tells."""
+        """What the whole journal adds up to: the folded state and the entries after it."""
         told = self.folded
         for entry in self.tail():
             told = told.after(entry)
@@ -113,10 +115,10 @@ class Found:
 
 
 def find_journal(folder: Path, config: ControlConfig) -> Found:
-    """Read the newest folded state.
+    """Read the newest folded state of the journal in ``folder``.
 
     Raises:
-        JournalError: It cannot be taken for true.
+        JournalError: The state is damaged or of another format.
     """
     newest = journal_reader.newest_state(folder)
     if newest is None:
@@ -134,7 +136,12 @@ def find_journal(folder: Path, config: ControlConfig) -> Found:
 
 
 def mark_of_earlier_life(run_dir: Path, *, but: str) -> Mark | None:
-    """How far the record was when another life of the run last folded its journal."""
+    """The newest record position that the journals of earlier, resumed runs hold.
+
+    Args:
+        run_dir: The run's folder.
+        but: Name of the current journal's folder, which is skipped.
+    """
     lives = [item for item in run_dir.glob("journal*") if item.is_dir() and item.name != but]
     marks = []
     for folder in lives:
@@ -142,12 +149,17 @@ def mark_of_earlier_life(run_dir: Path, *, but: str) -> Mark | None:
             newest = journal_reader.newest_state(folder)
             marks += [] if newest is None else [Mark.from_dict(newest[1]["record"])]
         except (JournalError, KeyError, TypeError, ValueError):
-            continue  # the record itself is read instead
+            continue  # without a mark the record is read from its start
     return max(marks, key=lambda mark: mark.num_bytes, default=None)
 
 
 class Folding:
-    """Follows the entries as they are journaled; works through them when nobody waits."""
+    """Collects new journal entries and replays them when the journal is folded.
+
+    Args:
+        folder: The journal's folder.
+        told: What the journal adds up to so far.
+    """
 
     def __init__(self, folder: Path, told: Told) -> None:
         self._told = told
@@ -157,17 +169,20 @@ class Folding:
         self._resumed = False
 
     def note(self, entry: Entry) -> None:
-        """One more entry is in the journal."""
+        """Note an entry that was appended to the journal."""
         self._waiting.append(entry)
         self._resumed = self._resumed or entry["kind"] == "resume"
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether the newest entries are larger, or matter more, than others."""
+        """Whether a "resume" entry came since the last fold, which is a reason to fold early."""
         return self._resumed
 
     def state(self, mark: Mark) -> str:
-        """What ``Journal.fold`` is given; the loads so far are written as well."""
+        """Replay the new entries and return the state for ``Journal.fold``.
+
+        Also writes the expert loads of their commits to the journal's ``loads.bin``.
+        """
         for entry in self._waiting:
             self._work_through(entry)
         self._waiting.clear()

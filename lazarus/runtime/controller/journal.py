@@ -1,8 +1,9 @@
-"""The controller's journal: one numbered sequence of entries, each created if absent (rule 36).
+"""The controller's journal: a numbered sequence of entries, each created only if it is absent.
 
-Claims and commits race for the same next number, so whoever claims has read every commit before it.
-Now and then everything so far is folded into one state, so that a restart reads that and a short
-tail, however long the run is; see ``lazarus.record.journal_reader`` for what lies where.
+A new controller's claim and an old controller's commit compete for the same next number, so a
+controller that claims has read every commit before (rule 36 of docs/protocol.md). Now and then all
+entries are folded into one state, so that a restart reads that state and a short tail, however long
+the run is. ``lazarus.record.journal_reader`` describes the files.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from lazarus.errors import JournalError, LazarusError
 from lazarus.record import journal_reader
 from lazarus.record.journal_reader import ARCHIVE, STATES, entry_path, state_path
 
-FOLD_ENTRIES = 256  # a tail that is longer, or has more bytes, is folded
+FOLD_ENTRIES = 256  # the journal is folded when its tail has this many entries, or FOLD_BYTES
 FOLD_BYTES = 8 << 20
 
 _DURABLE = frozenset({"header", "term", "serial", "claim", "resume", "evidence", "manifest", "end"})
 
 
 class JournalConflictError(LazarusError):
-    """Another controller wrote this number: it rules now, this one must end."""
+    """Another controller wrote this entry and has taken over; this controller must end."""
 
     def __init__(self, *, number: int) -> None:
         super().__init__(
@@ -34,10 +35,10 @@ class JournalConflictError(LazarusError):
 
 
 class Journal:
-    """Append-only, on storage that outlives nodes.
+    """Appends entries to the journal in a folder, which must be on storage that outlives nodes.
 
     Raises:
-        JournalError: The folder holds a journal of an earlier version.
+        JournalError: The folder holds a journal of an earlier format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,18 +56,18 @@ class Journal:
         tail = [n for n in journal_reader.numbers_in(folder) if n > folded]
         self._tail_entries = len(tail)
         self._tail_bytes = sum(entry_path(folder, n).stat().st_size for n in tail)
-        self._lines: dict[int, bytes] = {}  # of entries that are not archived yet
+        self._lines: dict[int, bytes] = {}  # archive lines of entries that are not archived yet
 
     @property
     def is_long(self) -> bool:
-        """Whether it is time to fold."""
+        """Whether the tail is long enough to be folded."""
         return self._tail_entries >= FOLD_ENTRIES or self._tail_bytes >= FOLD_BYTES
 
     def append(self, entry: Mapping[str, Any]) -> int:
-        """Write the next entry whole or not at all.
+        """Write the next entry, whole or not at all. Returns its number.
 
         Raises:
-            JournalConflictError: The number is taken.
+            JournalConflictError: Another controller wrote the entry of this number.
             OSError: The storage failed; the controller must end.
         """
         number = self._next
@@ -74,7 +75,8 @@ class Journal:
         data = journal_reader.sealed(number, "entry", entry)
         if not self._create(final, data, is_durable=entry["kind"] in _DURABLE):
             raise JournalConflictError(number=number)
-        # A number whose file was archived can be created again; the states that stand tell.
+        # The file of an archived entry is gone, so its number can be created again: check that no
+        # folded state covers the number.
         if max(journal_reader.states_in(self._folder), default=0) >= number:
             final.unlink()
             raise JournalConflictError(number=number)
@@ -85,7 +87,7 @@ class Journal:
         return number
 
     def _create(self, final: Path, data: bytes, *, is_durable: bool) -> bool:
-        """Whether the file was not there; it appears whole."""
+        """Create a file whole; returns False if it exists."""
         draft = self._folder / f".{final.stem}.{os.getpid()}"
         try:
             with draft.open("wb") as out:
@@ -101,17 +103,20 @@ class Journal:
         return True
 
     def put_off(self) -> None:
-        """It could not be folded now: not before the tail has grown as long again."""
+        """After a failed fold: do not fold before the tail has grown by the same length again."""
         self._tail_entries = self._tail_bytes = 0
 
     def fold(self, state: str) -> None:
-        """Everything up to the newest entry has come to this JSON object.
+        """Write the folded state of all entries so far.
 
-        The state before it stays, with the entries behind that one, in case the newest file is
-        damaged; what is older goes to the archive.
+        The previous state and the entries after it are kept, in case the new file gets damaged;
+        older entries move to the archive and older states are deleted.
+
+        Args:
+            state: The state as a JSON object.
 
         Raises:
-            OSError: There was no room, or the storage failed; nothing is lost by that.
+            OSError: There was no space, or the storage failed; no entry is lost.
         """
         number = self._next - 1
         with synced(state_path(self._folder, number)) as out:
@@ -124,12 +129,12 @@ class Journal:
             state_path(self._folder, older).unlink(missing_ok=True)
 
     def _archive(self, *, upto: int) -> None:
-        """Entries go only when they are in the archive."""
+        """Move the entries up to a number to the archive; each is deleted only once it is there."""
         going = [n for n in journal_reader.numbers_in(self._folder) if n <= upto]
         lines = []
         for number in going:
             line = self._lines.pop(number, b"")
-            if number > self._archived:  # of an earlier controller, if it is not known here
+            if number > self._archived:  # an earlier controller's entry is read from its file
                 entry = journal_reader.entry_of
                 lines.append(line or archived_line(number, entry(self._folder, number)))
         if lines:
@@ -141,7 +146,7 @@ class Journal:
 
 
 def archived_line(number: int, entry: Mapping[str, Any]) -> bytes:
-    """What the archive keeps of an entry: of commits their steps, of all others everything."""
+    """An entry's line in the archive: the whole entry, without the ``lanes`` of its commits."""
     if isinstance(commits := entry.get("commits"), list):
         kept = [{k: v for k, v in commit.items() if k != "lanes"} for commit in commits]
         entry = {**entry, "commits": kept}

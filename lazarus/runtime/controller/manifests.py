@@ -1,4 +1,4 @@
-"""Writes manifests for the controller, off its own thread, and reports each."""
+"""Writes checkpoint manifests for the controller, in a thread of its own, and reports each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ from lazarus.runtime.spec import ControllerSpec
 
 
 class ManifestWriter:
-    """One thread; orders in, ``ManifestDone`` events out, in order."""
+    """Carries out orders in a thread, one after the other.
+
+    Args:
+        spec: The controller's spec.
+        on_done: Called in that thread with the outcome of each ``WriteManifest``.
+        on_death: Called if the thread dies.
+    """
 
     def __init__(
         self,
@@ -58,7 +64,10 @@ class ManifestWriter:
                 self._on_done(self._done(command))
 
     def _done(self, command: WriteManifest) -> ManifestDone:
-        """Write it, a final one again and again while storage refuses; what came of it."""
+        """Write a manifest and return the outcome.
+
+        A final manifest in the run's own storage is retried for ``timeouts.storage_patience_s``.
+        """
         started, url = now_s(), command.url or self._spec.config.checkpoint_url
         patience_s = self._spec.config.timeouts.storage_patience_s
         try:
@@ -70,7 +79,7 @@ class ManifestWriter:
                 operation="write the manifest to",
             )
         except Exception as problem:  # noqa: BLE001 - storage may raise anything; it is reported
-            with suppress(ValueError, KeyError, TypeError):  # a report that is none names no file
+            with suppress(ValueError, KeyError, TypeError):  # a garbled report names no files
                 remove_share(url, _paths(command))
             return self._failed(command, problem)
         return ManifestDone(
@@ -109,7 +118,7 @@ def _paths(command: WriteManifest) -> list[str]:
 
 
 def stored_of(manifest: Manifest) -> tuple[Stored, ...]:
-    """The version of every expert that a restore from this manifest gives."""
+    """The oldest version of each expert in this manifest: what a restore from it yields."""
     found = []
     for layer, experts in enumerate(manifest.experts):
         for expert, versions in enumerate(experts):
@@ -129,14 +138,15 @@ def stored_of(manifest: Manifest) -> tuple[Stored, ...]:
 def write_manifest(
     spec: ControllerSpec, command: WriteManifest
 ) -> tuple[Manifest, int, tuple[Manifest, ...]]:
-    """Make a checkpoint true, then let old ones go.
+    """Commit a checkpoint by writing its manifest, then delete old checkpoints.
 
     Returns:
-        Its manifest, the bytes written for it, and all manifests that stand now.
+        The manifest, the bytes written for the checkpoint, and all manifests that remain.
 
     Raises:
-        IncompleteCheckpointError: It lacks what older ones hold, and none of those is usable.
-        CheckpointError: A share is missing or damaged.
+        IncompleteCheckpointError: The checkpoint needs parts of an older one, and no older one is
+            usable.
+        CheckpointError: A rank's share is missing or damaged.
     """
     reports = [json.loads(part) for part in command.parts if part]
     head = _head(reports)
@@ -173,7 +183,7 @@ def write_manifest(
     num_bytes = sum(file.num_bytes for file in files)
     try:
         kept = retain(url, keep=spec.keep_checkpoints, lineage=lineage, lives=lives)
-    except StorageError:  # the checkpoint stands; the next retention does what is left to do
+    except StorageError:  # the checkpoint is committed; the next call deletes the old ones
         return manifest, num_bytes, (manifest,)
     return manifest, num_bytes, kept.manifests
 

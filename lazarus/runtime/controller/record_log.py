@@ -1,4 +1,4 @@
-"""events.jsonl as its one writer has it: appended to, and never held in memory."""
+"""Appends to a run's record, events.jsonl, without holding it in memory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ _SAID = frozenset({"step_committed", "ledger", "ledger_mismatch"})
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """How far the record was read, and what it had come to there."""
+    """A position in the record, and the run's totals up to there.
+
+    Attributes:
+        num_bytes: Length of the record up to the position.
+        totals: Totals of the events before it.
+    """
 
     num_bytes: int = 0
     totals: RunTotals = field(default_factory=RunTotals)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """As plain data that JSON can hold."""
         return {"num_bytes": self.num_bytes, "totals": self.totals.to_dict()}
 
     @classmethod
@@ -40,20 +45,25 @@ class Mark:
 
 
 class RecordLog:
-    """One object a line, flushed at once. Lines that somebody damaged are blanked, and named.
+    """The record of a run, opened by its one writer: one JSON object a line, written at once.
+
+    Opening cuts off a half-written last line and overwrites damaged lines with blanks, with a
+    warning on standard error for each damaged line.
 
     Args:
-        since: What is known of the record's beginning; only what follows is read.
-        goes_on: Another controller of this life has written to it: note what it said.
+        path: The file.
+        since: Position up to which the record is known; only the rest is read. None: read all.
+        goes_on: An earlier controller of the same run has written to the record: remember its
+            events, see ``said``.
 
     Raises:
-        RecordError: What an earlier life wrote cannot be read.
+        RecordError: The existing record cannot be read.
     """
 
     def __init__(self, path: Path, *, since: Mark | None = None, goes_on: bool = False) -> None:
         self._path = path
         self._goes_on = goes_on
-        self.finished: Mapping[str, Any] = {}  # what the newest `run_finished` says
+        self.finished: Mapping[str, Any] = {}  # the newest `run_finished` event
         self._said: set[tuple[str, int, int]] = set()
         self._out = path.open("ab", buffering=0)
         self._num_bytes = _without_half_a_line(path)
@@ -65,7 +75,7 @@ class RecordLog:
         self._read_on()
 
     def _read_on(self) -> None:
-        """What follows the mark; of the newest life it notes which commits are said."""
+        """Read the record after the mark: totals, and which commits the newest run recorded."""
         at, line = self._since.num_bytes, 0
         try:
             with open_regular(self._path) as file:
@@ -97,38 +107,38 @@ class RecordLog:
     def _backwards(self, end: int) -> Iterator[dict[str, Any]]:
         with open_regular(self._path) as file:
             for line in lines_backwards(file, end=end):
-                if line.strip():  # no damage that was blanked
+                if line.strip():  # skip blanked lines
                     yield decode_bytes(line)
 
     @property
     def last_m(self) -> float:
-        """Moment of the newest line; 0 where there is none."""
+        """Time of the newest line in seconds that the run has been alive; 0: no line."""
         return self._totals.last_s
 
     @property
     def last_event(self) -> str:
-        """Name of the newest line's event; empty where there is none."""
+        """Name of the newest line's event; empty: no line."""
         return self._totals.last_event
 
     @property
     def totals(self) -> RunTotals:
-        """What the record has come to."""
+        """Totals of all events in the record."""
         return self._totals
 
     def mark(self) -> Mark:
-        """For a later life; see ``since``."""
+        """The end of the record as a mark, to be given to a later writer as ``since``."""
         return Mark(num_bytes=self._num_bytes, totals=RunTotals.from_dict(self._totals.to_dict()))
 
     def said(self, name: str, generation: int, step: int) -> bool:
-        """Whether an earlier controller of this life, after the mark, has written that."""
+        """Whether an earlier controller of this run wrote this event after the mark."""
         return (name, generation, step) in self._said
 
     def forget_said(self) -> None:
-        """What an earlier life has not said is said by now."""
+        """Free the memory of ``said``, once its missing events are written."""
         self._said.clear()
 
     def completed(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """An event as it will stand in the record: that of the end says what the run came to."""
+        """An event as the record will hold it: ``run_finished`` gets the run's figures."""
         if event["event"] == "run_finished":
             after = self.mark().totals
             after.add(event, before=lambda: self._backwards(self._num_bytes))
@@ -136,10 +146,12 @@ class RecordLog:
         return dict(finite(event))
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Write a completed event whole or not at all; it counts as said in any case.
+        """Write an event from ``completed``, whole or not at all.
+
+        The totals include the event even if the write fails.
 
         Raises:
-            OSError: It is not written.
+            OSError: The event was not written.
         """
         self._totals.add(event, before=lambda: self._backwards(self._num_bytes))
         data = (line_of(event) + "\n").encode()
@@ -157,12 +169,12 @@ class RecordLog:
 
 
 def line_of(event: Mapping[str, Any]) -> str:
-    """An event as a record has it."""
+    """An event as a line of the record, without the newline."""
     return json.dumps(event, separators=(",", ":"), allow_nan=False)
 
 
 def finite(value: Any) -> Any:
-    """JSON knows no NaN: such numbers become null."""
+    """Replace NaN and infinities by None, because JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -173,7 +185,7 @@ def finite(value: Any) -> Any:
 
 
 def _without_half_a_line(path: Path) -> int:
-    """Cut off what an earlier life did not write to its end. Returns the bytes that are left."""
+    """Cut off a half-written last line. Returns the bytes that remain."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         if end == 0:

@@ -1,7 +1,6 @@
-"""The rendezvous store of a run, in which ranks find each other; it lives in the controller.
+"""The rendezvous store of a run, through which ranks find each other; it runs in the controller.
 
-Importing this module does not import torch, of which only the store itself is needed: a controller
-that restarts listens before it has loaded that.
+This module does not import torch until ``open``, so that a restarted controller listens sooner.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 
 def listen(host: str) -> socket.socket:
-    """A listening TCP socket on ``host`` and a free port; nothing binds to all interfaces."""
+    """Open a listening TCP socket on ``host`` and a free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)
     server.bind((host, 0))
@@ -21,10 +20,14 @@ def listen(host: str) -> socket.socket:
 
 
 class RendezvousStore:
-    """The TCP store of a run; it lives in the controller, never in a rank.
+    """The TCP store of a run; it runs in the controller, never in a rank.
 
-    It listens on ``bind_host``, and ``host`` is where others reach it. Whoever connects before
-    ``open`` waits, or tries again.
+    Clients that connect before ``open`` wait, or try again.
+
+    Args:
+        host: Address at which ranks reach the store.
+        timeout_s: Time-out of the store's operations.
+        bind_host: Address that the store listens on; empty: ``host``.
     """
 
     def __init__(self, host: str, *, timeout_s: float, bind_host: str = "") -> None:
@@ -34,7 +37,7 @@ class RendezvousStore:
         self._store: Any = None
 
     def open(self) -> RendezvousStore:
-        """Answer who connects. Returns itself."""
+        """Begin to answer clients. Returns ``self``."""
         from torch import distributed
 
         c10d: Any = distributed  # torch's stubs lack these classes

@@ -1,7 +1,7 @@
-"""The controller's shell: one event queue, one consumer, one ``decide``; it carries out commands.
+"""The controller's loop: takes events from a queue and carries out the commands of ``decide``.
 
-It decides nothing. Streams feed the queue; the consumer alone owns the state, the journal and the
-record.
+All decisions are made in ``lazarus.control``. The threads of the streams fill the queue; only the
+loop's thread touches the state, the journal and the record.
 """
 
 from __future__ import annotations
@@ -71,27 +71,35 @@ _PULSE = codec.encode(ToDriver(Pulse()))
 
 @dataclass(frozen=True, slots=True)
 class _Died:
-    """A thread of the controller ended with an error: so does the controller."""
+    """A thread of the controller died of an error, which ends the controller."""
 
     thread: str
     problem: BaseException
 
 
 class Controller:
-    """One life of the controller process."""
+    """The controller, from the start of its process to its end. Create it by ``open_controller``.
+
+    Args:
+        spec: The controller's spec; with the port of an earlier controller after a restart.
+        chronicle: Journal and record of the run.
+
+    Raises:
+        OSError: The port is not available.
+    """
 
     def __init__(self, spec: ControllerSpec, chronicle: Chronicle) -> None:
         self._spec = spec
         self._chronicle = chronicle
         self._state = awakened(chronicle.told.state, now_s=now_s())
-        self._ended = chronicle.told.end  # how an earlier life ended the run
+        self._ended = chronicle.told.end  # the journal's last entry, if the run has ended
         self._events: queue.SimpleQueue[Heard | _Died] = queue.SimpleQueue()
         self._streams = Streams(spec.config, post=self._events.put, on_death=self._thread_died)
         self._done = False
         self._next_tick_s = self._next_pulse_s = now_s()
-        self._waiting: int | None = None  # messages to hear before the tick that is due
+        self._waiting: int | None = None  # events to handle before a tick that is due
         self._is_orphan = False  # the driver was killed
-        self._is_last_word = False  # nothing can be written: say it, then end
+        self._is_last_word = False  # the run's folder cannot be written: send events, then end
         self._reserve = Reserve(spec.run_dir / spec.journal)
         bind_host, timeouts = spec.bind_host or spec.host, spec.config.timeouts
         self._timeouts = timeouts
@@ -109,7 +117,10 @@ class Controller:
         self._events.put(_Died(name, problem))
 
     def orphaned(self) -> None:
-        """The driver was killed: record the end, if that takes no longer than a stall."""
+        """Record the end of the run because the driver was killed.
+
+        The process exits after ``timeouts.driver_away_s`` in any case.
+        """
         self._is_orphan = True
         self._events.put((DriverGone(at_s=now_s()), None))
         last = threading.Timer(self._timeouts.driver_away_s, os._exit, (1,))
@@ -117,13 +128,13 @@ class Controller:
         last.start()
 
     def begin(self) -> None:
-        """Say what an earlier life did not get to say, and rule."""
+        """Publish commits that an earlier controller only journaled, then take over the journal."""
         for command in self._chronicle.unsaid():
             self._publish(command)
         self._chronicle.begin(term=self._state.term, port=self.port)
 
     def _end_again(self, entry: Mapping[str, Any]) -> None:
-        """An earlier life died while it ended the run: say what it may not have said."""
+        """Finish the end of a run whose controller died after it journaled the end."""
         event, told = last_words(entry)
         if self._chronicle.last_event != event.event:
             self._publish(event)
@@ -137,7 +148,8 @@ class Controller:
         """Serve until the run is over.
 
         Raises:
-            Exception: Whatever this loop died of; the driver has been told. The process must end.
+            Exception: The error that ended the loop. The driver has been told; the process must
+                end.
         """
         self._server.start()
         spawn("preparing", self._prepare_groups, on_death=self._thread_died)
@@ -158,7 +170,7 @@ class Controller:
         self._reserve.release()
 
     def _prepare_groups(self) -> None:
-        """Load what only the next groups need: others are heard and answered meanwhile."""
+        """Load the slow modules for building groups, in a thread, while the loop runs."""
         self._store.open()
         import_module("scipy.optimize")  # of the next plan
 
@@ -181,15 +193,15 @@ class Controller:
             self._chronicle.tidy()
 
     def _hears(self, event: WorkerSaid, peer: Peer | None) -> bool:
-        """Whether this stream may speak for the worker: with its hello, or once admitted."""
+        """Whether to handle a worker's message: a hello, or any message of an admitted stream."""
         return peer is None or peer.is_heard or isinstance(event.body, Hello)
 
     def _admit(self, name: str, peer: Peer, commands: tuple[Command, ...]) -> tuple[Command, ...]:
-        """Make a stream the worker's, or close it, as was decided of its hello.
+        """Admit a stream after its hello, or close it if ``commands`` disconnect the worker.
 
         Returns:
-            What is left to carry out: a refusal concerns this stream alone, not another of that
-            name.
+            The commands that remain. A refusal is sent to this stream here, because the worker's
+            name may have another, admitted stream.
         """
         if Disconnect(worker=name) not in commands:
             self._streams.admit(name, peer)
@@ -201,9 +213,11 @@ class Controller:
         return tuple(c for c in commands if not isinstance(c, Tell | Disconnect))
 
     def _next_event(self) -> Heard:
-        """What came in, or that time has passed: however much comes in, time passes too.
+        """The next event of the queue, or a ``Tick`` when one is due.
 
-        What waits when a tick is due is heard first, so that nobody is late who spoke in time.
+        When a tick is due, the events that are queued at that moment come first, so that a message
+        that arrived in time is not taken for late. Later events come after the tick, so that a
+        flood of events cannot delay it for ever.
         """
         wait_s = self._next_tick_s - now_s()
         if wait_s <= 0 and self._waiting is None:
@@ -223,14 +237,14 @@ class Controller:
         return item
 
     def _pulse(self) -> None:
-        """Tell the driver that this loop turns."""
+        """Send the driver a pulse if one is due, to show that this loop is not hung."""
         if now_s() < self._next_pulse_s:
             return
         self._next_pulse_s = now_s() + self._timeouts.pulse_interval_s
         self._streams.pulse(_PULSE)
 
     def _end_unrecorded(self, problem: UnrecordedError) -> None:
-        """What is decided from here on cannot be kept: end the run, and tell whoever hears it."""
+        """End the run because the journal or record cannot be written, and tell all peers."""
         self._is_last_word = True
         self._reserve.release()
         self._streams.driver_there.wait(self._timeouts.driver_away_s)
@@ -257,7 +271,7 @@ class Controller:
                 self._streams.disconnect(worker)
             case Exit():
                 self._done = True
-                if not self._is_orphan:  # a driver that is on its way back would miss the end
+                if not self._is_orphan:  # a driver that is reconnecting must not miss the end
                     self._streams.driver_there.wait(self._timeouts.driver_away_s)
                 self._streams.hang_up()
 
@@ -283,11 +297,11 @@ class Controller:
 
 
 def open_controller(spec: ControllerSpec) -> Controller:
-    """A controller that listens: a first life, or one that reads its journal.
+    """Create a controller that listens: the first of a run, or one that continues its journal.
 
     Raises:
-        OSError: The port of the earlier life is not to be had.
-        JournalError, RecordError: What the earlier life left cannot be taken for true.
+        OSError: The port of the earlier controller is not available.
+        JournalError, RecordError: The existing journal or record is damaged.
     """
     chronicle = Chronicle(spec)
     controller = Controller(replace(spec, port=spec.port or chronicle.told.port), chronicle)
@@ -298,17 +312,18 @@ def open_controller(spec: ControllerSpec) -> Controller:
 def start_controller(
     spec: ControllerSpec, on_bound: Callable[[int], None], *, is_orphan: Callable[[], bool]
 ) -> None:
-    """Entry point of the controller's own process.
+    """Run the controller in this process until the run is over.
 
     Args:
-        on_bound: Called with the port once it listens.
-        is_orphan: Whether the driver is gone; asked when this process is told to end.
+        spec: The controller's spec.
+        on_bound: Called with the port once the controller listens.
+        is_orphan: Says whether the driver is gone; called on SIGTERM.
     """
     controller = open_controller(spec)
 
     def terminated(*_: object) -> None:
         if not is_orphan():
-            os._exit(1)  # by somebody, or with the fork server: the driver starts another one
+            os._exit(1)  # SIGTERM from outside, or the fork server died: the driver restarts us
         controller.orphaned()
 
     signal.signal(signal.SIGTERM, terminated)

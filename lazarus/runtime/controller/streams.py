@@ -1,7 +1,7 @@
-"""The controller's ends of all streams: who may speak, what comes in, what goes out.
+"""The controller's end of the streams to the workers and the driver.
 
-Bytes that are no message, and hellos that no run could admit, are answered here and told to the
-consumer as news; nothing that a peer sends ends a thread.
+Invalid bytes, and hellos that this run could never admit, are answered here and reported to the
+controller's loop as ``Garbled`` events; nothing that a peer sends ends a thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lazarus.runtime.rpc import codec
 
 
 class Peer:
-    """One stream: its outgoing half, and whether what it says is heard."""
+    """One stream: its outgoing messages, and whether its incoming messages are accepted."""
 
     def __init__(self) -> None:
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -44,19 +44,20 @@ class Peer:
             yield message
 
     def close(self) -> None:
-        """End the stream behind what is queued in it."""
+        """End the stream after the messages that are queued."""
         self.outbox.put(None)
 
 
-Heard = tuple[Event, Peer | None]  # a worker's message comes with its stream
+Heard = tuple[Event, Peer | None]  # an event, and the stream of a worker's message
 
 
 class Streams:
-    """Streams of the workers, one each, and of the driver. Any thread may speak to any of them.
+    """The streams of the workers, one each, and of the driver. Any thread may send.
 
     Args:
-        post: Takes what comes in, from the threads of the streams.
-        on_death: Hears of an error in one of these threads.
+        config: The controller's configuration, which a worker's hello must match.
+        post: Called with each event, from the threads of the streams.
+        on_death: Called if one of these threads dies.
     """
 
     def __init__(
@@ -67,13 +68,13 @@ class Streams:
         self._lock = threading.Lock()
         self._peers: dict[str, Peer] = {}
         self._driver: Peer | None = None
-        self._for_driver: list[bytes] = []  # until it is (back) there
+        self._for_driver: list[bytes] = []  # messages for a driver that is not connected yet
         self.driver_there = threading.Event()
 
     # ---- in ------------------------------------------------------------------------------------
 
     def attach(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        """Answer a worker's stream: its hello says who speaks."""
+        """Serve a worker's stream, which begins with the worker's hello."""
         first = self._first(FromWorker, Hello, requests, context)
         peer = Peer()
         if reason := wrong_hello(self._config, first):
@@ -88,7 +89,7 @@ class Streams:
         return peer.messages()
 
     def drive(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        """Answer the driver's stream."""
+        """Serve the driver's stream."""
         first = self._first(FromDriver, DriverHello, requests, context)
         peer = Peer()
         with self._lock:
@@ -103,7 +104,7 @@ class Streams:
         return peer.messages()
 
     def _first(self, kind: Any, wanted: type[Any], requests: Iterator[bytes], context: Any) -> Any:
-        """The message that opens a stream; whoever opens it otherwise is refused."""
+        """The first message of a stream; a stream that begins with another one is refused."""
         try:
             body = codec.decode(kind, next(requests)).body
         except (ValueError, StopIteration, grpc.RpcError) as problem:
@@ -139,7 +140,7 @@ class Streams:
             self._post((DriverGone(at_s=now_s()), None))
 
     def _bodies(self, kind: Any, requests: Iterator[bytes], name: str) -> Iterator[Body]:
-        """What a stream brings, until it breaks or ends."""
+        """The messages of a stream, until it breaks or ends."""
         try:
             for data in requests:
                 try:
@@ -149,12 +150,12 @@ class Streams:
                     continue
                 yield body
         except grpc.RpcError:
-            return  # the peer is gone, which its end says
+            return  # the peer is gone; the caller reports the end of the stream
 
     # ---- who is heard --------------------------------------------------------------------------
 
     def admit(self, name: str, peer: Peer) -> None:
-        """From now on this stream is the worker's; an older one is over (rule 37)."""
+        """Make this the worker's stream and close an older one (rule 37 of docs/protocol.md)."""
         with self._lock:
             older, self._peers[name] = self._peers.get(name), peer
             peer.is_heard = True
@@ -170,7 +171,7 @@ class Streams:
     # ---- out -----------------------------------------------------------------------------------
 
     def tell(self, worker: str, body: Body, *, term: int) -> None:
-        """Send to a worker; nothing, if its stream is closed: the news of that is on its way."""
+        """Send to a worker; dropped if its stream is closed, which is reported as an event."""
         with self._lock:
             peer = self._peers.get(worker)
         if peer is not None:
@@ -183,7 +184,7 @@ class Streams:
             peer.close()
 
     def tell_driver(self, body: Body) -> None:
-        """Send to the driver, or keep it until it is back."""
+        """Send to the driver, or keep the message until the driver first connects."""
         message = codec.encode(ToDriver(cast(Any, body)))
         with self._lock:
             if self._driver is not None:
@@ -192,13 +193,13 @@ class Streams:
                 self._for_driver.append(message)
 
     def pulse(self, message: bytes) -> None:
-        """To a driver that is there; one that is not needs no old pulses."""
+        """Send a pulse to the driver; dropped if the driver has not connected."""
         with self._lock:
             if self._driver is not None:
                 self._driver.outbox.put(message)
 
     def hang_up(self) -> None:
-        """End every stream, behind what is queued in it."""
+        """End every stream after the messages that are queued."""
         with self._lock:
             peers = [*self._peers.values(), *([] if self._driver is None else [self._driver])]
         for peer in peers:
@@ -206,11 +207,11 @@ class Streams:
 
 
 def _close_with(context: Any, peer: Peer) -> None:
-    """The stream's sender waits for messages: let it go when the call is over."""
+    """Close the peer when the call ends, so that its sender stops waiting for messages."""
     if not context.add_callback(peer.close):
         peer.close()
 
 
 def tell_peer(peer: Peer, body: Body, *, term: int) -> None:
-    """Send to a worker that is admitted, or will not be."""
+    """Send to a worker over a given stream, admitted or not."""
     peer.outbox.put(codec.encode(ToWorker(cast(Any, body), term=term)))

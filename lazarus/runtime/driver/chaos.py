@@ -1,4 +1,4 @@
-"""Random faults from a seed, struck by the driver: the same draws for the same seed."""
+"""Random faults that the driver injects; the same seed draws the same faults."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lazarus.faults import ChaosSpec, chaos_events
 DRIVER_KINDS = frozenset({"kill", "join", "leave", "controller"})
 PROCESS_KINDS = frozenset({"stop", "stall", "slow", "crash"})  # a process does these to itself
 CHAOS_KINDS = DRIVER_KINDS | PROCESS_KINDS
-FATAL_KINDS = CHAOS_KINDS - {"join", "controller", "slow"}  # for the node
+FATAL_KINDS = CHAOS_KINDS - {"join", "controller", "slow"}  # faults that end a node
 
 
 class Striker(Protocol):
-    """Who owns the nodes."""
+    """Injects faults into nodes: the driver."""
 
     def has_room(self) -> bool: ...
     def live_nodes(self) -> list[str]: ...
@@ -25,14 +25,14 @@ class Striker(Protocol):
 
 
 class Chaos:
-    """One thread that waits for each draw's time and strikes. Never the last node."""
+    """Injects the faults of a seed at their times, in a thread; never ends the last node."""
 
     def __init__(self, spec: ChaosSpec, striker: Striker) -> None:
         self._spec = spec
         self._striker = striker
         self._closed = threading.Event()
         self._started = time.monotonic()
-        # A drill that has stopped striking must not pass for one that was survived.
+        # If this thread died silently, a run without faults would pass for one that survived them.
         self._thread = spawn("chaos", self._run, on_death=striker.thread_died)
 
     def _run(self) -> None:

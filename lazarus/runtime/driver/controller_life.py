@@ -1,4 +1,4 @@
-"""The controller's process as its owner sees it: started, watched, ended and replaced."""
+"""Starts the controller's process, watches it, and restarts it when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from lazarus.runtime.driver.restarts import Again, GiveUp, PulseWatch, Restarts
 from lazarus.runtime.launch.launcher import Launcher
 from lazarus.runtime.spec import ControllerSpec
 
-_STARTING_S = 10.0  # for a start that is under way when the run ends
+_STARTING_S = 10.0  # longest wait for a restart that is under way when the run ends
 
 
 class ControllerLife:
-    """All lives of one run's controller. No call waits, ``start`` apart.
+    """Keeps one run's controller alive. Only ``start`` and ``close`` block.
 
     Args:
-        on_over: Called once, from any thread, when it will not live: the run is over.
+        launcher: Starts and kills the controller's process.
+        timeouts: The run's timeouts.
+        on_over: Called from any thread when the controller will not be restarted again.
     """
 
     def __init__(
@@ -40,8 +42,8 @@ class ControllerLife:
             settled_s=timeouts.controller_settled_s, pause_s=timeouts.restart_pause_s
         )
         self._lock = threading.Lock()
-        self._failure: Failure | None = None  # its last word, if it had one
-        self._hung = ""  # why the driver ended it
+        self._failure: Failure | None = None  # what the controller said of its own death
+        self._hung = ""  # why the driver killed the controller
         self._on_purpose = False
         self._closed = threading.Event()
         self._starting: threading.Thread | None = None
@@ -52,10 +54,10 @@ class ControllerLife:
         )
 
     def start(self, spec: ControllerSpec) -> int:
-        """The first life; waits until it listens. Returns its port.
+        """Start the first controller and wait until it listens. Returns its port.
 
         Raises:
-            StartupError: It did not come up.
+            StartupError: The controller did not start.
         """
         port = self._launcher.start_controller(spec, timeout_s=self._timeouts.startup_s)
         self._spec = replace(spec, port=port)
@@ -70,18 +72,18 @@ class ControllerLife:
     # ---- what it says --------------------------------------------------------------------------
 
     def pulse(self) -> None:
-        """Its loop turns."""
+        """Note a sign of life of the controller's event loop."""
         self._pulse.heard()
 
     def failed(self, failure: Failure) -> None:
-        """It says of what it dies."""
+        """Note the failure that the controller reports before its process ends."""
         with self._lock:
             self._failure = failure
 
     # ---- its death -----------------------------------------------------------------------------
 
     def strike(self) -> None:
-        """End it, to see how the run takes it."""
+        """Kill the controller as an injected fault; the death does not count against it."""
         with self._lock:
             self._on_purpose = True
         self._launcher.kill("controller")
@@ -92,11 +94,11 @@ class ControllerLife:
         self._launcher.kill("controller")
 
     def died(self, cause: str) -> None:
-        """Its process has ended; another one follows, soon, or the run is over."""
+        """Handle the end of the controller's process: restart it, or call ``on_over``."""
         self._pulse.gone()
         starting = self._starting
         if starting is not None and starting is not threading.current_thread():
-            starting.join(1.0)  # it died while it started: its last word is on the way
+            starting.join(1.0)  # it died while starting: ``_restart`` is about to note the failure
         with self._lock:
             failure, hung, on_purpose = self._failure, self._hung, self._on_purpose
             self._failure, self._hung, self._on_purpose = None, "", False
@@ -110,7 +112,7 @@ class ControllerLife:
                 self._on_over(_dead(reason, failure, hung or cause))
 
     def _restart(self, pause_s: float) -> None:
-        """Its journal and its port are where they were; workers come back by themselves."""
+        """Start the next controller on the same journal and port; workers reconnect to it."""
         assert self._spec is not None
         if self._closed.wait(pause_s):
             return
@@ -119,7 +121,7 @@ class ControllerLife:
         except ControllerDiedError as problem:
             if problem.failure:
                 self.failed(Failure.from_json(problem.failure))
-            return  # the launcher tells of its end, as of any other
+            return  # the launcher reports the end of this process, which calls ``died``
         except StartupError as problem:
             self.died(str(problem))
             return
@@ -130,7 +132,7 @@ class ControllerLife:
         self._on_over(Failure(cause=Cause.INTERNAL, message=f"driver's thread {name}: {text}"))
 
     def close(self) -> None:
-        """The run is over."""
+        """Stop watching and restarting the controller; does not end its process."""
         self._closed.set()
         self._pulse.close()
         if self._starting is not None:
@@ -138,7 +140,7 @@ class ControllerLife:
 
 
 def _dead(reason: str, failure: Failure | None, cause: str) -> Failure:
-    """Why there is no controller any more."""
+    """The failure of a run whose controller is not restarted."""
     if failure is None:
         text = f"the controller's process died {reason}: {cause}"
         return Failure(cause=Cause.INTERNAL, message=text)

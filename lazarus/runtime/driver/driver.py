@@ -1,6 +1,7 @@
-"""The driver owns every process of a run: it starts, ends and watches them, and tells the user.
+"""The driver starts, watches and ends every process of a run, and reports to the user.
 
-It decides nothing about training: the controller says what to start and when the run is over.
+The driver decides nothing about training: the controller says what to start and when the run is
+over.
 """
 
 from __future__ import annotations
@@ -48,7 +49,14 @@ from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
 
 
 class Driver:
-    """One run, seen from its owner."""
+    """Owner of one run's processes.
+
+    Args:
+        spec: The run to start.
+        make_launcher: Creates the launcher, given the function to call when a process exits.
+        on_event: Called with each event of the run's record, in order, from ``run``.
+        say: Shows one line of text to the user.
+    """
 
     def __init__(
         self,
@@ -65,11 +73,11 @@ class Driver:
         self._dead: list[WorkerDied] = []
         self._last_words = LastWords(spec.scratch)
         self._alive: dict[str, set[str]] = {}  # node name -> its live ranks, oldest node first
-        self._wishes: list[StopRun | NodeNotice] = []  # of the user and the cluster
-        self._doomed: set[str] = set()  # struck at random, not yet gone
+        self._wishes: list[StopRun | NodeNotice] = []  # requests of the user and the cluster
+        self._doomed: set[str] = set()  # nodes that a random fault will end
         self._chaos: Chaos | None = None
         self._over = False
-        self._persisted = spec.resume is not None  # whether a checkpoint stands
+        self._persisted = spec.resume is not None  # whether a checkpoint exists
         self._awaited: NodesAwaited | None = None
         self._launcher = make_launcher(self._on_exit)
         self._nodes = Nodes(self, self._launcher, self._limits())
@@ -83,10 +91,13 @@ class Driver:
     # ---- life ----------------------------------------------------------------------------------
 
     def run(self) -> RunOver:
-        """Start everything, follow the run, end everything.
+        """Start all processes, wait for the end of the run, then end all processes.
+
+        Returns:
+            How the run ended.
 
         Raises:
-            StartupError: The controller did not come up.
+            StartupError: The controller did not start.
         """
         over = False
         try:
@@ -150,7 +161,9 @@ class Driver:
             self._chaos.close()
         self._life.close()
         self._nodes.close()
-        if not over:  # the driver records the end: the controller must not take it for lost first
+        # If the run did not end by itself, the driver writes the end of the record. Kill the
+        # controller before the link is closed, or it would record a lost driver first.
+        if not over:
             self._launcher.close(grace_s=0.0)
         if self._link is not None:
             self._link.close(timeout_s=1.0)
@@ -160,7 +173,7 @@ class Driver:
     # ---- what the controller says --------------------------------------------------------------
 
     def _hear(self, body: Body) -> None:
-        """On the stream's thread: what must not wait for others goes its own way."""
+        """Take a message on the stream's thread; pulses and failures do not wait in the inbox."""
         match body:
             case Pulse():
                 self._life.pulse()
@@ -192,7 +205,7 @@ class Driver:
                 raise errors.LazarusError(f"the controller sent {type(body).__name__}")
 
     def _connected(self) -> None:
-        """The stream is (back) there: what a new life of the controller does not know."""
+        """Resend what a restarted controller cannot know; called whenever the stream opens."""
         with self._lock:
             news = (*self._dead, *self._wishes, *filter(None, [self._awaited]))
         for body in news:
@@ -200,7 +213,7 @@ class Driver:
                 self._link.send(body)
 
     def _wish(self, body: StopRun | NodeNotice) -> None:
-        """Say it now, and again to every new life of the controller."""
+        """Send a request now, and again to every restarted controller."""
         with self._lock:
             if body not in self._wishes:
                 self._wishes.append(body)
@@ -215,18 +228,27 @@ class Driver:
         self._on_event(event)
 
     def has_room(self) -> bool:
-        """Whether one more node could take part."""
+        """Whether the run may have one more node (``cluster.max_nodes``)."""
         limit = self._spec.config.cluster.max_nodes
         with self._lock:
             return limit is None or len(self._alive) < limit
 
     def live_nodes(self) -> list[str]:
-        """Names of the nodes that have not been lost and will not be."""
+        """Names of the live nodes, without those that an injected fault is about to end."""
         with self._lock:
             return [node for node in self._alive if node not in self._doomed]
 
     def inject(self, kind: str, node_key: str, spec: str) -> None:
-        """Strike one node, on record."""
+        """Inject a fault into one node and report the fault to the controller.
+
+        Args:
+            kind: One of ``chaos.CHAOS_KINDS``.
+            node_key: The node; empty for "join" and "controller".
+            spec: The fault's name in the record, such as "chaos:kill".
+
+        Raises:
+            LazarusError: ``kind`` is unknown.
+        """
         assert self._link is not None
         self._link.send(Injected(kind=kind, node_key=node_key, spec=spec))
         if kind in FATAL_KINDS:
@@ -242,14 +264,14 @@ class Driver:
             case "controller":
                 self._life.strike()
             case _ if kind in PROCESS_KINDS:
-                pass  # the controller tells the process
+                pass  # the controller passes these on to the process
             case _:
                 raise errors.LazarusError(f"the driver cannot inject {kind}")
 
     # ---- nodes ---------------------------------------------------------------------------------
 
     def take_down(self, key: str) -> None:
-        """End whatever there is of a node."""
+        """Kill all processes of a node and close its place; does nothing if the node is gone."""
         with self._lock:
             self._alive.pop(key, None)
         for local_rank in range(self._spec.control.ranks_per_node):
@@ -258,10 +280,10 @@ class Driver:
         self._launcher.close_node(key)
 
     def start_node(self) -> str:
-        """Bring one more node up. Returns its name.
+        """Start one more node and wait until its processes are started. Returns the node's name.
 
         Raises:
-            StartupError: There is no room for it, or it did not start.
+            StartupError: There is no room for another node, or the node did not start.
         """
         return self._nodes.one_more().result()
 
@@ -270,12 +292,12 @@ class Driver:
         self._start_workers(key, self._open_node(key, machine))
 
     def thread_died(self, name: str, problem: BaseException) -> None:
-        """Without it nodes would be neither started nor replaced."""
+        """End the run as failed: without its threads the driver cannot manage nodes."""
         text = f"driver's thread {name}: {type(problem).__name__}: {problem}"
         self._failed(Failure(cause=Cause.INTERNAL, message=text))
 
     def tell(self, body: Body) -> None:
-        """Tell the controller; what nodes are waited for is said again to each new life of it."""
+        """Send a message to the controller; the newest ``NodesAwaited`` is resent on reconnect."""
         if isinstance(body, NodesAwaited):
             with self._lock:
                 self._awaited = body
@@ -355,7 +377,10 @@ class Driver:
         self._inbox.put(RunOver(status="failed", failure=failure))
 
     def _controller_over(self, failure: Failure) -> None:
-        """No controller will live. Where storage is why, a checkpoint is resumed with a new one."""
+        """End the run because the controller will not be restarted.
+
+        After a storage error the run ends as "short" if it has a checkpoint to resume from.
+        """
         if failure.cause is Cause.STORAGE and self._persisted:
             way_out = f"go on with: lazarus train --resume {self._spec.run_dir}"
             self._inbox.put(RunOver(status="short", failure=replace(failure, way_out=way_out)))
@@ -368,21 +393,29 @@ class Driver:
     # ---- what the user says --------------------------------------------------------------------
 
     def stop(self, *, now: bool, reason: str, preempted: bool = False) -> None:
-        """End the run at the next commit, or at once.
+        """Ask the controller to end the run.
 
         Args:
-            preempted: The machine wants it, not the user: the run ends short, to be resumed.
+            now: End at once; otherwise at the next commit.
+            reason: Shown to the user and written to the record.
+            preempted: The machine is being taken away, so the run ends as "short", to be resumed.
         """
         self._nodes.enough()
         self._wish(StopRun(now=now, reason=reason, preempted=preempted))
 
     def fail(self, failure: Failure) -> None:
-        """End the run at once, as failed: what runs in the driver cannot go on."""
+        """Ask the controller to end the run at once as failed, for an error in the driver."""
         self._nodes.enough()
         self._wish(StopRun(now=True, reason=failure.message, failure=failure))
 
     def notice(self, node_key: str, *, notice_s: float, cause: str) -> None:
-        """A node will go."""
+        """Tell the controller that a node will go away.
+
+        Args:
+            node_key: The node.
+            notice_s: Seconds until the node goes; 0: unknown, or at once.
+            cause: Why: "drain" or "leave".
+        """
         self._wish(NodeNotice(node_key=node_key, notice_s=notice_s, cause=cause))
 
     def _noticed(self, node_key: str, notice_s: float) -> None:
@@ -391,7 +424,7 @@ class Driver:
     def abandon(
         self, reason: str, *, cause: Cause = Cause.REQUEST, status: Status = "short"
     ) -> None:
-        """Wake ``run`` even if no controller answers any more."""
+        """Make ``run`` return now, without waiting for the controller."""
         failure = Failure(cause=cause, error="StoppedError", message=reason)
         self._inbox.put(RunOver(status=status, failure=failure))
 

@@ -1,7 +1,7 @@
-"""Starts the run's nodes, at first and again where they are lost, without keeping anybody waiting.
+"""Starts the run's nodes and replaces lost ones, without blocking the caller.
 
-One thread owns the fleet: news comes as calls that are carried out in it, one after the other, and
-every start runs in a thread of its own within the launcher's bounds. What to start, and where, is
+One thread owns the fleet. Public methods queue a call for that thread and return; every start of a
+node runs in a thread of its own, within the launcher's time limits. What to start, and where, is
 decided by ``lazarus.control.cluster.replacing``.
 """
 
@@ -23,46 +23,46 @@ from lazarus.control.messages import Body, MachineJudged, NodesAwaited
 from lazarus.errors import LazarusError, RoomTakenError, StartupError
 from lazarus.runtime.launch.launcher import Launcher
 
-_LOOK_S = 0.5  # between two looks for room while nodes are missing
-_SAY_S = 5.0  # between two lines that say what is waited for
+_LOOK_S = 0.5  # between two searches for free machines while nodes are missing
+_SAY_S = 5.0  # between two "waiting for nodes" lines
 _SAY_LATER_S = 60.0  # the same after the first minute
-_AT_ONCE = 64  # starts under way
+_AT_ONCE = 64  # most nodes that start at the same time
 _JOIN_S = 2.0
 
 
 class Owner(Protocol):
-    """Whoever starts and ends what belongs to one node."""
+    """Starts and ends the processes of one node, and passes messages on: the driver."""
 
     def bring_up(self, key: str, machine: str) -> None:
-        """Start a node's processes. Runs in a thread of its own.
+        """Start a node's processes. Called in a thread of its own.
 
         Raises:
-            RoomTakenError: Somebody else has the machine's room.
-            StartupError, KeeperUnavailableError, OSError: They did not start.
+            RoomTakenError: Another job took the machine's room.
+            StartupError, KeeperUnavailableError, OSError: The processes did not start.
         """
 
     def take_down(self, key: str) -> None:
-        """End whatever there is of a node."""
+        """End all processes of a node."""
 
     def tell(self, body: Body) -> None:
-        """Tell the controller; only the newest of a kind counts after it came back."""
+        """Send a message to the controller; a restarted one gets the newest ``NodesAwaited``."""
 
     def say(self, text: str) -> None:
-        """Tell the user."""
+        """Show one line of text to the user."""
 
     def thread_died(self, name: str, problem: BaseException) -> None:
-        """A thread ended with an error of ours: the run cannot go on as it should."""
+        """Handle the death of a thread of ``Nodes`` by an unexpected error."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """A node beyond those that are wanted anyway; the future becomes its name."""
+    """A request for a node beyond ``Limits.wanted``; the future resolves to the node's name."""
 
     made: Future[str]
 
 
 class Nodes:
-    """The nodes of one run."""
+    """The nodes of one run: starts missing ones until ``close``."""
 
     def __init__(self, owner: Owner, launcher: Launcher, limits: Limits) -> None:
         self._owner, self._launcher = owner, launcher
@@ -70,8 +70,8 @@ class Nodes:
         self._wanted_at_first = limits.wanted
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._wishes: list[_Wish] = []
-        self._asked: dict[str, _Wish] = {}  # by the key of the node that is being started for it
-        self._causes: dict[str, str] = {}  # how a node's process ended, until the node is lost
+        self._asked: dict[str, _Wish] = {}  # node key -> the request that the node is started for
+        self._causes: dict[str, str] = {}  # node key -> how its process ended, until ``lost``
         self._num_started = 0
         self._gate = threading.Semaphore(_AT_ONCE)
         self._awaited = NodesAwaited()
@@ -82,45 +82,53 @@ class Nodes:
     # ---- news, from any thread -----------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to start what is wanted."""
+        """Begin to start the wanted nodes."""
         self._thread = spawn("nodes", self._run, on_death=self._owner.thread_died)
 
     def came_up(self, key: str) -> None:
-        """The controller has heard of all processes of a node."""
+        """Note that all processes of a node have said hello to the controller."""
         self._post(partial(self._came_up, key))
 
     def died(self, key: str, *, cause: str) -> None:
-        """A process of a node ended. If the node was up, the controller says what that means."""
+        """Note that a process of a node ended.
+
+        A node that was not up has failed to start. For a node that was up, the controller decides
+        whether the node is lost.
+        """
         self._post(partial(self._died, key, cause))
 
     def lost(self, key: str, *, cause: str, is_silent: bool) -> None:
-        """The controller has lost a node."""
+        """Note that the controller declared a node lost; see ``replacing.gone``."""
         self._post(partial(self._gone, key, cause, is_silent=is_silent))
 
     def ends_machine(self, key: str) -> None:
-        """A node's place goes with it."""
+        """Note that no node may be started in this node's place once the node is gone."""
         self._post(partial(self._ends_machine, key))
 
     def held(self) -> None:
-        """The run holds its state until nodes come."""
+        """Note that training is on hold because there are too few nodes."""
         self._post(self._held)
 
     def enough(self) -> None:
-        """The run is ending: start nothing any more."""
+        """Start no more nodes, because the run is ending."""
         self._post(self._enough)
 
     def machines_came(self, count: int) -> None:
-        """Machines that were not there before: each gets a node, within the most."""
+        """Start a node on each of ``count`` new machines, up to ``Limits.most``."""
         self._post(partial(self._machines_came, count))
 
     def one_more(self) -> Future[str]:
-        """A node beyond those that are wanted. The future becomes its name, or a StartupError."""
+        """Start a node beyond ``Limits.wanted``.
+
+        Returns:
+            A future that resolves to the node's name, or raises StartupError.
+        """
         wish = _Wish(Future())
         self._post(partial(self._one_more, wish))
         return wish.made
 
     def close(self) -> None:
-        """Start nothing any more. Starts that are under way end within the launcher's bounds."""
+        """Stop starting nodes. Starts under way end within the launcher's time limits."""
         self._closing.set()
         self._inbox.put(None)
         if self._thread is not None:
@@ -150,7 +158,7 @@ class Nodes:
             act()
 
     def _pause_s(self) -> float | None:
-        """Until the next look; None: nothing changes without news."""
+        """Seconds until the next ``_look``; None: wait for the next queued call."""
         if self._fleet.missing or any(not placed.is_up for placed in self._fleet.nodes.values()):
             return _LOOK_S
         return None
@@ -188,7 +196,7 @@ class Nodes:
         self._wishes.clear()
 
     def _bring_up(self, key: str, machine: str) -> None:
-        """In a thread of its own: one start, whose outcome comes back as news."""
+        """Start one node, in a thread of its own, and queue the outcome for the fleet's thread."""
         with self._gate:
             if self._closing.is_set():
                 return
@@ -204,7 +212,7 @@ class Nodes:
     # ---- what news means -----------------------------------------------------------------------
 
     def _started(self, key: str) -> None:
-        if key not in self._fleet.nodes:  # given up meanwhile
+        if key not in self._fleet.nodes:  # lost or overdue in the meantime
             self._owner.take_down(key)
             return
         if (wish := self._asked.pop(key, None)) is not None:
@@ -236,7 +244,8 @@ class Nodes:
             self._causes[key] = cause
 
     def _gone(self, key: str, cause: str, *, is_silent: bool = False) -> None:
-        cause = self._causes.pop(key, cause)  # a closed stream says less than an exit code
+        # How the process ended says more than the controller's cause, such as a closed stream.
+        cause = self._causes.pop(key, cause)
         self._fleet, verdicts = replacing.gone(
             self._fleet, key, cause=cause, now_s=time.monotonic(), is_silent=is_silent
         )
@@ -269,7 +278,7 @@ class Nodes:
     # ---- what is waited for --------------------------------------------------------------------
 
     def _tell_what_is_awaited(self, now_s: float) -> None:
-        """Every few seconds to the user, and to the controller where it changes."""
+        """Report missing nodes: to the controller on change, to the user every few seconds."""
         fleet = self._fleet
         coming = sum(not placed.is_up for placed in fleet.nodes.values())
         text = self._launcher.shortage() if fleet.missing else ""
@@ -299,7 +308,7 @@ class Nodes:
 
 
 def _awaited_text(there: int, coming: int, missing: int, shortage: str) -> str:
-    """One line, such as "waiting for nodes: 2 are up, 1 is starting, 1 has no machine: ..."."""
+    """Format a line such as "waiting for nodes: 2 are up, 1 is starting, 1 has no machine: ..."."""
     parts = [f"{there} {_are(there)} up"]
     if coming:
         parts.append(f"{coming} {_are(coming)} starting")

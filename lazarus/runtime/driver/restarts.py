@@ -1,4 +1,4 @@
-"""Whether and when a controller that died is started again, and whether one that lives works."""
+"""Decides whether and when a dead controller is restarted, and detects a hung controller."""
 
 from __future__ import annotations
 
@@ -9,47 +9,50 @@ from dataclasses import dataclass
 from lazarus.basics.clock import now_s
 from lazarus.basics.threads import OnDeath, spawn
 
-MAX_DEATHS = 8  # in a row, without a life that went well between them
-MAX_SAME = 3  # in a row with the same exception: it comes again however often it is tried
+MAX_DEATHS = 8  # in a row, without a controller in between that lived for ``settled_s``
+MAX_SAME = 3  # in a row with the same exception: another restart would not help
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Again:
-    """Start it once more, after ``pause_s``."""
+    """Restart the controller after ``pause_s``."""
 
     pause_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GiveUp:
-    """It will not live; ``reason`` says why that is clear."""
+    """Do not restart the controller; ``reason`` says how often it died."""
 
     reason: str
 
 
 class Restarts:
-    """Counts deaths in a row. A life that went well, or a death on purpose, forgives them all.
+    """Counts the controller's deaths in a row and decides what follows each.
+
+    The count starts anew when a controller lived for ``settled_s``, or was killed on purpose.
 
     Args:
-        settled_s: A life that lasted for this long went well.
-        pause_s: Pauses before the next life grow up to this.
+        settled_s: Lifetime after which earlier deaths no longer count.
+        pause_s: Longest pause before a restart; pauses double up to this.
     """
 
     def __init__(self, *, settled_s: float, pause_s: float) -> None:
         self._settled_s, self._longest_s = settled_s, pause_s
         self._causes: list[str] = []
-        self._born_s: float | None = None  # None: not since the last death
+        self._born_s: float | None = None  # None: no controller has started since the last death
 
     def born(self, at_s: float) -> None:
-        """A life begins: it listens."""
+        """Note that a controller listens since ``at_s``."""
         self._born_s = at_s
 
     def died(self, error: str, at_s: float, *, on_purpose: bool) -> Again | GiveUp:
-        """What to do about a death.
+        """Decide what to do about a death.
 
         Args:
-            error: The exception that it died of; empty: a signal, or nobody knows.
-            on_purpose: The driver itself ended it, to inject a fault.
+            error: Message of the exception that ended the controller; empty: a signal, or unknown.
+            at_s: When it died.
+            on_purpose: The driver killed the controller to inject a fault.
         """
         born_s, self._born_s = self._born_s, None
         if on_purpose or (born_s is not None and at_s - born_s >= self._settled_s):
@@ -62,16 +65,18 @@ class Restarts:
             return GiveUp(reason=f"{MAX_SAME} times in a row in the same way")
         if len(self._causes) >= MAX_DEATHS:
             return GiveUp(reason=f"{MAX_DEATHS} times in a row")
-        doublings = len(self._causes) - 2  # the first is tried again at once
+        doublings = len(self._causes) - 2  # after the first death the restart is immediate
         return Again(pause_s=0.0 if doublings < 0 else min(self._longest_s, 0.25 * 2**doublings))
 
 
 class PulseWatch:
-    """Watches the controller's loop from the driver: as long as it turns, it sends pulses.
+    """Detects a hung controller: its event loop sends pulses while it works.
 
     Args:
-        limit_s: Silence after which a controller that is there counts as hung.
-        on_hung: Called, in a thread of the watch, once for every silence.
+        limit_s: Time without a pulse after which a running controller counts as hung.
+        on_hung: Called with the seconds of silence, in the watch's thread, once per silence.
+        on_death: Called if the watch's thread dies.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class PulseWatch:
         self._every_s = limit_s / 10
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._heard_s: float | None = None  # None: nothing to watch
+        self._heard_s: float | None = None  # time of the last pulse; None: no controller runs
         self._looked_s = clock()
         self._on_death = on_death
 
@@ -94,12 +99,12 @@ class PulseWatch:
         spawn("pulse", self._watch, on_death=self._on_death)
 
     def heard(self) -> None:
-        """The loop turns; also said when a controller has just begun to listen."""
+        """Note a pulse, or that a controller has just begun to listen."""
         with self._lock:
             self._heard_s = self._clock()
 
     def gone(self) -> None:
-        """There is no controller: its silence means nothing."""
+        """Stop expecting pulses, because no controller runs."""
         with self._lock:
             self._heard_s = None
 
@@ -111,14 +116,14 @@ class PulseWatch:
             self.look()
 
     def look(self) -> None:
-        """Whether it has been silent for too long, by now."""
+        """Call ``on_hung`` if the controller has been silent for too long."""
         now = self._clock()
         with self._lock:
             slept_s = max(0.0, now - self._looked_s - 2 * self._every_s)
             self._looked_s = now
             if self._heard_s is None:
                 return
-            self._heard_s += slept_s  # while this process stood still it could not hear
+            self._heard_s += slept_s  # a suspended driver received no pulses meanwhile
             silent_s = now - self._heard_s
             if silent_s <= self._limit_s:
                 return

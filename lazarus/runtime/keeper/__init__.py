@@ -1,6 +1,6 @@
-"""A node's keeper: it holds snapshots in host memory and writes them to storage; no torch.
+"""A node's keeper: a process that holds snapshots in host memory and writes them to storage.
 
-A process of its own, so that snapshots outlive the trainer. Start reading at ``process.py``. Other
-processes reach it through ``client.py``, its node's ranks through ``trainer_link.py``; nothing
-else of this room is for them.
+The keeper is a process of its own, so that snapshots outlive the node's ranks, and imports no
+torch. Start reading at ``process.py``. The node's ranks talk to the keeper through
+``trainer_link.py``, other processes through ``client.py``.
 """

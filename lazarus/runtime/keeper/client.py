@@ -1,4 +1,4 @@
-"""Calls to a keeper: fetch a record, list what it holds, give it orders. EFFECTS."""
+"""Client of a keeper: fetch or push expert images, list the images it holds, give it orders."""
 
 from __future__ import annotations
 
@@ -42,7 +42,17 @@ _REFUSALS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stock:
-    """A keeper's answer to an inventory: its records, and the host memory they take."""
+    """A keeper's answer to an inventory: the images it holds, and the host memory they take.
+
+    Attributes:
+        keys: Layer, expert, generation and step of each image.
+        checksums: xxh3-128 of each image, in hex.
+        sizes: Bytes of each image.
+        reserved_bytes: Host memory that the keeper has taken, free slots included.
+        peak_bytes: The most that ``reserved_bytes`` has been.
+        stale_messages: Messages that the keeper refused as stale or invalid.
+        pid: The keeper's process id.
+    """
 
     keys: tuple[RecordKey, ...]
     checksums: tuple[str, ...]
@@ -53,7 +63,7 @@ class Stock:
     pid: int
 
     def copies(self, *, node: int) -> tuple[Copy, ...]:
-        """The records as copies for ``decide_recovery``, as held on ``node``."""
+        """The images as copies held on ``node``, for the choice of what to restore from."""
         return tuple(
             Copy(
                 layer=key.layer,
@@ -71,7 +81,14 @@ class Stock:
 
 
 class KeeperClient:
-    """Talks to one keeper. Every call has a time limit."""
+    """Talks to one keeper. Every call has a time limit.
+
+    Args:
+        address: The keeper's "host:port".
+        credentials: The job's credentials.
+        tag: Job, term and generation that the caller speaks for; a keeper refuses older ones.
+        timeout_s: Limit of each call.
+    """
 
     def __init__(
         self,
@@ -94,21 +111,21 @@ class KeeperClient:
         self._channel.close()
 
     def retagged(self, tag: Tag) -> None:
-        """Speak for another generation from now on."""
+        """Speak for another term or generation from now on."""
         self._tag = tag
 
     def fetch(
         self, *, layer: int, expert: int, generation: int, step: int
     ) -> tuple[RecordKey, bytes]:
-        """One record, compared with its checksum and its own tags.
+        """Fetch one expert's image and check it against its checksum and its own metadata.
 
         Returns:
-            Its key, and its image (see ``lazarus.checkpoint.files.tensors.tensors_of``).
+            The image's key, and its bytes (see ``lazarus.checkpoint.files.tensors.tensors_of``).
 
         Raises:
-            RefusedError: The keeper does not hold it, or we are behind.
-            DamagedError: What arrived is not what was announced.
-            KeeperUnavailableError: No answer.
+            RefusedError: The keeper does not hold the image, or this client's tag is stale.
+            DamagedError: The bytes do not match their checksum, or are another image.
+            KeeperUnavailableError: The keeper did not answer in time.
         """
         request = FetchRequest(
             stamp=self._tag, layer=layer, expert=expert, generation=generation, step=step
@@ -130,10 +147,16 @@ class KeeperClient:
         return head.key, bytes(image)
 
     def push(self, key: RecordKey, data: memoryview, *, checksum: str, published_step: int) -> None:
-        """Send a record to be kept there too.
+        """Send an image to the keeper, which then holds a copy.
+
+        Args:
+            key: The image's key.
+            data: Its bytes.
+            checksum: xxh3-128 of ``data`` in hex.
+            published_step: Newest step whose commit is journaled.
 
         Raises:
-            RefusedError, KeeperUnavailableError: It is not kept.
+            RefusedError, KeeperUnavailableError: The keeper did not take the copy.
         """
         head = RecordHead(
             stamp=self._tag,
@@ -153,7 +176,7 @@ class KeeperClient:
             raise RefusedError(f"{self.address} refused a copy: {reply.reason}")
 
     def answers(self) -> bool:
-        """Whether it answers at all, to a question that changes nothing."""
+        """Whether the keeper answers a call, even with an error; changes nothing there."""
         ask = self._channel.unary_unary(method(KEEPER, "Nothing"))
         try:
             ask(b"", timeout=self._timeout_s, metadata=self._metadata)
@@ -162,10 +185,11 @@ class KeeperClient:
         return True
 
     def inventory(self) -> Stock:
-        """What it holds.
+        """List the images that the keeper holds.
 
         Raises:
-            RefusedError, KeeperUnavailableError: No inventory.
+            RefusedError: This client's tag is stale.
+            KeeperUnavailableError: The keeper did not answer in time.
         """
         reply = self._call("Inventory", InventoryRequest(stamp=self._tag), InventoryReply)
         return Stock(
@@ -186,13 +210,17 @@ class KeeperClient:
         drops: Iterable[tuple[int, int, int, int]] = (),
         leave: bool = False,
     ) -> int:
-        """Give orders: forget void and surplus records, or exit. Returns records forgotten.
+        """Order the keeper to forget images, or to exit. Returns the number of images forgotten.
 
         Args:
-            lineage: With ``resume_step``: forget what they void.
-            resume_step: Step of the newest RESUME; -1 leaves the records alone.
-            drops: Surplus copies as (layer, expert, generation, step).
-            leave: Exit at once, as when this node was fenced or the run is over.
+            lineage: (generation, step) of every RESUME; images that these made void are forgotten.
+            resume_step: Step of the newest RESUME; -1: ignore ``lineage``.
+            drops: Surplus copies to forget, as (layer, expert, generation, step).
+            leave: Exit now, because the node was fenced or the run is over.
+
+        Raises:
+            RefusedError: This client's tag is stale.
+            KeeperUnavailableError: The keeper did not answer in time.
         """
         order = Order(
             stamp=self._tag,
@@ -204,7 +232,7 @@ class KeeperClient:
         return self._call("Tell", order, OrderReply).dropped
 
     def _call(self, name: str, request: Any, reply: type[_Reply]) -> _Reply:
-        """One message there, one back."""
+        """Send one request and return the reply."""
         call = self._channel.unary_unary(method(KEEPER, name))
         try:
             answer = call(codec.encode(request), timeout=self._timeout_s, metadata=self._metadata)
@@ -220,10 +248,10 @@ class KeeperClient:
 
 
 def check_identity(key: RecordKey, metadata: Any) -> None:
-    """Compare a key with the tags inside its image.
+    """Compare a key with the metadata inside an image.
 
     Raises:
-        DamagedError: The image is another record.
+        DamagedError: The metadata names another layer, expert, step or generation.
     """
     want = {
         "layer": str(key.layer),

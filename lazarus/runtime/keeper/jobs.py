@@ -1,4 +1,4 @@
-"""What a keeper does on its own time: copies to other nodes, files on storage. EFFECTS."""
+"""The keeper's background work: sends copies to other nodes and writes files to storage."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lazarus.runtime.rpc.credentials import Credentials
 
 Report = Callable[[dict[str, Any]], None]
 _PENDING_COPIES = 2
-_MIN_RATE = 5e6  # bytes/s below which a copy to another node is given up
+_MIN_RATE = 5e6  # bytes/s; a slower copy to another node times out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copying:
-    """Records to send, each with its bytes and the keepers that shall hold it too."""
+    """Images to send, each with its bytes and the addresses of the keepers to send it to."""
 
     tag: Tag
     records: list[tuple[Version, memoryview, tuple[str, ...]]]
@@ -34,7 +34,7 @@ class Copying:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Persisting:
-    """Records to write as one writer's share of a checkpoint."""
+    """Images to write to storage at ``url``, as one rank's share of a checkpoint."""
 
     tag: Tag
     url: str
@@ -43,9 +43,10 @@ class Persisting:
 
 
 class KeeperWork:
-    """One thread that copies, one that persists, each with a bounded queue.
+    """One thread that copies and one that persists, each with a bounded queue.
 
-    Every version handed over was pinned once per reader; whatever happens, it is unpinned.
+    The caller pins every version once for a persist and once for each address of a copy. Each pin
+    is released by ``unpin``, whether the work succeeds, fails or is refused.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class KeeperWork:
         self._clients: dict[str, KeeperClient] = {}
 
     def copy(self, job: Copying) -> None:
-        """Queue copies; refused with a report when earlier ones are still under way."""
+        """Queue copies; if two jobs are pending already, report a failure instead."""
         if not self._copies.acquire(blocking=False):
             self._release_copies(job)
             job.report({"kind": "copy", "ok": False, "error": "earlier copies are under way"})
@@ -67,7 +68,7 @@ class KeeperWork:
         self._copier.submit(self._copy, job)
 
     def persist(self, job: Persisting) -> None:
-        """Queue a persist; refused with a report when one runs and one waits."""
+        """Queue a persist; if one runs and one waits already, report a failure instead."""
         if not self._persists.acquire(blocking=False):
             for version, _ in job.records:
                 self._unpin(version)

@@ -1,11 +1,12 @@
 """A node's keeper: the process that holds snapshots in host memory and writes them to storage.
 
-It outlives the trainers of its node, never its owner: it exits when the pipe to the owner closes,
-when its parent is gone, or when it is told to (a fenced node). Its memory has no name in any
-filesystem, so whatever dies in whatever order, nothing stays behind. It imports no torch.
+The keeper outlives the ranks of its node, but not the process that started it (its owner): it
+exits when the pipe to the owner closes, when its parent is gone, or on an order to leave. Its
+memory has no name in any filesystem, so nothing stays behind in whatever order processes die. The
+keeper imports no torch.
 
-Started by ``start_keeper``; run as ``python -m lazarus.runtime.keeper.process`` with its settings
-as one JSON line on standard input, which also carries the secret (never on the command line).
+``start_keeper`` runs ``python -m lazarus.runtime.keeper.process`` and writes the settings,
+including the job's secret, as one JSON line to its standard input.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ from lazarus.runtime.rpc.channel import endpoint
 from lazarus.runtime.rpc.credentials import Credentials
 
 _PARENT_CHECK_S = 0.5
-_STARTS = 4  # times longer than it may be silent later: a start reads a whole Python from disk
+_STARTS = 4  # a start may take this many times ``silent_s``: it loads Python from disk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeeperConfig:
     """Settings of one keeper.
 
-    ``silent_s`` is for its owner: how long it may leave questions unanswered.
-    ``kill_at`` is for crash tests: ``LABEL:N`` kills the process with SIGKILL at the N-th event of
-    that label while it persists.
+    Attributes:
+        job: Id of the run; messages of other jobs are refused.
+        credentials: The job's credentials.
+        bind: "host:port" to listen on; port 0: any free port.
+        limit_bytes: Most host memory for snapshots; never more than the machine has.
+        silent_s: Time without an answer after which the owner takes the keeper for hung.
+        kill_at: For crash tests: "LABEL:N" kills the process with SIGKILL at the N-th event of that
+            label during a persist.
     """
 
     job: str
@@ -48,13 +54,13 @@ class KeeperConfig:
 
 @dataclass(frozen=True, slots=True)
 class KeeperProcess:
-    """A running keeper as its owner sees it. Closing ``process.stdin`` ends it."""
+    """A running keeper, for its owner. Closing ``process.stdin`` ends the keeper."""
 
     address: str
     process: subprocess.Popen[str]
 
     def stop(self, *, timeout_s: float = 5.0) -> None:
-        """End it and reap it."""
+        """End the keeper and wait for it; kill it after ``timeout_s``."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:
@@ -70,11 +76,11 @@ def start_keeper(config: KeeperConfig, *, host: str = "") -> KeeperProcess:
     """Start a keeper as a child of this process and wait until it listens.
 
     Args:
-        config: Its settings; with port 0 in ``bind`` any free port.
-        host: Name under which other nodes reach it, if not that of ``bind``.
+        config: The keeper's settings.
+        host: Address at which other nodes reach the keeper; empty: the host of ``config.bind``.
 
     Raises:
-        KeeperUnavailableError: It did not start.
+        KeeperUnavailableError: The keeper did not start.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "lazarus.runtime.keeper.process"],
@@ -102,7 +108,12 @@ def start_keeper(config: KeeperConfig, *, host: str = "") -> KeeperProcess:
 
 
 def kill_probe(spec: str, *, kill: Callable[[], None]) -> Probe:
-    """A probe that kills at the N-th event of a label (``LABEL:N``); empty: none."""
+    """Create a probe that calls ``kill`` at the N-th event of a label.
+
+    Args:
+        spec: "LABEL:N"; empty: a probe that does nothing.
+        kill: Ends the process.
+    """
     if not spec:
         return no_probe
     wanted, _, number = spec.rpartition(":")
@@ -118,7 +129,7 @@ def kill_probe(spec: str, *, kill: Callable[[], None]) -> Probe:
 
 
 def kill_self() -> None:
-    """SIGKILL to this very process."""
+    """Send SIGKILL to this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -128,19 +139,19 @@ def _parse(line: str) -> KeeperConfig:
 
 
 def main() -> int:
-    """Serve until the owner is gone or an order says leave."""
+    """Serve until the owner is gone or an order to leave arrives. Does not return."""
     from lazarus.basics.threads import say_so, spawn
     from lazarus.runtime.keeper.service import KeeperService, serve
 
     parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver; the pipe tells us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which closes the pipe
     config = _parse(sys.stdin.readline())
     stop = threading.Event()
     probe = kill_probe(config.kill_at, kill=kill_self)
 
     def thread_died(name: str, problem: BaseException) -> None:
         say_so(name, problem)
-        os._exit(1)  # what was in its hands is lost: the owner starts another keeper
+        os._exit(1)  # the state may be inconsistent: the owner starts another keeper
 
     service = KeeperService(config, stop=stop, probe=probe, on_death=thread_died)
     server, port = serve(service, config)
@@ -156,7 +167,7 @@ def main() -> int:
     while not stop.wait(_PARENT_CHECK_S) and os.getppid() == parent:
         continue
     server.stop(grace=0.2).wait(0.5)
-    # Threads may sit in a write to storage; a checkpoint is whole or absent whenever we go.
+    # Threads may be writing to storage; a checkpoint is whole or absent at whatever time we exit.
     os._exit(0)
 
 

@@ -1,4 +1,7 @@
-"""What a keeper answers: reservations, seals, copies, fetches, orders. EFFECTS, no torch."""
+"""The keeper's gRPC service: reservations, seals, copies, fetches, inventories and orders.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +50,15 @@ from lazarus.runtime.rpc.keeper_messages import (
 )
 
 PID_HEADER = "lazarus-pid"
-_MAX_STREAMS = 256  # of the node's ranks, and of other nodes that fetch and copy
-_FURTHEST = 1 << 20  # terms or generations at once; what claims more would shut out everybody else
+_MAX_STREAMS = 256  # for the node's ranks, and for other nodes that fetch and copy
+# Largest jump of term or generation that a message may make. A bogus huge value would become the
+# newest, and every later message would be refused as stale.
+_FURTHEST = 1 << 20
 
 
 @dataclass(eq=False)
 class _Trainer:
-    """One attached trainer: its open tickets and the messages on their way to it."""
+    """One attached rank: its process id, open tickets and outgoing messages."""
 
     pid: int
     outbox: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
@@ -62,7 +67,17 @@ class _Trainer:
 
 
 class KeeperService:
-    """One lock around the memory's books; bytes move outside of it, pinned."""
+    """Answers the calls to a keeper.
+
+    One lock guards the bookkeeping of the memory. Bytes are read and written without the lock, in
+    versions that are pinned or not visible yet.
+
+    Args:
+        config: The keeper's settings.
+        stop: Set when an order says that the keeper must exit.
+        probe: Called at labelled points of a persist, for crash tests.
+        on_death: Called if a thread of the service dies.
+    """
 
     def __init__(
         self,
@@ -86,7 +101,7 @@ class KeeperService:
     # ---- trainers ------------------------------------------------------------------------------
 
     def attach(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Serve one trainer until its stream ends."""
+        """Serve the stream of one of the node's ranks until it ends."""
         pid = str(dict(context.invocation_metadata()).get(PID_HEADER, "0"))
         trainer = _Trainer(pid=int(pid) if pid.isdecimal() and len(pid) < 10 else 0)
         self._free_orphans(attached=trainer.pid)
@@ -101,17 +116,18 @@ class KeeperService:
             for data in requests:
                 self._obey(trainer, data)
         except grpc.RpcError:
-            pass  # the stream broke: the trainer is gone, which is what the next lines handle
+            pass  # the stream broke: handled below
         finally:
             with self._lock:
-                # A dead trainer writes no more; one that lost its stream might. Its slots wait.
+                # A rank that only lost its stream may still write into its slots, so they are
+                # freed once its process is gone or attaches again.
                 self._orphans += [(trainer.pid, t) for _, t in trainer.tickets.values()]
                 trainer.tickets.clear()
             self._free_orphans(attached=0)
             trainer.outbox.put(None)
 
     def _obey(self, trainer: _Trainer, data: bytes) -> None:
-        """One message of a trainer's; one that is none is dropped and counted."""
+        """Handle one message of a rank; an invalid message is dropped and counted."""
         try:
             message: FromTrainer = codec.decode(FromTrainer, data)  # type: ignore[arg-type]
         except ValueError:
@@ -219,7 +235,7 @@ class KeeperService:
     # ---- other nodes ---------------------------------------------------------------------------
 
     def push(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        """Take a record from another keeper; it counts once complete and verified."""
+        """Receive an image from another keeper; it becomes visible once complete and verified."""
         head = _decoded(RecordHead, next(chunks, b""), context)
         return codec.encode(self._take_in(head, chunks))
 
@@ -246,11 +262,11 @@ class KeeperService:
         return PushReply(accepted=not reason, reason=reason)
 
     def _receive(self, version: Version, head: RecordHead, chunks: Iterator[bytes]) -> str:
-        """Fill a slot from a stream; the reason why not, or nothing."""
+        """Fill a version's slot from a stream. Returns why that failed; empty: it did not."""
         view = self._memory.view(version)
         try:
             count = received_into(view, chunks)
-            if count != head.num_bytes:  # not even looked at: it would become resident
+            if count != head.num_bytes:  # return before reading the slot, which would page it in
                 return f"{count} of {head.num_bytes} bytes came"
             version.checksum = xxhash.xxh3_128_hexdigest(view)
             if version.checksum != head.checksum:
@@ -265,7 +281,7 @@ class KeeperService:
         return ""
 
     def fetch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Send a record to whoever restores it."""
+        """Send an image to a rank that restores it."""
         request = _decoded(FetchRequest, data, context)
         with self._lock:
             self._refuse_stale(request.stamp, context)
@@ -291,7 +307,7 @@ class KeeperService:
             self._unpin(version)
 
     def inventory(self, data: bytes, context: grpc.ServicerContext) -> bytes:
-        """What is held, and the memory it takes."""
+        """List the images held, and the memory they take."""
         request = _decoded(InventoryRequest, data, context)
         with self._lock:
             self._refuse_stale(request.stamp, context)
@@ -308,7 +324,7 @@ class KeeperService:
         return codec.encode(reply)
 
     def tell(self, data: bytes, context: grpc.ServicerContext) -> bytes:
-        """Forget what the lineage voids, drop surplus copies, or exit."""
+        """Carry out an order: forget void images, drop surplus copies, or exit."""
         order = _decoded(Order, data, context)
         with self._lock:
             self._refuse_stale(order.stamp, context)
@@ -324,7 +340,10 @@ class KeeperService:
     # ---- terms and generations -----------------------------------------------------------------
 
     def _stale_reason(self, tag: Tag) -> str:
-        """Why a message is refused, or nothing; a higher (term, generation) becomes ours."""
+        """Why a message with this tag is refused; empty: it is accepted.
+
+        A newer (term, generation) becomes the keeper's own. Call with the lock held.
+        """
         newest = self._newest
         if tag.job != self._job:
             self._stale += 1
@@ -350,7 +369,7 @@ _Kind = TypeVar("_Kind")
 
 
 def _decoded(kind: type[_Kind], data: bytes, context: grpc.ServicerContext) -> _Kind:
-    """The message of a call; a call with something else is refused."""
+    """Decode the message of a call; abort the call if that fails."""
     try:
         return codec.decode(kind, data)
     except ValueError as problem:
@@ -371,7 +390,7 @@ def _odd_head(head: RecordHead) -> str:
 
 
 class _Reporter:
-    """Sends a JSON record to the trainer that made the ticket, if it still listens."""
+    """Sends a report as JSON to the rank that made the ticket, if its stream is still open."""
 
     def __init__(self, trainer: _Trainer, ticket: int) -> None:
         self._trainer, self._ticket = trainer, ticket
@@ -384,14 +403,14 @@ class _Reporter:
 
 
 def serve(service: KeeperService, config: KeeperConfig) -> tuple[grpc.Server, int]:
-    """Start the server; returns it with its port.
+    """Start a gRPC server for the service. Returns the server and its port.
 
     Raises:
-        OSError: The address is not to be had.
+        OSError: The address in ``config.bind`` is not available.
     """
     server = make_server(config.credentials, max_streams=_MAX_STREAMS)
     handlers = {
-        "Attach": grpc.stream_stream_rpc_method_handler(service.attach),  # a trainer of this node
+        "Attach": grpc.stream_stream_rpc_method_handler(service.attach),  # a rank of this node
         "Push": grpc.stream_unary_rpc_method_handler(service.push),
         "Fetch": grpc.unary_stream_rpc_method_handler(service.fetch),
         "Inventory": grpc.unary_unary_rpc_method_handler(service.inventory),

@@ -1,4 +1,4 @@
-"""A trainer's stream to its node's keeper: reservations out, memory and reports in. EFFECTS."""
+"""A rank's stream to its node's keeper: sends reservations, receives memory and reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_REPORTS = 1000
 
 
 class _Stream:
-    """One life of the connection."""
+    """One stream to the keeper, until it breaks."""
 
     def __init__(self, address: str, credentials: Credentials, on_done: Any) -> None:
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -56,7 +56,7 @@ class _Stream:
                     self._on_done(json.loads(message.record))
         except grpc.RpcError as error:
             self.replies.put(error)
-        except ValueError as error:  # of another version, or no keeper at all
+        except ValueError as error:  # the peer has another version, or is no keeper
             say_so("keeper-link", error)
         finally:
             self.broken = True
@@ -69,10 +69,11 @@ class _Stream:
 
 
 class RemoteKeeperLink:
-    """The ``KeeperLink`` of production. Used by the snapshot thread, ``reports`` by any thread.
+    """The ``KeeperLink`` that talks to a keeper's process.
 
-    A broken stream is opened anew by the next reservation, so that a keeper that was replaced at
-    the same address is found again.
+    Only the snapshot thread may use a link; ``reports`` and ``next_report`` are for any thread. If
+    the stream is broken, the next ``reserve`` opens a new one, to the same keeper or to the one
+    that replaced it at the same address.
     """
 
     def __init__(
@@ -83,7 +84,14 @@ class RemoteKeeperLink:
         timeout_s: float = 5.0,
         on_report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """``on_report`` takes reports as they come, on any thread; without it they are kept."""
+        """Create a link; the first ``reserve`` connects.
+
+        Args:
+            address: The keeper's "host:port".
+            credentials: The job's credentials.
+            timeout_s: Longest wait for the answer to a reservation.
+            on_report: Called with each report, on any thread; None: keep them for ``reports``.
+        """
         self._address, self._credentials, self._timeout_s = address, credentials, timeout_s
         self._segments = MappedSegments()
         self._stream: _Stream | None = None
@@ -100,11 +108,21 @@ class RemoteKeeperLink:
         sizes: Sequence[int],
         published: int,
     ) -> list[memoryview]:
-        """Host memory for the records.
+        """Reserve host memory for the images of a snapshot.
+
+        Args:
+            ticket: Number of the snapshot, not in use by another one.
+            tag: Job, term and generation of the snapshot.
+            keys: One key per image.
+            sizes: Bytes of each image.
+            published: Newest step whose commit is journaled.
+
+        Returns:
+            Writable memory of each image, to be filled before ``seal``.
 
         Raises:
-            KeeperUnavailableError: No answer in time.
-            RefusedError: No room, or this (term, generation) is over.
+            KeeperUnavailableError: The keeper did not answer in time.
+            RefusedError: The keeper has no room, or this (term, generation) is over.
         """
         if self._stream is None or self._stream.broken:
             self._close_stream()
@@ -146,7 +164,17 @@ class RemoteKeeperLink:
     def seal(
         self, ticket: int, *, copies: Mapping[int, Sequence[str]], persist: Sequence[int], url: str
     ) -> None:
-        """The records are complete."""
+        """Tell the keeper that the images of a ticket are complete.
+
+        Args:
+            ticket: The ticket given to ``reserve``.
+            copies: Index of an image -> addresses of keepers that get a copy.
+            persist: Indices of the images to write to storage.
+            url: Where to write these.
+
+        Raises:
+            KeeperUnavailableError: The stream is broken.
+        """
         seal = Seal(
             ticket=ticket,
             copies=tuple(Target(index=i, addresses=tuple(a)) for i, a in copies.items()),
@@ -156,7 +184,11 @@ class RemoteKeeperLink:
         self._send(seal)
 
     def abandon(self, ticket: int) -> None:
-        """The records will not be completed."""
+        """Tell the keeper that the images of a ticket will not be completed.
+
+        Raises:
+            KeeperUnavailableError: The stream is broken.
+        """
         self._send(Abandon(ticket=ticket))
 
     def _send(self, message: FromTrainer) -> None:
@@ -165,7 +197,7 @@ class RemoteKeeperLink:
         self._stream.outbox.put(codec.encode(message))
 
     def add_report(self, record: dict[str, Any]) -> None:
-        """Hand a record on, or put it where ``reports`` finds it."""
+        """Pass a report to ``on_report``, or keep it for ``reports``."""
         if self._on_report is not None:
             self._on_report(record)
             return
@@ -174,13 +206,13 @@ class RemoteKeeperLink:
             self._reported.notify_all()
 
     def reports(self) -> list[dict[str, Any]]:
-        """What ended since the last call."""
+        """All reports that came since the last call."""
         with self._reported:
             found, self._reports = self._reports, []
         return found
 
     def next_report(self, timeout_s: float) -> dict[str, Any] | None:
-        """The oldest report not taken yet, waiting for one; None if none comes in time."""
+        """Wait for the oldest report not taken yet; None: no report came in time."""
         with self._reported:
             self._reported.wait_for(lambda: bool(self._reports), timeout_s)
             return self._reports.pop(0) if self._reports else None
@@ -191,7 +223,7 @@ class RemoteKeeperLink:
             self._stream = None
 
     def close(self) -> None:
-        """Close the connection; the keeper goes on."""
+        """Close the connection; does not end the keeper."""
         self._close_stream()
         self._segments.clear()
 

@@ -1,4 +1,4 @@
-"""Which launcher a run gets, from its configuration. Imports Ray only where it is used."""
+"""Chooses the launcher of a run from its configuration. Imports Ray only if the run uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from lazarus.runtime.launch.ray_home import PrivateHome
 
 
 def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
-    """Plain processes, Ray actors on an embedded cluster, or on one to join."""
+    """Create the run's launcher: plain processes, or Ray on an embedded or a joined cluster.
+
+    Raises:
+        ConfigError: The Ray cluster to join does not answer.
+    """
     if config.cluster.launcher != "ray":
         host, bind_host = own_hosts(config)
         return ProcessLauncher(
@@ -33,12 +37,12 @@ def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
 
 
 def own_hosts(config: TrainConfig) -> tuple[str, str]:
-    """Where processes on this machine alone are reached, and what they listen on."""
+    """Addresses for a run on this machine alone: to connect to, and to listen on."""
     return hosts_of(config.security.bind, own=LOOPBACK)
 
 
 def joins_cluster(config: TrainConfig) -> bool:
-    """Whether the run's nodes are machines of a Ray cluster that runs already."""
+    """Whether the run joins a Ray cluster that is already running."""
     if config.cluster.launcher != "ray":
         return False
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -46,6 +50,6 @@ def joins_cluster(config: TrainConfig) -> bool:
 
 
 def _ray_is_up() -> bool:
-    """Whether the user's own code has connected this process to a Ray cluster."""
+    """Whether this process is connected to a Ray cluster already, by the user's code."""
     module = sys.modules.get("ray")
     return module is not None and bool(module.is_initialized())

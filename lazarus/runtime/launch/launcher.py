@@ -1,4 +1,7 @@
-"""Starting and ending a run's processes: a port with two adapters (plain processes, Ray actors)."""
+"""Starts and ends a run's processes: the ``Launcher`` interface, and one for plain processes.
+
+``ray_launcher.py`` has the implementation for Ray actors.
+"""
 
 from __future__ import annotations
 
@@ -29,74 +32,91 @@ from lazarus.runtime.launch.local_nodes import LocalNodes, NodePlace, OwnPlaces
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
 _PR_SET_PDEATHSIG = 1
-# A cause that blames nobody: its children cannot outlive it, and nobody has their exit codes.
+# Cause of a process's death when the fork server died: its children die too, without exit codes.
 ORPHANED = "the process that starts the others was killed"
 LOOPBACK = "127.0.0.1"
-_EVERYWHERE = ("0.0.0.0", "::")  # to listen on, never to be reached at
+_EVERYWHERE = ("0.0.0.0", "::")  # addresses to listen on that no process can connect to
 
 OnExit = Callable[[str, str], None]  # process name, cause
-OnNotice = Callable[[str, float], None]  # node key, seconds until it goes (0: unknown)
+OnNotice = Callable[[str, float], None]  # node key, seconds until the node goes (0: unknown)
 
 
 class Launcher(Protocol):
-    """Owns every process of one run. ``on_exit`` is called from a thread of the launcher."""
+    """Starts and ends every process of one run.
 
-    host: str  # address of the driver's machine, at which others reach the controller
-    bind_host: str  # what the controller listens on, there
+    A launcher calls the ``OnExit`` function that it was created with, from a thread of its own,
+    whenever a process ends.
+    """
 
-    is_fixed: bool  # True: no machine ever comes by itself
+    host: str  # address at which other processes reach the controller, on the driver's machine
+    bind_host: str  # address that the controller listens on
+
+    is_fixed: bool  # True: no new machine ever appears by itself
 
     def machines(self) -> tuple[Machine, ...]:
-        """The machines that live now, with the room that they have now."""
+        """The live machines, with their current room for nodes."""
 
     def name_of(self, machine: str) -> str:
-        """A machine as people know it."""
+        """Name of a machine for messages, given its id."""
 
     def shortage(self) -> str:
-        """What the machines lack for one more node, with the numbers."""
+        """Message that says what the machines lack for one more node, with the numbers."""
 
     def add_machine(self) -> None:
-        """One more machine, where machines are made up; nothing where they come by themselves."""
+        """Add a place for one more node on this computer; does nothing on a joined cluster."""
 
     def open_node(
         self, key: str, machine: str, *, keeper: KeeperConfig | None, folder: Path
     ) -> NodePlace:
-        """Take room for a node on this machine, and start its keeper there if it has one.
+        """Take room for a node on a machine and start its keeper there.
+
+        Args:
+            key: The node's name.
+            machine: Id of the machine.
+            keeper: Settings of the node's keeper; None: the node has no keeper.
+            folder: Scratch folder of the node; created if it is missing.
 
         Raises:
-            RoomTakenError: Somebody else has the room.
-            StartupError, KeeperUnavailableError: It did not start.
+            RoomTakenError: The machine's room was taken in the meantime.
+            StartupError, KeeperUnavailableError: The node or its keeper did not start.
         """
 
     def close_node(self, key: str) -> None:
-        """End what a node has beside its ranks; fine if it is gone."""
+        """End the node's keeper and free its room; does nothing if the node is closed."""
 
     def follow_nodes(self, on_machines: Callable[[int], None], on_notice: OnNotice) -> None:
-        """Say from now on when machines come, and how many; and when a node will go."""
+        """Begin to call ``on_machines`` with the number of new machines, and ``on_notice``."""
 
     def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
-        """Start it and wait until it listens. Returns its port."""
+        """Start the controller and wait until it listens. Returns its port.
+
+        Raises:
+            StartupError: It did not start; ControllerDiedError if its process ended.
+        """
 
     def start_workers(self, specs: Sequence[WorkerSpec]) -> None:
         """Start the ranks of one node.
 
         Raises:
-            StartupError: Their machine does not answer.
+            StartupError: The node's machine does not answer.
         """
 
     def kill(self, name: str) -> None:
-        """SIGKILL one process by name ("controller" or a worker's); fine if it is gone."""
+        """SIGKILL "controller" or a worker by name; does nothing if the process is gone."""
 
     def close(self, *, grace_s: float) -> None:
-        """Wait for the processes that are about to end, then end the rest. Leaves nothing."""
+        """Wait for processes to end for up to ``grace_s``, then kill the rest."""
 
 
 def hosts_of(bind: str, *, own: str) -> tuple[str, str]:
-    """Where a machine's processes are reached, and what they listen on, for ``security.bind``.
+    """Addresses of a machine's processes, from the setting ``security.bind``.
 
     Args:
-        bind: As configured.
-        own: The machine's address as the others of the run know it.
+        bind: The setting: "auto" or an address.
+        own: Address at which other machines of the run reach this one.
+
+    Returns:
+        The address to connect to, and the address to listen on.
     """
     if bind == "auto":
         return own, own
@@ -104,13 +124,16 @@ def hosts_of(bind: str, *, own: str) -> tuple[str, str]:
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Let the kernel end this process when the one that started it dies."""
+    """Make the kernel send a signal to this process when its parent dies."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _driver_watch() -> Callable[[], bool]:
-    """Tells, in a child of the fork server, whether the driver that started that one is gone."""
+    """For a child of the fork server: a function that says whether the driver is gone.
+
+    The driver is the parent of the fork server.
+    """
     fork_server = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8", errors="replace")
     driver = int(fork_server.rpartition(")")[2].split()[1])
     since = started_at(driver)
@@ -118,7 +141,7 @@ def _driver_watch() -> Callable[[], bool]:
 
 
 def _has_bytes(pipe: int) -> bool:
-    """Whether something can be read before its end; the fork server writes exit codes there."""
+    """Whether a pipe has bytes to read: the fork server writes a child's exit code into it."""
     count = array("i", [0])
     fcntl.ioctl(pipe, termios.FIONREAD, count)
     return count[0] > 0
@@ -129,11 +152,11 @@ def _worker_main(spec: WorkerSpec) -> None:
     from lazarus.runtime.worker.process import run_worker
 
     code = run_worker(spec)
-    os._exit(code)  # no exit handlers of libraries: the state is gone, and they may hang
+    os._exit(code)  # skip the exit handlers of libraries, which may hang
 
 
 def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
-    die_with_parent(signal.SIGTERM)  # time to put the end of the run on record
+    die_with_parent(signal.SIGTERM)  # not SIGKILL: time to write the end of the run to the record
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from lazarus.runtime.controller.controller_end import failure_of
     from lazarus.runtime.controller.shell import start_controller
@@ -149,21 +172,22 @@ def _controller_main(spec: ControllerSpec, pipe: Any) -> None:
             print(f"controller: {problem}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(problem)
-        if not pipe.closed:  # it never listened: nobody else can hear why
+        if not pipe.closed:  # the controller never listened: this pipe alone can carry the reason
             pipe.send(failure_of(problem).to_json())
-        os._exit(1)  # not even gRPC's threads live on
+        os._exit(1)  # do not wait for gRPC's threads
     os._exit(0)
 
 
 class ProcessLauncher:
-    """Plain processes from a fork server that has imported torch: quick to start, easy to kill.
+    """Starts plain processes on this machine from a fork server that has imported torch.
 
     Args:
-        host: Where processes reach each other.
-        bind_host: What controller and keepers listen on, if it is not ``host``.
-        nodes: Nodes that share this machine.
-        is_warm: False: the fork server has imported nothing, so every process imports torch
-            itself, as under torchrun.
+        on_exit: Called when a process ends; with the name "launcher" if the watching thread dies.
+        host: Address at which processes reach each other.
+        bind_host: Address that the controller and the keepers listen on; empty: ``host``.
+        nodes: Number of nodes that share this machine.
+        is_warm: False: the fork server imports nothing, so every process imports torch itself, as
+            under torchrun.
     """
 
     is_fixed = True
@@ -214,7 +238,7 @@ class ProcessLauncher:
         self._nodes.close(key)
 
     def follow_nodes(self, on_machines: Callable[[int], None], on_notice: OnNotice) -> None:
-        """This machine neither comes nor goes."""
+        """Do nothing: this machine is the only one."""
 
     def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
         here, there = self._context.Pipe(duplex=False)
@@ -254,7 +278,7 @@ class ProcessLauncher:
             process.kill()
 
     def _blind(self, name: str, problem: BaseException) -> None:
-        """No death would be seen any more: the owner must not go on as if all lived."""
+        """Report the death of the watching thread: no process's end would be noticed any more."""
         say_so(name, problem)
         self._on_exit("launcher", f"{type(problem).__name__}: {problem}")
 

@@ -1,4 +1,4 @@
-"""The nodes of a run that live on this machine, apart from their ranks: folder and keeper."""
+"""Folders and keepers of the run's nodes on this machine. Ranks are started by the launcher."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from lazarus.runtime.keeper.client import KeeperClient
 from lazarus.runtime.keeper.process import KeeperConfig, KeeperProcess, start_keeper
 from lazarus.runtime.rpc.channel import endpoint
 
-_REPLACEMENTS = 3  # of one node's keeper: one that dies again and again stays away
-_PINGS = 3  # in a row that a keeper does not answer, in the time that it may be silent
-_NODE_NEWS_S = 1.0  # a node that dies takes its keeper along, and is closed long before this
+_REPLACEMENTS = 3  # starts of a new keeper for one node; after these the node has none
+_PINGS = 3  # unanswered pings in a row, within ``silent_s``, after which a keeper counts as hung
+_NODE_NEWS_S = 1.0  # if the keeper died with its node, the node is closed long before this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodePlace:
-    """Where one node of the run lives."""
+    """Addresses and resources of one node of the run."""
 
-    host: str  # the address that its processes bind to, and are reached at
-    keeper: str = ""  # address of its keeper of snapshots; empty: it has none
-    zone: str = ""  # availability zone of its machine; empty: not known
-    memory_share: float = 1.0  # of the memory that one of its processes sees
+    host: str  # address that its processes bind to and are reached at
+    keeper: str = ""  # address of the node's keeper; empty: none
+    zone: str = ""  # availability zone of its machine; empty: unknown
+    # The node's memory, in multiples of the memory that one of its processes sees: 0.5 where two
+    # nodes share a machine, the number of ranks where each rank sees only its own GPU.
+    memory_share: float = 1.0
 
 
 class OwnPlaces:
-    """Places for nodes on this computer: each stands for a machine, and takes one node."""
+    """Places for nodes on this computer: each place counts as a machine that takes one node."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
@@ -53,9 +55,10 @@ class OwnPlaces:
             self._count += 1
 
     def take(self, key: str, place: str) -> None:
-        """
+        """Put a node in a place.
+
         Raises:
-            RoomTakenError: Another node of the run is there.
+            RoomTakenError: Another node of the run has the place.
         """
         with self._lock:
             if place in self._taken.values():
@@ -72,9 +75,10 @@ class OwnPlaces:
 
 
 class LocalNodes:
-    """Owns the keepers of this machine: they end with this process, or before.
+    """Starts, watches and ends the keepers on this machine; none outlives this process.
 
-    A keeper that dies alone, or hangs, is replaced, at its address and without its snapshots.
+    A keeper that dies or hangs while its node lives is replaced by a new one at the same address.
+    The snapshots of the old keeper are lost.
     """
 
     def __init__(self, host: str, *, bind_host: str) -> None:
@@ -88,7 +92,7 @@ class LocalNodes:
         """Make the node's folder and start its keeper.
 
         Raises:
-            KeeperUnavailableError: It did not start.
+            KeeperUnavailableError: The keeper did not start.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
@@ -107,7 +111,7 @@ class LocalNodes:
         return NodePlace(host=self._host, keeper=started.address)
 
     def _follow(self, key: str, config: KeeperConfig, closed: threading.Event) -> None:
-        """Replace the keeper of a node that lives on without it."""
+        """Wait for the end of a node's keeper and replace the keeper if the node still lives."""
         for _ in range(_REPLACEMENTS):
             with self._lock:
                 keeper = self._keepers.get(key)
@@ -115,12 +119,12 @@ class LocalNodes:
                 return
             spawn("keeper-pulse", _end_hung, keeper, config, closed, on_death=say_so)
             if keeper.process.wait() == 0 or closed.wait(_NODE_NEWS_S):
-                return  # the node is closed, or the keeper was told to leave
+                return  # the node is closed, or the keeper left on an order
             keeper.stop()
             try:
                 started = start_keeper(config, host=self._host)
             except KeeperUnavailableError:
-                continue  # its port is taken, or there is no room: checkpoints say that they fail
+                continue  # its port or memory is not available; failed checkpoints are reported
             with self._lock:
                 if not closed.is_set():
                     (self._folders[key] / str(keeper.process.pid)).unlink(missing_ok=True)
@@ -131,13 +135,18 @@ class LocalNodes:
             return
 
     def note(self, key: str, pid: int = 0) -> None:
-        """A process (this one) belongs to the node: a fault that ends the node ends it too."""
+        """Add a process to the node, so that an injected fault that ends the node ends it too.
+
+        Args:
+            key: The node.
+            pid: The process; 0: this process.
+        """
         with self._lock:
             folder = self._folders[key]
         (folder / str(pid or os.getpid())).touch()
 
     def close(self, key: str) -> None:
-        """End the keeper, remove the folder. Fine if the node is gone already."""
+        """End the node's keeper and remove its folder; does nothing if the node is closed."""
         with self._lock:
             keeper = self._keepers.pop(key, None)
             folder = self._folders.pop(key, None)
@@ -158,7 +167,7 @@ class LocalNodes:
 
 
 def _end_hung(keeper: KeeperProcess, config: KeeperConfig, closed: threading.Event) -> None:
-    """Kill a keeper that answers nothing any more; whoever waits for its end replaces it."""
+    """Ping a keeper and kill it once it stops answering; ``_follow`` then replaces it."""
     every_s, missed = config.silent_s / _PINGS, 0
     tag = Tag(job=config.job, term=0, generation=0)
     while not closed.wait(every_s) and keeper.process.poll() is None:

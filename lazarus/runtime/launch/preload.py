@@ -1,4 +1,4 @@
-"""Imported once by the fork server, so that each forked worker starts in milliseconds.
+"""Imports that the fork server makes once, so that each forked process starts in milliseconds.
 
 Nothing here may start a thread: threads do not survive a fork.
 """
@@ -10,5 +10,5 @@ import lazarus.runtime.controller.shell
 import lazarus.runtime.worker.process  # noqa: F401
 
 torch.set_num_threads(1)
-# The first optimizer of a process imports the compiler's front end, for a second and more.
+# The first optimizer of a process imports the compiler's front end, which takes over a second.
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)

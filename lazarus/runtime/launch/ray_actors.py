@@ -1,4 +1,4 @@
-"""What runs inside Ray's processes: a rank, the controller, and a node's own things."""
+"""The Ray actors of a run: one class each for a rank, the controller and a node's keeper."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
 
 class WorkerActor:
-    """One rank; ``run`` is its whole life."""
+    """One rank, which trains until ``run`` returns."""
 
     def warm_up(self) -> None:
-        """Import what a rank needs."""
+        """Import the modules that a rank needs."""
         import lazarus.runtime.worker.process  # noqa: F401
 
     def is_there(self) -> None:
-        """Answers as soon as the actor has a process."""
+        """Do nothing; the answer shows that the actor has a process."""
 
     def run(self, spec: WorkerSpec) -> int:
         from lazarus.runtime.worker.process import run_worker
@@ -28,7 +28,7 @@ class WorkerActor:
 
 
 class ControllerActor:
-    """One life of the controller. The driver starts the next, which reads the journal."""
+    """One controller. After its death the driver starts another, which reads the journal."""
 
     def __init__(self, spec: ControllerSpec) -> None:
         from lazarus.runtime.controller.shell import open_controller
@@ -41,14 +41,14 @@ class ControllerActor:
         self._death = problem
 
     def place(self) -> tuple[int, int]:
-        """The port it listens on, and its process."""
+        """The port that the controller listens on, and its process id."""
         return int(self._controller.port), os.getpid()
 
     def wait(self) -> None:
-        """Until the controller's work is done.
+        """Wait until the controller's thread ends.
 
         Raises:
-            Exception: Whatever it died of.
+            Exception: The error that ended the controller, if any.
         """
         self._thread.join()
         if self._death is not None:
@@ -56,7 +56,7 @@ class ControllerActor:
 
 
 class NodeActor:
-    """Owns the keeper of one node, on the node's own machine; both end together."""
+    """Starts and ends the keeper of one node, on the node's machine; both end together."""
 
     def __init__(self, host: str, bind_host: str) -> None:
         self._nodes = LocalNodes(host, bind_host=bind_host)

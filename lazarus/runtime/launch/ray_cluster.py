@@ -1,4 +1,4 @@
-"""The Ray cluster of a run, a private one or one to join; and what it tells of its machines."""
+"""Connects to a run's Ray cluster, private or joined, and reads the state of its machines."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ from lazarus.errors import ConfigError
 from lazarus.runtime.launch.ray_home import PrivateHome
 from lazarus.runtime.launch.ray_nodes import RayNode
 
-_STORE_BYTES = 80 << 20  # Ray's object store: tensors never go through it
-_PROBE_S = 1.0  # for a raylet to take a connection
-_KNOCK_S = 5.0  # for a cluster's head to take a connection
-_STATE: Any = ray_state  # has no types
+_STORE_BYTES = 80 << 20  # Ray's object store is small: tensors never go through it
+_PROBE_S = 1.0  # for a raylet to accept a connection
+_KNOCK_S = 5.0  # for a cluster's head to accept a connection
+_STATE: Any = ray_state  # untyped
 LOOPBACK = "127.0.0.1"
 
 
 class Cluster(Protocol):
-    """What a launcher needs of Ray, beyond actors."""
+    """The connection to a Ray cluster."""
 
-    is_own: bool  # nobody else uses it, no node comes or goes by itself
+    is_own: bool  # True: a private cluster, whose nodes do not change
     host: str  # address of the driver's machine
 
     def close(self) -> None: ...
 
 
 class EmbeddedRay:
-    """A private Ray on this machine: own folder, own token, loopback only, ended with the run."""
+    """A private Ray on this machine that ends with the run.
+
+    It has a folder and a token of its own and listens on the loopback interface only.
+    """
 
     is_own = True
 
@@ -67,10 +70,11 @@ class EmbeddedRay:
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 for this node's address, which it then binds everything to.
+    """Make Ray accept 127.0.0.1 as this node's address and bind to nothing else.
 
-    Ray replaces a loopback address by one that others can reach, and listens on all interfaces,
-    unless it is told that there are no others. Its own processes are told by the environment.
+    Ray normally replaces a loopback address by one that other machines can reach and listens on
+    all interfaces. This constant turns that off in this process; Ray's other processes read the
+    environment variable that ``PrivateHome`` sets.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -81,15 +85,18 @@ def _loopback_only() -> Iterator[None]:
 
 
 class JoinedRay:
-    """A running cluster, which outlives the run."""
+    """A connection to a running cluster, which outlives the run."""
 
     is_own = False
 
     def __init__(self, address: str | None) -> None:
-        """Connect, unless the user's own code has.
+        """Connect, unless this process is connected to a cluster already.
+
+        Args:
+            address: "HOST:PORT" or another address that ``ray.init`` accepts; None: Ray's default.
 
         Raises:
-            ConfigError: Nothing answers at the address.
+            ConfigError: No Ray cluster answers at the address.
         """
         self._connected = not ray.is_initialized()
         _mute_error_listener()
@@ -111,7 +118,7 @@ def _connect(address: str | None) -> None:
         )
     host, _, port = (address or "").rpartition(":")
     if host and port.isdigit():
-        try:  # Ray itself would go on trying for many minutes
+        try:  # ray.init would retry for many minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
         except OSError as problem:
             reason = problem.strerror or "no answer"
@@ -124,7 +131,10 @@ def _connect(address: str | None) -> None:
 
 
 def _mute_error_listener() -> None:
-    """Ray prints killed workers on stdout, whatever ``log_to_driver`` says; our record has them."""
+    """Stop Ray from printing killed workers on stdout, which it does despite ``log_to_driver``.
+
+    The run's record lists these deaths.
+    """
     module = ray._private.worker
     if hasattr(module, "listen_error_messages"):
         module.listen_error_messages = lambda *_: None
@@ -137,7 +147,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def live_nodes() -> list[RayNode]:
-    """The live machines, with what is free on each now."""
+    """The live machines of the cluster, with their free resources."""
     free = _STATE.available_resources_per_node()
     return [
         RayNode(
@@ -153,13 +163,13 @@ def live_nodes() -> list[RayNode]:
 
 
 def total_gpus() -> float:
-    """The most GPUs that any live machine has, whether they are free or not."""
+    """The largest number of GPUs of any live machine, free or not."""
     totals = (node.get("Resources", {}) for node in _nodes() if node["Alive"])
     return max((float(total.get("GPU", 0.0)) for total in totals), default=0.0)
 
 
 def answering(nodes: Sequence[RayNode]) -> tuple[RayNode, ...]:
-    """Those whose raylet takes connections: the cluster calls a dead one alive for 15 s more."""
+    """The nodes whose raylet accepts connections; Ray lists a dead node as alive for 15 s."""
     if not nodes:
         return ()
     with ThreadPoolExecutor(max_workers=min(32, len(nodes))) as pool:
@@ -175,9 +185,9 @@ def _answers(node: RayNode) -> bool:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Ray node id -> seconds until it goes, 0 where nobody knows.
+    """Map each draining Ray node's id to the seconds until it goes; 0: unknown.
 
-    Ray names the time of day at which a machine will go, so the wall clock is asked here.
+    Ray gives the deadline as a time of day, so this function reads the wall clock.
     """
     now_ms = time.time() * 1000
     return {

@@ -1,4 +1,7 @@
-"""Folder, token and settings of an embedded Ray. Imports no Ray, which reads them at import."""
+"""Folder, token and settings of an embedded Ray.
+
+This module does not import Ray, because Ray reads its settings at import.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,22 @@ import tempfile
 from pathlib import Path
 
 _PREFIX = "lz-"
-_OWNER = "owner"  # file that names the process whose end makes the folder useless
-_RAY = "r"  # folder that is Ray's own: Ray opens it to everybody, so it lies inside one that is not
+_OWNER = "owner"  # file with the driver's process id; once that process ended, ``sweep`` may delete
+_RAY = "r"  # Ray's folder: Ray makes it readable by everybody, so it lies in a private one
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": this node's address is the loopback's
-# Letters of a path to a Unix socket, less those below the base: lz-8LETTERS/r/, the session's
-# name with a process id of seven digits, /sockets/plasma_store.
+# Longest base folder: a path to a Unix socket has at most 107 letters, of which 78 follow the base:
+# lz-8LETTERS/r/, the session's name with a process id of seven digits, /sockets/plasma_store.
 _MAX_TEMP = 107 - 78
 
 
 class PrivateHome:
-    """Must exist before Ray is imported, or token authentication stays as Ray found it then.
+    """The private folder of an embedded Ray, and the environment variables that Ray reads.
+
+    Create it before Ray is imported: Ray reads the settings of token authentication at import.
 
     Attributes:
-        folder: Nobody else can enter it.
-        ray_folder: Ray's temporary folder, inside.
+        folder: Folder that only this user can enter.
+        ray_folder: Ray's temporary folder, inside ``folder``.
     """
 
     def __init__(self) -> None:
@@ -49,7 +54,7 @@ class PrivateHome:
         os.environ.update(settings)
 
     def close(self) -> None:
-        """Put the settings back and remove the folder."""
+        """Restore the environment variables and remove the folder."""
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -63,11 +68,11 @@ def _pid_namespace() -> str:
 
 
 def sweep(base: Path) -> None:
-    """Remove what killed drivers left behind: logs, and the token of a Ray that is gone."""
+    """Remove the folders in ``base`` of drivers that were killed: logs and tokens."""
     for folder in base.glob(f"{_PREFIX}*"):
         try:
             namespace, pid = (folder / _OWNER).read_text().split()
         except (OSError, ValueError):
-            continue  # not ours
+            continue  # not a folder of this library
         if namespace == _pid_namespace() and not Path("/proc", pid).exists():
             shutil.rmtree(folder, ignore_errors=True)

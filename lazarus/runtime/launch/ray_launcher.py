@@ -1,11 +1,12 @@
-"""The run's processes as Ray actors, owned by the driver: embedded Ray, or a cluster to join.
+"""Starts the run's processes as Ray actors, on an embedded Ray or on a cluster that it joins.
 
-Ray kills actors with their owner, so the driver creates them all: were the controller the owner,
-its death would take every worker along. On a cluster to join, each node of the run has an actor
-that holds its CPUs and memory against other jobs, all at once, and ends with the driver's job. (Not
-a placement group: in Ray 2.60 one whose machine hangs keeps all others in the cluster from being
-created, for good.) The machines that come and go are watched: who comes becomes a node of the run
-without being asked, who is drained is told of.
+Ray kills actors together with their owner, so the driver creates all of them: if the controller
+created the workers, its death would end them too.
+
+On a joined cluster each node of the run has an actor that reserves all of the node's CPUs and
+memory at once and ends with the driver's job. A placement group would not do: in Ray 2.60 a group
+whose machine hangs blocks the creation of all other groups in the cluster, for good. The launcher
+also watches the cluster's machines and reports new ones and those being drained.
 """
 
 from __future__ import annotations
@@ -47,23 +48,32 @@ from lazarus.runtime.launch.ray_nodes import Places, RayNode, parse_bytes
 from lazarus.runtime.launch.ray_wishes import Wishes
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
-_POLL_S = 0.5  # between two looks at the cluster's machines
+_POLL_S = 0.5  # between two polls of the cluster's machines
 _JOIN_S = 5.0
 _ZONE_LABEL = "ray.io/availability-zone"
-_RESERVE_S = 5.0  # for a machine's free resources to become ours; doubles where it was too short
-_SILENT_S = 20.0  # for a machine that has room to start a small actor, where there are others
-_WISHES_EVERY = 10  # looks at the cluster's machines between two at what other runs want
+_RESERVE_S = 5.0  # first wait for a node's actor to start; doubles each time it was too short
+_SILENT_S = 20.0  # longest wait for a machine with room to start an actor, if there are others
+_WISHES_EVERY = 10  # polls of the cluster's machines per refresh of the autoscaler's request
 
 
 @dataclass(frozen=True, slots=True)
 class _Running:
     actor: Any
-    life: Any  # reference that resolves when the process's work ends
-    pid: int = 0  # of the controller: it lives on the driver's machine
+    life: Any  # object reference that resolves when the process's work ends
+    pid: int = 0  # of the controller, which runs on the driver's machine; 0: a worker
 
 
 class RayLauncher:
-    """Starts one actor per rank, one for the controller, and one per node of a joined cluster."""
+    """Starts one actor per rank, one for the controller, and one per node of a joined cluster.
+
+    Args:
+        on_exit: Called when a process ends; with the name "launcher" if a watching thread dies.
+        config: The run's configuration.
+        home: Folder of an embedded Ray; None: join a running cluster.
+
+    Raises:
+        ConfigError: No Ray cluster answers at the address to join.
+    """
 
     def __init__(self, on_exit: OnExit, config: TrainConfig, *, home: PrivateHome | None) -> None:
         self._on_exit = on_exit
@@ -73,7 +83,7 @@ class RayLauncher:
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._node_actors: dict[str, Any] = {}
-        self._warm: dict[str, list[Any]] = {}  # node key -> processes that wait for their ranks
+        self._warm: dict[str, list[Any]] = {}  # node key -> actors of ranks that are not started
         self._patience_s = _RESERVE_S
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -81,7 +91,7 @@ class RayLauncher:
         self.is_fixed = self._cluster.is_own
         bind = config.security.bind
         self.host, self.bind_host = hosts_of(bind, own=self._cluster.host)
-        self._bind = bind if self.host != self.bind_host else "auto"  # of other machines
+        self._bind = bind if self.host != self.bind_host else "auto"  # for other machines
         self._local = LocalNodes(self.host, bind_host=self.bind_host)
         self._own = OwnPlaces(config.cluster.nodes)
         memory = config.cluster.memory_per_rank
@@ -99,11 +109,14 @@ class RayLauncher:
         cluster = self._config.cluster
         if home is None:
             return JoinedRay(cluster.address or os.environ.get("RAY_ADDRESS"))
-        most = 4 * cluster.nodes + 16  # room for joiners
+        most = 4 * cluster.nodes + 16  # room for nodes that join later
         return EmbeddedRay(home, num_cpus=most * self._ranks * cluster.cpus_per_rank)
 
     def _gpus(self) -> float:
-        """One for each rank where machines have them; embedded ranks share what is there."""
+        """GPUs per rank: 1 if some machine has enough for a node's ranks, else 0.
+
+        On an embedded Ray the ranks share the machine's GPUs, so none are reserved.
+        """
         if self._cluster.is_own:
             return 0.0
         return 1.0 if total_gpus() >= self._ranks else 0.0
@@ -112,7 +125,7 @@ class RayLauncher:
         self._threads.append(spawn(name, target, *args, on_death=self._blind))
 
     def _blind(self, name: str, problem: BaseException) -> None:
-        """Deaths, or machines and notices, would not be seen any more: the owner must know."""
+        """Report the death of a watching thread: deaths or machines would go unnoticed."""
         say_so(name, problem)
         if not self._closing.is_set():
             self._on_exit("launcher", f"{name}: {type(problem).__name__}: {problem}")
@@ -120,7 +133,7 @@ class RayLauncher:
     # ---- machines ------------------------------------------------------------------------------
 
     def machines(self) -> tuple[Machine, ...]:
-        """Machines with room now that answer now; an unknown room is none."""
+        """Machines that have room and answer now; empty if the cluster's head does not answer."""
         if self._cluster.is_own:
             return self._own.machines()
         try:
@@ -149,7 +162,7 @@ class RayLauncher:
             self._own.add()
 
     def follow_nodes(self, on_machines: Callable[[int], None], on_notice: OnNotice) -> None:
-        """From now on, tell of machines that come and of those that are drained."""
+        """Begin to report new and draining machines of a joined cluster."""
         if self._wishes is None:
             return
         self._wishes.ask(self._config.cluster.nodes, self._bundle, self._config.cluster.node_labels)
@@ -182,10 +195,10 @@ class RayLauncher:
     def open_node(
         self, key: str, machine: str, *, keeper: KeeperConfig | None, folder: Path
     ) -> NodePlace:
-        """Reserve the machine's resources and start what the node needs beside its ranks.
+        """Reserve the machine's resources for a node and start its keeper.
 
         Raises:
-            RoomTakenError: Somebody else has the room.
+            RoomTakenError: The machine is gone, or its room was taken in the meantime.
             StartupError: The machine did not answer.
         """
         if self._cluster.is_own:
@@ -205,13 +218,14 @@ class RayLauncher:
     def _open_on(
         self, node: RayNode, key: str, *, keeper: KeeperConfig | None, folder: Path
     ) -> NodePlace:
-        """The node's own actor holds its CPUs and memory, and all that it needs at once."""
+        """Start the actor that reserves the node's CPUs and memory and runs its keeper."""
         held = {"num_cpus": self._bundle.get("CPU", 0.0), "memory": self._bundle.get("memory")}
         hosts = hosts_of(self._bind, own=node.host)
         actor = _remote(NodeActor).options(**held, **_on(node.id)).remote(*hosts)
         with self._lock:
             self._node_actors[key] = actor
-        if not self._per_rank["GPU"]:  # those are held by the ranks: not before the node has room
+        # Actors of ranks with GPUs reserve these themselves, so they wait until the node has room.
+        if not self._per_rank["GPU"]:
             self._warm_up(key)
         place = self._opened(actor.open.remote(key, keeper, folder), node, key)
         with self._lock:
@@ -221,7 +235,7 @@ class RayLauncher:
         )
 
     def _warm_up(self, key: str) -> None:
-        """Let the ranks' processes import what they need while the node's own actor starts."""
+        """Start the ranks' actors and let them import modules while the node's actor starts."""
         actors = self._rank_actors(key)
         with self._lock:
             self._warm[key] = actors
@@ -229,11 +243,11 @@ class RayLauncher:
             actor.warm_up.remote()
 
     def _opened(self, opened: Any, node: RayNode, key: str) -> NodePlace:
-        """Wait for a node's actor, but not where it could be elsewhere.
+        """Wait until a node's actor has started, or until another machine is the better choice.
 
         Raises:
-            RoomTakenError: Others seem to have the room, and another machine has some.
-            StartupError: The machine gives nothing of its room, or does not answer, in the time.
+            RoomTakenError: The machine has no room any more, and another machine has some.
+            StartupError: The actor did not start in time.
         """
         asked_s = now_s()
         while True:
@@ -256,7 +270,7 @@ class RayLauncher:
                 raise RoomTakenError(f"{key}: {node.host} has no room any more")
 
     def _room_beside(self, key: str) -> dict[str, int]:
-        """Machine -> room that is free now, not counting what was promised to this node."""
+        """Room of each machine now, without subtracting what was promised to this node."""
         now = live_nodes()
         with self._lock:
             self._places.update(now)
@@ -264,14 +278,14 @@ class RayLauncher:
             return {machine.id: machine.room for machine in self._places.machines()}
 
     def _memory_share(self, node: RayNode) -> float:
-        """Ranks with a device of their own see that one alone; others see the whole machine."""
+        """``NodePlace.memory_share``: a rank sees the memory of its own GPU, or the machine's."""
         if self._per_rank["GPU"]:
             return float(self._ranks)
         with self._lock:
             return 1 / max(1, self._places.num_on(node.id))
 
     def close_node(self, key: str) -> None:
-        """Forget the node, end its keeper, give its machine back; fine if it is gone."""
+        """End the node's keeper and free its resources; does nothing if the node is closed."""
         with self._lock:
             self._places.close(key)
             left = [*self._warm.pop(key, []), *filter(None, [self._node_actors.pop(key, None)])]
@@ -284,7 +298,7 @@ class RayLauncher:
 
     def start_controller(self, spec: ControllerSpec, *, timeout_s: float) -> int:
         here = ray.get_runtime_context().get_node_id()
-        # Not made again by Ray: whether and when is decided by the driver, as on every launcher.
+        # max_restarts=0: the driver restarts the controller, not Ray.
         options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 8}
         actor = _remote(ControllerActor).options(**options, **_on(here)).remote(spec)
         try:
@@ -299,7 +313,7 @@ class RayLauncher:
         return int(port)
 
     def start_workers(self, specs: Sequence[WorkerSpec]) -> None:
-        """Start the ranks of one node, and wait until their processes are there.
+        """Start the ranks of one node and wait until their processes exist.
 
         Raises:
             StartupError: The machine does not answer.
@@ -316,7 +330,10 @@ class RayLauncher:
             raise StartupError(f"{key}: {_first_line(problem)}") from problem
 
     def _rank_actors(self, key: str) -> list[Any]:
-        """Processes for the ranks of a node; on a joined cluster its own actor holds their CPUs."""
+        """Create the actors for a node's ranks.
+
+        On a joined cluster the node's actor reserves the CPUs, so these actors reserve none.
+        """
         options = {"num_gpus": self._per_rank["GPU"], "max_restarts": 0}
         if self._cluster.is_own:
             options |= {"num_cpus": self._per_rank["CPU"]}
@@ -363,7 +380,7 @@ class RayLauncher:
             running = self._running.get(name)
         if running is None:
             return
-        if running.pid:  # on this machine; one that is stopped does not hear Ray
+        if running.pid:  # ray.kill does not reach a process stopped by SIGSTOP
             with suppress(ProcessLookupError):
                 os.kill(running.pid, signal.SIGKILL)
         ray.kill(running.actor)
@@ -375,7 +392,7 @@ class RayLauncher:
             ray.wait(lives, num_returns=len(lives), timeout=grace_s, fetch_local=False)
         self._closing.set()
         for thread in self._threads:
-            thread.join(_JOIN_S)  # one may wait for a machine; its actor ends with us
+            thread.join(_JOIN_S)
         self._local.close_all()
         for running in self._running.values():
             ray.kill(running.actor)
@@ -389,12 +406,12 @@ class RayLauncher:
 
 
 def _remote(cls: type) -> Any:
-    """The actor class; Ray's own types do not know ``.remote``."""
+    """``ray.remote(cls)``, untyped, because Ray's types lack ``.remote``."""
     return ray.remote(cls)
 
 
 def _on(node_id: str) -> dict[str, Any]:
-    """Actor options: on this machine or nowhere."""
+    """Actor options that pin an actor to one Ray node."""
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
 
 

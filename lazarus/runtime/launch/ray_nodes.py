@@ -1,4 +1,4 @@
-"""Which Ray node each node of the run lives on. Decides from what it was shown; imports no Ray."""
+"""Which Ray node (machine) each node of the run is placed on. Pure bookkeeping; imports no Ray."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ _SLACK = 1e-6  # Ray's resources are fixed-point numbers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayNode:
-    """One machine of a Ray cluster as it is now."""
+    """The current state of one machine of a Ray cluster."""
 
     id: str
-    host: str  # the address that its processes bind to
-    free: Mapping[str, float]  # resources that nobody has taken
+    host: str  # address that its processes bind to
+    free: Mapping[str, float]  # unused resources by Ray's names; memory in bytes
     labels: Mapping[str, str]
-    port: int = 0  # where its raylet listens
+    port: int = 0  # port of its raylet
 
 
 class Places:
-    """Which of a cluster's machines have room for nodes of the run, and who is where.
+    """Which machines have room for nodes of the run, and which machine each node is on.
 
-    Room is what is free when it is asked for, less what was promised and is not reserved yet. Not
-    thread-safe.
+    Room is computed from a machine's free resources, minus those promised to nodes that have not
+    reserved them yet. Not thread-safe.
+
+    Args:
+        need: Resources of one node of the run, by Ray's names; memory in bytes.
+        labels: Labels that a machine must have.
     """
 
     def __init__(self, need: Mapping[str, float], *, labels: Mapping[str, str]) -> None:
@@ -43,30 +47,35 @@ class Places:
         self._promised: set[str] = set()  # keys of nodes whose room is not reserved yet
 
     def num_on(self, node_id: str) -> int:
-        """Nodes of the run that live on one Ray node."""
+        """Number of the run's nodes on one Ray node."""
         return sum(home == node_id for home in self._home.values())
 
     def see(self, nodes: Iterable[RayNode]) -> tuple[str, ...]:
-        """Take note of the live Ray nodes. Returns those never seen before that fit a node."""
+        """Update the live Ray nodes. Returns the ids of new ones that have room for a node."""
         self.update(nodes)
-        known = (id for id, node in self._nodes.items() if node.free)  # others have not reported
+        # A Ray node that has not reported its resources yet counts as new later.
+        known = (id for id, node in self._nodes.items() if node.free)
         fresh = tuple(sorted(id for id in known if id not in self._seen))
         self._seen.update(fresh)
         return tuple(id for id in fresh if self.room_on(id))
 
     def update(self, nodes: Iterable[RayNode]) -> None:
-        """The live Ray nodes, with what is free now."""
+        """Replace the known Ray nodes by ``nodes``, all that live now."""
         self._nodes = {node.id: node for node in nodes}
 
     def drain(self, node_id: str) -> tuple[str, ...]:
-        """This Ray node will go. Returns the run's nodes on it, once; nothing is placed there."""
+        """Place nothing more on a Ray node that will go away.
+
+        Returns:
+            Keys of the run's nodes there, sorted; empty if the Ray node was draining already.
+        """
         if node_id in self._draining:
             return ()
         self._draining.add(node_id)
         return tuple(sorted(key for key, home in self._home.items() if home == node_id))
 
     def room_on(self, node_id: str) -> int:
-        """How many more nodes of the run fit on one Ray node now."""
+        """How many more nodes of the run fit on one Ray node now; 0 for an unknown one."""
         node = self._nodes.get(node_id)
         if node is None or node_id in self._draining or not self._fits_labels(node):
             return 0
@@ -79,7 +88,7 @@ class Places:
         return max(0, whole - promised)
 
     def machines(self) -> tuple[Machine, ...]:
-        """Every machine that may serve, with its room now."""
+        """Every machine that has the labels and is not draining, with its current room."""
         return tuple(
             Machine(id=node.id, name=node.host, room=self.room_on(node.id))
             for node in self._nodes.values()
@@ -93,31 +102,31 @@ class Places:
         return self._nodes.get(node_id)
 
     def home(self, key: str) -> str:
-        """The Ray node that a node of the run lives on.
+        """Id of the Ray node that a node of the run is on.
 
         Raises:
-            StartupError: It has been given up meanwhile.
+            StartupError: The node has been closed in the meantime.
         """
         if key not in self._home:
             raise StartupError(f"{key} was given up")
         return self._home[key]
 
     def promise(self, key: str, node_id: str) -> None:
-        """One more node of the run is about to take room there."""
+        """Count room on a Ray node as used by ``key`` until the resources are reserved."""
         self._home[key] = node_id
         self._promised.add(key)
 
     def reserved(self, key: str) -> None:
-        """It has it: from now on what is free there says so."""
+        """Note that the node holds its resources, so that ``RayNode.free`` no longer has them."""
         self._promised.discard(key)
 
     def close(self, key: str) -> None:
-        """The node is gone; its place is free again."""
+        """Forget a node of the run and free its room."""
         self._home.pop(key, None)
         self._promised.discard(key)
 
     def shortage(self) -> str:
-        """Why no further node fits, with the numbers and the way out."""
+        """Message that says why no further node fits, with the numbers and what to change."""
         need = ", ".join(_amount(name, amount) for name, amount in self._need.items())
         lines = [f"a node needs {need}; the cluster has {self._listing()}"]
         if self._labels:
@@ -148,10 +157,10 @@ def _amount(name: str, amount: float) -> str:
 
 
 def parse_bytes(text: str) -> float:
-    """Bytes of a size such as "8GiB" or "500MB".
+    """Convert a size such as "8GiB" or "500MB" to bytes.
 
     Raises:
-        ConfigError: It is no size.
+        ConfigError: ``text`` is not a size.
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", text)
     if match is None or match[1].count(".") > 1 or not match[1].strip("."):

@@ -1,7 +1,9 @@
-"""What runs ask a cluster's autoscaler for. Ray keeps one request for a cluster: ours add up.
+"""Resources that runs request from a Ray cluster's autoscaler.
 
-Each run keeps its wish in Ray's internal key-value store, under its job. Whoever changes a wish,
-and every run every few seconds, asks for the sum of the wishes of live jobs; those of dead ones go.
+Ray keeps one request per cluster, so concurrent runs would overwrite each other's. Each run stores
+its own request (its wish) in Ray's internal key-value store, under its Ray job. Each run then
+requests the sum of all wishes, when its own changes and every few seconds, and deletes the wishes
+of jobs that have ended.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from ray.autoscaler.sdk import request_resources
 from ray.experimental import internal_kv
 
 _SPACE = b"lazarus-wishes"
-_KV: Any = internal_kv  # these two have no types
+_KV: Any = internal_kv  # untyped, as the next
 _STATE: Any = ray_state
 
 Wish = Mapping[str, Any]  # "bundles" and "labels", as Ray takes them
 
 
 def total(wishes: Iterable[Wish]) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
-    """The bundles of all wishes, and the labels of each."""
+    """The bundles of all wishes, and for each bundle its labels."""
     bundles: list[dict[str, float]] = []
     labels: list[dict[str, str]] = []
     for wish in wishes:
@@ -33,20 +35,30 @@ def total(wishes: Iterable[Wish]) -> tuple[list[dict[str, float]], list[dict[str
 
 
 class Wishes:
-    """One run's wish, and its care for those of the others."""
+    """One run's wish, and the request for the wishes of all runs.
+
+    Args:
+        run: A name for the run that is unique within its Ray job.
+    """
 
     def __init__(self, run: str) -> None:
         self._key = f"{ray.get_runtime_context().get_job_id()} {run}".encode()
-        self._asked: object = None  # what was last asked for on behalf of all
+        self._asked: object = None  # the last request for all runs
 
     def ask(self, count: int, bundle: Mapping[str, float], labels: Mapping[str, str]) -> None:
-        """This run wants so many machines; an autoscaler adds nothing unasked."""
+        """Store this run's wish and request it.
+
+        Args:
+            count: Number of nodes.
+            bundle: Resources of one node, by Ray's names.
+            labels: Labels that the machine of a node must have.
+        """
         wish = {"bundles": [dict(bundle)] * count, "labels": [dict(labels)] * count}
         _KV._internal_kv_put(self._key, json.dumps(wish).encode(), True, namespace=_SPACE)
         self.refresh()
 
     def refresh(self) -> None:
-        """Ask for what all live runs want, if that has changed; forget those that are gone."""
+        """Request the sum of the wishes of live jobs if it changed; delete those of dead jobs."""
         live = _live_jobs()
         wishes: list[Wish] = []
         for key in sorted(_KV._internal_kv_list(b"", namespace=_SPACE)):
@@ -60,7 +72,7 @@ class Wishes:
             self._asked = asked
 
     def withdraw(self) -> None:
-        """The run is over: what the others want stays."""
+        """Delete this run's wish and request what the other runs want."""
         _KV._internal_kv_del(self._key, namespace=_SPACE)
         self._asked = None
         self.refresh()
@@ -72,5 +84,5 @@ def _request(bundles: Sequence[dict[str, float]], labels: Sequence[dict[str, str
 
 
 def _live_jobs() -> set[str]:
-    """Ids of the jobs whose drivers live."""
+    """Ids of the Ray jobs whose drivers are alive."""
     return {str(job["JobID"]) for job in _STATE.state.job_table() if not job["IsDead"]}

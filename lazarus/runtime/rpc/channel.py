@@ -1,4 +1,4 @@
-"""gRPC channels and servers of the control plane: authenticated, bounded, loopback unless told."""
+"""gRPC channels and servers of a run, with the job's secret, limits and keepalive settings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
-    # A controller that is replaced is back within seconds: whoever knocks more and more seldom, as
-    # gRPC does by itself, comes too late and is taken for lost.
+    # A restarted controller is back within seconds. With gRPC's default backoff a worker would
+    # reconnect too late and be taken for lost.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
-    # A cut link closes no socket: without pings a process behind it would wait for ever.
+    # A broken network link closes no socket: without pings a process would wait for ever.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -36,12 +36,12 @@ Streams = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
 def metadata_of(credentials: Credentials) -> tuple[tuple[str, str], ...]:
-    """Metadata that proves membership of the job."""
+    """Call metadata with the job's secret, which every server of the run requires."""
     return ((HEADER, f"Bearer {credentials.secret}"),)
 
 
 class BearerCheck(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Refuses every call that does not carry the job's secret."""
+    """Server interceptor that refuses every call without the job's secret."""
 
     def __init__(self, credentials: Credentials) -> None:
         self._wanted = f"Bearer {credentials.secret}".encode()
@@ -61,7 +61,7 @@ class BearerCheck(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
-    """A channel to ``host:port``, over TLS where the job has a certificate."""
+    """Open a channel to ``host:port``, over TLS if the job has a certificate."""
     if not credentials.has_tls:
         return grpc.insecure_channel(address, options=_OPTIONS)
     name = credentials.tls_name
@@ -71,7 +71,12 @@ def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
 
 
 def make_server(credentials: Credentials, *, max_streams: int) -> grpc.Server:
-    """A server that answers those who know the job's secret."""
+    """Create a server that requires the job's secret.
+
+    Args:
+        credentials: The job's credentials.
+        max_streams: Most calls at the same time; each open stream is one.
+    """
     return grpc.server(
         futures.ThreadPoolExecutor(max_workers=max_streams, thread_name_prefix="stream"),
         interceptors=[BearerCheck(credentials)],
@@ -83,16 +88,22 @@ def make_server(credentials: Credentials, *, max_streams: int) -> grpc.Server:
 def add_service(
     server: grpc.Server, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]
 ) -> None:
-    """Let a server answer the methods of a service.
+    """Add a service with its methods to a server.
 
-    gRPC carries bytes: each handler reads and writes its messages itself (``rpc/codec.py``), so
-    that it is the handler, not a thread of gRPC's, that answers for what does not decode.
+    Handlers take and return bytes and call ``rpc/codec.py`` themselves, so that they, not gRPC,
+    handle a message that cannot be decoded.
     """
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
 
 def add_control(server: grpc.Server, *, attach: Streams, drive: Streams) -> None:
-    """Serve the control plane: a stream per worker (``attach``), one for the driver."""
+    """Add the controller's service.
+
+    Args:
+        server: The controller's server.
+        attach: Serves the stream of a worker.
+        drive: Serves the stream of the driver.
+    """
     handlers = {
         "Attach": grpc.stream_stream_rpc_method_handler(attach),
         "Drive": grpc.stream_stream_rpc_method_handler(drive),
@@ -101,7 +112,7 @@ def add_control(server: grpc.Server, *, attach: Streams, drive: Streams) -> None
 
 
 def method(service: str, name: str) -> str:
-    """The path of a method, as a channel wants it."""
+    """The path of a method, as gRPC channels take it."""
     return f"/{service}/{name}"
 
 
@@ -111,13 +122,13 @@ def endpoint(host: str, port: int) -> str:
 
 
 def bind(server: grpc.Server, address: str, credentials: Credentials) -> int:
-    """Bind to ``host:port`` (port 0: any), with TLS where the job has a certificate.
+    """Bind a server to ``host:port`` (port 0: any free port), with TLS if the job uses TLS.
 
     Returns:
         The port.
 
     Raises:
-        OSError: The address is not to be had.
+        OSError: The address is not available.
     """
     try:
         if credentials.has_tls:

@@ -1,6 +1,7 @@
-"""Messages to msgpack and back. A message that does not fit its class is refused, never evaluated.
+"""Encodes messages as msgpack and decodes them, for the controller and the keepers.
 
-One function writes, one reads, for the control plane and the keepers alike; the classes say all.
+Message classes define the format. Bytes that do not fit the expected class are refused; decoding
+never runs code from a message.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ Message = TypeVar("Message")
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's.
+    """Convert a NumPy scalar to a Python number.
 
     Raises:
-        TypeError: Anything else that msgpack does not know.
+        TypeError: ``value`` is of another type.
     """
     if isinstance(value, np.generic):
         return value.item()
@@ -29,7 +30,7 @@ _ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 
 
 def encode(message: Any) -> bytes:
-    """A message as bytes. Text that is not Unicode (an odd file name) goes escaped."""
+    """Encode a message. Text that UTF-8 cannot hold (an odd file name) is escaped."""
     try:
         return _ENCODER.encode(message)
     except UnicodeEncodeError:
@@ -37,10 +38,10 @@ def encode(message: Any) -> bytes:
 
 
 def decode(kind: type[Message], data: bytes) -> Message:
-    """The message in these bytes.
+    """Decode bytes as a message of class ``kind``.
 
     Raises:
-        ValueError: They hold no such message.
+        ValueError: The bytes are not such a message.
     """
     try:
         return cast(Message, _decoder(cast(Any, kind)).decode(data))
@@ -59,7 +60,7 @@ def _builtins(message: Any) -> Any:
 
 
 def _escaped(value: Any) -> Any:
-    """Plain data in which every text can be written as UTF-8."""
+    """Copy plain data, with backslash escapes for characters that UTF-8 cannot hold."""
     match value:
         case str():
             return value.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""What proves membership of a job, as one value that every server and every client takes whole."""
+"""The secret and the TLS certificate that servers and clients of a job authenticate with."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from lazarus.basics.careful import read_bytes
 from lazarus.config.sections import SecurityConfig
 from lazarus.errors import ConfigError, Problem
 
-_LEAST_SECRET = 16  # letters; a random one has 64
-_MOST_BYTES = 1 << 20  # of a secret, a key or certificates
-_ROUNDS = 8  # of a handshake between two ends in memory; TLS 1.3 takes two
+_LEAST_SECRET = 16  # characters; a generated secret has 64
+_MOST_BYTES = 1 << 20  # most bytes of a file with a secret, a key or certificates
+_ROUNDS = 8  # most rounds of the handshake in ``check_certificate``; TLS 1.3 takes two
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Credentials:
-    """The job's secret, and with TLS its certificate: PEM texts, all three or none.
+    """The job's secret, and its TLS certificate if the job uses TLS. ``repr`` hides the secrets.
 
-    ``tls_name`` is the name that the certificate carries, if it does not carry every address.
-    Whoever prints this sees no secret.
+    Attributes:
+        secret: Sent with every call.
+        key: Private key of the servers, as PEM text. ``key``, ``cert`` and ``ca`` are all set, or
+            all empty for a job without TLS.
+        cert: Certificate of the servers, as PEM text.
+        ca: Certificate authority that clients trust, as PEM text.
+        tls_name: Name in the certificate that clients expect instead of a server's address;
+            empty: the address.
+
+    Raises:
+        ValueError: Only some of ``key``, ``cert`` and ``ca`` are set.
     """
 
     secret: str
@@ -44,7 +53,7 @@ class Credentials:
 
 
 def credentials_from(security: SecurityConfig) -> Credentials:
-    """The credentials of a run: what the configuration names, and a random secret otherwise.
+    """Load the credentials that the configuration names; without a secret file, make a secret.
 
     Raises:
         ConfigError: A file cannot be read, others may read the secret, or key and certificate do
@@ -61,10 +70,10 @@ def credentials_from(security: SecurityConfig) -> Credentials:
 
 
 def read_secret(path: Path) -> str:
-    """A job's secret from a file that nobody else may read.
+    """Read a job's secret from a file that only its owner may read.
 
     Raises:
-        ConfigError: It cannot be read or used, or others may read it.
+        ConfigError: The file cannot be read, other users may read it, or its text is no secret.
     """
     key = "security.secret_file"
     try:
@@ -86,10 +95,10 @@ def read_secret(path: Path) -> str:
 
 
 def check_certificate(credentials: Credentials, *, host: str) -> None:
-    """Shake hands with ourselves, as clients will with the server at ``host``.
+    """Check the certificate by a TLS handshake in memory, as clients of ``host`` will make it.
 
     Raises:
-        ConfigError: The certificate is not what clients of that address accept.
+        ConfigError: Clients would not accept the certificate for ``host``.
     """
     if not credentials.has_tls:
         return
@@ -117,7 +126,11 @@ def check_certificate(credentials: Credentials, *, host: str) -> None:
 
 
 def _contexts(credentials: Credentials) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The server's side and the client's."""
+    """The TLS contexts of a server and of a client.
+
+    Raises:
+        ConfigError: The key and certificate are no pair, or the authority is not in PEM.
+    """
     server, client = (
         ssl.SSLContext(kind) for kind in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT)
     )

@@ -1,7 +1,8 @@
-"""What keepers, trainers and other nodes say to each other: snapshots in host memory.
+"""Messages between keepers, the ranks of their nodes and other nodes, about snapshots.
 
-Every call carries the job's secret as bearer metadata, every message that moves state its stamp: a
-``Tag``, which says who speaks. A record on the wire is its head, then its bytes in bare chunks.
+Every call carries the job's secret in its metadata. Messages that read or change a keeper's state
+carry a ``stamp``: the sender's job, term and generation. An expert's image is sent as a stream: a
+``RecordHead``, then the bytes in chunks without any framing of their own.
 """
 
 from __future__ import annotations
@@ -20,31 +21,35 @@ Size = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Message(Struct, frozen=True, kw_only=True):
-    """What travels as a call or an answer of its own."""
+    """Base class of the messages and their parts."""
 
 
 # ---- trainer -> keeper, one stream per trainer -------------------------------------------------
 
 
 class Reserve(Message, frozen=True, kw_only=True, tag=True):
-    """Host memory for these records, please."""
+    """Ask for host memory for the images of one snapshot; answered by ``Reserved``."""
 
     ticket: Int
     stamp: Tag
     keys: tuple[RecordKey, ...]
     num_bytes: tuple[Size, ...]
-    published_step: Int = 0  # commits up to here are journaled
+    published_step: Int = 0  # newest step whose commit is journaled
 
 
 class Target(Message, frozen=True, kw_only=True):
-    """Keepers that shall hold a copy of record ``index`` of the ticket."""
+    """Addresses of the keepers that get a copy of image ``index`` of the ticket."""
 
     index: Size
     addresses: tuple[str, ...]
 
 
 class Seal(Message, frozen=True, kw_only=True, tag=True):
-    """The records are complete and will not change; those of ``persist`` go to storage."""
+    """The images of a ticket are complete and will not change.
+
+    The keeper sends ``copies`` to other keepers and writes the images at the indices ``persist``
+    to storage at ``url``.
+    """
 
     ticket: Int
     copies: tuple[Target, ...] = ()
@@ -53,7 +58,7 @@ class Seal(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Abandon(Message, frozen=True, kw_only=True, tag=True):
-    """The records will not be completed."""
+    """The images of a ticket will not be completed; the keeper frees their memory."""
 
     ticket: Int
 
@@ -65,14 +70,14 @@ FromTrainer = Reserve | Seal | Abandon
 
 
 class Place(Message, frozen=True, kw_only=True):
-    """Where a record goes."""
+    """Where an image is in shared memory: a segment's id, and an offset in bytes."""
 
     segment: Int
     offset: Size
 
 
 class Segment(Message, frozen=True, kw_only=True):
-    """Shared memory: /proc/{pid}/fd/{fd}."""
+    """A segment of shared memory, which a rank opens as /proc/{pid}/fd/{fd} of the keeper."""
 
     id: Int
     fd: Int
@@ -80,7 +85,7 @@ class Segment(Message, frozen=True, kw_only=True):
 
 
 class Reserved(Message, frozen=True, kw_only=True, tag=True):
-    """The answer to Reserve; ``error`` says why there is no memory, empty: there is."""
+    """The answer to ``Reserve``: a place per image, or an ``error`` that says why there is none."""
 
     ticket: Int
     pid: Int
@@ -90,7 +95,7 @@ class Reserved(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Done(Message, frozen=True, kw_only=True, tag=True):
-    """A snapshot, copy or persist of a ticket ended; ``record`` is JSON."""
+    """A snapshot, copy or persist of a ticket ended; ``record`` is the report as JSON."""
 
     ticket: Int
     record: str
@@ -103,7 +108,7 @@ ToTrainer = Reserved | Done
 
 
 class RecordHead(Message, frozen=True, kw_only=True):
-    """What the chunks after it are; ``checksum`` is xxh3-128 of the image in hex."""
+    """Describes the image in the chunks after it; ``checksum`` is its xxh3-128 in hex."""
 
     stamp: Tag
     key: RecordKey
@@ -136,7 +141,7 @@ class Held(Message, frozen=True, kw_only=True):
 
 
 class InventoryReply(Message, frozen=True, kw_only=True):
-    """What a keeper holds, and the host memory taken, free slots included."""
+    """The images that a keeper holds, and the host memory it has taken, free slots included."""
 
     held: tuple[Held, ...]
     reserved_bytes: Size
@@ -146,7 +151,7 @@ class InventoryReply(Message, frozen=True, kw_only=True):
 
 
 class Drop(Message, frozen=True, kw_only=True):
-    """One surplus copy."""
+    """One surplus copy of an expert, to be forgotten."""
 
     layer: Int
     expert: Int
@@ -155,10 +160,14 @@ class Drop(Message, frozen=True, kw_only=True):
 
 
 class Order(Message, frozen=True, kw_only=True):
-    """Orders of the newest generation.
+    """Orders to a keeper; see ``KeeperClient.tell``.
 
-    ``lineage`` holds (generation, step) of every RESUME; with ``resume_step`` the keeper forgets
-    what it voids. ``leave``: exit now.
+    Attributes:
+        stamp: The sender's job, term and generation.
+        lineage: (generation, step) of every RESUME; the keeper forgets images that these made void.
+        resume_step: Step of the newest RESUME; -1: ignore ``lineage``.
+        drops: Surplus copies to forget.
+        leave: Exit now.
     """
 
     stamp: Tag
@@ -176,17 +185,17 @@ class OrderReply(Message, frozen=True, kw_only=True):
 
 
 def chunks_of(head: RecordHead, data: memoryview) -> Iterator[bytes]:
-    """A record as a stream: its head, then its bytes."""
+    """Yield the stream of an image: its head, then its bytes in chunks of ``CHUNK_BYTES``."""
     yield codec.encode(head)
     for start in range(0, len(data), CHUNK_BYTES):
         yield bytes(data[start : start + CHUNK_BYTES])
 
 
 def received_into(target: memoryview, chunks: Iterable[Any]) -> int:
-    """Put the chunks of a stream into memory; returns the bytes received.
+    """Write the chunks of a stream into ``target``. Returns the number of bytes received.
 
     Raises:
-        ValueError: More bytes than were announced.
+        ValueError: The stream has more bytes than ``target``.
     """
     count = 0
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""A process's stream to the controller: sends in order, hands commands over, comes back."""
+"""A process's stream to the controller: sends messages in order, and reconnects when it breaks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ _BACKOFF_S = 0.05
 
 
 class Link:
-    """One bidirectional stream, reopened until ``allowance_s`` without a controller has passed."""
+    """A bidirectional stream to the controller, reopened whenever it breaks.
+
+    Args:
+        address: The controller's "host:port".
+        credentials: The job's credentials.
+        speaker: ``FromWorker`` or ``FromDriver``: the class that wraps outgoing messages.
+        hello: Makes the first message of each stream.
+        on_message: Called with the controller's term (0 in the driver) and each message.
+        on_dead: Called with the reason when the link gives up.
+        allowance_s: Time without an answering controller after which the link gives up.
+        on_connect: Called each time before a stream is opened; may call ``send``.
+    """
 
     def __init__(
         self,
@@ -45,25 +56,25 @@ class Link:
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = threading.Event()
-        self._alone_since: float | None = None  # monotonic; None while a controller answers
+        self._alone_since: float | None = None  # monotonic s; None while a controller answers
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         self._thread = spawn("control", self._run, on_death=self._died)
 
     def _died(self, name: str, problem: BaseException) -> None:
-        """Nobody would hear the controller any more, nor miss it: to the owner it is gone."""
+        """Report the controller as dead, because this thread no longer hears it."""
         say_so(name, problem)
         self._on_dead(f"thread {name} died: {type(problem).__name__}: {problem}")
 
     def send(self, body: Body) -> None:
-        """Queue a message; lost if the stream breaks before it goes out (hello says all again)."""
+        """Queue a message. It is lost if the stream breaks first; the next hello replaces it."""
         message = self._encoded(body)
         with self._lock:
             self._outbox.put(message)
 
     def close(self, *, timeout_s: float = 5.0) -> None:
-        """Let queued messages go, then end the stream."""
+        """Send the queued messages, then end the stream; waits up to ``timeout_s``."""
         self._closed.set()
         with self._lock:
             self._outbox.put(None)
@@ -102,7 +113,7 @@ class Link:
             self._closed.wait(_BACKOFF_S)
 
     def _converse(self) -> None:
-        """One stream, from hello to its end."""
+        """Open one stream and handle its messages until it ends."""
         with self._lock:
             self._outbox = queue.SimpleQueue()
             outbox = self._outbox
