@@ -32,7 +32,12 @@ class Part(Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Hello(Body, frozen=True, kw_only=True):
-    """A worker opens its stream: the first time, or again after the controller came back."""
+    """A worker opens its stream: the first time, or again after the controller came back.
+
+    ``generation``, ``fence`` and ``committed`` are the worker's generation, fence and newest
+    committed step. ``zone`` is the failure domain of its node, ``memory_bytes`` the memory that
+    experts may use there; empty or 0 if not known.
+    """
 
     worker: str
     node_key: str
@@ -214,6 +219,8 @@ class FaultFired(Body, frozen=True, kw_only=True):
 
 
 class DigestItem(Part, frozen=True, kw_only=True):
+    """SHA-256 of one named item of the state."""
+
     name: str
     sha256: bytes
 
@@ -305,6 +312,8 @@ class Healed(Body, frozen=True, kw_only=True):
 
 
 class Stacks(Body, frozen=True, kw_only=True):
+    """Answer to AskStacks: the Python stacks as text."""
+
     text: str = ""
 
 
@@ -312,10 +321,14 @@ class Stacks(Body, frozen=True, kw_only=True):
 
 
 class Welcome(Body, frozen=True, kw_only=True):
+    """Answer to Hello: the worker is admitted, and its node has serial ``node``."""
+
     node: Int
 
 
 class Fence(Body, frozen=True, kw_only=True):
+    """Order to stop work of older generations and answer with Report."""
+
     generation: Int
 
 
@@ -390,6 +403,8 @@ class Prepare(Body, frozen=True, kw_only=True):
 
 
 class Resume(Body, frozen=True, kw_only=True):
+    """Order to train from committed step ``step`` on, in ``generation``."""
+
     generation: Int
     step: Int
     plan_digest: str = ""
@@ -470,6 +485,8 @@ class AskStacks(Body, frozen=True, kw_only=True):
 
 
 class DriverHello(Body, frozen=True, kw_only=True):
+    """The driver opens its stream."""
+
     run: str
 
 
@@ -598,6 +615,8 @@ class KillController(Body, frozen=True, kw_only=True):
 
 
 class FromWorker(Struct, frozen=True):
+    """One message of a worker to the controller."""
+
     body: (
         Hello
         | Heartbeat
@@ -622,6 +641,8 @@ class FromWorker(Struct, frozen=True):
 
 
 class ToWorker(Struct, frozen=True):
+    """One message of the controller to a worker, with the term of the sender."""
+
     body: (
         Welcome
         | Fence
@@ -642,10 +663,14 @@ class ToWorker(Struct, frozen=True):
 
 
 class FromDriver(Struct, frozen=True):
+    """One message of the driver to the controller."""
+
     body: DriverHello | WorkerDied | NodeNotice | Injected | StopRun | NodesAwaited | MachineJudged
 
 
 class ToDriver(Struct, frozen=True):
+    """One message of the controller to the driver."""
+
     body: (
         Record
         | StartNode

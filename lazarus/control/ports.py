@@ -13,6 +13,8 @@ from lazarus.control.messages import Body, StorageProblem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSaid:
+    """A worker sent a message."""
+
     worker: str
     body: Body
     at_s: float
@@ -20,18 +22,24 @@ class WorkerSaid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamClosed:
+    """The stream of a worker has closed."""
+
     worker: str
     at_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriverSaid:
+    """The driver sent a message."""
+
     body: Body
     at_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriverGone:
+    """The driver is gone: its process or its stream has ended."""
+
     at_s: float
 
 
@@ -47,6 +55,8 @@ class Garbled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
+    """Time has passed; sent regularly."""
+
     at_s: float
     slept_s: float = 0.0  # how long the controller's process stood still before
 
@@ -88,6 +98,8 @@ Event = ManifestDone | WorkerSaid | StreamClosed | DriverSaid | DriverGone | Gar
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tell:
+    """Send a message to one worker."""
+
     worker: str
     body: Body
 
@@ -102,6 +114,8 @@ class TellAll:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TellDriver:
+    """Send a message to the driver."""
+
     body: Body
 
 
@@ -149,6 +163,8 @@ class DropFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disconnect:
+    """Close the stream of a worker."""
+
     worker: str
 
 

@@ -43,9 +43,11 @@ class VectorLayout:
 
     @property
     def num_lanes(self) -> int:
+        """Number of lanes, without the measures that may follow."""
         return len(_FIXED) + self.world_size + 2 * self.num_layers * self.num_experts
 
     def lane(self, name: str) -> int:
+        """Index of one of the fixed lanes, by name."""
         return _FIXED.index(name)
 
     @property
@@ -84,6 +86,7 @@ class StepSums:
 
     @property
     def loss(self) -> float:
+        """Mean loss over all counted tokens; NaN if there are none."""
         return self.loss_sum / self.count if self.count > 0 else float("nan")
 
     @property

@@ -1,10 +1,11 @@
 """Journaling of evidence about nodes, so that it survives a restart of the controller. PURE.
 
 Evidence is what the workers cannot be asked again: which replicas were outvoted (they must not
-become a source), how often each node was outvoted, and which processes were ended on purpose (their
-deaths do not count against user code). Every change is journaled. If the same decision journals a
-claim or a RESUME, the change becomes part of that entry, because a claim evicts a suspect and only
-a RESUME completes a repair. Otherwise the change gets its own entry, ahead of all other commands.
+become a source), how often each node was outvoted, which nodes had internal errors, and which
+processes were ended on purpose (their deaths do not count against user code). Every change is
+journaled. If the same decision journals a claim or a RESUME, the change becomes part of that entry,
+because a claim evicts a suspect and only a RESUME completes a repair. Otherwise the change gets its
+own entry, ahead of all other commands.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class Gone:
 
     @property
     def node(self) -> str:
+        """Key of the process's node."""
         return self.worker.rpartition(".")[0]
 
 

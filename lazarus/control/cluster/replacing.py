@@ -107,6 +107,7 @@ class Fleet:
         return 10**6 if most is None else max(0, most - len(self.nodes))
 
     def history(self, machine: str) -> History:
+        """The history of a machine; blank if none of its nodes is known to have failed."""
         return self.histories.get(machine, History())
 
 

@@ -39,7 +39,7 @@ def _leaving(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[int, ..
 
 def candidates(state: Control) -> tuple[int, ...]:
     """Complete nodes that are not members and are not leaving, by ascending serial."""
-    if len(state.nodes) == len(state.members):  # members are nodes
+    if len(state.nodes) == len(state.members):  # every node is a member
         return ()
     fresh = sorted(state.nodes.keys() - set(state.members))
     nodes = ((serial, state.nodes[serial]) for serial in fresh)

@@ -84,12 +84,12 @@ class ControlConfig:
     solver: str = "auto"  # only "ilp" differs, and only in the first plan
     plan_limit_s: float = 1.0  # time limit of the integer program
     plans_by_zone: bool = False
-    memory_fraction: float = 0.85  # of a node's memory that automatic slots may fill
+    memory_fraction: float = 0.85  # part of a node's memory that automatic slots may fill
     heal: str = "auto"
     version: str = ""
     placement: PlacementPolicy = replan
     recovery: RecoveryDecider | None = None  # None: on_lost_expert decides
-    plan_text: Callable[[Plan], str] = Plan.to_json  # what Prepare carries
+    plan_text: Callable[[Plan], str] = Plan.to_json  # how Prepare encodes the plan
     resume: str | None = None  # checkpoint that this run started from
     start_step: int = 0
     start_generation: int = 0  # the first claim is a higher generation
@@ -143,6 +143,7 @@ class Node:
 
     @property
     def complete(self) -> bool:
+        """Whether all processes of the node have said hello."""
         return "" not in self.workers
 
 
@@ -204,6 +205,7 @@ class Transition:
 
     @property
     def next_nodes(self) -> tuple[int, ...]:
+        """Members after this transition: voters and joiners without leavers, ascending."""
         stay = _less(self.voters, self.leavers) if self.leavers else self.voters
         return _together(stay, self.joiners) if self.joiners else stay
 
