@@ -41,6 +41,7 @@ class RankGroups:
             group.release()
 
     def close(self) -> None:
+        """Release all groups and free their sockets and threads."""
         with self._lock:
             groups, self._groups = self._groups, []
         for group in groups:

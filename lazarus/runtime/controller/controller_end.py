@@ -53,6 +53,7 @@ class Reserve:
             self._path.write_bytes(os.urandom(_RESERVE_BYTES))
 
     def release(self) -> None:
+        """Delete the file, so that its space is free."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 

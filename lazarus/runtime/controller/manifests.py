@@ -50,9 +50,11 @@ class ManifestWriter:
         self._thread = spawn("manifests", self._run, on_death=on_death)
 
     def order(self, command: WriteManifest | DropFiles) -> None:
+        """Queue a manifest to write, or files to delete."""
         self._orders.put(command)
 
     def close(self) -> None:
+        """Carry out the queued orders and end the thread."""
         self._orders.put(None)
         self._thread.join()
 

@@ -323,7 +323,7 @@ def start_controller(
 
     def terminated(*_: object) -> None:
         if not is_orphan():
-            os._exit(1)  # SIGTERM from outside, or the fork server died: the driver restarts us
+            os._exit(1)  # SIGTERM from outside, or a dead fork server: the driver starts another
         controller.orphaned()
 
     signal.signal(signal.SIGTERM, terminated)

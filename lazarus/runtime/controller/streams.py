@@ -40,6 +40,7 @@ class Peer:
         self.is_heard = False
 
     def messages(self) -> Iterator[bytes]:
+        """Yield outgoing messages, waiting for each, until ``close``."""
         while (message := self.outbox.get()) is not None:
             yield message
 
@@ -178,6 +179,7 @@ class Streams:
             tell_peer(peer, body, term=term)
 
     def disconnect(self, worker: str) -> None:
+        """End a worker's stream after the messages that are queued."""
         with self._lock:
             peer = self._peers.get(worker)
         if peer is not None:

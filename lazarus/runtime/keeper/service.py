@@ -192,7 +192,7 @@ class KeeperService:
                 self._stale += 1
                 return
             tag, ticket = trainer.tickets.pop(request.ticket)
-        for version in ticket.versions:  # nobody else knows these slots yet
+        for version in ticket.versions:  # no other thread uses these versions yet
             version.checksum = xxhash.xxh3_128_hexdigest(self._memory.view(version))
         persisted = [ticket.versions[i] for i in request.persist]
         copied = [(ticket.versions[t.index], t.addresses) for t in request.copies]

@@ -45,12 +45,14 @@ class OwnPlaces:
         self._taken: dict[str, str] = {}  # node key -> place
 
     def machines(self) -> tuple[Machine, ...]:
+        """All places as machines, with room 1 for free ones and 0 for taken ones."""
         with self._lock:
             taken = set(self._taken.values())
             names = [f"place-{number}" for number in range(self._count)]
         return tuple(Machine(id=name, room=int(name not in taken)) for name in names)
 
     def add(self) -> None:
+        """Add one place."""
         with self._lock:
             self._count += 1
 
@@ -66,6 +68,7 @@ class OwnPlaces:
             self._taken[key] = place
 
     def leave(self, key: str) -> None:
+        """Free the place of a node; does nothing if the node has none."""
         with self._lock:
             self._taken.pop(key, None)
 
@@ -160,6 +163,7 @@ class LocalNodes:
             shutil.rmtree(folder, ignore_errors=True)
 
     def close_all(self) -> None:
+        """Close all nodes."""
         with self._lock:
             keys = tuple(self._folders)
         for key in keys:

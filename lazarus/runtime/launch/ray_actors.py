@@ -22,6 +22,7 @@ class WorkerActor:
         """Do nothing; the answer shows that the actor has a process."""
 
     def run(self, spec: WorkerSpec) -> int:
+        """Train until the rank is done. Returns its exit code."""
         from lazarus.runtime.worker.process import run_worker
 
         return run_worker(spec)
@@ -62,6 +63,7 @@ class NodeActor:
         self._nodes = LocalNodes(host, bind_host=bind_host)
 
     def open(self, key: str, keeper: KeeperConfig | None, folder: Path) -> NodePlace:
+        """Make the node's folder, start its keeper, and add this process to the node."""
         place = self._nodes.open(key, keeper=keeper, folder=folder)
         self._nodes.note(key)
         return place

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 _PREFIX = "lz-"
-_OWNER = "owner"  # file with the driver's process id; once that process ended, ``sweep`` may delete
+_OWNER = "owner"  # file with the driver's process id; ``sweep`` reads it
 _RAY = "r"  # Ray's folder: Ray makes it readable by everybody, so it lies in a private one
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": this node's address is the loopback's
 # Longest base folder: a path to a Unix socket has at most 107 letters, of which 78 follow the base:

@@ -99,6 +99,7 @@ class Places:
         return all(node.labels.get(name) == value for name, value in self._labels.items())
 
     def node(self, node_id: str) -> RayNode | None:
+        """The live Ray node of this id; None if there is none."""
         return self._nodes.get(node_id)
 
     def home(self, key: str) -> str:

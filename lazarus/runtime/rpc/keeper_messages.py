@@ -118,11 +118,15 @@ class RecordHead(Message, frozen=True, kw_only=True):
 
 
 class PushReply(Message, frozen=True, kw_only=True):
+    """Whether the keeper took the pushed image; ``reason`` says why not."""
+
     accepted: bool
     reason: str = ""
 
 
 class FetchRequest(Message, frozen=True, kw_only=True):
+    """Ask for one expert's image; answered by a stream that begins with ``RecordHead``."""
+
     stamp: Tag
     layer: Int
     expert: Int
@@ -131,10 +135,14 @@ class FetchRequest(Message, frozen=True, kw_only=True):
 
 
 class InventoryRequest(Message, frozen=True, kw_only=True):
+    """Ask for a list of the images held; answered by ``InventoryReply``."""
+
     stamp: Tag
 
 
 class Held(Message, frozen=True, kw_only=True):
+    """One image that a keeper holds; ``checksum`` is its xxh3-128 in hex."""
+
     key: RecordKey
     num_bytes: Size
     checksum: str
@@ -178,6 +186,8 @@ class Order(Message, frozen=True, kw_only=True):
 
 
 class OrderReply(Message, frozen=True, kw_only=True):
+    """How many images an ``Order`` made the keeper forget."""
+
     dropped: Size
 
 

@@ -60,6 +60,7 @@ class Link:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Begin to connect, in a thread of its own."""
         self._thread = spawn("control", self._run, on_death=self._died)
 
     def _died(self, name: str, problem: BaseException) -> None:
