@@ -1,4 +1,4 @@
-"""An exchange between threads of one process, for tests and notebooks: no network, same order."""
+"""An exchange between threads of one process, for tests and notebooks."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 
 class LoopbackWorld:
-    """``size`` ranks that meet at a barrier for every collective; each runs in its own thread."""
+    """``size`` ranks, each in a thread of its own, that meet at a barrier for every collective."""
 
     def __init__(self, size: int, *, timeout_s: float = 60.0) -> None:
         self.size = size
         self._timeout_s = timeout_s
         self._barrier = threading.Barrier(size)
         self._posts: list[tuple[str, Tensor, tuple[int, ...]] | None] = [None] * size
-        self._parted: list[str] = []  # labels of the collective in which ranks parted
+        self._parted: list[str] = []  # labels by rank where ranks met in different collectives
 
     def exchange(self, rank: int) -> LoopbackExchange:
-        """The end of this world that ``rank`` holds."""
+        """Return the exchange of ``rank``."""
         return LoopbackExchange(self, rank)
 
     def close(self) -> None:
-        """Release every rank that waits; their collectives raise ``ExchangeClosedError``."""
+        """Wake up all waiting ranks; their collectives raise ``ExchangeClosedError``."""
         self._barrier.abort()
 
     def meet(
@@ -39,7 +39,12 @@ class LoopbackWorld:
         post: tuple[str, Tensor, tuple[int, ...]],
         take: Callable[[list[tuple[str, Tensor, tuple[int, ...]]]], None],
     ) -> None:
-        """Post, wait for all, read what the others posted, and wait until all have read."""
+        """Run one collective: post, wait for all ranks, read their posts, wait until all have read.
+
+        Raises:
+            RanksPartedError: The ranks' labels differ.
+            ExchangeClosedError: A rank failed or timed out.
+        """
         self._posts[rank] = post
         self._wait()
         posts = [entry for entry in self._posts if entry is not None]
@@ -60,7 +65,7 @@ class LoopbackWorld:
 
 
 class LoopbackExchange:
-    """One rank's end of a ``LoopbackWorld``. Sums go in ascending rank order."""
+    """The exchange of one rank of a ``LoopbackWorld``. Sums run in ascending rank order."""
 
     def __init__(self, world: LoopbackWorld, rank: int) -> None:
         self._world = world
@@ -116,7 +121,8 @@ def run_ranks(body: Callable[[Exchange], T], *, size: int, timeout_s: float = 60
     """Run ``body`` once per rank, each in a thread of its own, and return the results by rank.
 
     Raises:
-        BaseException: The first rank's own error; the others are released, not awaited in vain.
+        BaseException: The error of the lowest rank that failed by itself. All other ranks are
+            woken up.
     """
     world = LoopbackWorld(size, timeout_s=timeout_s)
     results: dict[int, T] = {}

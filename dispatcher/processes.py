@@ -1,7 +1,7 @@
-"""Run a function on real gloo processes of this machine, for tests and benchmarks.
+"""Run a function in several gloo processes on this node, for tests and benchmarks.
 
-The processes come from a fork server that has torch loaded, so a world of four stands in about a
-second. Function and arguments travel through pipes between processes of one program.
+The processes are forked from a server that has PyTorch loaded already, so four ranks start in about
+a second. Function and arguments are pickled.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def run_processes(
 
     Args:
         body: A function at the top level of its file.
-        size: Ranks.
+        size: Number of ranks.
         args: Further arguments, picklable.
-        threads: Torch threads of each process.
-        timeout_s: Longest wait for a collective, and for the results after the first.
+        threads: PyTorch threads of each process.
+        timeout_s: Longest wait for a collective, in seconds.
 
     Raises:
         RuntimeError: A rank failed; the message holds its traceback.
@@ -93,14 +93,14 @@ def _work(
         group = ProcessGroupGloo(PrefixStore("loopback", store), rank, size, limit)
         exchange = TorchExchange(group)
         value = body(exchange, *args)
-        exchange.all_reduce(torch.ones(1), label="digest")  # nobody leaves while others compute
+        exchange.all_reduce(torch.ones(1), label="digest")  # no rank exits early
         end.send((False, value))
     except BaseException:  # noqa: BLE001 - a process's edge: the parent raises it again
         end.send((True, traceback.format_exc()))
 
 
 def _unpacked(home: tuple[str, str], task: bytes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Load the function's file under its own name, then the function and its arguments."""
+    """Import the function's file under its module name, and unpickle the arguments."""
     name, path = home
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

@@ -1,4 +1,4 @@
-"""The slow, obvious twins that the tests compare with. Nothing here is fast; all of it is plain.
+"""Slow, simple reference implementations that the tests compare against.
 
 Shapes: T tokens, K choices, E experts, D model width, H hidden width.
 """
@@ -15,7 +15,7 @@ from dispatcher.layer.layout import Activation
 
 
 def expert_output(x_MD: Tensor, fields: Mapping[str, Tensor], *, activation: Activation) -> Tensor:
-    """One expert on some rows, by autograd."""
+    """Apply one expert to rows [M, D]; differentiable."""
     if activation == "swiglu":
         return (F.silu(x_MD @ fields["w_gate"]) * (x_MD @ fields["w_up"])) @ fields["w_down"]
     hidden = x_MD @ fields["w_in"]
@@ -33,14 +33,14 @@ def dense_moe(
     *,
     activation: Activation,
 ) -> Tensor:
-    """Every token through its experts on one device, token by token sums, by autograd.
+    """Compute a complete MoE layer on one device; differentiable.
 
     Args:
-        x_TD: Tokens.
-        expert_TK: Chosen experts; -1 = none.
-        gate_TK: Weights of the choices.
-        experts: Fields of each expert.
-        activation: Of the experts.
+        x_TD: Tokens, [T, D].
+        expert_TK: Chosen experts, int64 [T, K]; -1 = no expert.
+        gate_TK: Weights of the choices, [T, K].
+        experts: Fields of each expert, as in ``ExpertLayout.fields``.
+        activation: "gelu" or "swiglu".
     """
     out_TD = torch.zeros_like(x_TD)
     for expert, fields in enumerate(experts):

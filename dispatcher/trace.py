@@ -1,7 +1,7 @@
-"""Routing traces: what each rank's tokens chose, as JSON lines, out of a run and back into one.
+"""Routing traces: the experts chosen by each rank's tokens, as JSON lines; write, read, replay.
 
 A line is ``{"step", "layer", "rank", "num_tokens", "topk", "top_indices"}``; ``top_indices`` holds
-``num_tokens`` lists of ``topk`` expert ids, -1 for a copy that went nowhere.
+``num_tokens`` lists of ``topk`` expert ids, -1 for a copy that was not sent.
 
 Shapes: T tokens, K choices per token, E experts, R ranks.
 """
@@ -26,12 +26,12 @@ _KEYS = ("step", "layer", "rank", "num_tokens", "topk", "top_indices")
 
 
 class TraceError(DispatchError, ValueError):
-    """A line of a trace is not what it should be; the message has file and line."""
+    """A line of a trace is invalid; the message names file and line."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingRecord:
-    """The choices of one rank's tokens in one layer of one step."""
+    """The experts that one rank's tokens chose in one layer of one step, int64 [T, K]."""
 
     step: int
     layer: int
@@ -39,14 +39,14 @@ class RoutingRecord:
     expert_TK: Tensor
 
     def line(self) -> str:
-        """The record as one line of JSON, keys in their fixed order."""
+        """Return the record as one line of JSON."""
         num_tokens, top_k = self.expert_TK.shape
         values = (self.step, self.layer, self.rank, num_tokens, top_k, self.expert_TK.tolist())
         return json.dumps(dict(zip(_KEYS, values, strict=True)), separators=(",", ":"))
 
 
 def write_trace(path: str | Path, records: Iterable[RoutingRecord]) -> int:
-    """Write the records, one a line, and return how many."""
+    """Write the records to a file, one per line, and return their number."""
     count = 0
     with Path(path).open("w", encoding="utf-8") as file:
         for record in records:
@@ -56,10 +56,10 @@ def write_trace(path: str | Path, records: Iterable[RoutingRecord]) -> int:
 
 
 def read_trace(path: str | Path) -> Iterator[RoutingRecord]:
-    """Read a trace line by line.
+    """Yield the records of a trace file, read line by line.
 
     Raises:
-        TraceError: A line is no JSON, lacks a key, or its numbers do not fit each other.
+        TraceError: A line is not JSON, lacks a key, or has inconsistent numbers.
     """
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -68,7 +68,7 @@ def read_trace(path: str | Path) -> Iterator[RoutingRecord]:
 
 
 def counts_of(records: Iterable[RoutingRecord], *, num_ranks: int, num_experts: int) -> IntArray:
-    """Copies that each rank routes to each expert, summed over the records, [R, E].
+    """Return the copies that each rank routes to each expert, summed over the records, [R, E].
 
     Raises:
         TraceError: A record names a rank or an expert outside the given numbers.
@@ -88,13 +88,14 @@ def counts_of(records: Iterable[RoutingRecord], *, num_ranks: int, num_experts: 
 def replay(
     records: Iterable[RoutingRecord], dispatcher: Dispatcher, *, dim: int
 ) -> Iterator[Dispatched]:
-    """Send tokens of zeros where the records of this dispatcher's rank sent theirs.
+    """Dispatch tokens of zeros with the choices recorded for this rank, and yield each result.
 
-    All ranks must replay equally many records. Each result may be combined before the next.
+    Collective: all ranks must replay the same number of records. A result may be combined before
+    the next one is requested.
 
     Args:
-        records: Of any ranks; those of others are skipped.
-        dispatcher: Of this rank.
+        records: Records of any ranks; those of other ranks are skipped.
+        dispatcher: Dispatcher of this rank.
         dim: Width of the tokens.
     """
     for record in records:

@@ -1,7 +1,8 @@
-"""The whole expert path of one layer as one autograd function, backward by hand.
+"""``expert_path``: the complete expert path of one layer as one autograd function.
 
-Forward: gather, all-to-all, experts, all-to-all, weighted sum. Backward: the mirror. Sums over the
-K choices run in ascending order of choice; nothing is scattered, so equal input gives equal bits.
+Forward: gather, all-to-all, experts, all-to-all, weighted sum. The hand-written backward runs the
+same steps in reverse. Sums over the K choices run in ascending order and use no atomic adds, so
+equal inputs give bit-identical results.
 
 Shapes: T tokens, K choices, N copies sent, M rows received, D width, S slots, P parameters a row.
 """
@@ -23,10 +24,16 @@ from dispatcher.layer.layout import ExpertLayout
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PathOptions:
-    """What does not change from one micro-batch to the next."""
+    """Options of ``expert_path`` that are the same for every micro-batch.
+
+    Attributes:
+        layout: Layout of one expert's row in the bank.
+        recompute: Keep no hidden activations and recompute them in the backward. Set this to save
+            memory at the cost of time.
+    """
 
     layout: ExpertLayout
-    recompute: bool = False  # keep no hidden activations; compute them again in the backward
+    recompute: bool = False
 
 
 def expert_path(
@@ -40,33 +47,32 @@ def expert_path(
     done: Callable[[], None] | None = None,
     anchors: list[Tensor] | None = None,
 ) -> Tensor:
-    """Tokens through their experts.
+    """Send tokens to their experts, apply the experts, and combine the results. Collective.
 
-    The gradient of ``weight`` is added into ``weight.grad`` by the backward itself and not
-    returned through the graph; the buffer is made when there is none.
+    The backward adds the gradient of ``weight`` to ``weight.grad`` directly (created if None)
+    instead of returning the gradient through the graph.
 
     Args:
-        x_TD: Tokens, in the dtype that is sent and computed.
-        gate_TK: Weight of each choice, fp32.
-        weight: The bank, [S, P].
-        routed: Handle of this micro-batch; spent by the call.
+        x_TD: Tokens [T, D], in the dtype that is sent and computed.
+        gate_TK: Weight of each choice, fp32 [T, K].
+        weight: The expert bank, [S, P]: one row of parameters per slot.
+        routed: Handle of this micro-batch, from ``finish_routing``; used up by the call.
         options: Layout of a row, and whether to recompute.
-        written: Slots whose gradient rows hold something of this step already; the backward
-            overwrites the others, so that nobody has to zero them, and puts them in. None: all
-            rows are added to.
-        done: Called at the end of the backward, when the gradients of ``weight`` are added and
-            this call's exchanges are over.
-        anchors: A scalar that is 0 is appended where there is a backward. Differentiate it beside
-            the loss, and this call's backward runs whatever the loss depends on: with zero
-            gradients where it does not depend on the result, but with all of its exchanges, for
-            which the peers wait.
+        written: Slots whose gradient rows already hold gradients of this step. The backward
+            overwrites other rows (so they need not be zeroed) and adds their slots to the set.
+            None: add to all rows.
+        done: Called at the end of the backward, after the gradients of ``weight`` were added and
+            the last exchange of this call has ended.
+        anchors: If given and there is a backward, a scalar 0 is appended. Differentiate the anchor
+            together with the loss: the backward then runs, with its exchanges, even if the loss
+            does not depend on the result. Otherwise the other ranks would wait for this one.
 
     Returns:
-        [T, D] in the dtype of ``x_TD``; zeros for tokens that were routed nowhere.
+        [T, D] in the dtype of ``x_TD``; zeros for tokens that were sent nowhere.
 
     Raises:
-        DispatchInputError: Tokens are not those that were routed, weights do not fit the choices,
-            or the bank does not fit the layout; nothing was sent.
+        DispatchInputError: The tokens differ from the routed ones, the weights do not fit the
+            choices, or the bank does not fit the layout; nothing was sent.
         HandleError: The handle was used before.
     """
     routed.check_tokens(x_TD)
@@ -95,7 +101,7 @@ class _ExpertPath(torch.autograd.Function):
         done: Callable[[], None] | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_TD.device.type, enabled=False):
-            # Rows are handed on without a name, so that at most three copies of them live.
+            # Rows are passed on without a variable, so that at most three copies exist at a time.
             x_MD = routed.to_experts(gather_copies(x_TD, routed), label="dispatch", is_ours=True)
             kept = Saved(x_MD, ())
             y_ND, hidden = _through_experts(kept, weight, routed, options)
@@ -117,7 +123,7 @@ class _ExpertPath(torch.autograd.Function):
             raise RuntimeError("the expert path was already differentiated; run the forward again")
         saved, y_ND = ctx.kept
         ctx.kept = None
-        if grads[0] is None:  # the loss does not depend on the result, but the peers wait for us
+        if grads[0] is None:  # the loss does not depend on the result, but other ranks wait
             grad_TD = y_ND.new_zeros(routed.num_tokens, y_ND.shape[1])
         else:
             grad_TD = grads[0].contiguous()
@@ -151,14 +157,14 @@ def _check_bank(weight: Tensor, routed: Routed, layout: ExpertLayout) -> None:
 def _through_experts(
     kept: Saved, weight: Tensor, routed: Routed, options: PathOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Received rows through the experts and back to their sources, with what they hid."""
+    """Apply the experts to received rows and send the outputs back; also returns hidden tensors."""
     cast = None if options.recompute else kept.weights
     y_MD, hidden = experts_forward(kept.x_MD, weight, routed.groups, options.layout, cast=cast)
     return routed.to_sources(y_MD, label="combine", is_ours=True), hidden
 
 
 def grad_buffer(weight: Tensor) -> Tensor | None:
-    """The flat buffer that weight gradients are added into; None when none is wanted."""
+    """Return ``weight.grad``, created if needed; None if ``weight`` requires no gradient."""
     if not weight.requires_grad:
         return None
     if weight.grad is None:
@@ -167,13 +173,13 @@ def grad_buffer(weight: Tensor) -> Tensor | None:
 
 
 def gather_copies(x_TD: Tensor, routed: Routed) -> Tensor:
-    """Each sent copy's token, [N, D]."""
+    """Return the token of each sent copy, [N, D]."""
     token_N = routed.sent_N if routed.top_k == 1 else routed.sent_N // routed.top_k
     return x_TD.index_select(0, token_N)
 
 
 def combine_copies(y_ND: Tensor, gate_TK: Tensor, routed: Routed) -> Tensor:
-    """Weighted sum over each token's choices, in ascending order, [T, D]."""
+    """Return the weighted sum over each token's choices, in ascending order, [T, D]."""
     out_TD = y_ND.new_empty(routed.num_tokens, y_ND.shape[1], dtype=gate_TK.dtype)
     for k in range(routed.top_k):
         rows_TD = _rows_of_choice(y_ND, routed, k)
@@ -187,13 +193,13 @@ def combine_copies(y_ND: Tensor, gate_TK: Tensor, routed: Routed) -> Tensor:
 def output_gradients(
     grad_TD: Tensor, y_ND: Tensor, gate_TK: Tensor, routed: Routed
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sent copies' outputs and of their weights.
+    """Return the gradients of the sent copies' outputs and of their weights.
 
     Args:
         grad_TD: Gradient of the combined output.
-        y_ND: The copies' outputs in sent order; its content is lost.
-        gate_TK: Their weights.
-        routed: The handle.
+        y_ND: The copies' outputs in sent order; overwritten.
+        gate_TK: Weight of each choice.
+        routed: Handle of the dispatch.
 
     Returns:
         [N, D] in sent order, the token's gradient times the copy's weight; and fp32 [T, K], the
@@ -208,7 +214,7 @@ def output_gradients(
 
 
 def sum_copies(grad_ND: Tensor, routed: Routed) -> Tensor:
-    """Sum over each token's copies, in ascending order of choice, [T, D]."""
+    """Return the sum over each token's copies, in ascending order of choice, [T, D]."""
     out_TD = _rows_of_choice(grad_ND, routed, 0)
     for k in range(1, routed.top_k):
         out_TD += _rows_of_choice(grad_ND, routed, k)

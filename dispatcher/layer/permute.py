@@ -1,4 +1,4 @@
-"""Permutations of routed copies as index arithmetic: no sort but one, no scatter, no atomics.
+"""Permutations of routed copies, by one stable sort and index arithmetic (no atomics).
 
 Shapes: T tokens, K choices, N routed copies sent, M rows received, G segments.
 """
@@ -13,7 +13,7 @@ from dispatcher.splits.routing import IntArray
 
 
 def segment_index(starts_G: IntArray, lengths_G: IntArray, *, device: torch.device) -> Tensor:
-    """Positions of the given segments, one segment after the other.
+    """Return the positions covered by the given segments, one segment after the other.
 
     Returns:
         int64 [sum of lengths]: ``starts[0] .. starts[0] + lengths[0] - 1``, then the next segment.
@@ -25,11 +25,14 @@ def segment_index(starts_G: IntArray, lengths_G: IntArray, *, device: torch.devi
 
 
 def transposed_index(lengths_AB: IntArray, *, device: torch.device) -> Tensor | None:
-    """Reads rows laid out by (a, b) in the order (b, a); None when that changes nothing.
+    """Return the index that reorders rows from (a, b) order to (b, a) order.
 
     Args:
         lengths_AB: Rows of each segment, int [A, B].
-        device: Where the index is to live.
+        device: Device of the index.
+
+    Returns:
+        int64, one entry per row; None if the order is the same.
     """
     busy_AB = lengths_AB > 0
     if busy_AB.any(1).sum() <= 1 or busy_AB.any(0).sum() <= 1:
@@ -40,18 +43,18 @@ def transposed_index(lengths_AB: IntArray, *, device: torch.device) -> Tensor | 
 
 
 def expert_order(expert_N: Tensor, *, num_experts: int) -> Tensor:
-    """Copies by ascending expert, arrival order inside one; unrouted copies (-1) at the end."""
+    """Return copies sorted by expert, stable; copies without an expert (-1) come last."""
     key_N = torch.where(expert_N < 0, num_experts, expert_N)
     narrow = torch.uint8 if num_experts < 256 else torch.int32
     return torch.argsort(key_N.to(narrow), stable=True)
 
 
 def send_order(order_N: Tensor, send_JE: IntArray) -> Tensor:
-    """The copies in the order (target rank, expert, arrival), from their order by expert.
+    """Return the copies in the order (target rank, expert, arrival).
 
     Args:
         order_N: Result of ``expert_order``.
-        send_JE: Copies of each expert for each target.
+        send_JE: Number of copies of each expert for each target rank, [R, E].
     """
     lengths_EJ = np.ascontiguousarray(send_JE.T)
     index = transposed_index(lengths_EJ, device=order_N.device)
@@ -60,12 +63,12 @@ def send_order(order_N: Tensor, send_JE: IntArray) -> Tensor:
 
 
 def inverse_order(sent_N: Tensor, *, num_copies: int) -> Tensor:
-    """Where each copy was sent to; copies that were not sent point one past the last row."""
+    """Return the sent row of each copy; the number of sent rows for copies that were not sent."""
     position = torch.full((num_copies,), sent_N.shape[0], dtype=torch.int64, device=sent_N.device)
     position[sent_N] = torch.arange(sent_N.shape[0], device=sent_N.device)
     return position
 
 
 def take_rows(rows_ND: Tensor, index: Tensor | None) -> Tensor:
-    """The rows in the order of ``index``; None keeps them as they are."""
+    """Return the rows in the order of ``index``; unchanged if ``index`` is None."""
     return rows_ND if index is None else rows_ND.index_select(0, index)

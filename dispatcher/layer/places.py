@@ -1,27 +1,27 @@
-"""Where in a step a rank is, as one number that travels with the counts of every layer.
+"""Place codes: a rank's position in a step as one number, sent with the counts of every layer.
 
-Ranks whose user code has parted ways meet in the counts of different layers or rounds. A number
-that all compare tells them so before a token is sent. Zero says nothing: nobody counts rounds.
+If the user code takes different paths on different ranks, a rank meets the counts of another layer
+or round. Comparing place codes detects this before any token is sent. Code 0 means "unknown".
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
 
-_LAYERS, _ROUNDS, _STEPS = 1 << 9, 1 << 9, 1 << 10  # 31 bits with the kind: an int32 lane
+_LAYERS, _ROUNDS, _STEPS = 1 << 9, 1 << 9, 1 << 10  # with 3 bits of kind: 31 bits
 
 
 class Meeting(IntEnum):
-    """What ranks meet for."""
+    """Reason why ranks meet in a collective."""
 
-    FORWARD = 1  # a layer's first forward; its backward follows
-    WITHOUT_GRAD = 2  # the same where no backward follows
-    REPEATED = 3  # a forward that checkpointing repeats inside a backward
+    FORWARD = 1  # first forward of a layer; a backward follows
+    WITHOUT_GRAD = 2  # forward of a layer; no backward follows
+    REPEATED = 3  # forward repeated by activation checkpointing inside a backward
     BACKWARD_OVER = 4  # the last backward of a step, or the last forward of an evaluation
 
 
 def place_code(kind: Meeting, *, layer: int = 0, round: int = 0, step: int = 0) -> int:
-    """The number of a place, 1 to 2**31 - 1; large numbers wrap around."""
+    """Encode a place as a number, 1 to 2**31 - 1; large layers, rounds and steps wrap around."""
     code = step % _STEPS
     code = code * _ROUNDS + round % _ROUNDS
     code = code * _LAYERS + layer % _LAYERS
@@ -29,7 +29,7 @@ def place_code(kind: Meeting, *, layer: int = 0, round: int = 0, step: int = 0) 
 
 
 def place_text(code: int) -> str:
-    """The place in words."""
+    """Return a place code in words, for error messages."""
     rest, kind = divmod(code, 8)
     rest, layer = divmod(rest, _LAYERS)
     number = rest % _ROUNDS

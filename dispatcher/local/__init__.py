@@ -1,4 +1,4 @@
-"""The exchange between CPU ranks of one machine: shared memory in place of a network.
+"""The exchange between CPU ranks of one node, through shared memory instead of a network.
 
-For laptops and tests; ranks with a device of their own never use it. Start at ``shared.py``.
+For laptops and tests: the exchange takes CPU tensors only. Start with ``shared.py``.
 """

@@ -1,7 +1,7 @@
-"""Blocks of memory that the ranks of one machine share, and the pool that a rank sends from.
+"""Blocks of memory shared by the ranks of one node, and the pool of blocks that a rank sends from.
 
-A block is an anonymous memory file: it has no name that could be left behind, does not count
-against the limit of /dev/shm, and goes when the last process that mapped it goes.
+A block is an anonymous memory file (memfd). No name is left behind after a crash, the limit of
+/dev/shm does not apply, and the memory is freed when the last process that mapped it ends.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from itertools import count
 import torch
 from torch import Tensor
 
-ALIGN = 64  # bytes: every part of a block begins on a cache line
+ALIGN = 64  # bytes: every part of a block starts on a cache line
 _LEAST = 1 << 16  # bytes of the smallest block
 
 
 _numbers = count()
-_standing: dict[int, Block] = {}  # by address: buffers of ``shared_zeros`` that are alive
+_standing: dict[int, Block] = {}  # live buffers of ``shared_zeros`` by address
 
 
 class _StandingFile(mmap.mmap):
     """The mapping behind a buffer of ``shared_zeros``.
 
-    The registry is told before the memory is unmapped: afterwards another thread may get the same
-    address for something else.
+    The buffer leaves the registry before the memory is unmapped, because another thread may get
+    the same address afterwards.
     """
 
     address = 0
@@ -46,17 +46,17 @@ class Block:
     fd: int
     size: int
     bytes_N: Tensor
-    busy_until: int = 0  # the exchange that peers must have ended before it may be rewritten
+    busy_until: int = 0  # collective that all peers must have ended before the block is rewritten
 
     def close(self) -> None:
-        """Give the file descriptor back; the mapping lives as long as a tensor on it does."""
+        """Close the file descriptor. The mapping lives as long as a tensor uses it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 def mapped(number: int, fd: int, size: int) -> Block:
-    """The block behind a memory file of ``size`` bytes."""
+    """Map a memory file of ``size`` bytes as a block."""
     return Block(number, fd, size, torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8))
 
 
@@ -67,10 +67,11 @@ def _memory_file(size: int) -> int:
 
 
 def shared_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A CPU tensor of zeros that ranks of this machine can read from where it lies.
+    """Return a CPU tensor of zeros in shared memory.
 
-    A ``SharedExchange`` sends from it, and sums into it, without a copy on the way. An ordinary
-    tensor where the system has no memory files.
+    A ``SharedExchange`` sends from such a tensor, and sums into it, without an extra copy. Use this
+    function for large buffers that are exchanged often. On systems without memory files the result
+    is an ordinary tensor.
     """
     plain = torch.Size(shape).numel() * dtype.itemsize
     if plain == 0 or not hasattr(os, "memfd_create"):
@@ -80,33 +81,33 @@ def shared_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Te
     file = _StandingFile(fd, size)
     bytes_N = torch.frombuffer(file, dtype=torch.uint8)
     file.address = bytes_N.data_ptr()
-    # The registry must not keep the memory alive: it holds no tensor, and is told of the end.
+    # The registry holds no tensor on the buffer, so it does not keep the memory alive.
     block = Block(next(_numbers), fd, size, torch.empty(0, dtype=torch.uint8))
     _standing[file.address] = block
     return bytes_N[:plain].view(dtype).view(tuple(shape))
 
 
 def standing(bytes_N: Tensor) -> tuple[Block, int] | None:
-    """The buffer of ``shared_zeros`` that holds these bytes, and where in it they begin."""
+    """Return the ``shared_zeros`` buffer that contains these bytes and their offset, or None."""
     address, size = bytes_N.data_ptr(), bytes_N.shape[0]
-    for start, block in list(_standing.items()):  # another thread's buffer may go meanwhile
+    for start, block in list(_standing.items()):  # a copy: other threads may remove buffers
         if start <= address and address + size <= start + block.size:
             return block, address - start
     return None
 
 
 class BlockPool:
-    """This rank's blocks. One that peers may still be reading is never handed out again."""
+    """The blocks that this rank sends from. A block that peers may still read is not reused."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
 
     def take(self, size: int, *, ended_everywhere: int) -> Block:
-        """The smallest block of at least ``size`` bytes that is free, or a new one.
+        """Return the smallest free block of at least ``size`` bytes, or a new block.
 
         Args:
             size: Bytes wanted.
-            ended_everywhere: Number of the last exchange that every peer has ended.
+            ended_everywhere: Number of the last collective that every peer has ended.
         """
         fit = [b for b in self.blocks if b.size >= size and b.busy_until <= ended_everywhere]
         return min(fit, key=lambda block: block.size) if fit else self._new(size)
@@ -125,5 +126,5 @@ class BlockPool:
 
 
 def aligned(size: int) -> int:
-    """``size`` rounded up to whole cache lines."""
+    """Return ``size`` rounded up to a multiple of ``ALIGN``."""
     return -(-size // ALIGN) * ALIGN

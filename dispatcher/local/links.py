@@ -1,6 +1,8 @@
-"""Local sockets between the ranks of one machine: short messages in order, each with a block's
-descriptor where the peer does not know the block yet. A peer that dies or leaves ends its link, so
-that whoever waits for it is told at once.
+"""Local sockets between the ranks of one node.
+
+A link carries short messages in order. A message that refers to a block new to the peer also
+carries the block's file descriptor. If a peer dies or leaves, its link closes, and ranks that wait
+for the peer get an error at once.
 """
 
 from __future__ import annotations
@@ -16,30 +18,31 @@ from dataclasses import dataclass, field
 from dispatcher.errors import LinkError, PartedLinkError
 from dispatcher.local.blocks import Block, mapped
 
-INLINE_BYTES = 4096  # content up to this size travels in the message itself
-_PARTING = -1  # number of the last message of a rank that gives up; exchanges count from 1
-LABEL_BYTES = 64  # of a label that travel with a message
-_PARTED = 1  # phase of a last word that tells of ranks in different collectives
+INLINE_BYTES = 4096  # content up to this size is sent in the message itself
+_PARTING = -1  # number of the last message of a rank that gives up; collectives count from 1
+LABEL_BYTES = 64  # longer labels are cut
+_PARTED = 1  # phase of a last message: ranks are in different collectives
 _HEAD = struct.Struct(f"<qq{LABEL_BYTES}sIqqqqq?")
 _ANCILLARY = socket.CMSG_SPACE(4)
 
 
 @dataclass(slots=True)
 class Message:
-    """One rank's word to another about one exchange.
+    """A message from one rank to another about one collective.
 
     Attributes:
-        number: Of the exchange; both count alike.
-        ended: The last exchange that the sender has ended, together with all before it.
-        label: What the exchange is for, padded with zeros.
-        phase: Even: which part of the collective. Odd: "I have read the one before".
-        block: The sender's block that holds the content; -1 where there is none.
-        begin: First byte in the block.
-        is_lent: The sender waits for the peer's word that it has read the content.
-        size: Bytes of content.
-        whole: Bytes that the sender still has for the peer, this content included.
-        room: Bytes of the block.
-        content: The content itself where it is short.
+        number: Number of the collective; all ranks count the same.
+        ended: The last collective that the sender has ended, together with all earlier ones.
+        label: Label of the collective, padded with zeros.
+        phase: Even: part of the collective that the content belongs to. Odd: acknowledgement that
+            the content of phase - 1 was read.
+        block: Number of the sender's block that holds the content; -1 if there is none.
+        begin: Offset of the content in the block, in bytes.
+        size: Size of the content, in bytes.
+        whole: Bytes that the sender still has for the peer, including this content.
+        room: Size of the block, in bytes.
+        is_lent: The sender waits for an acknowledgement before it rewrites the content.
+        content: The content itself if it is short.
     """
 
     number: int
@@ -57,17 +60,22 @@ class Message:
 
 @dataclass(eq=False)
 class Link:
-    """One peer's socket and what is known of its blocks."""
+    """The socket to one peer, the blocks known on both sides, and messages received early."""
 
     peer: int
     socket: socket.socket
-    told: set[int] = field(default_factory=set)  # our blocks that the peer has mapped
-    blocks: dict[int, Block] = field(default_factory=dict)  # the peer's
+    told: set[int] = field(default_factory=set)  # numbers of our blocks that the peer has mapped
+    blocks: dict[int, Block] = field(default_factory=dict)  # blocks of the peer by number
     early: dict[tuple[int, int], Message] = field(default_factory=dict)
-    ended: int = 0  # the last exchange that the peer has ended
+    ended: int = 0  # the last collective that the peer has ended
 
     def send(self, message: Message, block: Block | None) -> None:
-        """Raises LinkError when the peer is gone or does not read."""
+        """Send a message; ``block`` holds its content, if any.
+
+        Raises:
+            LinkError: The peer is gone or does not read; or the peer gave up because of another
+                rank, which the error then names.
+        """
         head = _HEAD.pack(
             message.number, message.ended, message.label, message.phase, message.block,
             message.begin, message.size, message.whole, message.room, message.is_lent,
@@ -83,7 +91,7 @@ class Link:
             raise known or LinkError(peer=self.peer, reason=_reason(problem)) from problem
 
     def part(self, problem: LinkError) -> None:
-        """This rank's last word: whom it gave up for. Never waits; frees whoever waits here."""
+        """Tell the peer because of whom this rank gives up, and shut the link. Does not block."""
         is_parted = isinstance(problem, PartedLinkError)
         if is_parted or problem.peer != self.peer:
             phase = _PARTED if is_parted else 0
@@ -94,7 +102,7 @@ class Link:
         self.shut()
 
     def _blamed(self) -> LinkError | None:
-        """What a peer that reads no more had to say, if it was not its own fault."""
+        """The error in the last message of a peer that gave up because of another rank, or None."""
         try:
             while True:
                 self._next(socket.MSG_DONTWAIT)
@@ -103,11 +111,11 @@ class Link:
             return last if is_other else None
 
     def receive(self, number: int, phase: int) -> Message:
-        """The peer's message about this exchange; earlier ones are kept for who asks for them.
+        """Wait for the peer's message with this number and phase; keep other messages for later.
 
         Raises:
-            LinkError: The peer is gone, silent for the time limit, or ahead of this rank; or it
-                gave up for another rank, which is the one that is named then.
+            LinkError: The peer is gone or was silent for the time limit; or the peer gave up
+                because of another rank, which the error then names.
         """
         found = self.early.pop((number, phase), None)
         while found is None:
@@ -141,7 +149,7 @@ class Link:
         return message
 
     def shut(self) -> None:
-        """Free whoever waits here, on both sides."""
+        """Wake up threads that wait on this link, on both sides, with an error."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
@@ -156,10 +164,10 @@ def _reason(problem: OSError) -> str:
 
 
 def machine() -> str:
-    """Names this machine and its network namespace: ranks that agree on it can be linked.
+    """Return a name of this node, its namespaces and user; ranks with equal names can be linked.
 
     Raises:
-        OSError: This process may make no memory files, or cannot tell where it is.
+        OSError: Memory files are not allowed here, or the node cannot be identified.
     """
     os.close(os.memfd_create("probe", os.MFD_CLOEXEC))
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -169,13 +177,13 @@ def machine() -> str:
 
 
 def is_own(connected: socket.socket) -> bool:
-    """Whether the process at the other end belongs to this process's user."""
+    """Return whether the process at the other end belongs to the same user."""
     _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return bool(uid == os.geteuid())
 
 
 class Door:
-    """A listening socket under a name that only the ranks of one world are told."""
+    """A listening socket whose random name is shared only with the ranks of one exchange."""
 
     def __init__(self) -> None:
         self.name = secrets.token_bytes(16)
@@ -187,23 +195,23 @@ class Door:
         self._listener.close()
 
     def shut(self) -> None:
-        """Free whoever waits in ``links``."""
+        """Wake up a thread that waits in ``links``, with an error."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
 
     def links(
         self, names: list[bytes], *, rank: int, timeout_s: float, kept: Callable[[Link], None]
     ) -> None:
-        """Call lower ranks, answer higher ones; every link is handed to ``kept`` at once.
+        """Connect to lower ranks and accept higher ranks; then stop listening.
 
         Args:
-            names: Doors of all ranks; all of them stand open.
+            names: Socket names of all ranks, by rank; all of them are listening already.
             rank: This rank.
-            timeout_s: Longest wait for a peer, here and at every later message.
-            kept: Takes each link.
+            timeout_s: Longest wait for a peer, here and for every later message, in seconds.
+            kept: Called with each link as soon as its socket exists.
 
         Raises:
-            LinkError: A peer did not come.
+            LinkError: A peer did not connect.
         """
         pair = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         limits = [(socket.SO_RCVTIMEO, pair), (socket.SO_SNDTIMEO, pair)]
@@ -219,7 +227,7 @@ class Door:
             self._listener.setsockopt(socket.SOL_SOCKET, *limits[0])
             while missing:
                 answered, _ = self._listener.accept()
-                if not is_own(answered):  # names of local sockets can be listed by anybody
+                if not is_own(answered):  # any user can list the names of local sockets
                     answered.close()
                     continue
                 answered.setblocking(True)

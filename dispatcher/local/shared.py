@@ -1,9 +1,10 @@
-"""The exchange between ranks of one machine: through shared memory, without a network stack.
+"""``SharedExchange``: collectives between ranks of one node through shared memory.
 
-A sender copies what others want into a block of its own and says where it lies; each receiver
-copies its part out. Short content travels in the message itself, long content in pieces, so that
-blocks stay small; content that lies in ``shared_zeros`` is read from there. A sum is made by
-slices, each by one rank, in ascending rank order: equal bits on all ranks, whatever the size.
+A sender copies its content into a block of its own and tells the receivers the position; each
+receiver copies its part out. Short content is sent in the message itself, long content in pieces so
+that blocks stay small. Content in a ``shared_zeros`` buffer is read from there without a copy. Sums
+always run in ascending rank order, so they are bit-identical on all ranks; large sums are divided
+into one slice per rank.
 
 Measured against gloo in ``benchmarks/exchange.py``.
 """
@@ -22,18 +23,21 @@ from dispatcher.local.blocks import aligned, standing
 from dispatcher.local.links import INLINE_BYTES, Link
 from dispatcher.local.wire import Place, Wire
 
-STAGE_BYTES = 8 << 20  # of one block; more is sent in pieces from two of them in turn
-_ONE_PHASE_BYTES = 1 << 16  # sums up to this size: everybody reads everything
-_CHUNK = 1 << 16  # elements that are summed at a time, to stay in the cache
+STAGE_BYTES = 8 << 20  # larger content is sent in pieces from two blocks of this size
+_ONE_PHASE_BYTES = 1 << 16  # sums up to this size are computed in full on every rank
+_CHUNK = 1 << 16  # elements summed at a time, so that they stay in the cache
 _SUMMED = 2  # phase of a sum
 
 
 def within_machine(exchange: Exchange, *, timeout_s: float = 300.0) -> Exchange:
-    """A faster exchange where all ranks share a machine, else the given one, on every rank alike.
+    """Return a ``SharedExchange`` if all ranks are on one node, else ``exchange``. Collective.
 
     Args:
-        exchange: Connects the ranks already; used to agree.
-        timeout_s: Longest wait for a peer in a collective.
+        exchange: An exchange that already connects the ranks.
+        timeout_s: Longest wait for a peer in a collective, in seconds.
+
+    Raises:
+        LinkError: The ranks are on one node, but a peer did not connect.
     """
     if exchange.size == 1 or not can_share():
         return exchange
@@ -42,16 +46,16 @@ def within_machine(exchange: Exchange, *, timeout_s: float = 300.0) -> Exchange:
 
 
 def can_share() -> bool:
-    """Whether this system has memory files and local sockets without a name on disk."""
+    """Return whether this system has memory files and abstract local sockets (Linux)."""
     return sys.platform.startswith("linux")
 
 
 class SharedExchange:
-    """Collectives over CPU tensors between processes of one machine; see ``within_machine``.
+    """Collectives over CPU tensors between processes of one node; see ``within_machine``.
 
-    ``abort`` may be called by any thread: it ends every collective under way with a ``LinkError``,
-    here and on the peers. A rank whose collective failed tells its peers for whom it gave up, and
-    can use the exchange no more.
+    ``abort`` may be called from any thread and makes running collectives raise ``LinkError``, here
+    and on the peers. After a failed collective the rank tells its peers which rank was the cause,
+    and every further call raises.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -59,24 +63,28 @@ class SharedExchange:
         self._wire = Wire(rank, size)
 
     def connect(self, over: Exchange, *, timeout_s: float) -> bool:
-        """Link all ranks; False, on every rank, where they are not on one machine.
+        """Link all ranks. Returns False, on every rank, if they are not all on one node.
+
+        Args:
+            over: An exchange that already connects the ranks.
+            timeout_s: Longest wait for a peer, here and in collectives, in seconds.
 
         Raises:
-            LinkError: A peer did not come, or ``abort`` was called.
+            LinkError: A peer did not connect, or ``abort`` was called.
         """
         return self._wire.connect(over, timeout_s=timeout_s)
 
     def abort(self) -> None:
-        """End every collective here and on the peers, now and from now on."""
+        """Make every present and future collective raise ``LinkError``, here and on the peers."""
         self._wire.abort()
 
     def close(self) -> None:
-        """Abort and give sockets and memory back."""
+        """Abort, and release sockets and memory."""
         self._wire.close()
 
     @property
     def staged_bytes(self) -> int:
-        """Bytes of the blocks that this rank sends from."""
+        """Total size of the blocks that this rank sends from, in bytes."""
         return sum(block.size for block in self._wire.pool.blocks)
 
     def all_to_all(
@@ -145,7 +153,7 @@ class SharedExchange:
             place = Place(wire.block(size, number), 0, is_lent=False)
             shared_M = place.block.bytes_N[:size].view(tensor.dtype)
             begin, end = _slices(flat_M.shape[0], self.size)[self.rank]
-            for part in (slice(0, begin), slice(end, None)):  # our own slice nobody else sums
+            for part in (slice(0, begin), slice(end, None)):  # no other rank reads our own slice
                 shared_M[part].copy_(flat_M[part])
         for link in wire.peers:
             wire.say(link, number, label, place=place, size=size)
@@ -153,7 +161,7 @@ class SharedExchange:
 
 
 class _Posting:
-    """This rank's side of an all-to-all: its parts go out, all at once or piece by piece."""
+    """The sending side of an all-to-all: sends each peer its part, at once or in pieces."""
 
     def __init__(
         self, wire: Wire, number: int, label: str, whole_N: Tensor, parts: list[Tensor]
@@ -166,22 +174,22 @@ class _Posting:
         self._start = whole_N.data_ptr()
         in_pieces = self._found is None and total > STAGE_BYTES
         self._piece = STAGE_BYTES // (wire.size - 1) // 64 * 64 if in_pieces else max(total, 1)
-        self._unread: dict[int, list[Link]] = {}  # by round: who has not said that it has read
+        self._unread: dict[int, list[Link]] = {}  # by round: peers that have not acknowledged yet
         self._in_pieces = in_pieces
         self._blocks = [wire.block(STAGE_BYTES, number) for _ in range(2)] if in_pieces else []
         self.round = 0
 
     @property
     def is_going_on(self) -> bool:
-        """Whether a further round has something to post."""
+        """Whether some content is still to be sent."""
         return bool(self._left)
 
     def post(self) -> None:
-        """The next piece for every peer that lacks one; the first round speaks to all."""
+        """Send the next piece to every peer with content left; in the first round, to all peers."""
         turn, self.round = self.round, self.round + 1
         if not self._left:
             return
-        if turn - 2 in self._unread:  # its block is needed again
+        if turn - 2 in self._unread:  # the block of that round is reused now
             self._wire.answered(
                 self._unread.pop(turn - 2), self._number, self._label, phase=2 * (turn - 2)
             )
@@ -202,14 +210,14 @@ class _Posting:
             self._unread[turn] = lent
 
     def wait(self) -> None:
-        """Until all that was lent has been read."""
+        """Wait until all lent content has been acknowledged."""
         for turn, links in self._unread.items():
             self._wire.answered(links, self._number, self._label, phase=2 * turn)
         for block in self._blocks:
-            block.busy_until = 0  # at once: all have answered
+            block.busy_until = 0  # free at once: all peers have acknowledged
 
     def _places(self, turn: int, pieces: dict[int, Tensor]) -> dict[int, Place]:
-        """Where each peer finds its piece; copies it there unless it lies there already."""
+        """Position of each peer's piece; pieces outside shared memory are copied to a block."""
         filled = {peer: piece for peer, piece in pieces.items() if piece.shape[0]}
         if self._inline or not filled:
             return {}
@@ -230,7 +238,7 @@ class _Posting:
 
 
 class _Sum:
-    """A small sum under way: every rank adds up everything, in rank order."""
+    """A small sum in progress: every rank adds all contributions, in rank order."""
 
     def __init__(self, wire: Wire, number: int, label: str, flat_M: Tensor) -> None:
         self._wire, self._number, self._label, self._flat_M = wire, number, label, flat_M
@@ -248,9 +256,9 @@ class _Sum:
 
 
 class _SlicedSum:
-    """A large sum under way: every rank adds up its slice, in rank order, and hands it out.
+    """A large sum in progress: every rank sums one slice, in rank order, and shares the result.
 
-    ``shared_M`` is what peers see of this rank: the tensor itself, or a copy of what they need.
+    ``shared_M`` is this rank's contribution as peers read it: the tensor itself or a copy.
     """
 
     def __init__(
@@ -272,7 +280,7 @@ class _SlicedSum:
         begin, end = slices[wire.rank]
         for at in range(begin, end, _CHUNK):
             stop = min(at + _CHUNK, end)
-            # Peers read this stretch of ours only when they are told that it holds the sum.
+            # Peers read this part of our memory only after the _SUMMED message below.
             shared_M[at:stop].copy_(_in_rank_order([part[at:stop] for part in arrived]))
         for link in wire.peers:
             wire.say(link, number, label, phase=_SUMMED)
@@ -284,13 +292,13 @@ class _SlicedSum:
             flat_M[begin:end].copy_(arrived[link.peer][begin:end])
         for link in lenders:
             wire.say(link, number, label, phase=1)
-        if shared_M is flat_M:  # the caller may write to it: nobody may be reading any more
+        if shared_M is flat_M:  # the caller may write to the tensor next: wait for all readers
             wire.answered(wire.peers, number, label)
         wire.end(number)
 
 
 def _post(wire: Wire, number: int, label: str, content_N: Tensor) -> None:
-    """The same to every peer."""
+    """Send the same content to every peer."""
     size = content_N.shape[0]
     place, text = None, b""
     if size <= INLINE_BYTES:
@@ -303,13 +311,13 @@ def _post(wire: Wire, number: int, label: str, content_N: Tensor) -> None:
 
 
 def _slices(numel: int, size: int) -> list[tuple[int, int]]:
-    """Each rank's stretch of a sum, in elements."""
+    """Each rank's slice of a sum as (begin, end), in elements."""
     step = -(-numel // (16 * size)) * 16
     return list(pairwise(min(i * step, numel) for i in range(size + 1)))
 
 
 def _in_rank_order(parts: list[Tensor]) -> Tensor:
-    """Sum in ascending order, in a tensor of its own."""
+    """Return the sum of at least two parts, added in the given order, as a new tensor."""
     total_M = parts[0] + parts[1]
     for part_M in parts[2:]:
         total_M += part_M
@@ -317,10 +325,10 @@ def _in_rank_order(parts: list[Tensor]) -> Tensor:
 
 
 def _parts(tensor: Tensor, splits: Sequence[int] | None) -> tuple[Tensor, list[tuple[int, int]]]:
-    """A tensor's bytes, and where in them the rows for each rank lie.
+    """Return a tensor's bytes, and the byte range of each rank's rows.
 
     Raises:
-        ValueError: Not on the CPU, not contiguous, or other rows than the splits say.
+        ValueError: Not on the CPU, not contiguous, or the splits do not sum to the rows.
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What the ranks of one machine say to each other: numbered messages, and blocks they speak of.
+"""``Wire``: numbered messages between the ranks of one node, and the blocks they refer to.
 
-One ``Wire`` a rank. It knows its peers' links and hands out blocks to send from; which messages
-make a collective is told in ``shared``.
+Each rank has one ``Wire`` with a link to every peer and a pool of blocks to send from.
+``shared.py`` builds the collectives from these messages.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from dispatcher.local.blocks import Block, BlockPool
 from dispatcher.local.links import LABEL_BYTES, Door, Link, Message, machine
 
 _NAME_BYTES = 64
-ANSWER = 1  # a phase is even; the one after it says "I have read it"
+ANSWER = 1  # added to an even phase: acknowledgement that its content was read
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Content that peers can read: where it begins in a block, and whether it is only lent.
+    """Position of content in a block that peers can read.
 
-    What is lent may be written to as soon as all readers have answered, so they must answer.
+    If ``is_lent``, the owner rewrites the content once all readers have acknowledged it, so every
+    reader must send an acknowledgement.
     """
 
     block: Block
@@ -35,7 +36,7 @@ class Place:
 
 
 class Wire:
-    """Links to all peers, the blocks to send from, and the count of collectives."""
+    """Links to all peers, the blocks to send from, and the counter of collectives."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -43,22 +44,26 @@ class Wire:
         self._links: dict[int, Link] = {}
         self._door: Door | None = None
         self._aborted = False
-        # For whom this rank gave up, why, and what it raised for that.
+        # The rank because of which this rank gave up, the reason, and the error class it raised.
         self._failed: tuple[int, str, type[LinkError]] | None = None
         self._number = 0
         self._open: set[int] = set()
 
     def connect(self, over: Exchange, *, timeout_s: float) -> bool:
-        """Link all ranks; False, on every rank, where they are not on one machine.
+        """Link all ranks. Returns False, on every rank, if they are not all on one node.
+
+        Args:
+            over: An exchange that already connects the ranks.
+            timeout_s: Longest wait for a peer, here and for every later message, in seconds.
 
         Raises:
-            LinkError: A peer did not come, or ``abort`` was called.
+            LinkError: A peer did not connect, or ``abort`` was called.
         """
         try:
             self._door = Door()
             place = machine().encode()
             own = self._door.name + zlib.crc32(place).to_bytes(4, "little") + place[:36]
-        except OSError:  # sockets or memory files are forbidden here: like no other machine
+        except OSError:  # no sockets or memory files: use a name that equals no other
             own = secrets.token_bytes(_NAME_BYTES)
         own_N = torch.frombuffer(bytearray(own.ljust(_NAME_BYTES, b"\0")), dtype=torch.uint8)
         all_N = torch.empty(self.size * _NAME_BYTES, dtype=torch.uint8)
@@ -80,7 +85,7 @@ class Wire:
             link.shut()
 
     def abort(self) -> None:
-        """Free whoever waits, here and on the peers, now and from now on. For any thread."""
+        """Make every present and future wait fail, here and on the peers. Thread-safe."""
         self._aborted = True
         if self._door is not None:
             self._door.shut()
@@ -88,7 +93,7 @@ class Wire:
             link.shut()
 
     def close(self) -> None:
-        """Abort and give sockets and memory back."""
+        """Abort, and release sockets and memory."""
         self.abort()
         for link in self._links.values():
             link.close()
@@ -96,10 +101,10 @@ class Wire:
         self.pool.close()
 
     def begin(self) -> int:
-        """The number of a new collective.
+        """Start a collective and return its number.
 
         Raises:
-            LinkError: After ``abort``, or after a collective that failed.
+            LinkError: ``abort`` was called, or an earlier collective failed.
         """
         if self._aborted:
             raise LinkError(peer=-1, reason="aborted")
@@ -111,17 +116,17 @@ class Wire:
         return self._number
 
     def end(self, number: int) -> None:
-        """This rank has read all that it is to read of the collective."""
+        """Mark a collective as ended: this rank has read everything it needs."""
         self._open.remove(number)
 
     @property
     def peers(self) -> list[Link]:
-        """Links from the next rank on, so that not all begin with the same one."""
+        """Links to all peers, starting with the next rank, so that ranks start differently."""
         order = (*range(self.rank + 1, self.size), *range(self.rank))
         return [self._links[peer] for peer in order]
 
     def block(self, size: int, number: int) -> Block:
-        """A block to send from; it is used again when every peer has ended this collective."""
+        """Return a block to send from, reusable once every peer has ended collective ``number``."""
         ended = min(link.ended for link in self._links.values())
         block = self.pool.take(size, ended_everywhere=ended)
         block.busy_until = number
@@ -139,7 +144,7 @@ class Wire:
         place: Place | None = None,
         content: bytes = b"",
     ) -> None:
-        """One message: ``size`` bytes of ``whole``, which are at ``place``, or in ``content``."""
+        """Send one message: ``size`` bytes of ``whole``, either at ``place`` or in ``content``."""
         message = Message(
             number, min(self._open) - 1, _padded(label), phase,
             place.block.number if place else -1, place.begin if place else 0, size,
@@ -153,11 +158,18 @@ class Wire:
             raise
 
     def hear(self, link: Link, number: int, label: str, *, whole: int, phase: int = 0) -> Message:
-        """The peer's message, which must belong to ``whole`` bytes.
+        """Wait for the peer's message of this collective and phase.
+
+        Args:
+            link: Link to the peer.
+            number: Number of the collective.
+            label: Label that the message must have.
+            whole: Number of bytes that the peer must still have for this rank.
+            phase: Phase of the message.
 
         Raises:
-            LinkError: The peer is gone.
-            PartedLinkError: It is at something else.
+            LinkError: The peer is gone, or has another number of bytes.
+            PartedLinkError: The peer is in a collective with another label.
         """
         try:
             message = link.receive(number, phase)
@@ -172,7 +184,7 @@ class Wire:
         return message
 
     def check_sizes(self, peer: int, label: str, sent: int, wanted: int) -> None:
-        """Raises LinkError when a rank sends another number of bytes than is expected."""
+        """Raise LinkError if a rank sends another number of bytes than expected."""
         if sent != wanted:
             reason = f"it sends {sent} bytes for {label!r}, {wanted} were expected"
             problem = LinkError(peer=peer, reason=reason)
@@ -180,15 +192,15 @@ class Wire:
             raise problem
 
     def _give_up(self, problem: LinkError) -> None:
-        """Tell all peers whom this rank gave up for, so that none of them waits for this one."""
+        """Tell all peers because of whom this rank gives up, so that none of them waits for it."""
         if self._failed is None and not self._aborted:
-            # Not the error itself: its traceback would keep this wire's memory alive.
+            # Do not keep the error itself: its traceback would keep this wire's memory alive.
             self._failed = problem.peer, problem.reason, type(problem)
             for link in self._links.values():
                 link.part(problem)
 
     def content(self, link: Link, message: Message) -> Tensor:
-        """What a message speaks of, uint8."""
+        """Return the content of a message, uint8."""
         if message.block < 0:
             text = bytearray(message.content or b"\0")
             return torch.frombuffer(text, dtype=torch.uint8)[: message.size]
@@ -196,9 +208,9 @@ class Wire:
         return link.blocks[message.block].bytes_N[begin : begin + message.size]
 
     def take(self, link: Link, number: int, label: str, into_N: Tensor, *, phase: int = 0) -> int:
-        """Copy the peer's next piece to the begin of ``into_N``; returns its bytes.
+        """Copy the peer's next piece to the start of ``into_N``; returns its size in bytes.
 
-        ``into_N`` holds what is still to come; the peer must mean as much.
+        ``into_N`` has the size of everything that the peer still has to send.
         """
         message = self.hear(link, number, label, whole=into_N.shape[0], phase=phase)
         if message.size:
@@ -208,7 +220,7 @@ class Wire:
         return message.size
 
     def answered(self, links: list[Link], number: int, label: str, *, phase: int = 0) -> None:
-        """Wait until these peers have read what was lent to them."""
+        """Wait until these peers have acknowledged the content that was lent to them."""
         for link in links:
             self.hear(link, number, label, whole=0, phase=phase + ANSWER)
 

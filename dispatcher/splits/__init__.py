@@ -1,1 +1,1 @@
-"""Which replica serves which of an expert's tokens: integers that every rank computes alike."""
+"""Splits: how many of an expert's tokens each replica serves, computed identically on all ranks."""

@@ -1,15 +1,14 @@
-"""How many rows each replica is to serve, so that the busiest rank has little and few replicas
-serve at all.
+"""Balanced quotas: rows per replica that keep the busiest rank short and few replicas serving.
 
-With one device per rank the busiest rank sets the pace; but replicas that serve must have their
-gradients summed. Both are counted in rows, for the rank that has most of each:
-``busiest rank's rows + rows_per_replica * busiest sender's gradients``, where a sender's gradients
-are counted in experts: of an expert with h replicas, v of them serving, each server sends
-``(v - 1 + h - 1) / v`` (its slices to their owners, its own slice to all holders). Where ranks
-share devices, or the cores of one machine, the busiest rank goes on alone once the others are done:
-``pace`` then takes its place in both terms, so that replicas on idle ranks are not free either.
+With one device per rank the busiest rank sets the pace, but every further serving replica adds
+gradient traffic. The cost, in rows, is
+``busiest rank's rows + rows_per_replica * busiest sender's gradients``. Gradients are counted in
+experts: of an expert with h replicas, v of which serve, each server sends ``(v - 1 + h - 1) / v``
+(its slices to their owners, then its own summed slice to all holders). If ranks share devices or
+the cores of a node, ``pace`` replaces the maximum in both terms, so that work on idle ranks is not
+free either.
 
-Everything is arithmetic in a fixed order on equal input, so every rank finds the same quotas.
+The arithmetic runs in a fixed order on equal input, so every rank computes the same quotas.
 
 Shapes: E experts, R ranks.
 """
@@ -23,7 +22,7 @@ import numpy as np
 
 from dispatcher.splits.routing import BoolArray, FloatArray, IntArray, RoutingTable
 
-TOLERANCE = 0.01  # stop within this of the mean load: no plan can do better than the mean
+TOLERANCE = 0.01  # stop when the busiest rank is within 1 % of the mean load
 
 
 def balanced_quotas(
@@ -34,15 +33,17 @@ def balanced_quotas(
     ranks_per_device: float = 1.0,
     served_ER: BoolArray | None = None,
 ) -> IntArray:
-    """Rows that each replica serves, [E, R].
+    """Return the rows that each replica serves, int64 [E, R]: the cheapest of a few candidates.
+
+    Candidates spread the 0, 1, 2, 4, ... hottest experts over all of their replicas.
 
     Args:
-        total_E: Copies routed to each expert by all ranks.
+        total_E: Copies routed to each expert by all ranks, [E].
         table: Replicas and homes.
-        rows_per_replica: Rows that take as long as sending one expert's gradient. 0: the busiest
-            rank's optimum over all replicas, at no regard for traffic.
-        ranks_per_device: How many ranks share one device's time, on average.
-        served_ER: Replicas that have served in this step already: their gradients travel anyway.
+        rows_per_replica: Number of rows that take as long as sending one expert's gradient. 0:
+            spread all experts and ignore gradient traffic.
+        ranks_per_device: Average number of ranks that share one device.
+        served_ER: Replicas that already served in this step; their gradients are sent anyway.
     """
     if rows_per_replica <= 0:
         return levelled_quotas(total_E, table, open_ER=table.holds_ER)
@@ -80,9 +81,9 @@ def split_cost(
     ranks_per_device: float = 1.0,
     served_ER: BoolArray | None = None,
 ) -> float:
-    """What these quotas cost in rows: the busiest rank's, and the busiest sender's gradients.
+    """Return the cost of quotas in rows, as defined at the top of this module.
 
-    The slow twin of what ``balanced_quotas`` counts.
+    This is the reference implementation of the cost that ``balanced_quotas`` minimizes.
     """
     serving_ER = quota_ER > 0
     if served_ER is not None:
@@ -93,10 +94,10 @@ def split_cost(
 
 
 def pace(work_R: Sequence[float], ranks_per_device: float = 1.0) -> float:
-    """When the last rank is done if all begin together, in units of the work.
+    """Return when the last rank is done if all start together, in units of work.
 
-    With a device for each rank: the most work of any. Where they share, the ranks that still have
-    work split all devices' time evenly, and none is faster than one device.
+    With one device per rank this is the maximum. Otherwise the ranks that still have work share
+    all devices evenly, and no rank is faster than one device.
     """
     if ranks_per_device <= 1:
         return max(work_R, default=0.0)
@@ -109,7 +110,7 @@ def pace(work_R: Sequence[float], ranks_per_device: float = 1.0) -> float:
 
 
 def gradients_sent(served_ER: BoolArray, table: RoutingTable) -> FloatArray:
-    """Gradients that each rank sends when these replicas served, in experts, [R]."""
+    """Return the gradients that each rank sends if these replicas served, in experts, [R]."""
     servers_E = served_ER.sum(1)
     each_E = (servers_E - 1 + table.holds_ER.sum(1) - 1) / np.maximum(servers_E, 1)
     sent_R: FloatArray = (served_ER * each_E[:, None]).sum(0)
@@ -117,7 +118,7 @@ def gradients_sent(served_ER: BoolArray, table: RoutingTable) -> FloatArray:
 
 
 def levelled_quotas(total_E: IntArray, table: RoutingTable, *, open_ER: BoolArray) -> IntArray:
-    """Rows per replica that make the busiest rank's least, with only the open replicas serving."""
+    """Return quotas, [E, R], that minimize the busiest rank's rows; only open replicas serve."""
     opened = [[r for r, is_open in enumerate(row) if is_open] for row in open_ER.tolist()]
     loads = _Loads(total_E.tolist(), opened, num_ranks=table.num_ranks)
     loads.level()
@@ -125,7 +126,7 @@ def levelled_quotas(total_E: IntArray, table: RoutingTable, *, open_ER: BoolArra
 
 
 def _prefixes(limit: int) -> list[int]:
-    """How many of the hottest experts to try spreading: 0, 1, 2, 4, 8, ..., all."""
+    """Numbers of hottest experts to try to spread: 0, 1, 2, 4, 8, ..., ``limit``."""
     counts, step = [0], 1
     while step < limit:
         counts.append(step)
@@ -134,7 +135,7 @@ def _prefixes(limit: int) -> list[int]:
 
 
 class _Loads:
-    """Rows of each expert on each rank, levelled by moving rows along chains of replicas."""
+    """An assignment of rows to replicas that ``level`` improves by moving rows along chains."""
 
     def __init__(
         self, totals: list[int], opened: Sequence[Sequence[int]], *, num_ranks: int
@@ -160,20 +161,25 @@ class _Loads:
             self._pour(expert, totals[expert])
 
     def quotas(self) -> IntArray:
-        """Rows that each replica serves, [E, R]."""
+        """Return the rows that each replica serves, int64 [E, R]."""
         quota_ER = np.zeros((len(self._rows), len(self._load)), dtype=np.int64)
         for expert, rows in enumerate(self._rows):
             quota_ER[expert, list(rows)] = list(rows.values())
         return quota_ER
 
     def pace(self, ranks_per_device: float) -> float:
-        """When the last rank has served its rows, in rows."""
+        """Return when the last rank has served its rows, in rows."""
         return pace(self._load, ranks_per_device)
 
     def gradients_sent(
         self, *, held: Sequence[Sequence[int]], before: Sequence[Sequence[int]]
     ) -> list[float]:
-        """Gradients that each rank sends, given who holds and who served before, [R]."""
+        """Return the gradients that each rank sends, in experts, [R].
+
+        Args:
+            held: Ranks that hold each expert.
+            before: Ranks that served each expert earlier in this step.
+        """
         sent = [0.0] * len(self._load)
         for expert, rows in enumerate(self._rows):
             servers = [r for r, n in rows.items() if n > 0 or r in before[expert]]
@@ -184,10 +190,12 @@ class _Loads:
         return sent
 
     def level(self) -> None:
-        """Move rows off the busiest rank until none can be moved to a rank with less.
+        """Move rows off the busiest rank until that is impossible or the load is level enough.
 
-        Source: augmenting paths; with every replica open the result is the optimum of the linear
-        program, rounded up, or within ``TOLERANCE`` of the mean load.
+        If all replicas are open, the result is the rounded-up optimum of the linear program or
+        within ``TOLERANCE`` of the mean load.
+
+        Source: augmenting paths.
         """
         good_enough = int(self._floor * (1 + TOLERANCE))
         while (most := max(self._load)) > good_enough:
@@ -197,10 +205,10 @@ class _Loads:
             self._move(path)
 
     def _pour(self, expert: int, left: int) -> None:
-        """Fill the expert's replicas to a common level, as far as its rows go."""
+        """Distribute an expert's rows so that its least loaded replicas end at a common level."""
         rows, load = self._rows[expert], self._load
         ranks = sorted(self._open[expert], key=lambda r: (load[r], r))
-        total, count = left, 0  # the first ``count`` ranks and the rows share one level
+        total, count = left, 0  # load and number of the ranks that are filled to one level
         for rank in ranks:
             if count and load[rank] * count >= total:
                 break
@@ -212,7 +220,7 @@ class _Loads:
             load[rank] += rows[rank]
 
     def _path(self, busy: int) -> list[tuple[int, int, int]] | None:
-        """Moves (from, expert, to) that end at the least loaded reachable rank, last one first."""
+        """Find moves (from, expert, to) to the least loaded reachable rank, in reverse order."""
         came: dict[int, tuple[int, int]] = {busy: (busy, -1)}
         queue = deque([busy])
         end = busy

@@ -1,4 +1,4 @@
-"""Who holds which expert in one layer and one generation, and in which proportions they serve.
+"""The routing table: replicas, shares and homes of one layer in one generation.
 
 Shapes: R ranks, S slots per rank, E experts.
 """
@@ -22,14 +22,17 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingTable:
-    """One layer's replicas as every rank knows them. Immutable; build it with a classmethod."""
+    """Replicas of one layer, equal on all ranks except for ``rank``.
+
+    Immutable. Use ``from_plan_arrays`` or ``solo`` to create a table.
+    """
 
     rank: int
     generation: int
     expert_of_slot_RS: IntArray  # -1 = empty slot
     holds_ER: BoolArray
-    shares_ER: FloatArray  # rows sum to 1, 0 where there is no replica
-    home_E: IntArray  # the serving rank of each expert in home mode
+    shares_ER: FloatArray  # rows sum to 1; 0 on ranks without a replica
+    home_E: IntArray  # rank that serves each expert in home mode
 
     @property
     def num_ranks(self) -> int:
@@ -49,17 +52,20 @@ class RoutingTable:
         home_E: Any = None,
         generation: int = 0,
     ) -> RoutingTable:
-        """A table from one layer of a plan.
+        """Create a table from one layer of a plan.
 
         Args:
-            expert_of_slot_RS: Expert in each slot, int [R, S], -1 for an empty one.
-            shares_ER: Share of each expert's tokens per rank, [E, R]; None shares equally.
-            rank: The rank that this table is for.
-            home_E: Serving rank of each expert, [E]; None spreads homes evenly over the holders.
-            generation: Number that handles of this table carry.
+            expert_of_slot_RS: Expert in each slot, int [R, S], -1 for an empty slot.
+            shares_ER: Share of each expert's tokens per rank, [E, R], rows summing to 1; None:
+                equal shares.
+            rank: The rank that will use this table.
+            home_E: Rank that serves each expert in home mode, [E]; None: spread evenly over the
+                ranks that hold replicas.
+            generation: Generation of the table; handles of another generation are refused.
 
         Raises:
-            RoutingTableError: An expert has no replica, or shares or homes lie where none is.
+            RoutingTableError: An expert has no replica or two on one rank, shares do not sum to 1,
+                or a share or home lies on a rank without the expert.
         """
         slots = np.ascontiguousarray(expert_of_slot_RS, dtype=np.int64)
         if slots.ndim != 2:
@@ -81,11 +87,11 @@ class RoutingTable:
 
     @classmethod
     def solo(cls, num_experts: int) -> RoutingTable:
-        """One rank that holds every expert."""
+        """Create the table of a single rank that holds every expert."""
         return cls.from_plan_arrays(np.arange(num_experts)[None, :], rank=0)
 
     def slots_of(self, rank: int) -> tuple[int, ...]:
-        """Experts in the slots of ``rank``, -1 for an empty slot."""
+        """Return the experts in the slots of ``rank``, -1 for an empty slot."""
         return self._slots_of[rank]
 
     @cached_property
@@ -93,12 +99,12 @@ class RoutingTable:
         return tuple(tuple(int(e) for e in row) for row in self.expert_of_slot_RS)
 
     def ranks_of(self, expert: int) -> tuple[int, ...]:
-        """Ranks that hold ``expert``, ascending."""
+        """Return the ranks that hold ``expert``, ascending."""
         return self._ranks_of[expert]
 
     @cached_property
     def at_home_RE(self) -> BoolArray:
-        """Whether a rank is an expert's home."""
+        """Whether the rank is the expert's home, bool [R, E]."""
         at_home: BoolArray = np.arange(self.num_ranks)[:, None] == self.home_E[None, :]
         return at_home
 
@@ -141,13 +147,13 @@ def _checked_shares(holds_ER: BoolArray, shares_ER: Any) -> FloatArray:
     if np.abs(totals - 1).max(initial=0.0) > 1e-6:
         expert = int(np.abs(totals - 1).argmax())
         raise RoutingTableError(f"shares of expert {expert} sum to {totals[expert]:.6f}, not 1")
-    # Of many copies even a share that is missing in the seventh digit is more than rounding.
+    # Normalize: with many copies an error of 1e-6 in the sum would be more than rounding.
     exact: FloatArray = shares / totals[:, None]
     return exact
 
 
 def _even_homes(holds_ER: BoolArray) -> IntArray:
-    """Rarest experts choose first; each takes its holder with the fewest homes, lowest rank."""
+    """Assign homes, rarest expert first, to the holder with the fewest homes; ties: lowest rank."""
     home = np.zeros(holds_ER.shape[0], dtype=np.int64)
     homes_R = np.zeros(holds_ER.shape[1], dtype=np.int64)
     for expert in sorted(range(len(home)), key=lambda e: (int(holds_ER[e].sum()), e)):
@@ -168,5 +174,5 @@ def _check_homes(home_E: IntArray, holds_ER: BoolArray) -> None:
 
 
 def expert_slots(expert_of_slot: Sequence[int]) -> dict[int, int]:
-    """Slot of each expert on one rank."""
+    """Return the slot of each expert on one rank."""
     return {int(e): slot for slot, e in enumerate(expert_of_slot) if e >= 0}

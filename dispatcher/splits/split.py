@@ -1,9 +1,9 @@
 """Integer splits: how many copies of each expert every rank sends to which replica.
 
-Every rank computes the same integers from the same counts; nothing is dropped or padded. A split
-is made in two parts: how many rows each replica serves (its quota), which depends on the mode, and
-who sends them, which does not: a rank keeps what it can serve itself, and its overflow goes to the
-other replicas as far as their quotas have room.
+Every rank computes the same integers from the same counts; no copy is dropped or padded. A split
+has two parts. The quota of a replica is the number of rows that it serves and depends on the mode.
+The senders do not: a rank first serves its own copies as far as its quota allows, and sends the
+overflow to other replicas with room in their quotas.
 
 Shapes: I source ranks, J target ranks (both R), E experts.
 """
@@ -22,17 +22,19 @@ MODES = ("home", "shares", "balanced")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitRule:
-    """How copies are split over replicas; the same on all ranks.
+    """How copies are split over replicas; must be the same on all ranks.
 
     Args:
-        mode: "home": all copies of an expert go to one replica. "shares": each replica serves its
-            share, the paper's Algorithm 1. "balanced": spread where that pays, see ``balance.py``.
-        rows_per_replica: "balanced" only: how many rows take as long as sending one expert's
-            gradient; 0 spreads at no regard for traffic.
-        ranks_per_device: "balanced" only: how many ranks share one device, or one core, on average.
+        mode: "home": all copies of an expert go to its home replica, with the least gradient
+            traffic. "shares": each replica serves the plan's share (the paper's Algorithm 1).
+            "balanced": spread hot experts of each micro-batch where that is worth the gradient
+            traffic, see ``balance.py``.
+        rows_per_replica: For "balanced": number of rows that take as long as sending one expert's
+            gradient. Raise this value on slow networks; 0 ignores gradient traffic.
+        ranks_per_device: For "balanced": average number of ranks that share a device or core.
 
     Raises:
-        ValueError: No such mode, a negative cost, or less than one rank per device.
+        ValueError: Unknown mode, negative ``rows_per_replica``, or ``ranks_per_device`` < 1.
     """
 
     mode: str = "home"
@@ -50,7 +52,7 @@ class SplitRule:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """What one rank sends and receives, and what every replica serves."""
+    """Row counts of one micro-batch: sent and received by this rank, served by each replica."""
 
     send_JE: IntArray  # copies of each expert that this rank sends to each rank
     recv_IE: IntArray  # copies of each expert that this rank receives from each rank
@@ -58,7 +60,7 @@ class Split:
 
     @property
     def served_ER(self) -> BoolArray:
-        """Which replicas serve anything."""
+        """Replicas that serve at least one row, bool [E, R]."""
         return self.rows_ER > 0
 
 
@@ -69,13 +71,14 @@ def split_counts(
     *,
     served_ER: BoolArray | None = None,
 ) -> Split:
-    """One layer's split of one micro-batch.
+    """Compute the split of one layer and one micro-batch.
 
     Args:
         counts_IE: Copies that each rank routes to each expert, [R, E].
         table: Replicas of the layer.
-        rule: How to split.
-        served_ER: "balanced" only: replicas that served earlier in this step and cost no more.
+        rule: How copies are split over replicas.
+        served_ER: For "balanced": replicas that served earlier in this step, bool [E, R]; using
+            them again adds no gradient traffic.
     """
     total_E = counts_IE.sum(0)
     if rule.mode == "home":
@@ -97,7 +100,7 @@ def split_counts(
 
 
 def home_split(counts_IE: IntArray, table: RoutingTable) -> Split:
-    """All copies of an expert go to its home replica."""
+    """Return the split in which all copies of an expert go to its home replica."""
     quota_EJ = np.zeros(table.holds_ER.shape, dtype=np.int64)
     quota_EJ[np.arange(table.num_experts), table.home_E] = counts_IE.sum(0)
     at_home_JE = table.at_home_RE
@@ -109,22 +112,23 @@ def home_split(counts_IE: IntArray, table: RoutingTable) -> Split:
 
 
 def rounded_shares(total_E: IntArray, shares_EJ: FloatArray) -> IntArray:
-    """Whole quotas next to ``total * share``, summing to the totals; ties to the lower rank."""
+    """Round ``total * share`` to integer quotas that sum to the totals; ties: lower rank."""
     exact_EJ = total_E[:, None] * shares_EJ
     quota_EJ = np.floor(exact_EJ).astype(np.int64)
-    # Rounding in the product may leave a remainder on a rank without the expert: never there.
+    # A rank without the expert must never get a row, even if rounding leaves a remainder.
     remainder_EJ = np.where(shares_EJ > 0, exact_EJ - quota_EJ, -1.0)
     return quota_EJ + _ones_for_largest(remainder_EJ, total_E - quota_EJ.sum(1))
 
 
 def flows(counts_IE: IntArray, quota_EJ: IntArray) -> IntArray:
-    """Copies from each rank to each replica, [I, E, J]: local ones first, then the overflow.
+    """Return the copies from each rank to each replica, int64 [I, E, J].
 
-    Row sums are the counts and column sums the quotas, both exactly: sources take their turns in
-    rank order and share out the room that is left by largest remainder, ties to the lower rank.
+    Local copies come first. Then the sources, in rank order, distribute their overflow in
+    proportion to the room left in the quotas, rounded by largest remainder (ties: lower rank).
+    Sums over targets equal the counts, and sums over sources equal the quotas, exactly.
 
     Source: Algorithm 1 of the Lazarus paper, with the sum over all residual capacities as its
-    denominator; the rounding is ours.
+    denominator; the paper does not specify the rounding.
     """
     num_ranks = counts_IE.shape[0]
     flow_IEJ = np.zeros((num_ranks, *quota_EJ.shape), dtype=np.int64)
@@ -141,11 +145,11 @@ def flows(counts_IE: IntArray, quota_EJ: IntArray) -> IntArray:
 
 
 def lined_up(counts_IE: IntArray, quota_EJ: IntArray, *, rank: int) -> Split:
-    """The split of one rank: local copies first, the overflow dealt out along a line.
+    """Return one rank's split: local copies first, then the overflow by overlapping intervals.
 
-    Per expert, the overflow of all sources lies on a line in rank order, and so does the room of
-    all targets; who overlaps sends to whom. Both sums come out exactly, with fewer and larger
-    messages than in proportion, and a rank computes its own part alone.
+    Per expert, lay the overflow of all sources on a line in rank order, and the room of all targets
+    likewise; a source sends to a target the length of their overlap. Counts and quotas are met
+    exactly, messages are fewer and larger than in ``flows``, and each rank computes only its part.
     """
     local_IE = np.minimum(counts_IE, quota_EJ.T)
     over_IE, room_JE = counts_IE - local_IE, quota_EJ.T - local_IE
@@ -158,14 +162,14 @@ def lined_up(counts_IE: IntArray, quota_EJ: IntArray, *, rank: int) -> Split:
 
 
 def _overlap(end_RE: IntArray, size_RE: IntArray, end_E: IntArray, size_E: IntArray) -> IntArray:
-    """Common length of each rank's interval with one rank's, per expert."""
+    """Overlap of each rank's interval with one given interval per expert, [R, E]."""
     begin_RE = np.maximum(end_RE - size_RE, end_E - size_E)
     common_RE: IntArray = np.maximum(np.minimum(end_RE, end_E) - begin_RE, 0)
     return common_RE
 
 
 def _shared_out(overflow_E: IntArray, room_EJ: IntArray) -> IntArray:
-    """``overflow`` in proportion to ``room``, in integers; never more than the room."""
+    """Distribute ``overflow_E`` in proportion to ``room_EJ``, in integers that never exceed it."""
     room_E = np.maximum(room_EJ.sum(1), 1)
     scaled_EJ = overflow_E[:, None] * room_EJ
     out_EJ: IntArray = scaled_EJ // room_E[:, None]
@@ -174,7 +178,7 @@ def _shared_out(overflow_E: IntArray, room_EJ: IntArray) -> IntArray:
 
 
 def _ones_for_largest(key_EJ: IntArray | FloatArray, count_E: IntArray) -> IntArray:
-    """A one at the ``count`` largest keys of each row, ties to the lower column."""
+    """Return a mask of the ``count`` largest keys of each row, as int64; ties: lower column."""
     order_EJ = np.argsort(-key_EJ, axis=1, kind="stable")
     ones_EJ = np.zeros(key_EJ.shape, dtype=np.int64)
     first_EJ = np.arange(key_EJ.shape[1])[None, :] < count_E[:, None]

@@ -1,1 +1,1 @@
-"""Slower planners for planned moments: an integer program, and a bounded local search."""
+"""Slower planners for use without time pressure: an integer program and a local search."""

@@ -1,9 +1,10 @@
-"""The small placement problem as an integer program: oracle, and planner at planned moments.
+"""The placement problem as an integer program, for small problems and for comparison in tests.
 
-Variables: x[l, e, n], expert e of layer l sits on node n; y[D], the plan survives dead set D. Rows:
-slots per node, replicas per expert, and y[D] <= the number of live replicas of each expert. With
-a balance cap, z[l, e, n] are the tokens that n serves. PuLP with HiGHS, one thread, a time limit;
-it starts from a known plan, and the gap it left is reported.
+Variables: x[l, e, n] is 1 if node n holds expert e of layer l; y[D] is 1 if the plan survives the
+loss of the node set D. Constraints: slots per node, replicas per expert, and y[D] <= the number of
+live replicas of each expert. With a balance cap, z[l, e, n] is the share of tokens that n serves.
+
+The program is solved by PuLP with HiGHS in one thread within a time limit, from a known start.
 
 Shapes: L layers, E experts, N nodes.
 """
@@ -26,19 +27,19 @@ MAX_DEAD_SETS = 1200
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExactProblem:
-    """What to solve.
+    """An instance of the integer program.
 
     Attributes:
-        num_experts: E.
-        num_nodes: N.
-        slots_per_node: Experts per node and layer.
-        max_replicas: Largest replica count of each expert, [L, E]; one row per layer.
-        min_replicas: Floor for every expert.
-        losses: Loss counts in the objective; all from 1 to N - 1 when empty.
-        weights: Weight of each of ``losses``; equal when empty.
-        load: Tokens per expert [L, E], needed with ``max_over_mean``.
-        max_over_mean: Cap on every layer's busiest node over the mean.
-        previous: bool [L, E, N]: where replicas are now.
+        num_experts: Experts per layer, E.
+        num_nodes: Number of nodes, N.
+        slots_per_node: Slots per node and layer.
+        max_replicas: Most replicas of each expert, [L, E].
+        min_replicas: Fewest replicas of every expert.
+        losses: Numbers of lost nodes in the objective; 1 to N - 1 when empty.
+        weights: Weight of each entry of ``losses``; equal when empty.
+        load: Tokens per expert, [L, E]; required with ``max_over_mean``.
+        max_over_mean: Upper bound on the busiest node's load over the mean, in every layer.
+        previous: Present placement, bool [L, E, N]; required with ``max_moves``.
         max_moves: Most replicas that may be placed where ``previous`` has none.
     """
 
@@ -57,13 +58,13 @@ class ExactProblem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExactResult:
-    """What came out.
+    """The outcome of the integer program.
 
     Attributes:
         status: "optimal", "time limit", "infeasible", "too large" or "no solver".
         member: bool [L, E, N], or None without a solution.
         objective: Weighted survival of ``member``.
-        gap: (bound - objective) / objective that the solver left; 0 when optimal.
+        gap: Relative gap (bound - objective) / objective at the end; about 0 when optimal.
     """
 
     status: str
@@ -73,7 +74,7 @@ class ExactResult:
 
 
 def weighted_survival(member: Bools, problem: ExactProblem) -> float:
-    """The program's objective for any placement, by direct enumeration."""
+    """Return the program's objective for a placement, bool [L, E, N], by direct enumeration."""
     sets = minimal_sets(member)
     total = 0.0
     for losses, weight in _weights(problem):
@@ -96,12 +97,17 @@ def solve_exact(
     limit_s: float = 5.0,
     symmetry: bool = False,
 ) -> ExactResult:
-    """The placement that survives best, or the best found within the limit.
+    """Find the placement with the largest weighted survival, within a time limit.
 
     Args:
-        start: A feasible placement to begin from, such as the family's.
-        limit_s: Seconds for the solver.
-        symmetry: Order the nodes; only without previous, balance or more than one layer.
+        problem: The instance.
+        start: A feasible placement, bool [L, E, N], from which the solver begins.
+        limit_s: Time limit of the solver, in seconds.
+        symmetry: Add constraints that order the nodes, which speeds up the proof of optimality.
+            Valid only for one layer without ``previous`` and without a balance cap.
+
+    Returns:
+        The best placement found; ``start`` if there is no solver or the problem is too large.
     """
     dead_sets = sum(comb(problem.num_nodes, k) for k, _ in _weights(problem))
     size = len(problem.max_replicas) * problem.num_experts * problem.num_nodes
@@ -187,7 +193,7 @@ def _add_moves(pulp: Any, model: Any, x: dict[Any, Any], problem: ExactProblem) 
 
 def _solver(pulp: Any, x: dict[Any, Any], start: Bools | None, limit_s: float) -> Any:
     class Started(pulp.HiGHS):  # type: ignore[misc]
-        """HiGHS that begins from a known placement."""
+        """HiGHS solver that begins from a known placement."""
 
         def callSolver(self, lp: Any) -> None:
             if start is not None:
@@ -223,7 +229,7 @@ def _result(
 def problem_of(
     replicas: Sequence[int], *, num_nodes: int, slots_per_node: int, losses: Sequence[int] = ()
 ) -> ExactProblem:
-    """The program for one layer's replica vector, as the family sees it."""
+    """Return the instance for the replica counts of one layer."""
     return ExactProblem(
         num_experts=len(replicas),
         num_nodes=num_nodes,

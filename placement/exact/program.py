@@ -1,9 +1,9 @@
-"""A plan by the integer program, at planned moments: started from the template's plan, never worse.
+"""Plan by the integer program, starting from the template's plan and never worse than that plan.
 
-The program maximises the weighted survival of all layers together, under a cap on every layer's
-busiest node: that of the template's plan. Where it does not fit, has no solver or runs out of
-time, the better of the two stands, and the plan says so. Nodes are alike to the program; racks and
-hazards then decide which node plays which part.
+The program maximizes the weighted survival of all layers together. The load of the busiest node may
+not exceed that of the template's plan. If the problem is too large, there is no solver or time runs
+out, the better of the two plans is used, and the plan's notes say so. The program treats all nodes
+as alike; afterwards nodes are permuted to account for racks and hazards.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from placement.templates.template import Template
 _EVERY_LOSS_UP_TO = 8
 _FEW_LOSSES = (1, 2, 3)
 _SLACK = 1e-4
-_AUTO_ROWS = 160  # measured: 0.8 s at 150 rows, 8 s and more from 240 on (5 nodes)
+_AUTO_ROWS = 160  # measured: 0.8 s for 150 rows, at least 8 s from 240 rows (5 nodes)
 
 
 def is_small(request: PlacementRequest) -> bool:
-    """Whether ``solver="auto"`` uses the program: at most 160 rows that tie dead sets to experts.
+    """Return whether ``solver="auto"`` uses the program: at most 160 survival constraints.
 
-    There is one row for each layer, expert and dead set. 4 nodes x 8 experts has 112, 5 x 5 150.
+    There is one constraint per layer, expert and set of lost nodes: 4 nodes x 8 experts have 112,
+    5 nodes x 5 experts have 150.
     """
     sets = sum(comb(request.num_nodes, k) for k in _losses(request.num_nodes))
     return request.solver == "auto" and sets * request.load.size <= _AUTO_ROWS
@@ -41,18 +42,19 @@ def is_small(request: PlacementRequest) -> bool:
 def by_program(
     request: PlacementRequest, choice: Choice, *, floor: int, notes: tuple[str, ...]
 ) -> Plan:
-    """The program's plan if it survives more than the template's, else the template's.
+    """Return the program's plan if its survival is better than the template's, else the template's.
 
     Args:
-        choice: The best template, placed.
-        floor: Distinct nodes that every expert must have.
-        notes: What to say in any case.
+        request: Loads, nodes and slots.
+        choice: The best template, with all layers placed.
+        floor: Fewest distinct nodes of every expert.
+        notes: Notes of the plan in either case.
     """
     assert choice.draft is not None, "the choice is placed"
     start = choice.draft.member
     problem = _problem(request, start, floor)
     result = solve_exact(problem, start=start, limit_s=request.solver_limit_s)
-    # What a time limit leaves depends on the machine; "auto" promises the same plan everywhere.
+    # The result at a time limit depends on the machine; "auto" must give the same plan everywhere.
     taken = ("optimal",) if request.solver == "auto" else ("optimal", "time limit")
     found = result.member if result.status in taken else None
     if found is not None and result.objective > weighted_survival(start, problem) + 1e-9:
@@ -95,7 +97,7 @@ def _losses(num_nodes: int) -> tuple[int, ...]:
 
 
 def _on_real_nodes(request: PlacementRequest, member: Bools) -> Bools:
-    """The program's nodes played by real ones, so that its minimal sets span racks."""
+    """Permute the nodes of a placement so that its minimal node sets span racks."""
     sets: Template = tuple((nodes_of(m), 1) for m in minimal_sets(member))
     order = list(range(request.num_nodes))
     return relabelled_member(

@@ -1,8 +1,9 @@
-"""Bounded local search on core node sets, for planned moments with time to spare.
+"""Bounded local search on core node sets, for use without time pressure.
 
-Four moves: swap two replicas between nodes; shift a replica to a free slot; add a replica to a
-free slot; evict (an expert takes another one's slot, which goes to the first one's old node or is
-given up). The first improvement is taken; up to twenty moves in a row may be level.
+Four moves: swap two replicas between nodes; move a replica to a free slot; add a replica in a free
+slot; evict (an expert takes a slot of another expert, whose replica moves to the first expert's old
+node or is dropped). The first improvement is accepted, and up to 20 consecutive moves without
+change of score.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MASK64 = (1 << 64) - 1
 
 @dataclass(slots=True)
 class Dice:
-    """A small explicit random generator, so that every rank draws the same.
+    """A small random generator with explicit state, so that every rank draws the same numbers.
 
     Source: Steele, Lea and Flood's splitmix64.
     """
@@ -29,7 +30,7 @@ class Dice:
     state: int
 
     def below(self, bound: int) -> int:
-        """A whole number in [0, bound)."""
+        """Return a random integer in [0, bound)."""
         self.state = (self.state + 0x9E3779B97F4A7C15) & _MASK64
         x = self.state
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
@@ -52,19 +53,22 @@ def searched(
     evaluations: int = 500,
     seed: int = 0,
 ) -> tuple[tuple[int, ...], float]:
-    """Node sets (bitmasks, one per expert) after a search from the best of the family.
+    """Search for node sets with better survival, starting from the best candidates of ``family``.
 
     Args:
-        replicas: Ascending replica counts.
-        starts: How many members of the family to start from.
-        evaluations: Scored moves for each start.
-        seed: Of the moves.
+        replicas: Replica counts in ascending order, [E].
+        num_nodes: Number of nodes, N <= 20.
+        slots_per_node: Slots per node.
+        starts: Number of candidates to start from.
+        evaluations: Scored moves per start.
+        seed: Seed of the moves.
 
     Returns:
-        The sets and their summed survival; never worse than the family's best.
+        One node set (bitmask) per expert, and their summed survival, which is never below that of
+        the best candidate.
 
     Raises:
-        ValueError: More than 20 nodes; the scorer is a truth table.
+        ValueError: More than 20 nodes; the score is computed by truth tables.
     """
     if num_nodes > MAX_NODES:
         raise ValueError(f"the search scores by truth table: {num_nodes} nodes > {MAX_NODES}")
@@ -83,7 +87,7 @@ def searched(
 
 
 def _start(candidate: Candidate, replicas: Sequence[int], num_nodes: int, slots: int) -> _State:
-    """The candidate's core, filled up: each expert takes the emptiest nodes it lacks."""
+    """The candidate's core plus fill: missing replicas go to the emptiest nodes."""
     sets = expanded(candidate.blocks)
     used = [sum(s >> n & 1 for s in sets) for n in range(num_nodes)]
     for expert, count in enumerate(replicas):
@@ -97,12 +101,12 @@ def _start(candidate: Candidate, replicas: Sequence[int], num_nodes: int, slots:
 
 
 def expanded(blocks: Template) -> list[int]:
-    """One bitmask per expert."""
+    """Return the node set of each expert as a bitmask."""
     return [m for m, (_, width) in zip(masks(blocks), blocks, strict=True) for _ in range(width)]
 
 
 def score_of(sets: Sequence[int], *, num_nodes: int) -> float:
-    """Summed survival over all loss counts."""
+    """Return the sum over k of P(survive k losses)."""
     counts = surviving_counts(minimal_masks(sets), num_nodes=num_nodes)
     binomial, total = 1, 0.0
     for k, count in enumerate(counts):
@@ -153,7 +157,7 @@ def _apply(state: _State, move: Sequence[tuple[int, int]]) -> None:
 def _propose(
     state: _State, replicas: Sequence[int], slots: int, dice: Dice
 ) -> list[tuple[int, int]] | None:
-    """A random legal move as new node sets of one or two experts, or None."""
+    """Draw a random move as (expert, new node set) pairs; None if the drawn move is illegal."""
     num_nodes, num_experts = len(state.used), len(replicas)
     kind = dice.below(4)
     a, node = dice.below(num_experts), dice.below(num_nodes)
@@ -177,7 +181,7 @@ def _propose(
     theirs = state.sets[b]
     if kind == 2:  # swap
         return None if theirs >> old & 1 else [(a, moved), (b, (theirs & ~here) | 1 << old)]
-    if dice.below(2) or full:  # evict; the tenant goes to a's old node, or loses one replica
+    if dice.below(2) or full:  # evict: b moves to the old node of a, or loses one replica
         given = theirs & ~here
         if not theirs >> old & 1:
             return [(a, moved), (b, given | 1 << old)]

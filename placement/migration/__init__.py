@@ -1,1 +1,1 @@
-"""From one plan to the next with little movement: repair in place, and the schedule of moves."""
+"""From one plan to the next with few moves: repair in place, and the list of transfers."""

@@ -1,6 +1,6 @@
-"""Core node sets after a change of members: which nodes carry each block from now on.
+"""Core node sets after a change of nodes: repairs the nodes of each block of a template.
 
-All positions here are those of the new members.
+All node positions are those of the new request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Risk = Callable[[Sequence[int]], float]
 
 
 def no_risk(nodes: Sequence[int]) -> float:
-    """The risk where all nodes are alike: nothing to choose by."""
+    """The risk of a block if all nodes are alike: always 0."""
     return 0.0
 
 
@@ -31,20 +31,23 @@ def repaired_blocks(
     floor: int,
     risk: Risk = no_risk,
 ) -> Template | None:
-    """The old blocks on the nodes that are left, refilled up to what they had, or None.
+    """Add nodes to the surviving blocks until each has at least ``floor`` nodes.
 
-    Joiners go to the smallest block; among equals to the one whose risk falls most, then to the
-    hottest. Then a block below the floor takes a node with free core slots, or one of the largest
-    blocks: the one that leaves the least risk in all, then the one that already holds most of its
-    experts.
+    First, each joiner goes to the smallest block where its slots allow; ties: largest reduction of
+    risk, then hottest block. Then every block below the floor gets a node with free core slots, or
+    else a node of one of the largest blocks: the node that leaves the least total risk, then the
+    node that already holds most replicas of the block's experts.
 
     Args:
-        old: Surviving nodes and width of each block; a block may have no node left.
-        joiners: Nodes in no block yet.
-        held_BN: Replicas of block b's experts that node n holds, over all layers.
-        slots_per_node: Core slots of a node: the widths of its blocks may not exceed them.
-        floor: Fewest nodes of a block; None is returned when it cannot be reached.
-        risk: Of a block, by its nodes; from racks and hazards.
+        old: Surviving nodes and width of each block; a block may have no nodes left.
+        joiners: New nodes, in no block yet.
+        held_BN: Number of replicas of block b's experts on node n, summed over layers, [B, N].
+        slots_per_node: Slots of a node; the widths of its blocks may not exceed them.
+        floor: Fewest nodes of a block.
+        risk: Risk of a block from the racks and hazards of its nodes.
+
+    Returns:
+        The repaired template; None if the floor cannot be reached.
     """
     width = [w for _, w in old]
     nodes = [set(n) for n, _ in old]
@@ -71,7 +74,7 @@ def repaired_blocks(
             found = _offers(nodes, width, used, block, floor=floor, slots=slots_per_node)
             if not found:
                 return None
-            # Rounded, so that ranks whose sums differ in the last bit agree.
+            # Rounded so that ranks agree even if their sums differ in the last bit.
             donor, node = min(
                 found,
                 key=lambda o: (
@@ -97,8 +100,11 @@ def _offers(
     floor: int,
     slots: int,
 ) -> list[tuple[int, int]]:
-    """(donor, node) pairs for a block: nodes with free core slots (donor -1), else the largest
-    blocks' nodes, of blocks that stay at the floor without one."""
+    """(donor block, node) pairs that block ``needy`` may take.
+
+    Nodes with free core slots (donor -1) if there are any; else nodes of the largest blocks above
+    the floor.
+    """
     own = width[needy]
     free = [n for n, u in enumerate(used) if n not in nodes[needy] and u + own <= slots]
     if free:
@@ -121,17 +127,17 @@ def unconfined_blocks(
     held_BN: npt.NDArray[np.int64],
     slots_per_node: int,
 ) -> Template:
-    """The template after exchanges that free blocks from standing in a single domain.
+    """Exchange nodes between blocks so that fewer blocks lie within a single rack or zone.
 
-    A block all of whose nodes stand in one rack or zone dies with it. While there is such a block
-    and an exchange of one of its nodes for a node of another block (or of none) leaves fewer of
-    them, the exchange that keeps most replicas where they are is made.
+    A block within a single domain is lost if that domain fails. As long as an exchange of one of
+    its nodes for a node outside the block reduces the number of such blocks, the exchange that
+    moves the fewest replicas is made.
 
     Args:
-        template: Blocks on the new members.
-        domain_of_node: Rack or zone of each node; empty changes nothing.
-        held_BN: Replicas of block b's experts that node n holds, over all layers.
-        slots_per_node: Core slots of a node.
+        template: Blocks on the nodes of the new request.
+        domain_of_node: Rack or zone of each node; if empty, the template is returned unchanged.
+        held_BN: Number of replicas of block b's experts on node n, summed over layers, [B, N].
+        slots_per_node: Slots of a node.
     """
     if len(set(domain_of_node)) < 2:
         return template
@@ -174,7 +180,7 @@ def unconfined_blocks(
 
 
 def _exchanges(blocks: Sequence[set[int]], a: int, num_nodes: int) -> list[tuple[int, int, int]]:
-    """(other block or -1, node that leaves block a, node that comes), every one there is."""
+    """All exchanges as (other block or -1, node that leaves block a, node that enters)."""
     found = []
     outside = [n for n in range(num_nodes) if n not in blocks[a]]
     for out in sorted(blocks[a]):
@@ -186,7 +192,7 @@ def _exchanges(blocks: Sequence[set[int]], a: int, num_nodes: int) -> list[tuple
 
 
 def held_by_block(member: Bools, block_LE: Ints, num_blocks: int) -> npt.NDArray[np.int64]:
-    """Replicas of each block's experts on each node, over all layers; int64 [B, N]."""
+    """Count the replicas of each block's experts on each node, over all layers; int64 [B, N]."""
     num_nodes = member.shape[2]
     row_M, node_M = np.divmod(np.flatnonzero(member), num_nodes)
     block_M = block_LE.reshape(-1)[row_M]
@@ -196,7 +202,7 @@ def held_by_block(member: Bools, block_LE: Ints, num_blocks: int) -> npt.NDArray
 
 
 def core_member(template: Template, block_LE: Ints, *, num_nodes: int) -> Bools:
-    """bool [L, E, N]: the nodes that must hold each expert."""
+    """Return the core, bool [L, E, N]: the nodes of each expert's block."""
     nodes_BN = np.zeros((len(template), num_nodes), dtype=np.bool_)
     for row, (nodes, _) in enumerate(template):
         nodes_BN[row, list(nodes)] = True

@@ -1,4 +1,4 @@
-"""Moving from one plan to the next: fewest bytes, then a schedule that keeps everybody busy.
+"""Moving from one plan to the next: relabel nodes to move little, and balance the transfers.
 
 Shapes: L layers, E experts, N nodes.
 """
@@ -21,16 +21,16 @@ _AUGMENT_UP_TO = 20_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
-    """One replica to be filled.
+    """One replica to be copied to a rank of the new plan.
 
     Attributes:
         layer: Layer of the expert.
-        expert: Its id.
-        source_rank: Rank of the previous plan that sends it; -1 if no replica is left.
-        source_node: Its node id; -1 likewise.
-        target_rank: Rank of the new plan that receives it.
-        target_node: Its node id.
-        owners: Live replicas to choose the source from.
+        expert: Id of the expert.
+        source_rank: Sending rank of the previous plan; -1 if no replica is left.
+        source_node: Node id of the sender; -1 if no replica is left.
+        target_rank: Receiving rank of the new plan.
+        target_node: Node id of the receiver.
+        owners: Number of live replicas among which the source was chosen.
     """
 
     layer: int
@@ -43,12 +43,12 @@ class Transfer:
 
 
 def replicas_moved(present: Bools, wanted: Bools) -> int:
-    """Replicas of ``wanted`` [L, E, N] that no node of ``present`` holds in its place."""
+    """Count the replicas of ``wanted`` [L, E, N] that are not in ``present``."""
     return int((wanted & ~present).sum())
 
 
 def relabel_costs(present: Bools, wanted: Bools) -> Floats:
-    """Replicas to move if plan position p is played by node n, summed over layers; [N, N]."""
+    """Return the replicas to move if node n takes plan position p, summed over layers; [p, n]."""
     num_nodes = present.shape[2]
     has = present.reshape(-1, num_nodes).astype(np.float32)
     needs = wanted.reshape(-1, num_nodes).astype(np.float32)
@@ -57,16 +57,17 @@ def relabel_costs(present: Bools, wanted: Bools) -> Floats:
 
 
 def best_relabelling(present: Bools, wanted: Bools) -> Ints:
-    """The node that plays each position of a new plan so that the fewest replicas move.
+    """Assign nodes to the positions of a new plan so that the fewest replicas move.
 
-    One permutation for all layers: alignment between layers is what joint survival rests on.
+    The permutation is the same for all layers, because joint survival depends on the alignment of
+    the layers.
 
     Args:
-        present: What each node holds now, bool [L, E, N]; nothing for a joiner.
+        present: Replicas on each node now, bool [L, E, N]; all False for a joiner.
         wanted: The new plan, bool [L, E, N].
 
     Returns:
-        int32 [N]: position -> node.
+        int32 [N]: the node of each position.
 
     Raises:
         InvalidRequestError: The shapes differ.
@@ -76,7 +77,7 @@ def best_relabelling(present: Bools, wanted: Bools) -> Ints:
             f"placements of shapes {present.shape} and {wanted.shape} cannot be matched"
         )
     costs = relabel_costs(present, wanted)
-    # Among equals a node that stays where it is wins.
+    # Ties: a node keeps its position.
     costs = costs - 1e-6 * np.eye(len(costs))
     position, node = cheapest_pairs(costs)
     answer = np.empty(len(costs), dtype=np.int32)
@@ -85,7 +86,7 @@ def best_relabelling(present: Bools, wanted: Bools) -> Ints:
 
 
 def greedy_relabelling(present: Bools, wanted: Bools) -> Ints:
-    """The paper's rule, for comparison: the cheapest pair first, over and over."""
+    """Assign nodes by the paper's greedy rule, cheapest pair first; for comparison. int32 [N]."""
     costs = relabel_costs(present, wanted)
     answer = np.full(len(costs), -1, dtype=np.int32)
     for _ in range(len(costs)):
@@ -97,7 +98,7 @@ def greedy_relabelling(present: Bools, wanted: Bools) -> Ints:
 
 
 def relabelled_member(wanted: Bools, node_of_position: Ints) -> Bools:
-    """``wanted`` with positions renamed to nodes."""
+    """Return ``wanted`` [L, E, N] with plan positions replaced by nodes."""
     moved = np.zeros_like(wanted)
     moved[:, :, node_of_position] = wanted
     return moved
@@ -106,11 +107,19 @@ def relabelled_member(wanted: Bools, node_of_position: Ints) -> Bools:
 def transfers(
     previous: Plan, plan: Plan, *, lost: frozenset[int] = frozenset()
 ) -> tuple[Transfer, ...]:
-    """Every replica that ``plan`` needs and its rank does not hold yet, with its sender.
+    """List the replicas that ranks must receive to go from ``previous`` to ``plan``.
 
-    Rarest experts come first. Reads are spread over all live owners so that the busiest sender
-    sends as little as possible; a lost node never sends. The order and the senders are the same
-    on every rank.
+    Experts with the fewest live replicas come first. Senders are chosen so that the busiest one
+    sends as little as possible. The result is the same on every rank.
+
+    Args:
+        previous: The plan in force until now.
+        plan: The new plan.
+        lost: Ids of nodes whose replicas are gone; they never send.
+
+    Returns:
+        One transfer per replica. ``source_rank`` is -1 if no replica is left, so that the expert
+        must be restored from elsewhere.
     """
     live = _owners(previous, lost)
     held = _held(previous, lost)
@@ -163,10 +172,16 @@ def _held(previous: Plan, lost: frozenset[int]) -> set[tuple[int, int, int, int]
 
 
 def balanced_choice(choices: Sequence[Sequence[int]]) -> list[int]:
-    """One of each row's options, so that the most chosen option is chosen as rarely as possible.
+    """Choose one option per row such that the most used option is used as rarely as possible.
 
-    Least loaded first; then alternating paths move work from busier to idler options until none
-    is left, which makes the answer optimal. -1 for a row without options.
+    A greedy choice is improved along alternating paths until it is optimal. Beyond 20,000 rows the
+    greedy choice is returned as it is.
+
+    Args:
+        choices: Options of each row, as ids.
+
+    Returns:
+        The chosen option of each row; -1 for a row without options.
 
     Source: Harvey, Ladner, Lovasz and Tamir, optimal semi-matchings.
     """
@@ -184,7 +199,7 @@ def balanced_choice(choices: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _augment(choices: Sequence[Sequence[int]], chosen: list[int], load: dict[int, int]) -> bool:
-    """Shorten the busiest option's list along one alternating path; False if none helps."""
+    """Take a row from a busiest option along one alternating path; False if there is no path."""
     if not load:
         return False
     rows_of: dict[int, list[int]] = {}
@@ -222,7 +237,7 @@ def _shift(
 
 
 def busiest(todo: Sequence[Transfer]) -> tuple[int, int]:
-    """Most replicas that one rank sends, and that one rank receives."""
+    """Return the most replicas that any rank sends, and the most that any rank receives."""
     sent: dict[int, int] = {}
     received: dict[int, int] = {}
     for t in todo:

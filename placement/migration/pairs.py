@@ -1,6 +1,6 @@
-"""Optimal assignment. SciPy is imported at the first one: that takes half a second and 30 MB.
+"""Optimal assignment by SciPy, which is imported on first use.
 
-A process that must be up at once, such as a controller that restarts, pays for it afterwards.
+The import takes half a second and 30 MB; a controller that restarts should not wait for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from placement.request import Floats, Ints
 
 
 def cheapest_pairs(costs: Floats) -> tuple[Ints, Ints]:
-    """Rows and columns of the pairs that cost least in all, [N] each; ``costs`` is [N, N]."""
+    """Return rows and columns, [N] each, of the cheapest perfect matching; ``costs`` is [N, N]."""
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(costs)

@@ -1,4 +1,4 @@
-"""Stay in place: the next plan after losses, joins or drift, moving as little as it can.
+"""Repair in place: the next plan after losses, joins or drifting loads, with few moves.
 
 Shapes: L layers, E experts, N nodes (new members), B blocks.
 """
@@ -32,11 +32,11 @@ _JOIN_ROUNDS = 3
 
 
 def surviving(previous: Plan, request: PlacementRequest) -> tuple[Bools, Ints]:
-    """Replicas that live on, bool [L, E, N], and each new node's old position (-1 for a joiner)."""
+    """Return the surviving replicas, bool [L, E, N], and each node's old position (-1: joiner)."""
     before, now = np.array(previous.node_ids), np.array(request.node_ids)  # both ascending
     at = np.minimum(np.searchsorted(before, now), len(before) - 1)
     origin = np.where(before[at] == now, at, -1).astype(np.int32)
-    position = np.full(previous.num_nodes, -1, dtype=np.intp)  # of old nodes among the new ones
+    position = np.full(previous.num_nodes, -1, dtype=np.intp)  # of the old nodes in the new request
     position[origin[origin >= 0]] = np.flatnonzero(origin >= 0)
     row_M, node_M = np.divmod(np.flatnonzero(previous.node_member), previous.num_nodes)
     node_M = position[node_M]
@@ -48,7 +48,7 @@ def surviving(previous: Plan, request: PlacementRequest) -> tuple[Bools, Ints]:
 
 
 def same_shape(previous: Plan, request: PlacementRequest) -> bool:
-    """Whether slots, ranks, layers and experts are as before, so that replicas can stay."""
+    """Return whether slots, ranks, layers and experts are unchanged, so that replicas can stay."""
     return (
         previous.num_layers == request.num_layers
         and previous.num_experts == request.num_experts
@@ -60,10 +60,17 @@ def same_shape(previous: Plan, request: PlacementRequest) -> bool:
 def repaired_template(
     previous: Plan, request: PlacementRequest, *, member: Bools, origin: Ints, floor: int
 ) -> Template | None:
-    """The old template on the new members, or None where it cannot be kept.
+    """Return the previous template on the nodes of the request, or None if it cannot be kept.
 
-    Where nodes differ in rack or hazard, refills are chosen to leave the blocks the least risk, and
-    a block left standing in a single rack exchanges a node for one of another rack.
+    Blocks that lost nodes are refilled (``cores.repaired_blocks``), taking racks and hazards into
+    account. A block that lies within a single rack then exchanges a node with another rack.
+
+    Args:
+        previous: The plan in force until now.
+        request: Loads, nodes and slots after the change.
+        member: Surviving replicas, bool [L, E, N].
+        origin: Old position of each node, -1 for a joiner, [N].
+        floor: Fewest nodes of a block.
     """
     if not previous.template:
         return None
@@ -100,11 +107,20 @@ def repaired_template(
 def relabelled(
     template: Template, member: Bools, block_LE: Ints, request: PlacementRequest
 ) -> tuple[Template, Ints]:
-    """A fresh template put where the replicas already are: its nodes, and experts per block.
+    """Fit a new template to the replicas that exist, so that few of them move.
 
-    Nodes are matched to template positions by an optimal assignment on replicas that need not
-    move, summed over layers; where nodes differ in rack or hazard, pairs then change places while
-    that lowers the blocks' risk. Last, layer by layer, experts go to the places in the blocks.
+    Nodes are matched to template positions by an optimal assignment over all layers. If nodes
+    differ in rack or hazard, pairs of nodes are then swapped while that lowers the blocks' risk.
+    Finally, experts are assigned to blocks layer by layer.
+
+    Args:
+        template: The new template.
+        member: Surviving replicas, bool [L, E, N].
+        block_LE: Block of each expert by load.
+        request: Nodes with racks and hazards.
+
+    Returns:
+        The template with its nodes permuted, and the block of each expert, int32 [L, E].
     """
     num_nodes = member.shape[2]
     held_BN = held_by_block(member, block_LE, len(template))
@@ -118,7 +134,7 @@ def relabelled(
 
 
 def _experts_in_place(template: Template, member: Bools, block_LE: Ints) -> Ints:
-    """Experts to block places so that most core replicas are there already; ties by load rank."""
+    """Assign experts to blocks so that few core replicas move; ties prefer the block by load."""
     num_layers, _, num_nodes = member.shape
     nodes_BN = np.zeros((len(template), num_nodes))
     for row, (nodes, _) in enumerate(template):
@@ -147,7 +163,7 @@ def in_place(
     notes: tuple[str, ...],
     rebalance: bool,
 ) -> Plan:
-    """The plan that keeps what it can of ``member`` on the given template."""
+    """Make the plan on ``template`` that keeps as many of the surviving replicas as possible."""
     core = core_member(template, block_LE, num_nodes=request.num_nodes)
     kept = evicted(member, core, load_LE=request.load, slots_per_node=request.slots_per_node)
     floors = kept.sum(2, dtype=np.int32)
@@ -158,7 +174,7 @@ def in_place(
     full = fill(request.load, target, kept, slots_per_node=request.slots_per_node)
     joiners = origin < 0
     if rebalance or joiners.any():
-        # A joiner receives all its slots anyway; without a rebalance nobody else's fill moves.
+        # Joiners receive all their slots anyway; other nodes' fill moves only in a rebalance.
         full, _ = levelled(
             request.load,
             full,
@@ -181,9 +197,9 @@ def in_place(
 
 
 def evicted(member: Bools, core: Bools, *, load_LE: Floats, slots_per_node: int) -> Bools:
-    """``member`` and ``core`` together, without the fill that no longer finds a slot.
+    """Return ``member | core`` with fill evicted from nodes that exceed their slots.
 
-    On a node that is too full the expert goes that leaves the least load per replica behind.
+    An overfull node drops the expert whose other replicas then have the least load each.
     """
     num_layers = member.shape[0]
     rows_L = np.arange(num_layers)
@@ -207,7 +223,7 @@ def evicted(member: Bools, core: Bools, *, load_LE: Floats, slots_per_node: int)
 def settled_slots(
     previous: Plan, request: PlacementRequest, member: Bools, *, origin: Ints
 ) -> Ints:
-    """Slots in which surviving replicas keep their rank; int32 [L, R, S]."""
+    """Assign replicas to slots so that surviving replicas keep their rank; int32 [L, R, S]."""
     per_node, per_rank = request.ranks_per_node, request.slots_per_node // request.ranks_per_node
     if per_node == 1:
         return slots_of(member, request.load, ranks_per_node=1, slots_per_rank=per_rank)

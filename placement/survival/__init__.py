@@ -1,4 +1,4 @@
-"""The probability that every expert survives k lost nodes, exactly wherever possible.
+"""The probability that every expert survives k lost nodes, exact wherever possible.
 
-Start reading at ``resilience.py``, which chooses among the methods of the other modules.
+Start with ``resilience.py``, which chooses among the methods of the other modules.
 """

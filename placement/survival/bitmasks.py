@@ -1,7 +1,7 @@
 """Bitmask helpers shared by the exact probability methods.
 
-A node set is a Python integer whose bit i is node i; a plan survives a set of dead nodes when no
-expert's node set lies inside it.
+A node set is a Python integer whose bit i stands for node i. A plan survives a set of dead nodes if
+no expert's node set is a subset of the dead nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from placement.request import Bools
 
 
 def mask_of(nodes: Iterable[int]) -> int:
-    """The node set as a bitmask."""
+    """Return a node set as a bitmask."""
     mask = 0
     for node in nodes:
         mask |= 1 << int(node)
@@ -23,7 +23,7 @@ def mask_of(nodes: Iterable[int]) -> int:
 
 
 def nodes_of(mask: int) -> tuple[int, ...]:
-    """The nodes of a bitmask, ascending."""
+    """Return the nodes of a bitmask, ascending."""
     found = []
     while mask:
         low = mask & -mask
@@ -33,7 +33,7 @@ def nodes_of(mask: int) -> tuple[int, ...]:
 
 
 def minimal_sets(member: Bools) -> tuple[int, ...]:
-    """The inclusion-minimal node sets over all layers and experts, by size, then value.
+    """Return the inclusion-minimal node sets of all experts of all layers, by size, then value.
 
     Args:
         member: bool [..., N], one row per (layer, expert).
@@ -50,7 +50,7 @@ def minimal_sets(member: Bools) -> tuple[int, ...]:
 
 
 def minimal_masks(masks: Iterable[int]) -> tuple[int, ...]:
-    """The inclusion-minimal ones of some bitmasks, by size, then value."""
+    """Return the bitmasks that contain no other one of ``masks``, by size, then value."""
     kept: list[int] = []
     for mask in sorted(set(masks), key=lambda m: (m.bit_count(), m)):
         if not any(mask & core == core for core in kept):
@@ -73,7 +73,7 @@ def _minimal_words(words: npt.NDArray[np.uint64]) -> tuple[int, ...]:
 
 
 def components(masks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Sets grouped so that groups share no node, in order of their lowest node."""
+    """Group sets so that no two groups share a node; groups are ordered by lowest node."""
     groups: list[tuple[int, list[int]]] = []
     for mask in masks:
         union, together = mask, [mask]

@@ -1,4 +1,4 @@
-"""Survival by weighted sampling, with an interval, where no exact method ends in time.
+"""Estimate survival by weighted sampling, with an interval, where exact methods take too long.
 
 Shapes: D draws, N nodes, M minimal node sets.
 """
@@ -21,14 +21,15 @@ _BLOCK = 1 << 24
 def estimated_survival(
     masks: Sequence[int], *, num_nodes: int, losses: int, seed: int, draws: int = DRAWS
 ) -> tuple[float, float, float]:
-    """P(survive) after ``losses`` uniformly chosen losses, with a 4-sigma interval.
+    """Estimate P(survive) after ``losses`` uniformly chosen losses, with a 4-sigma interval.
 
-    A set is drawn in proportion to its chance to be dead, then a random superset of it of the
-    right size; the failure probability is the sum of the chances times the mean of one over the
-    number of sets inside. Above a sum of 3, plain sampling has less variance.
+    A node set is drawn in proportion to its probability of being dead, then a random superset with
+    ``losses`` nodes. The failure probability is the sum of these probabilities times the mean of
+    1 / (number of node sets inside the superset). If the sum exceeds 3, plain sampling is used
+    because its variance is smaller.
 
     Returns:
-        Estimate, low and high.
+        The estimate and the lower and upper end of its interval.
 
     Source: Karp and Luby's estimator for a union of events.
     """
@@ -54,7 +55,7 @@ def estimated_survival(
 def _interval(
     value: float, variance: float, draws: int, *, spare: float
 ) -> tuple[float, float, float]:
-    """The 4-sigma interval; the rule of three where the sample shows no variance."""
+    """The 4-sigma interval, at least as wide as the rule of three demands."""
     half = max(SIGMAS * sqrt(variance / draws), spare * 3.0 * SIGMAS / 2.0 / draws)
     return min(max(value, 0.0), 1.0), max(value - half, 0.0), min(value + half, 1.0)
 
@@ -90,7 +91,7 @@ def _random_dead(
     chosen: npt.NDArray[np.int64] | None,
     sets_MN: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
-    """float32 [D, N]: ``losses`` dead nodes a draw, those of the chosen set among them."""
+    """float32 [D, N]: 1 for each draw's ``losses`` dead nodes, which include the chosen set."""
     key = rng.random((draws, num_nodes))
     if chosen is not None:
         key -= sets_MN[chosen]

@@ -1,8 +1,8 @@
-"""Exact survival of any node sets on a middling number of nodes, by a frontier programme.
+"""Exact survival of arbitrary node sets by dynamic programming over a frontier of open sets.
 
-Nodes are taken one by one. A state is the bitmask of the sets that are touched and dead so far;
-its value is a polynomial in the number of dead nodes, packed into one integer. A set that is
-complete and dead ends its branch.
+Nodes are processed one by one. A state is the bitmask of the sets that have begun and whose nodes
+are all dead so far. Its value counts the dead sets by size, as the coefficients of a polynomial
+packed into one integer. A branch ends when a set is complete and entirely dead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MAX_STATES = 100_000
 
 
 def node_order(masks: Sequence[int]) -> tuple[int, ...]:
-    """Touched nodes in an order that keeps few sets open: fewest opened minus closed, then id."""
+    """Order the nodes of the sets so that few sets are open at a time (greedy)."""
     left = list(masks)
     opened = 0
     union = 0
@@ -43,7 +43,7 @@ def node_order(masks: Sequence[int]) -> tuple[int, ...]:
 
 
 def _steps(masks: Sequence[int], order: Sequence[int]) -> list[tuple[int, int, int]]:
-    """For each node: bitmasks of its sets, of those it opens, and of those it closes."""
+    """For each node: bitmasks of its sets, of sets that begin here, and of sets that end here."""
     position = {n: i for i, n in enumerate(order)}
     sets_at = [0] * len(order)
     opens = [0] * len(order)
@@ -60,7 +60,10 @@ def _steps(masks: Sequence[int], order: Sequence[int]) -> list[tuple[int, int, i
 def frontier_counts(
     masks: Sequence[int], *, num_nodes: int, max_states: int = MAX_STATES
 ) -> tuple[int, ...] | None:
-    """For k = 0..N: dead sets of size k that contain no node set; None above ``max_states``."""
+    """Count, for k = 0..N, the sets of k dead nodes that contain no node set.
+
+    Returns None if more than ``max_states`` states would be needed.
+    """
     order = node_order(masks)
     width = num_nodes + 1  # bits per coefficient; none exceeds 2**num_nodes
     states: dict[int, int] = {0: 1}
@@ -85,7 +88,10 @@ def frontier_counts(
 def frontier_probability(
     masks: Sequence[int], *, hazards: Sequence[float], max_states: int = MAX_STATES
 ) -> float | None:
-    """P(no node set is dead) when node i dies with probability ``hazards[i]``, independently."""
+    """Return P(no node set is dead) if node i dies independently with probability ``hazards[i]``.
+
+    Returns None if more than ``max_states`` states would be needed.
+    """
     order = node_order(masks)
     states: dict[int, float] = {0: 1.0}
     for node, (at, opens, closes) in zip(order, _steps(masks, order), strict=True):

@@ -1,7 +1,9 @@
 """Exact survival for node sets that are intervals of one (cyclic) node order, for any N.
 
-A dynamic programme over the order, in shares of subsets (so that nothing overflows) and in dead
-coordinates (so that few losses cost little). Shapes: K + 1 loss counts d = 0..K.
+Dynamic programming along the node order. The table holds fractions of subsets, so that nothing
+overflows, by number of dead nodes, so that the cost is small for few losses.
+
+Shapes: K + 1 loss counts d = 0..K.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Interval = tuple[int, int]
 
 
 def as_intervals(masks: Sequence[int], *, num_nodes: int) -> tuple[Interval, ...] | None:
-    """The node sets as cyclic intervals, or None if one of them is none."""
+    """Convert node sets to cyclic intervals; None if a set is not an interval."""
     full = (1 << num_nodes) - 1
     found = []
     for mask in masks:
@@ -29,7 +31,7 @@ def as_intervals(masks: Sequence[int], *, num_nodes: int) -> tuple[Interval, ...
         if size == num_nodes:
             found.append((0, size))
             continue
-        # A cyclic interval has exactly one member whose predecessor is no member.
+        # A cyclic interval has exactly one node whose predecessor is not in the set.
         starts = mask & ~(((mask << 1) | (mask >> (num_nodes - 1))) & full)
         if starts.bit_count() != 1:
             return None
@@ -38,10 +40,10 @@ def as_intervals(masks: Sequence[int], *, num_nodes: int) -> tuple[Interval, ...
 
 
 def interval_survival(intervals: Sequence[Interval], *, num_nodes: int, max_losses: int) -> Floats:
-    """P(no interval is fully dead | d of the N nodes are dead), d = 0..max_losses.
+    """Return P(no interval is entirely dead | d of N nodes are dead), for d = 0..max_losses.
 
     Args:
-        intervals: No interval may contain another one.
+        intervals: Intervals of which none contains another one.
 
     Source: first-alive decomposition; conditioning on the first alive node for wrapped ones.
     """
@@ -61,7 +63,7 @@ def log_factorials(n: int) -> Logs:
 
 @lru_cache(maxsize=16)
 def _logs_up_to(n: int) -> Logs:
-    # In extended precision: the differences of large logarithms must be good to 1e-15.
+    # Extended precision, because differences of large logarithms must be accurate to 1e-15.
     terms = np.log(np.arange(1, n + 1).astype(np.longdouble))
     logs = np.concatenate([np.zeros(1, dtype=np.longdouble), np.cumsum(terms)])
     logs.setflags(write=False)
@@ -71,8 +73,10 @@ def _logs_up_to(n: int) -> Logs:
 def _line(
     spans: Sequence[tuple[int, int]], tail: int, n: int, max_losses: int, logs: Logs
 ) -> Floats:
-    """Survival on a line of n nodes; ``spans`` are [start, end) and ``tail`` is the 1-based start
-    of the longest run up to the very end that must not be dead altogether (0: none)."""
+    """Survival on a line of n nodes, by number of dead nodes.
+
+    ``spans`` are [start, end). A ``tail`` > 0 adds the span from that 1-based node to the end.
+    """
     latest = np.zeros(n + 2, dtype=np.int64)  # by 1-based last node: the largest 1-based start
     for start, end in spans:
         latest[end] = max(latest[end], start + 1)

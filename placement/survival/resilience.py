@@ -1,7 +1,8 @@
-"""Probability that every expert of every layer survives k lost nodes, exactly wherever possible.
+"""Probability that every expert of every layer survives k lost nodes, exact wherever possible.
 
-Node sets that share no node are independent given how many nodes of each group are dead, so each
-connected group gets the cheapest exact method that fits it, and the groups are multiplied.
+Node sets are grouped so that groups share no node. Given the number of dead nodes in each group,
+groups are independent. Each group is therefore computed by the cheapest exact method that fits,
+and the groups are combined.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class Survival:
     """Survival probabilities for k = 0, 1, ... lost nodes, and how they were found.
 
     Attributes:
-        probability: P(every expert survives k uniformly chosen losses), index k.
-        method: The costliest of ``METHODS`` that was needed; "template bound" where a plan is
-            too entangled and its template's closed form is a proven lower bound.
-        low: Lower end of each interval; equal to ``probability`` when exact.
-        high: Upper end.
+        probability: P(every expert survives k uniformly chosen losses), by k.
+        method: The costliest of ``METHODS`` that was needed; or "template bound" if no exact
+            method was feasible and the values are proven lower bounds from the plan's template.
+        low: Lower end of each interval; equal to ``probability`` if exact.
+        high: Upper end of each interval.
     """
 
     probability: tuple[float, ...]
@@ -58,20 +59,21 @@ def survival(
     draws: int = DRAWS,
     bound: Sequence[int] = (),
 ) -> Survival:
-    """Survival of node sets under k = 0..max_losses uniformly chosen losses.
+    """Compute the survival of node sets for k = 0..max_losses uniformly chosen losses.
 
     Args:
-        masks: Node sets as bitmasks; sets that contain another one are dropped first.
-        num_nodes: N; sets lie within it.
+        masks: Node set of each expert as a bitmask; duplicates and supersets do not matter.
+        num_nodes: Number of nodes, N.
         max_losses: Largest k; N when None.
-        method: "auto", or one of ``METHODS`` to insist on.
-        seed: For the estimate only.
-        draws: Samples for each k of the estimate.
-        bound: Simpler sets such that each of ``masks`` contains one: a lower bound, used instead
-            of an estimate.
+        method: "auto", or one of ``METHODS`` to force that method.
+        seed: Seed of the estimate.
+        draws: Samples of the estimate for each k.
+        bound: Simpler node sets such that each of ``masks`` contains one of them. If given, their
+            survival is used as a lower bound instead of an estimate.
 
     Raises:
-        InvalidRequestError: An empty set, a node outside, or a method that cannot do these sets.
+        InvalidRequestError: A set is empty or has a node >= N, or the forced method is unknown or
+            cannot handle these sets.
     """
     sets = _checked(masks, num_nodes, method)
     top = num_nodes if max_losses is None else max(0, min(max_losses, num_nodes))
@@ -142,7 +144,7 @@ def _union(group: Sequence[int]) -> int:
 
 
 def _group(local: Sequence[int], n: int, top: int, method: str) -> tuple[Floats | None, str]:
-    """P(group survives | k of its n nodes are dead), k = 0..top, and the method."""
+    """P(group survives | k of its n nodes are dead), k = 0..top, and the method used."""
     if len(local) == 1 and method in ("auto", "closed form"):
         values = np.ones(top + 1)
         values[n:] = 0.0
@@ -168,7 +170,7 @@ def _shares(counts: Sequence[int], n: int, top: int) -> Floats:
 
 
 def _product(parts: Sequence[tuple[int, Floats]], top: int) -> Floats:
-    """Groups combined: given k dead in all, the dead of each group are hypergeometric."""
+    """Combine groups: given k dead nodes in total, those of a group are hypergeometric."""
     size, values = parts[0] if parts else (0, np.ones(1))
     for other, theirs in parts[1:]:
         values = _pair(size, values, other, theirs, top)
@@ -198,9 +200,9 @@ def _pair(n: int, p_n: Floats, m: int, p_m: Floats, top: int) -> Floats:
 
 
 def survival_under_hazards(masks: Sequence[int], *, hazards: Sequence[float]) -> float | None:
-    """P(every expert survives) when node i dies with probability ``hazards[i]``, independently.
+    """Return P(every expert survives) if node i dies independently with probability ``hazards[i]``.
 
-    Exact; None where the sets are too entangled for that.
+    The result is exact; None if an exact computation would take too long.
     """
     chance = 1.0
     for group in components(_checked(masks, len(hazards), "auto")):
@@ -212,5 +214,5 @@ def survival_under_hazards(masks: Sequence[int], *, hazards: Sequence[float]) ->
 
 
 def domain_masks(masks: Sequence[int], domain_of_node: Sequence[int]) -> tuple[int, ...]:
-    """Node sets as sets of racks or zones, minimal ones only."""
+    """Convert node sets to sets of racks or zones (bitmasks); minimal ones only."""
     return minimal_masks(mask_of(domain_of_node[n] for n in nodes_of(m)) for m in masks)

@@ -1,6 +1,6 @@
-"""Exact counts by truth tables in big integers: any node sets on at most 20 nodes.
+"""Exact counts by truth tables in big integers, for any node sets on at most 20 nodes.
 
-Bit b of a table stands for the dead set whose members are the set bits of b.
+Bit b of a table stands for the set of dead nodes given by the bits of b.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MAX_NODES = 20
 
 @lru_cache(maxsize=32)
 def dead_tables(num_nodes: int) -> tuple[int, ...]:
-    """For each node the table of the dead sets that contain it."""
+    """Return, for each node, the table of the dead sets that contain the node."""
     size = 1 << num_nodes
     tables = []
     for node in range(num_nodes):
@@ -28,7 +28,7 @@ def dead_tables(num_nodes: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=32)
 def level_tables(num_nodes: int) -> tuple[int, ...]:
-    """For each k the table of the dead sets with k members."""
+    """Return, for each k = 0..N, the table of the dead sets with k nodes."""
     levels = [1]
     for node in range(num_nodes):
         shift = 1 << node
@@ -40,7 +40,7 @@ def level_tables(num_nodes: int) -> tuple[int, ...]:
 
 
 def fatal_table(masks: Sequence[int], *, num_nodes: int) -> int:
-    """The table of the dead sets that contain one of the node sets."""
+    """Return the table of the dead sets that contain at least one of the node sets."""
     dead = dead_tables(num_nodes)
     fatal = 0
     for mask in masks:
@@ -54,7 +54,7 @@ def fatal_table(masks: Sequence[int], *, num_nodes: int) -> int:
 
 
 def surviving_counts(masks: Sequence[int], *, num_nodes: int) -> tuple[int, ...]:
-    """For k = 0..N: how many dead sets of size k contain none of the node sets."""
+    """Count, for k = 0..N, the dead sets of k nodes that contain none of the node sets."""
     fatal = fatal_table(masks, num_nodes=num_nodes)
     return tuple(level.bit_count() - (fatal & level).bit_count()
                  for level in level_tables(num_nodes))  # fmt: skip

@@ -1,8 +1,8 @@
-"""Core node sets for given replica counts: segments, then a wrap or a complementary tail.
+"""A family of candidate templates for given replica counts.
 
-For one sorted replica vector the family holds, for every segment width and number of segments,
-the maximum-rank-overlap segments followed by a cyclic wrap or by a complementary tail; the best
-exact score wins. Nodes are positions 0..N-1; experts are in ascending order of replicas.
+A candidate consists of segments (maximum rank overlap) of some width and number, followed by a tail
+for the remaining experts: a cyclic wrap, a complementary tail or a nested tail. Nodes are positions
+0..N-1; experts are in ascending order of replicas.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from placement.templates.template import Block, Template, masks, wrap
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A member of the family: its blocks and where it comes from."""
+    """A candidate template, and a short name of its construction."""
 
     blocks: Template
     name: str
@@ -27,12 +27,16 @@ class Candidate:
 def family(
     replicas: tuple[int, ...], *, num_nodes: int, slots_per_node: int, quick: bool = False
 ) -> tuple[Candidate, ...]:
-    """All candidates for replica counts in ascending order, without repetition.
+    """Return all candidates for replica counts in ascending order, without duplicates.
 
-    ``quick`` keeps to full-width segments of the coldest experts: a tenth of the time.
+    Blocks cover the experts in order. A block spans at most as many nodes as its first expert has
+    replicas.
 
-    Blocks cover the experts in order; a block spans no more nodes than its first expert has
-    replicas, and no node carries more than its slots.
+    Args:
+        replicas: Replicas of each expert, ascending.
+        num_nodes: Number of nodes, N.
+        slots_per_node: Slots per node.
+        quick: Use full-width segments of the coldest experts only; about ten times as fast.
     """
     seen: dict[Template, Candidate] = {}
     num_experts = len(replicas)
@@ -55,7 +59,7 @@ def family(
 
 
 def ordered(blocks: Template, replicas: Sequence[int]) -> Template | None:
-    """Blocks by size, so that they match the experts' order; None if a block is too large."""
+    """Sort blocks by size to match the experts' order; None if a block has too many nodes."""
     by_size = merged(tuple(sorted(blocks, key=lambda b: len(b[0]))))
     first = 0
     for nodes, width in by_size:
@@ -66,9 +70,9 @@ def ordered(blocks: Template, replicas: Sequence[int]) -> Template | None:
 
 
 def mro(replicas: Sequence[int], *, num_nodes: int, slots_per_node: int) -> Template:
-    """Maximum rank overlap as printed: full-width segments, the last one clipped to what is left.
+    """Return the paper's maximum rank overlap: full-width segments, the last one clipped.
 
-    Where nothing is left for the last segment it shares the last node.
+    If no node is left for the last segment, it shares the last node.
 
     Source: Lazarus, section 4.1.
     """
@@ -88,7 +92,7 @@ def mro(replicas: Sequence[int], *, num_nodes: int, slots_per_node: int) -> Temp
 def _segments(
     replicas: Sequence[int], width: int, groups: int, num_nodes: int, *, clip: bool
 ) -> tuple[Template | None, int]:
-    """``groups`` segments and the nodes they use; the last one takes what is left if ``clip``."""
+    """``groups`` segments (None if they do not fit) and the number of nodes they use."""
     blocks: list[Block] = []
     start = 0
     for first in range(0, groups * width, width):
@@ -107,7 +111,7 @@ def _segments(
 def _tails(
     rest: Sequence[int], used: int, num_nodes: int, slots_per_node: int
 ) -> Iterator[tuple[Template, str]]:
-    """Ways to put the remaining experts on the nodes after the first ``used``."""
+    """Yield named placements of the other experts on the nodes after the first ``used``."""
     if not rest:
         yield (), ""
         return
@@ -130,7 +134,7 @@ def _tails(
 
 
 def trimmed(replicas: Sequence[int], *, num_nodes: int, slots: int) -> tuple[int, ...]:
-    """Replica counts cut to the nodes and slots there are, the largest first."""
+    """Reduce replica counts, largest first, until they fit nodes and slots."""
     counts = [min(r, num_nodes) for r in replicas]
     while sum(counts) > slots:
         top = max(counts)
@@ -142,11 +146,11 @@ def trimmed(replicas: Sequence[int], *, num_nodes: int, slots: int) -> tuple[int
 def complementary_tail(
     replicas: Sequence[int], *, num_nodes: int, excess: int, parts: int
 ) -> Template | None:
-    """Blocks that each miss their own part of the nodes, or None where that does not fit.
+    """Return blocks such that part i of the nodes holds every block except block i.
 
-    Every node must miss ``excess`` experts. The hottest ``parts - 1`` blocks have that many
-    experts, the coldest the rest; part i of the nodes hosts every block but block i. Parts that
-    need more nodes than there are overlap at the ends of the ring (slots are then left over).
+    Every node lacks ``excess`` experts: the hottest ``parts - 1`` blocks have that many experts
+    each, the coldest block has the rest. If the parts need more nodes than there are, they overlap
+    at the ends of the ring and slots remain free. None if a block would have no node.
     """
     cold = len(replicas) - (parts - 1) * excess
     widths = [cold] + [excess] * (parts - 1)
@@ -169,10 +173,11 @@ def complementary_tail(
 def nested_tail(
     replicas: Sequence[int], *, num_nodes: int, cold: int, slots_per_node: int
 ) -> Template | None:
-    """The ``cold`` coldest experts on one part; all others on the rest, wrapped into that part.
+    """Put the ``cold`` coldest experts on one part of the nodes, all others on the rest.
 
-    The slots that the cold block leaves on its own nodes go to the others cyclically, so that
-    each of them overlaps it on different nodes. None where the others need fewer nodes.
+    The slots that the cold block leaves free on its own nodes go to the other experts cyclically,
+    so that these overlap the cold block on different nodes. None if the rest of the nodes is empty
+    or larger than an expert's replica count.
     """
     own = min(replicas[0], num_nodes)
     others = replicas[cold:]
@@ -191,7 +196,7 @@ def nested_tail(
 
 
 def merged(blocks: Template) -> Template:
-    """Neighbouring blocks on the same nodes joined into one."""
+    """Merge consecutive blocks on the same nodes."""
     joined: list[Block] = []
     for nodes, width in blocks:
         if joined and joined[-1][0] == nodes:
@@ -202,14 +207,14 @@ def merged(blocks: Template) -> Template:
 
 
 def summed_survival(template: Template, *, num_nodes: int) -> float:
-    """Sum over k of P(survive k losses); the order of plans by it is the order at every k."""
+    """Return the sum over k of P(survive k losses): the score that ranks candidates."""
     return sum(survival(masks(template), num_nodes=num_nodes).probability)
 
 
 def best_of_family(
     replicas: Sequence[int], *, num_nodes: int, slots_per_node: int, keep: int = 1
 ) -> tuple[Candidate, ...]:
-    """The ``keep`` best candidates by summed survival, best first; ties in family order."""
+    """Return the ``keep`` best candidates by summed survival, best first; ties in family order."""
     found = family(tuple(replicas), num_nodes=num_nodes, slots_per_node=slots_per_node)
     scored = [(-summed_survival(c.blocks, num_nodes=num_nodes), i) for i, c in enumerate(found)]
     return tuple(found[i] for _, i in sorted(scored)[:keep])

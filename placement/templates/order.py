@@ -1,4 +1,4 @@
-"""Which real node plays which template position, where nodes are not alike.
+"""Assign nodes to template positions if nodes differ in rack, zone or hazard.
 
 A block should span as many racks or zones as it can, and should not consist of weak nodes only.
 """
@@ -21,11 +21,11 @@ def ordered_template(
     domains: Sequence[int | str] = (),
     hazards: Sequence[float] = (),
 ) -> Template:
-    """The template on nodes chosen for its blocks; unchanged where all nodes are alike.
+    """Return the template with nodes assigned so that its blocks are at low risk.
 
-    Nodes are dealt to positions domain by domain in turn, then pairs of nodes change places while
-    that lowers the blocks' risk: the chance that all nodes of a block fail, by their hazards, and
-    a penalty that quarters with every further domain a block spans.
+    Nodes are assigned to positions alternating between domains; then pairs of nodes are swapped
+    while that lowers the sum of ``block_risk``. Without domains and hazards the template is
+    returned unchanged.
     """
     if not len(domains) and not len(hazards):
         return template
@@ -35,7 +35,7 @@ def ordered_template(
 
 
 def on_nodes(template: Template, node_at: Sequence[int]) -> Template:
-    """The template with position p played by ``node_at[p]``."""
+    """Return the template with every position p replaced by node ``node_at[p]``."""
     return tuple(
         (tuple(sorted(node_at[p] for p in positions)), width) for positions, width in template
     )
@@ -47,7 +47,7 @@ def improved_order(
     domains: Sequence[int | str],
     hazards: Sequence[float],
 ) -> list[int]:
-    """``node_at`` after swaps that lower the blocks' risk; as it is beyond 64 nodes."""
+    """Return ``node_at`` after swaps that lower the blocks' risk; unchanged beyond 64 nodes."""
     better = list(node_at)
     if len(better) <= _MOST_SWAPPED and (len(domains) or len(hazards)):
         _swap(template, better, domains, hazards)
@@ -55,7 +55,7 @@ def improved_order(
 
 
 def _dealt(num_nodes: int, domains: Sequence[int | str]) -> list[int]:
-    """Nodes in an order in which neighbours are of different domains, the largest domain first."""
+    """Nodes in an order that alternates between domains, the largest domain first."""
     if not len(domains):
         return list(range(num_nodes))
     groups: dict[int | str, list[int]] = {}
@@ -71,7 +71,10 @@ def _dealt(num_nodes: int, domains: Sequence[int | str]) -> list[int]:
 def block_risk(
     nodes: Sequence[int], domains: Sequence[int | str], hazards: Sequence[float]
 ) -> float:
-    """What a block risks: all its nodes failing, or all its domains."""
+    """Return the risk of a block: chance that all its nodes fail, plus a penalty for few domains.
+
+    The chance is the product of the nodes' hazards; the penalty is 0.25 ** (number of domains).
+    """
     risk = 0.0
     if len(hazards):
         risk += prod(hazards[n] for n in nodes)
@@ -86,7 +89,7 @@ def _swap(
     domains: Sequence[int | str],
     hazards: Sequence[float],
 ) -> None:
-    """First-improvement swaps of two positions, until none helps."""
+    """Swap pairs of positions, in place, as long as a swap lowers the risk."""
     blocks_of = [
         [b for b, (nodes, _) in enumerate(template) if p in nodes] for p in range(len(node_at))
     ]

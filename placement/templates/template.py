@@ -1,8 +1,9 @@
-"""Templates: the core node sets that every layer shares, and candidates for them.
+"""Templates: core node sets that all layers share, and candidates for templates.
 
-A template is a list of blocks (nodes, width), coldest experts first: in every layer the
-``width`` coldest experts sit at least on the first block's nodes, and so on. Joint survival of
-all layers then depends on the blocks alone, whatever the loads, the fill and the number of layers.
+A template is a list of blocks (nodes, width), coldest experts first: in every layer, every node of
+the first block holds the ``width`` coldest experts, and so on. These replicas are the core; further
+replicas are the fill. The joint survival of all layers is then at least that of the blocks,
+independent of loads, fill and the number of layers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Template = tuple[Block, ...]
 
 
 def segments(sizes: Sequence[int], widths: Sequence[int]) -> Template:
-    """Disjoint runs of consecutive nodes, one per block."""
+    """Return blocks on disjoint runs of consecutive nodes."""
     blocks, start = [], 0
     for size, width in zip(sizes, widths, strict=True):
         blocks.append((tuple(range(start, start + size)), width))
@@ -28,7 +29,7 @@ def segments(sizes: Sequence[int], widths: Sequence[int]) -> Template:
 
 
 def wrap(replicas: Sequence[int], *, num_nodes: int, first_node: int = 0) -> Template:
-    """Replicas laid out one after the other over the nodes, cyclically; equal sets are merged."""
+    """Return blocks that lay replicas out over the nodes cyclically; equal sets are merged."""
     blocks: list[Block] = []
     position = 0
     for count in replicas:
@@ -43,18 +44,18 @@ def wrap(replicas: Sequence[int], *, num_nodes: int, first_node: int = 0) -> Tem
 
 
 def even_widths(num_experts: int, groups: int) -> tuple[int, ...]:
-    """E experts in ``groups`` parts that differ by at most one, smaller parts first."""
+    """Divide ``num_experts`` into ``groups`` parts that differ by at most 1, smaller ones first."""
     small, bigger = divmod(num_experts, groups)
     return (small,) * (groups - bigger) + (small + 1,) * bigger
 
 
 def masks(template: Template) -> tuple[int, ...]:
-    """The blocks' node sets as bitmasks."""
+    """Return the node set of each block as a bitmask."""
     return tuple(mask_of(nodes) for nodes, _ in template)
 
 
 def block_of_rank(template: Template) -> Ints:
-    """int32 [E]: the block of the expert with each load rank, coldest first."""
+    """Return the block of the coldest, second coldest, ... expert, int32 [E]."""
     widths = [width for _, width in template]
     return np.repeat(np.arange(len(template), dtype=np.int32), widths)
 
@@ -62,11 +63,13 @@ def block_of_rank(template: Template) -> Ints:
 def segment_candidates(
     profile_E: Floats, *, num_nodes: int, slots_per_node: int, floor: int
 ) -> tuple[Template, ...]:
-    """Disjoint segments of several shapes: how many, and how much the hot ones grow.
+    """Return templates of disjoint segments that vary in number and in the size of hot segments.
 
     Args:
-        profile_E: Mean load of the expert with each rank, coldest first, summing to 1.
-        floor: Every block spans at least this many nodes.
+        profile_E: Load shares from ``load_profile``, coldest expert first, summing to 1.
+        num_nodes: Number of nodes, N.
+        slots_per_node: Slots per node.
+        floor: Fewest nodes of a block.
     """
     num_experts = len(profile_E)
     found: dict[Template, None] = {}
@@ -83,7 +86,7 @@ def segment_candidates(
 
 
 def _spread(first: int, last: int) -> tuple[int, ...]:
-    """A few whole numbers from first to last, denser at the low end."""
+    """A few integers from ``first`` to ``last``, denser at the low end."""
     if last - first < 6:
         return tuple(range(first, last + 1))
     steps = (1.0, 1.1, 1.25, 1.5, 2.0)
@@ -91,7 +94,7 @@ def _spread(first: int, last: int) -> tuple[int, ...]:
 
 
 def proportional_sizes(weight: Floats, *, total: int, floor: int) -> tuple[int, ...]:
-    """``total`` nodes in parts >= floor, nondecreasing, near in proportion to the weights."""
+    """Divide ``total`` nodes into ascending parts >= ``floor``, roughly proportional to weights."""
     spare = total - floor * len(weight)
     scale = weight.sum()
     share = weight / scale if scale > 0 else np.full(len(weight), 1.0 / len(weight))
