@@ -40,10 +40,12 @@ _HOMES = {
 
 
 def _refuse_foreign_packages() -> None:
-    """``placement`` and ``dispatcher`` are plain names; another package could shadow them.
+    """Check that ``placement`` and ``dispatcher`` are Lazarus' own packages.
+
+    Another package of one of these common names could shadow them.
 
     Raises:
-        ImportError: One of them comes from elsewhere.
+        ImportError: A package of one of these names comes from elsewhere.
     """
     home = Path(__file__).resolve().parent.parent
     for name in ("placement", "dispatcher"):
@@ -60,7 +62,7 @@ _refuse_foreign_packages()
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when asked for: ``import lazarus`` stays light."""
+    """Import public names on first use, so that ``import lazarus`` is fast."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module `lazarus` has no attribute `{name}`")

@@ -1,11 +1,11 @@
 """The command line ``lazarus``. Each command is a module of ``lazarus.commands``.
 
-A command module has ``register(subparsers)`` and ``run(args) -> int``. Only the module that is
-asked for is imported, and it imports what is heavy (torch, Ray) when it runs. The environment is
-read here: a command finds it in ``args.environment``.
+A command module has ``register(subparsers)`` and ``run(args) -> int``. Only the module of the
+given command is imported; heavy packages (torch, Ray) are imported when the command runs. The
+environment is read here and passed to commands as ``args.environment``.
 
-Exit codes: 0 finished; 1 failed; 2 bad input, nothing started; 3 ended short but resumable; 130
-Ctrl-C.
+Exit codes: 0 finished; 1 failed; 2 bad input, nothing started; 3 ended early but can be resumed;
+130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from lazarus.version import __version__
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-_STARTS_RUNS = ("train", "demo")  # there an OSError may be the run's own: it keeps its traceback
+_STARTS_RUNS = ("train", "demo")  # an OSError of a run keeps its traceback
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, exit code 2, and no guessing of abbreviations."""
+    """An argument parser that reports errors in one line with exit code 2.
+
+    Abbreviated options are not accepted.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -42,10 +45,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Every deliberate error ends here, in one line."""
+    """Run one command and return its exit code. A ``LazarusError`` is printed without traceback.
+
+    Args:
+        argv: Arguments without the program's name; default: ``sys.argv[1:]``.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # where a user's policies are, as with python -m lazarus
+        sys.path.append(here)  # so that a user's policies can be imported, as with python -m
     try:
         parser = _parser(arguments)
         parsed, unknown = parser.parse_known_args(arguments)
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_names() -> list[str]:
-    """Every command there is: the modules that have a ``register``; none is imported for it."""
+    """Names of all commands: modules that define ``register``. The modules are not imported."""
     folder = Path(commands.__path__[0])
     modules = [m.name for m in pkgutil.iter_modules([str(folder)])]
     found = [m for m in modules if "\ndef register(" in (folder / f"{m}.py").read_text("utf-8")]
@@ -114,12 +121,12 @@ def _parser(arguments: Sequence[str]) -> Parser:
 
 
 def _asked(arguments: Sequence[str]) -> str | None:
-    """The command that is named, if any."""
+    """The name of the command in the arguments, if any."""
     return next((a for a in arguments if not a.startswith("-")), None)
 
 
 def _nearest_option(parser: Parser, arguments: Sequence[str], unknown: str) -> str:
-    """The option that was probably meant, among those of the commands that were named."""
+    """A hint at the known option nearest to ``unknown``; empty if none is close."""
     known: list[str] = []
     current: argparse.ArgumentParser | None = parser
     words = iter(arguments)
@@ -133,7 +140,7 @@ def _nearest_option(parser: Parser, arguments: Sequence[str], unknown: str) -> s
 
 
 def _default_run(parser: argparse.ArgumentParser, run: object) -> None:
-    """A command that does not set its own ``run`` gets its module's."""
+    """Let a command use its module's ``run``, unless its parser sets another one."""
     if parser.get_default("run") is None:
         parser.set_defaults(run=run)
 

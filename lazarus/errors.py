@@ -1,4 +1,4 @@
-"""Every deliberate error of Lazarus: what happened, the numbers, and the way out."""
+"""The exceptions that Lazarus raises. Messages say what happened, the numbers, and what to do."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 
 class LazarusError(Exception):
-    """Base of all deliberate errors. It crosses Ray and gRPC, so pickling keeps its fields."""
+    """Base class of all exceptions of Lazarus. Pickling keeps the fields, as Ray and gRPC need."""
 
-    exit_code: int = 1  # what the command line returns when nothing handled it
+    exit_code: int = 1  # exit code of the command line for this error
 
     def __reduce__(self) -> tuple[object, ...]:
         return BaseException.__new__, (type(self), *self.args), self.__dict__
@@ -17,18 +17,18 @@ class LazarusError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with the input: where it was said, and what is wrong with it."""
+    """One problem of the user's input: the message, and where the input came from."""
 
     message: str
     where: str = ""  # "configs/a.toml:14", "--set placement.min_replicas=0", or unknown
-    key: str = ""  # the dotted key it is about, if it is about one
+    key: str = ""  # the dotted key concerned, if any
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
 
 
 class ConfigError(LazarusError, ValueError):
-    """The user's input cannot work; nothing was started. Holds every problem found, one a line."""
+    """The user's input is invalid; nothing was started. ``problems`` holds all problems found."""
 
     exit_code = 2
 
@@ -41,7 +41,7 @@ class ConfigError(LazarusError, ValueError):
 
 
 class StaleGenerationError(LazarusError):
-    """A peer spoke for a generation that is over. Drop the message; do not retry it."""
+    """A message belongs to a generation that is over. Drop the message; do not retry it."""
 
     def __init__(self, *, got: int, current: int) -> None:
         super().__init__(f"message for generation {got}, but the cluster is at {current}")
@@ -49,7 +49,7 @@ class StaleGenerationError(LazarusError):
 
 
 class FencedError(LazarusError):
-    """This process computes in a generation that has been fenced: unwind, report nothing, wait."""
+    """The generation in which this process computes was fenced. Unwind and wait; report nothing."""
 
     def __init__(self, *, generation: int, fence: int) -> None:
         super().__init__(f"generation {generation} is fenced by generation {fence}")
@@ -57,7 +57,7 @@ class FencedError(LazarusError):
 
 
 class CollectiveError(LazarusError):
-    """A collective failed under this rank: a suspicion that a peer is gone, never a verdict."""
+    """A collective failed on this rank. A peer may be gone, but that is not certain."""
 
     def __init__(self, *, label: str, generation: int, reason: str) -> None:
         super().__init__(f"collective {label} of generation {generation} failed: {reason}")
@@ -65,7 +65,7 @@ class CollectiveError(LazarusError):
 
 
 class TransferError(LazarusError):
-    """A piece of state did not arrive whole from a peer."""
+    """A piece of state did not arrive completely from a peer."""
 
     def __init__(self, *, what: str, source: str, reason: str) -> None:
         super().__init__(f"transfer of {what} from {source} failed: {reason}")
@@ -73,9 +73,9 @@ class TransferError(LazarusError):
 
 
 class BadSourceError(TransferError):
-    """A copy of state that was chosen for a restore cannot be used; another one is chosen.
+    """The copy of state chosen for a restore cannot be used; another copy will be chosen.
 
-    ``url`` and ``operation`` say what storage refused; empty: it was read, and is no good.
+    ``url`` and ``operation`` name what storage refused; both are empty if the copy is damaged.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class BadSourceError(TransferError):
 
 
 class QuorumTimeoutError(LazarusError):
-    """Too few nodes for too long. The run ended short, and can be resumed."""
+    """Too few nodes were alive for too long. The run ended early and can be resumed."""
 
     exit_code = 3
 
@@ -100,7 +100,7 @@ class QuorumTimeoutError(LazarusError):
 
 
 class LostExpertError(LazarusError):
-    """The last live replica of an expert is gone and the policy says to stop there."""
+    """The last live replica of an expert is gone, and the recovery policy ended the run."""
 
     exit_code = 3
 
@@ -112,20 +112,20 @@ class LostExpertError(LazarusError):
 
 
 class StoppedError(LazarusError):
-    """The driver was told to end; the run is short but can be resumed."""
+    """The run ended before its last step, by a request or for lack of nodes; it can be resumed."""
 
     exit_code = 3
 
 
 class UserCodeError(LazarusError):
-    """The user's model, loss, data, optimizer, schedule or hook is to blame.
+    """The user's model, loss, data, optimizer, schedule or hook raised, or returned bad values.
 
     Attributes:
-        where: The user's innermost line, and who was computing what; empty where ``summary`` says.
-        summary: The exception, or what is wrong, in one line.
-        traceback_text: From the user's first frame to the last; also shown as a note.
-        rank, step, phase: Where it happened; -1 and empty where that is not known.
-        sample_ids: Samples of the micro-batch.
+        where: The user's innermost line, with node, rank, step and samples; may be empty.
+        summary: The exception, or the problem, in one line.
+        traceback_text: Traceback with the user's frames only; also added as a note.
+        rank, step, phase: Where the error happened; -1 and empty if unknown.
+        sample_ids: Ids of the samples in the micro-batch.
     """
 
     def __init__(
@@ -148,15 +148,15 @@ class UserCodeError(LazarusError):
 
 
 class PoisonedStepError(UserCodeError):
-    """A step that ends the process of whoever computes it, one node after the other."""
+    """A step kills every process that computes it, one node after the other."""
 
 
 class UserMistakeError(LazarusError, ValueError):
-    """What a function of the user's returned cannot be trained with. Raised in the worker."""
+    """A user's function returned a value that cannot be used. Raised in the worker."""
 
 
 class InternalError(LazarusError):
-    """Lazarus itself failed. ``report`` is a file with what a bug report needs."""
+    """Lazarus itself failed. ``report`` is the path of a file to attach to a bug report."""
 
     def __init__(self, message: str, *, report: str = "") -> None:
         super().__init__(message)
@@ -164,21 +164,21 @@ class InternalError(LazarusError):
 
 
 class BrokenInvariantError(LazarusError):
-    """The protocol says this cannot happen. The state is held; nothing is guessed."""
+    """An invariant of the protocol was violated. The state is kept as it is."""
 
 
 class StartupError(LazarusError):
-    """A worker, a node or the cluster did not come up."""
+    """A worker, a node or the cluster did not start."""
 
 
 class RoomTakenError(StartupError):
-    """The room for a node went to somebody else before the node had it."""
+    """The machine or the room chosen for a new node is gone or was taken before the node started."""
 
 
 class ControllerDiedError(StartupError):
-    """The controller's process ended before it listened; the launcher reports its exit too.
+    """The controller's process ended before it accepted connections.
 
-    ``failure`` is its last word, a ``lazarus.failure.Failure`` as JSON; empty: it had none.
+    ``failure`` is a ``lazarus.failure.Failure`` as JSON that the controller left; may be empty.
     """
 
     def __init__(self, message: str, *, failure: str = "") -> None:
@@ -187,24 +187,24 @@ class ControllerDiedError(StartupError):
 
 
 class DataError(LazarusError):
-    """The data does not have the form that was promised."""
+    """The data does not have the expected form."""
 
 
 class CheckpointError(LazarusError):
-    """A checkpoint cannot be used: what is missing or damaged, by name."""
+    """A checkpoint cannot be used; the message names what is missing or damaged."""
 
 
 class StorageError(CheckpointError):
-    """A disk or an object store refused an operation, or did not answer; with its URL."""
+    """A disk or an object store refused ``operation`` on ``url``, or did not answer."""
 
     def __init__(self, *, url: str, operation: str, reason: str, is_full: bool = False) -> None:
         super().__init__(f"{operation} {url}: {reason}")
         self.url, self.operation, self.reason = url, operation, reason
-        self.is_full = is_full  # no room: another place on the same disk has none either
+        self.is_full = is_full  # the disk or quota is full
 
 
 class JournalError(LazarusError):
-    """A run's journal cannot be taken for true: the file, and what is wrong with it."""
+    """A run's journal is damaged or cannot be read; ``path`` is the file."""
 
     exit_code = 2
 
@@ -214,7 +214,7 @@ class JournalError(LazarusError):
 
 
 class RecordError(LazarusError, ValueError):
-    """A run's record cannot be read: file, line (0: the file itself) and what is wrong with it."""
+    """A run's record is damaged or cannot be read; ``line`` is 0 if the whole file is meant."""
 
     exit_code = 2
 

@@ -1,8 +1,8 @@
-"""Why a run did not end well: one value, from where it happens to the person who reads it.
+"""The failure that ended a run, as one value passed between all processes.
 
-Whoever notices a failure makes a ``Failure``: a worker, the controller's decisions, the driver. The
-controller puts it into the record (``run_finished``) and hands it to the driver; the trainer raises
-the error that belongs to it; the command line prints its message and leaves with its exit code.
+The process that notices a failure makes a ``Failure``: a worker, the controller or the driver. The
+controller writes it into the record (``run_finished``) and sends it to the driver; the trainer
+raises the matching exception; the command line prints the message and returns the exit code.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ Status = Literal["finished", "stopped", "short", "failed"]
 class Cause(StrEnum):
     """Who or what ended a run; ``run_finished`` carries it as ``cause``."""
 
-    NODE = "node"  # machines are gone: too few, or none, are left
+    NODE = "node"  # too few machines, or none, are left
     USER_CODE = "user_code"  # the user's model, loss, data, optimizer, schedule or hook
-    STORAGE = "storage"  # a disk or object store refused to be written or read
-    INTERNAL = "internal"  # Lazarus itself: a bug, or a process of ours that will not live
-    REQUEST = "request"  # somebody asked for the end: Ctrl-C, SIGTERM, ``stop``
+    STORAGE = "storage"  # a disk or object store refused a read or write
+    INTERNAL = "internal"  # Lazarus itself: a bug, or a process of Lazarus that keeps dying
+    REQUEST = "request"  # the user ended the run: Ctrl-C, SIGTERM, ``stop``
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Who is to blame, where it happened, what it says, and what to do now.
+    """The cause of a run's end, where it happened, its message, and what to do about it.
 
     Args:
         cause: Who or what ended the run.
         error: Name of the class in ``lazarus.errors`` that the Python API raises.
         message: What happened, with the numbers, in one line.
-        way_out: What the reader can do about it; empty where ``message`` says so.
-        node, rank, step, phase: Where, as far as it is known; -1 and empty where it is not.
-        sample_ids: Samples of the micro-batch that was computed.
+        way_out: What the reader can do about it; empty if ``message`` says so.
+        node, rank, step, phase: Where the failure happened; -1 and empty if unknown.
+        sample_ids: Ids of the samples in the micro-batch.
         place: The user's innermost line, "/home/me/train.py:12 in loss".
-        traceback: Of the exception, as text: whole, as the record keeps it.
-        shown: The same for people to read: frames of the user's own code only.
-        url, operation: The storage that failed, and what was asked of it.
-        report: File with what a bug report needs; empty: there is none.
+        traceback: The whole traceback as text.
+        shown: The traceback with frames of the user's code only.
+        url, operation: The storage that failed, and the operation.
+        report: Path of a file to attach to a bug report; empty without one.
         details: Further arguments of the error class, JSON-able.
     """
 
@@ -67,10 +67,10 @@ class Failure:
 
     @classmethod
     def from_json(cls, text: str) -> Failure:
-        """Fields that are not known here are ignored: another version may have written them.
+        """The inverse of ``to_json``. Unknown fields, of another version, are ignored.
 
         Raises:
-            ValueError: It is no failure.
+            ValueError: The text is not a failure.
         """
         found = json.loads(text)
         if not isinstance(found, dict) or not {"cause", "message"} <= found.keys():
@@ -82,9 +82,9 @@ class Failure:
 
 
 def exit_code_of(status: Status) -> int:
-    """What the command line returns for the ``status`` that ``run_finished`` records.
+    """The exit code of the command line for the ``status`` in ``run_finished``.
 
-    "finished" and "stopped" are good ends; a "short" run can be resumed; a "failed" one cannot, or
-    would fail again.
+    "finished" and "stopped" are good ends; a "short" run can be resumed; a "failed" run cannot be
+    resumed, or would fail again.
     """
     return {"finished": 0, "stopped": 0, "short": 3, "failed": 1}[status]

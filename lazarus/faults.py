@@ -1,4 +1,4 @@
-"""Faults as text: ``KIND[:NODE]@STEP[/PHASE][,key=value]...`` and seeded random schedules."""
+"""Parse faults for tests: ``KIND[:NODE]@STEP[/PHASE][,key=value]...``, and random schedules."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ _FORM = "KIND[:NODE]@STEP[/PHASE][,key=value]... such as kill:2@20 or slow:1@20,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultSpec:
-    """One scripted fault. ``str()`` gives text that parses to an equal object."""
+    """One scripted fault. ``str()`` gives a text that parses to an equal object."""
 
     kind: str
-    node: int | None  # the node's join-order number
-    step: int  # strikes while the node is in this step; leave and join act before it
+    node: int | None  # the node's number, in the order of joining
+    step: int  # the fault happens while the node is in this step; leave and join happen before it
     phase: str | None = None
     options: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class FaultSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChaosSpec:
-    """Random faults with a mean time between them, the same ones for the same seed."""
+    """Random faults with a mean time between them; the same seed gives the same faults."""
 
     mtbf_s: float
     seed: int = 0
@@ -85,7 +85,7 @@ class ChaosSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChaosEvent:
-    """One draw: when, what, and a number that picks the node: ``live[int(pick * len(live))]``."""
+    """One random fault. ``pick`` selects the node: ``live[int(pick * len(live))]``."""
 
     at_s: float  # since the run's first step
     kind: str
@@ -93,10 +93,10 @@ class ChaosEvent:
 
 
 def parse_fault(text: str) -> FaultSpec:
-    """Read one fault.
+    """Parse one fault, such as ``kill:2@20``.
 
     Raises:
-        ConfigError: With the text, what is wrong in it, and the form it should have.
+        ConfigError: The text is not a valid fault; the message says what is wrong.
     """
     match = _SPEC.fullmatch(text.strip())
     if match is None:
@@ -118,10 +118,10 @@ def parse_fault(text: str) -> FaultSpec:
 
 
 def parse_chaos(text: str) -> ChaosSpec:
-    """Read ``mtbf=30s,seed=1,kinds=kill+join``.
+    """Parse random faults, such as ``mtbf=30s,seed=1,kinds=kill+join``.
 
     Raises:
-        ConfigError: With the text and what is wrong in it.
+        ConfigError: The text is not valid; the message says what is wrong.
     """
     given = dict(_pairs(text, text))
     if unknown := sorted(set(given) - {"mtbf", "seed", "kinds"}):
@@ -140,7 +140,7 @@ def parse_chaos(text: str) -> ChaosSpec:
 
 
 def chaos_events(spec: ChaosSpec) -> Iterator[ChaosEvent]:
-    """The endless, reproducible sequence of a chaos specification: exponential gaps."""
+    """Yield the endless, reproducible sequence of random faults, with exponential gaps."""
     rng = random.Random(f"lazarus chaos {spec.seed}")
     at_s = 0.0
     while True:
@@ -151,10 +151,10 @@ def chaos_events(spec: ChaosSpec) -> Iterator[ChaosEvent]:
 def fault_problems(
     faults: Iterable[FaultSpec], *, nodes: int, steps: int, chaos: ChaosSpec | None = None
 ) -> list[Problem]:
-    """Which faults can never happen in a run of this size.
+    """Problems of faults that can never happen in a run with this many nodes and steps.
 
-    A node number is there from the start, or comes with an earlier ``join``; with random joins any
-    number may come.
+    A node exists from the start, or comes with an earlier ``join`` fault. With random joins, a
+    node with any number may come.
     """
     specs = list(faults)
     problems = []
@@ -208,10 +208,10 @@ def _pairs(text: str, rest: str) -> list[tuple[str, str]]:
 
 
 def seconds_of(text: str) -> float:
-    """Seconds of a duration such as 30, 500ms, 30s, 5min or 1h.
+    """Parse a duration such as 30, 500ms, 30s, 5min or 1h; return seconds.
 
     Raises:
-        ValueError: It is not one.
+        ValueError: The text is not a duration.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h)?", text.strip())
     if match is None:
@@ -233,7 +233,7 @@ def _number(text: str, name: str, value: str) -> float:
 
 
 def _plain(number: float) -> str:
-    """The shortest text that reads back as the same number."""
+    """A short text that parses to the same number."""
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 

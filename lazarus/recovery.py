@@ -1,13 +1,14 @@
-"""For recovery policies: what they are asked, and what they may answer.
+"""Types for writing a recovery policy.
 
 A policy is called as ``policy(losses, view, now_s=...)`` when experts have no live replica left.
-It returns one of the known copies for each of them, ``Rollback``, ``Hold`` or ``Stop``:
+The policy returns one of the known copies for each lost expert, or ``Rollback``, ``Hold`` or
+``Stop``:
 
     def newest_anywhere(losses, view, *, now_s):
         return {(x.layer, x.expert): max(x.copies, key=lambda copy: copy.step) for x in losses}
 
-An answer that cannot be carried out is not used: ``recovery.on_lost_expert`` decides, and the
-record says why (``plan_fallback``).
+An answer that cannot be carried out is not used. ``recovery.on_lost_expert`` then decides, and the
+record gets a ``plan_fallback`` event with the reason.
 """
 
 from lazarus.checkpoint.restoring.policy import Answer, ClusterView, Hold, RecoveryPolicy, Stop

@@ -1,4 +1,4 @@
-"""Checks for what users plug in: each raises with the place where a promise is broken."""
+"""Checks for users' own streams and recovery policies; each raises if a requirement is not met."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lazarus.errors import DataError
 def check_stream(
     source: StreamSource, *, num_shards: int = 4, items: int = 64, tries: int = 8, seed: int = 0
 ) -> None:
-    """Interrupt and resume each shard at random places; what follows must be what would have.
+    """Check that a stream continues identically after being interrupted at random places.
 
     Args:
         source: The stream.
-        num_shards: Into how many shards it is cut for the check.
-        items: Items of each shard that are looked at, at most.
+        num_shards: Number of shards to split the stream into.
+        items: At most so many items of each shard are read.
         tries: Interruptions of each shard.
-        seed: Of the random places.
+        seed: Seed of the random places.
 
     Raises:
-        DataError: A shard reads differently the second time, its state is not made of JSON values
-            and tensors, or what follows a resumed state is not what would have followed.
+        DataError: A shard reads differently the second time or after a resume, or its state is not
+            made of JSON values and tensors.
     """
     rng = random.Random(f"check_stream {seed}")
     for i in range(num_shards):
@@ -67,7 +67,7 @@ def _state_at(iterator: ShardIterator, place: int, *, shard: int) -> Mapping[str
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two nested values are equal, tensors and arrays bit for bit in value and type."""
+    """Whether two nested values are equal. Tensors and arrays must agree in dtype and values."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
@@ -92,21 +92,21 @@ def _not_plain(value: Any, path: str) -> str | None:
 
 
 def conformance(*, recovery: RecoveryPolicy, seed: int = 0, rounds: int = 200) -> int:
-    """Ask a recovery policy about losses of many kinds; each answer must be one to carry out.
+    """Check that a recovery policy gives valid answers to many random losses.
 
     ``placement.testing.conformance`` does the same for a placement policy.
 
     Args:
-        recovery: Called as ``recovery(losses, view, now_s=...)``.
-        seed: Of the losses.
-        rounds: How often it is asked.
+        recovery: The policy, called as ``recovery(losses, view, now_s=...)``.
+        seed: Seed of the random losses.
+        rounds: Number of random questions.
 
     Returns:
-        How many answers were checked.
+        The number of questions.
 
     Raises:
-        AssertionError: The policy raised, answered what cannot be done, answered the same question
-            in two ways, or changed what it was given; the message names the question.
+        AssertionError: The policy raised, gave an answer that cannot be carried out, gave two
+            answers to the same question, or changed its arguments; the message has the question.
     """
     rng = random.Random(f"conformance {seed}")
     for number in range(rounds):
@@ -126,7 +126,7 @@ def conformance(*, recovery: RecoveryPolicy, seed: int = 0, rounds: int = 200) -
 
 
 def _question(rng: random.Random) -> tuple[tuple[Loss, ...], ClusterView]:
-    """Lost experts of a run that has been through some changes, one of them perhaps a rollback."""
+    """Random lost experts of a run with several generations and perhaps a rollback."""
     lineage: Lineage = ()
     step = start = rng.choice((0, 0, 70))
     for generation in range(1, 2 + rng.randrange(4)):
@@ -160,7 +160,7 @@ def _loss(
     steps: tuple[int, int],
     nodes: Sequence[int],
 ) -> Loss:
-    """One lost expert; any node makes its initial state anew, if the run began with one."""
+    """One lost expert with random copies; also its initial state, if the run began at step 0."""
     first, last = steps
     layer, expert = key
     copies = [

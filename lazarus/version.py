@@ -1,3 +1,3 @@
-"""The version; workers of two versions in one run are refused."""
+"""The version of Lazarus. All workers of a run must have the same version."""
 
 __version__ = "0.1.0.dev0"

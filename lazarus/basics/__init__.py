@@ -1,5 +1,5 @@
-"""Small tools that import nothing of Lazarus; every process uses them.
+"""Small tools for every process, without imports from the rest of Lazarus.
 
-Clocks, threads whose death is news, files that are there whole or not at all, careful reading of
-damaged text, numbers as people read them, tracebacks of user code as text.
+Clocks, threads that report their errors, atomic files, safe reading of damaged files, formatting
+of numbers, tracebacks of user code as text.
 """

@@ -1,8 +1,8 @@
-"""Reading text that anybody may have damaged: never a hang, never an exception of another kind.
+"""Read files and JSON that may be damaged, without hanging or raising unexpected exceptions.
 
-Only regular files are opened (no fifo, no device, no folder), no more is read than a file of its
-kind can hold, text is strict UTF-8, and JSON is what the standard says: no NaN, no number beyond 64
-bits or a double, no lone surrogate, and nothing nested deeper than our own writers do.
+Only regular files are opened (no fifo, device or folder), and sizes are bounded. Text must be
+UTF-8. JSON must follow the standard: no NaN, no number beyond 64 bits or the range of a double, no
+lone surrogate; nesting is limited to 64 levels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MOST_BYTES = 1 << 30  # of a file that is read whole
+MOST_BYTES = 1 << 30  # largest file that is read whole
 MOST_LINE_BYTES = 256 << 20
 _BLOCK = 1 << 20
 _DEEPEST = 64
@@ -23,14 +23,15 @@ _LONGEST_INT = 20  # characters of a number of 64 bits
 
 
 class NotAFileError(OSError):
-    """What stands there is no regular file, or larger than any of its kind."""
+    """A path is not a regular file, or the file is too large."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """The file, for reading, if it is one.
+    """Open a regular file for reading. Never blocks, not even on a fifo.
 
     Raises:
-        OSError: It is not there, cannot be read, or is something other than a regular file.
+        OSError: The file does not exist or cannot be read.
+        NotAFileError: The path is not a regular file.
     """
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
@@ -46,10 +47,10 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
-    """The whole file.
+    """Read a whole file.
 
     Raises:
-        OSError: See ``open_regular``, or it is larger than ``most`` bytes.
+        OSError: See ``open_regular``; or the file is larger than ``most`` bytes.
     """
     with open_regular(path) as file:
         data = file.read(most + 1)
@@ -59,20 +60,20 @@ def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
-    """The whole file as UTF-8.
+    """Read a whole file as UTF-8 text.
 
     Raises:
         OSError: See ``read_bytes``.
-        ValueError: It is no UTF-8 text; with the line.
+        ValueError: The file is not UTF-8; the message names the line.
     """
     return text_of(read_bytes(path, most=most))
 
 
 def text_of(data: bytes) -> str:
-    """UTF-8, strictly.
+    """Decode UTF-8.
 
     Raises:
-        ValueError: With the line at which it is something else.
+        ValueError: The data is not UTF-8; the message names the line.
     """
     try:
         return data.decode("utf-8")
@@ -82,12 +83,13 @@ def text_of(data: bytes) -> str:
 
 
 def lines_of(file: BinaryIO, *, at: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Each whole line without its end, with the offset behind it, from the byte ``at`` on.
+    """Yield each complete line from byte ``at`` on: the offset after the line, and its bytes.
 
-    What follows the last line end is left out: it was being written.
+    The bytes come without the line end. Text after the last line end is ignored, since its writer
+    has not finished the line.
 
     Raises:
-        ValueError: A line is longer than any of ours.
+        ValueError: A line is longer than ``MOST_LINE_BYTES``.
     """
     file.seek(at)
     rest = b""
@@ -101,7 +103,7 @@ def lines_of(file: BinaryIO, *, at: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def lines_backwards(file: BinaryIO, *, end: int) -> Iterator[bytes]:
-    """The whole lines that end at the byte ``end`` or before it, the last one first."""
+    """Yield the non-empty lines before byte ``end``, the last one first, without line ends."""
     rest = b""
     while end > 0:
         start = max(0, end - _BLOCK)
@@ -114,10 +116,10 @@ def lines_backwards(file: BinaryIO, *, end: int) -> Iterator[bytes]:
 
 
 def parse_json(text: str) -> Any:
-    """One JSON value.
+    """Parse one JSON value.
 
     Raises:
-        ValueError: It is none; in one line.
+        ValueError: The text is not valid JSON; with a message of one line.
     """
     try:
         found = json.loads(text, parse_constant=_no_number, parse_int=_int, parse_float=_float)
@@ -133,10 +135,10 @@ def parse_json(text: str) -> Any:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """One JSON object.
+    """Parse one JSON object.
 
     Raises:
-        ValueError: It is none; in one line.
+        ValueError: The text is not a valid JSON object; with a message of one line.
     """
     found = parse_json(text)
     if not isinstance(found, dict):

@@ -1,7 +1,7 @@
-"""Two clocks: decisions are made by the monotonic one; people read the other.
+"""The monotonic clock, used for all decisions, and the wall clock, shown to people.
 
-A wall clock is set back and forth (NTP, a machine that moves, a person); nothing but the times of
-day in a record may follow it. Monotonic seconds start anew with the machine.
+A wall clock may jump (NTP, migration, a person), so only the times of day in a record use it.
+Monotonic seconds start again when the machine boots.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def now_s() -> float:
-    """Monotonic seconds: every deadline, age and duration is a difference of two of these."""
+    """Monotonic seconds, for deadlines, ages and durations."""
     return time.monotonic()
 
 
 def wall_s(at_s: float) -> float:
-    """The time of day, in unix seconds, of a monotonic moment, as the wall clock now has it."""
+    """Convert a monotonic moment to unix seconds, by the present setting of the wall clock."""
     return time.time() - (time.monotonic() - at_s)
 
 
 def boot_id() -> str:
-    """What this machine's monotonic seconds count from; empty where the system does not say."""
+    """Id of this machine's boot, since which monotonic seconds count; empty if unknown."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -35,9 +35,9 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunClock:
-    """Times of a run's record: ``t``, the time of day, and ``m``, seconds the run has been alive.
+    """The clock of a run's record: ``t``, the time of day, and ``m``, seconds of the run's life.
 
-    ``m`` goes on where an earlier life of the run, or of its controller, left off.
+    ``m`` continues where an earlier life of the run, or an earlier controller, ended.
 
     Args:
         zero_s: The monotonic moment at which ``m`` was 0.
@@ -49,11 +49,11 @@ class RunClock:
 
     @classmethod
     def going_on(cls, *, since: Mapping[str, Any] | None, last_m: float) -> RunClock:
-        """The clock of a controller that starts.
+        """Make the clock of a starting controller.
 
         Args:
-            since: Journal entry in which an earlier controller of this life noted its clock.
-            last_m: Of the newest line of the record; no later line will have a smaller one.
+            since: The clock that an earlier controller of this life journaled (``noted``); or None.
+            last_m: ``m`` of the newest line in the record; later lines never have a smaller one.
         """
         now = now_s()
         if since is None:
@@ -65,7 +65,7 @@ class RunClock:
         return cls(zero_s=now - last_m, began_m=began_m)
 
     def noted(self) -> dict[str, Any]:
-        """For the journal; see ``going_on``."""
+        """The clock as a journal entry, to be passed to ``going_on`` by the next controller."""
         return {"boot": boot_id(), "zero_s": self.zero_s, "began_m": self.began_m}
 
     def life_s(self, at_s: float) -> float:
@@ -73,6 +73,6 @@ class RunClock:
         return max(0.0, self.stamp(at_s)["m"] - self.began_m)
 
     def stamp(self, at_s: float) -> dict[str, float]:
-        """``t`` and ``m`` of a moment. One of another machine's life, ahead of ours, is now."""
+        """``t`` and ``m`` of a monotonic moment. A moment in the future is replaced by now."""
         at_s = min(at_s, now_s())
         return {"t": wall_s(at_s), "m": round(max(0.0, at_s - self.zero_s), 6)}

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Replace files atomically."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` to write to; what stands there in the end becomes ``path``.
+    """Give a temporary path to write to, and rename the file to ``path`` at the end.
 
-    After an error the old file stands as it was.
+    After an error, an old file at ``path`` is unchanged.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -25,7 +25,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
-    """A new content for ``path`` that a crash of the machine leaves whole or not at all."""
+    """Open a file to replace ``path`` atomically and durably, even if the machine crashes."""
     with replaced(path) as partial, partial.open("wb") as out:
         yield out
         out.flush()

@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 from __future__ import annotations
 
 
 def bytes_text(count: float) -> str:
-    """3.3 GiB, 12.0 MiB, 512 B."""
+    """Format a number of bytes, as 3.3 GiB, 12.0 MiB or 512 B."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= size:
             return f"{count / size:.1f} {unit}"
@@ -12,7 +12,7 @@ def bytes_text(count: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """181k, 3.2M, 950."""
+    """Format a count, as 181k, 3.2M or 950."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= size:
             value = count / size
@@ -21,7 +21,7 @@ def count_text(count: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """0.31 s, 42 s, 5 min, 30 h 41 min."""
+    """Format a duration, as 0.31 s, 42 s, 5 min or 30 h 41 min."""
     if seconds < 10:
         return f"{seconds:.2f} s"
     if seconds < 120:
@@ -33,10 +33,10 @@ def seconds_text(seconds: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """1 step, 2 steps."""
+    """Format a count with its noun, as 1 step or 2 steps."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def loss_text(loss: float | None) -> str:
-    """2.417; a loss that is not a finite number is recorded as null."""
+    """Format a loss, as 2.417. Records hold null (None) for a loss that is not finite."""
     return "not finite" if loss is None else f"{loss:.3f}"

@@ -1,4 +1,4 @@
-"""Threads whose death is news: whoever starts one says who must hear of an error in it."""
+"""Start threads whose errors are reported to a callback."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-OnDeath = Callable[[str, BaseException], None]  # the thread's name, what ended it
+OnDeath = Callable[[str, BaseException], None]  # the thread's name, the exception that ended it
 
 
 def spawn(name: str, work: Callable[..., None], *args: Any, on_death: OnDeath) -> threading.Thread:
     """Start a daemon thread.
 
     Args:
-        work: What it does, with ``args``; it may end by returning at any time.
-        on_death: Called in that thread, once, if ``work`` raises.
+        name: Name of the thread.
+        work: Called in the thread with ``args``; may return at any time.
+        on_death: Called in the thread, once, if ``work`` raises.
     """
     thread = threading.Thread(
         target=_guarded, args=(name, work, args, on_death), name=name, daemon=True
@@ -35,6 +36,6 @@ def _guarded(
 
 
 def say_so(name: str, problem: BaseException) -> None:
-    """For a thread that others can do without: one traceback on standard error."""
+    """Print the traceback of a dead thread to stderr; an ``on_death`` for dispensable threads."""
     text = "".join(traceback.format_exception(problem))
     print(f"thread {name} of this process has died:\n{text}", file=sys.stderr, flush=True)

@@ -1,8 +1,7 @@
-"""Exceptions of the user's code as text: safe to send, bounded, and with the user's own line.
+"""Describe exceptions of user code as text of bounded length, with the user's own line.
 
-A frame belongs to the user unless its file is part of this library, of Python itself or of an
-installed package. What people are shown begins and ends at frames of the user's; the whole text
-goes into the record.
+A frame belongs to the user unless its file is part of this library, of Python or of an installed
+package. People are shown the user's frames only; the record keeps the whole traceback.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-UserLine = tuple[CodeType, int]  # a function of the user's, and a line of it
+UserLine = tuple[CodeType, int]  # code of a user's function, and a line number in it
 
 FULL_LIMIT = 64 << 10  # characters of a traceback in the record
-LINE_LIMIT = 400  # characters of an exception's message where people read it
+LINE_LIMIT = 400  # characters of an exception's message in texts for people
 _SHOWN_FRAMES = 12
 _CRASH_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)$', re.MULTILINE)
 _HOME = Path(__file__).resolve().parents[2]
@@ -36,12 +35,12 @@ _INSTALLED = tuple(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """One exception in words.
+    """An exception as text.
 
     Attributes:
         summary: Type and message in one line.
-        place: The user's innermost line, "/home/me/train.py:12 in loss"; empty: there is none.
-        shown: Traceback from the user's first frame to the last, without the library's own.
+        place: The user's innermost line, "/home/me/train.py:12 in loss"; empty without one.
+        shown: Traceback with the user's frames only; empty without any.
         full: The whole traceback.
     """
 
@@ -52,7 +51,7 @@ class Described:
 
 
 def describe(problem: BaseException) -> Described:
-    """All that can be said of an exception, whatever its message is."""
+    """Describe an exception. Works even if the exception's ``__str__`` raises."""
     frames = traceback.extract_tb(problem.__traceback__)
     summary = summary_of(problem)
     own = _users(frames)
@@ -73,7 +72,7 @@ def innermost(frames: traceback.StackSummary) -> str:
 def calling_line(frame: FrameType | None) -> UserLine | None:
     """The user's innermost line on the stack of a frame; None if there is none.
 
-    Every exchange of a step asks for it: nothing is read or formatted here.
+    This is called for every exchange of a step, so nothing is read or formatted here.
     """
     while frame is not None:
         if not _is_code_of_library(frame.f_code):
@@ -83,12 +82,12 @@ def calling_line(frame: FrameType | None) -> UserLine | None:
 
 
 def line_text(code: CodeType, line: int) -> str:
-    """As in ``Described.place``."""
+    """Format a line of code as in ``Described.place``."""
     return clean(f"{code.co_filename}:{line} in {code.co_name}")
 
 
 def summary_of(problem: BaseException) -> str:
-    """``ValueError: bad label``: one bounded line."""
+    """Type and message of an exception in one line of bounded length: ``ValueError: bad label``."""
     name = type(problem).__name__
     try:
         text = str(problem)
@@ -101,7 +100,7 @@ def summary_of(problem: BaseException) -> str:
 
 
 def clean(text: str, *, limit: int = LINE_LIMIT) -> str:
-    """Text that any encoding and terminal takes: odd characters escaped, its length bounded."""
+    """Shorten a text to about ``limit`` characters and escape surrogates and control characters."""
     if len(text) > limit:
         head = limit * 3 // 4
         text = f"{text[:head]} [... {len(text):,} characters in all ...] {text[head - limit :]}"
@@ -110,7 +109,7 @@ def clean(text: str, *, limit: int = LINE_LIMIT) -> str:
 
 
 def place_of(function: Any) -> str:
-    """Where a function of the user's is defined, as in ``Described.place``; empty if unknown."""
+    """Where a user's function is defined, as in ``Described.place``; empty if unknown."""
     while isinstance(function, functools.partial):
         function = function.func
     try:
@@ -129,13 +128,13 @@ def place_of(function: Any) -> str:
 
 
 def place_in_crash(text: str) -> str:
-    """The user's innermost line in what ``faulthandler`` wrote; empty if there is none."""
+    """The user's innermost line in the output of ``faulthandler``; empty if there is none."""
     own = _crash_frames(text)
     return f"{own[0][0]}:{own[0][1]} in {own[0][2]}" if own else ""
 
 
 def shown_crash(text: str) -> str:
-    """The same for people: what happened, and the user's frames; empty if there are none."""
+    """The first line of a ``faulthandler`` output, and the user's frames; empty without any."""
     own = _crash_frames(text)[:_SHOWN_FRAMES]
     lines = [f'  File "{file}", line {line} in {name}' for file, line, name in reversed(own)]
     first = text.splitlines()[0] if text else ""
@@ -143,12 +142,12 @@ def shown_crash(text: str) -> str:
 
 
 def _crash_frames(text: str) -> list[tuple[str, str, str]]:
-    """The user's, most recent call first."""
+    """The user's frames (file, line, function), most recent call first."""
     return [frame for frame in _CRASH_FRAME.findall(text) if not _is_library(frame[0])]
 
 
 def chain(problem: BaseException) -> Iterator[BaseException]:
-    """The exception, and those that it was raised from or while handling."""
+    """Yield an exception and its causes or contexts, the outermost first."""
     seen: set[int] = set()
     current: BaseException | None = problem
     while current is not None and id(current) not in seen:
@@ -158,7 +157,7 @@ def chain(problem: BaseException) -> Iterator[BaseException]:
 
 
 def is_of_user(problem: BaseException) -> bool:
-    """Whether a line of the user's own was being executed."""
+    """Whether the traceback of an exception contains a frame of user code."""
     return bool(_users(traceback.extract_tb(problem.__traceback__)))
 
 

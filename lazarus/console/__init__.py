@@ -1,5 +1,5 @@
-"""What people see on a terminal while a run goes on.
+"""Output on the terminal during a run.
 
-Runs in the driver and in ``lazarus events``. ``narrator.py`` turns events into sentences,
-``progress.py`` prints them beside one line that is redrawn.
+This code runs in the driver and in ``lazarus events``. ``narrator.py`` turns events into
+sentences; ``progress.py`` prints them, and a status line that is redrawn.
 """

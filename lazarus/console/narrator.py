@@ -1,4 +1,4 @@
-"""What happened, in sentences: events in, lines for people out. Pure but for what it remembers."""
+"""Turn events of a run into lines of text for people. No I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PHASES = ("detect", "release", "align", "plan", "groups", "transfer", "redo")
 
 
 class Narrator:
-    """Remembers losses until the reconfiguration that repairs them, and tells both in one line."""
+    """Turns events into lines. A node's loss and its reconfiguration are told in one line."""
 
     def __init__(self) -> None:
         self._pending: dict[int, Event] = {}
@@ -21,7 +21,7 @@ class Narrator:
         self._committed_at_loss = 0
 
     def tell(self, event: Event) -> list[str]:
-        """The lines that this event deserves; mostly none."""
+        """The lines to print for an event; none for most events."""
         name = event["event"]
         if name == "step_committed":
             self._committed = int(event["step"])
@@ -102,7 +102,7 @@ def _worker_died(event: Event) -> str:
 
 
 def _finished(event: Event) -> list[str]:
-    """A good end needs no words."""
+    """A line for a run that did not end well; none for a good end."""
     status, cause = event.get("status", "finished"), event.get("cause", "")
     if not cause:
         return []

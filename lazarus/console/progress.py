@@ -1,4 +1,4 @@
-"""Progress for people: one line that is redrawn on a terminal, one line per 10 s elsewhere."""
+"""Show a run's progress: a redrawn line on a terminal, else one line every 10 seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _REDRAW_S = 0.2
 
 
 class Progress:
-    """A callback: runs in the driver, is given every event of the record, writes to stderr."""
+    """A callback in the driver that gets every event of the record and writes to stderr.
+
+    Args:
+        mode: "auto" redraws a line on a terminal, else prints lines; "line" always prints lines;
+            "json" prints every event as JSON; "off" prints nothing.
+        steps: Steps of the run.
+        stream: Where to write; default: stderr.
+        clock: Monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -30,7 +38,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._redraws = mode == "auto" and self._stream.isatty()
         self._mode, self._steps, self._clock = mode, steps, clock
-        self._drawn = 0  # characters of the line that is redrawn
+        self._drawn = 0  # length of the redrawn line
         self._last_s = -float("inf")
         self._shown_step = 0
         self._latest: Mapping[str, Any] | None = None
@@ -41,7 +49,7 @@ class Progress:
         self._narrator = Narrator()
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """Take one event of the record."""
+        """Handle the next event of the record."""
         if self._mode == "off":
             return
         if self._mode == "json":
@@ -90,7 +98,7 @@ class Progress:
         self._stream.flush()
 
     def finish(self) -> None:
-        """End the redrawn line, so that what follows starts on a line of its own."""
+        """End the redrawn line, so that further output starts on a new line."""
         if self._drawn:
             self._stream.write("\n")
             self._stream.flush()

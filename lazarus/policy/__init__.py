@@ -1,5 +1,5 @@
-"""Placement and recovery policies of somebody else.
+"""Placement and recovery policies written by users.
 
-They are asked in the controller's process. ``named.py`` finds one by dotted path or entry point;
-``checked.py`` asks it with a bound on time and uses an answer only if it holds.
+Policies are called in the controller's process. ``named.py`` imports a policy by dotted path or
+entry point; ``checked.py`` calls it with a time limit and uses only valid answers.
 """

@@ -1,4 +1,4 @@
-"""Policies of somebody else: what they answer is checked, and used only if it holds."""
+"""Call users' policies with a time limit, and use their answers only if they are valid."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ T = TypeVar("T")
 
 
 class CheckedPlacement:
-    """Asks a placement policy; takes the library's greedy plan where its answer cannot be used.
+    """Calls a user's placement policy; uses the built-in greedy plan if the answer is unusable.
 
-    That is: an exception, no answer in time, something that is no plan, or a plan that does not
-    answer the request. ``Plan.fallback`` of the plan that is used instead says which.
+    An answer is unusable if the policy raises, takes too long, or returns something that is not a
+    plan or does not satisfy the request. ``Plan.fallback`` of the greedy plan gives the reason.
     """
 
     def __init__(self, policy: PlacementPolicy, *, limit_s: float | None) -> None:
-        """``limit_s`` bounds the wait for a plan; None waits as long as it takes."""
+        """Wait at most ``limit_s`` seconds for a plan; None waits without limit."""
         self._policy, self._stranger = policy, _Stranger(limit_s)
 
     def __call__(
         self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
     ) -> Plan:
-        """A plan that answers the request.
+        """A plan that satisfies the request.
 
         Raises:
-            InfeasiblePlacementError: There is none.
+            InfeasiblePlacementError: There is no such plan.
         """
 
         def ask() -> Plan:
@@ -57,12 +57,12 @@ class CheckedPlacement:
 
 
 class CheckedRecovery:
-    """Asks a recovery policy; ``on_lost_expert`` decides where its answer cannot be carried out."""
+    """Calls a user's recovery policy; ``on_lost_expert`` decides if the answer is unusable."""
 
     def __init__(
         self, policy: RecoveryPolicy, *, limit_s: float | None, on_lost_expert: str
     ) -> None:
-        """``limit_s`` as in ``CheckedPlacement``."""
+        """Wait at most ``limit_s`` seconds for an answer; None waits without limit."""
         self._policy, self._stranger = policy, _Stranger(limit_s)
         self._on_lost_expert = on_lost_expert
 
@@ -80,17 +80,17 @@ class CheckedRecovery:
 
 
 class _Stranger:
-    """Calls a stranger's code in a thread that can be left behind."""
+    """Calls a user's code in a thread that is abandoned after a time limit."""
 
     def __init__(self, limit_s: float | None) -> None:
         self._limit_s = limit_s
-        self._late: threading.Thread | None = None  # still at an answer that came too late
+        self._late: threading.Thread | None = None  # an abandoned call that may still be running
 
     def __reduce__(self) -> tuple[object, ...]:
         return _Stranger, (self._limit_s,)
 
     def answer(self, ask: Callable[[], T]) -> tuple[T | None, str]:
-        """The answer, or None and why there is none."""
+        """The answer and an empty string, or None and the reason why there is no answer."""
 
         def safely() -> tuple[T | None, str]:
             try:

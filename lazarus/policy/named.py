@@ -1,4 +1,4 @@
-"""Policies of somebody else, by dotted path or entry point: found, made, and callable as asked."""
+"""Import users' policies by dotted path or entry point, and check that they can be called."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ PLACEMENTS, RECOVERIES = "lazarus.placement", "lazarus.recovery"
 
 
 def imported_policy(text: str, *, key: str, group: str, like: type) -> Any:
-    """The object behind ``package.module:Name`` or an entry point; a class is made an instance.
+    """Import a policy. A class is instantiated without arguments.
 
     Args:
-        key: What named it, such as ``placement.policy``.
-        group: Of entry points, ``PLACEMENTS`` or ``RECOVERIES``.
-        like: The protocol that the object follows, such as ``PlacementPolicy``.
+        text: ``package.module:Name``, or the name of an entry point.
+        key: The configuration key that names the policy, such as ``placement.policy``.
+        group: Group of entry points, ``PLACEMENTS`` or ``RECOVERIES``.
+        like: The protocol that the policy must follow, such as ``PlacementPolicy``.
 
     Raises:
-        ConfigError: It cannot be found, imported or made, or not be called as the protocol is.
+        ConfigError: The policy cannot be imported, instantiated, or called like the protocol.
     """
     asked = f'{key} = "{text}"'
     try:
@@ -40,7 +41,7 @@ def imported_policy(text: str, *, key: str, group: str, like: type) -> Any:
 
 
 def offered(group: str) -> dict[str, EntryPoint]:
-    """What installed packages offer there, by name."""
+    """The entry points of installed packages in a group, by name."""
     return {point.name: point for point in entry_points(group=group)}
 
 
@@ -61,10 +62,15 @@ def _entry_point(name: str, group: str) -> EntryPoint:
 
 
 def check_call(policy: Any, *, what: str, like: type) -> None:
-    """Whether ``policy`` takes the arguments of the protocol ``like``.
+    """Check that ``policy`` accepts the arguments of the protocol ``like``.
+
+    Args:
+        policy: The object to check.
+        what: Names the policy in the error.
+        like: The protocol, such as ``PlacementPolicy``.
 
     Raises:
-        ConfigError: It does not; the message names it and says what it must offer.
+        ConfigError: ``policy`` cannot be called like the protocol.
     """
     asked = list(inspect.signature(like.__call__).parameters.values())[1:]
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in asked]
@@ -74,7 +80,7 @@ def check_call(policy: Any, *, what: str, like: type) -> None:
     try:
         signature = inspect.signature(policy)
     except (TypeError, ValueError):
-        return  # written in C, say: only the call itself can tell
+        return  # no signature, for example of a function in C
     named = {p.name: None for p in asked if p.kind is inspect.Parameter.KEYWORD_ONLY}
     placed = [None for p in asked if p.name not in named]
     try:

@@ -1,7 +1,8 @@
-"""The record of a run: its events, what they come to, and how the run ended.
+"""The record of a run: its events, the metrics computed from them, and the run's end.
 
-The controller writes it, everybody else reads it; nothing here needs a running process. Start
-reading at ``events.py``, which names every event and its fields. ``metrics.py`` computes goodput,
-ETTR and PLT from them, ``typed.py`` makes them records, ``endings.py`` says how a run ended, and
-``ownership.py`` who owns its folder. ``journal_reader.py`` reads the controller's journal.
+The controller writes the record; everything else only reads it, also without a running process.
+Start reading at ``events.py``, which lists every event and its fields. ``metrics.py`` computes
+goodput, ETTR and PLT, ``typed.py`` turns events into dataclasses, ``endings.py`` handles the end of
+a run, ``ownership.py`` the owner of its folder. ``journal_reader.py`` reads the controller's
+journal.
 """

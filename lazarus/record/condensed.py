@@ -1,10 +1,10 @@
-"""A record of any length as a list of events of bounded length: for figures, charts and reports.
+"""Read a record into a bounded number of events, for figures, charts and reports.
 
-A million committed steps as dictionaries take a gigabyte. Beyond a bound, neighbouring commits
-become one event that stands for all of them: tokens and seconds of the step add up, everything else
-is that of the last. ``lazarus.record.metrics`` gives the same figures of it as of the whole
-record, since what figures look at one by one stays as it is: commits that do not count in the end,
-and those before and behind anything that changed who takes part.
+A million committed steps as dictionaries take a gigabyte. Beyond a bound, neighbouring commits are
+merged into one event: tokens and ``wall_s`` are summed, all other fields are those of the last
+commit. ``lazarus.record.metrics`` computes the same values from the result as from the whole
+record, because commits that matter one by one are never merged: those undone later, and those
+around events that changed the set of nodes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 
 from lazarus.record.events import Event, each_event
 
-MOST_COMMITS = 20_000  # up to here nothing is condensed
-_KEPT_BESIDE = 16  # commits before and behind what matters; commits are written a little late
-_UNREAD = frozenset({"ledger"})  # as many as steps, and no figure asks for them
+MOST_COMMITS = 20_000  # records with at most so many commits are not condensed
+_KEPT_BESIDE = 16  # unmerged commits around events that matter; commits are written a little late
+_UNREAD = frozenset({"ledger"})  # one for each step, and not used by any metric
 _MATTERS = frozenset(
     {
         *("run_started", "run_resumed", "run_restarted", "rolled_back", "run_finished"),
@@ -31,11 +31,11 @@ _MATTERS = frozenset(
 
 
 def condensed_events(path: str | Path, *, most: int = MOST_COMMITS) -> list[Event]:
-    """The events of a record, the whole of them up to ``most`` commits.
+    """The events of a record, condensed if there are more than ``most`` commits.
 
     Args:
-        path: The file, or the run's folder.
-        most: About how many commits are left of a longer record, those beside losses apart.
+        path: The record's file, or the run's folder.
+        most: About how many commits a condensed record has, not counting unmerged ones.
 
     Raises:
         RecordError: See ``each_event``.
@@ -59,7 +59,7 @@ def condensed_events(path: str | Path, *, most: int = MOST_COMMITS) -> list[Even
 
 
 class _Commits:
-    """Commits in columns, 64 bytes each."""
+    """Commits stored as columns, 64 bytes per commit."""
 
     def __init__(self) -> None:
         self.step, self.tokens = array("q"), array("q")
@@ -79,7 +79,7 @@ class _Commits:
         self.loss.append(np.nan if event["loss"] is None else float(event["loss"]))
 
     def event(self, first: int, last: int) -> dict[str, Any]:
-        """One event for the commits from ``first`` to ``last``."""
+        """One event that merges the commits from ``first`` to ``last``, inclusive."""
         loss, m = self.loss[last], self.m[last]
         return {
             "t": self.t[last],
@@ -97,10 +97,12 @@ class _Commits:
 def _merged(
     commits: _Commits, others: Sequence[tuple[int, Event]], *, most: int
 ) -> Iterator[Event]:
-    """Groups of commits, and the other events where they were.
+    """Yield merged commits, with the other events at their original places.
 
     Args:
-        others: Each with the number of commits before it, ascending.
+        commits: All commits of the record.
+        others: The other events, each with the number of commits before it, ascending.
+        most: About how many merged commits to yield.
     """
     alone = _alone(commits, others)
     longest = max(1, -(-2 * len(commits) // most))
@@ -125,10 +127,10 @@ def _merged(
 
 
 def _alone(commits: _Commits, others: Sequence[tuple[int, Event]]) -> Any:
-    """bool [commits]: which of them stay as they are."""
+    """bool [commits], True for commits that must not be merged."""
     steps = np.frombuffer(commits.step, dtype=np.int64)
     lowest_after = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
-    alone = steps >= lowest_after  # done again later: they do not count
+    alone = steps >= lowest_after  # undone: the step was committed again later
     for place, event in others:
         if event["event"] in _MATTERS:
             alone[max(0, place - _KEPT_BESIDE) : place + _KEPT_BESIDE] = True

@@ -1,8 +1,8 @@
-"""How a run ended, said alike by its record, its exception, its exit code and its last line.
+"""The end of a run, told consistently by its record, its exception and its exit code.
 
-The controller writes ``run_finished`` and hands the ``Failure`` to the driver. Where no controller
-was left to do so, the driver writes the event; where the driver was killed as well, whoever reads
-the record finds out that its owner is gone and reads the end that nobody wrote (``with_end``).
+Usually the controller writes ``run_finished`` and sends the ``Failure`` to the driver. If the
+controller is gone, the driver writes the event. If the driver was killed too, readers of the
+record notice that its owner is gone and add the missing event in memory (``with_end``).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from lazarus.record.ownership import owner_of, silence_s
 from lazarus.record.status import describe, status_of
 from lazarus.version import __version__
 
-_LAST_EVENTS = 50  # of the record, in a report
+_LAST_EVENTS = 50  # events of the record that a report quotes
 
 
 def error_of(failure: Failure, *, status: Status) -> LazarusError:
-    """What the Python API raises for a run that ended with ``failure``; its exit code fits."""
+    """The exception that the Python API raises for ``failure``; its exit code is ``status``'s."""
     error = _made(failure)
     error.exit_code = exit_code_of(status)
     if not isinstance(error, errors.UserCodeError) and failure.shown:
@@ -88,7 +88,7 @@ def _made(failure: Failure) -> LazarusError:
 
 
 def _where(failure: Failure) -> str:
-    """The user's line, then who computed what: one line."""
+    """One line: phase and place in the user's code, then node, rank, step and samples."""
     ids = failure.sample_ids
     shown = ", ".join(map(str, ids[:16])) + (" ..." if len(ids) > 16 else "")
     parts = [
@@ -102,13 +102,13 @@ def _where(failure: Failure) -> str:
     return f"{failure.phase or 'user code'}{at}" + (f" ({who})" if who else "")
 
 
-# ---- ends that no controller wrote -----------------------------------------------------------
+# ---- ends that the controller did not write --------------------------------------------------
 
 
 def record_end(run_dir: Path, *, status: Status, failure: Failure | None) -> None:
-    """Write ``run_finished`` if the record's last life has none: no controller was left for it.
+    """Write ``run_finished`` if the last life of the record has none.
 
-    Without a record nothing is written: nothing was started.
+    The event is missing if the controller died. Without a record, nothing is written.
     """
     try:
         events = condensed_events(run_dir)
@@ -133,7 +133,10 @@ def _append(place: Path, event: Event) -> None:
 
 
 def with_end(events: Sequence[Event], folder: Path) -> list[Event]:
-    """The events, with the end of a run whose driver is gone and could not write one."""
+    """The events, plus a ``run_finished`` if the driver is gone without having written one.
+
+    The added event has ``written`` = False.
+    """
     if not _lacks_end(events) or (gone := _who_is_gone(folder)) is None:
         return list(events)
     failure = Failure(
@@ -158,7 +161,7 @@ def _lacks_end(events: Sequence[Event]) -> bool:
 
 
 def _who_is_gone(folder: Path) -> str | None:
-    """The owner of the folder, if it does not live any more; None: it may live."""
+    """The owner of the folder, in words, if its process is gone; None if it may be alive."""
     try:
         owner = owner_of(folder)
     except ConfigError:
@@ -191,18 +194,18 @@ def _end(
     }
 
 
-# ---- failures of our own ---------------------------------------------------------------------
+# ---- failures of Lazarus and of callbacks ----------------------------------------------------
 
 
 def internal_failure(problem: BaseException, *, what: str) -> Failure:
-    """A bug of ours, or a process of ours that will not live."""
+    """The failure for an exception in Lazarus itself; ``what`` says what failed."""
     text = "".join(traceback.format_exception(problem))
     message = f"{what}: {type(problem).__name__}: {problem}".splitlines()[0]
     return Failure(cause=Cause.INTERNAL, error="InternalError", message=message, traceback=text)
 
 
 def callback_failure(problem: BaseException) -> Failure:
-    """A callback of the user's raised in the driver, and ``metrics.on_callback_error = "fail"``."""
+    """The failure for a callback that raised, with ``metrics.on_callback_error = "fail"``."""
     said = tracebacks.describe(problem)
     return Failure(
         cause=Cause.USER_CODE,
@@ -216,10 +219,12 @@ def callback_failure(problem: BaseException) -> Failure:
 
 
 def write_report(run_dir: Path, failure: Failure) -> str:
-    """Leave what a bug report needs beside the record. Never raises: it tells of another failure.
+    """Write a file with everything that a bug report needs into the run's folder.
+
+    Errors of writing are only printed, so that they do not hide the failure being reported.
 
     Returns:
-        The file's path; empty if it could not be written.
+        The file's path; empty if the file could not be written.
     """
     path = run_dir / f"internal-error-{datetime.now():%Y%m%d-%H%M%S}.txt"
     try:

@@ -1,9 +1,9 @@
-"""The record of a run: one JSON object a line in ``events.jsonl``, and what each must hold.
+"""The events of a run's record: ``events.jsonl``, one JSON object per line, and their fields.
 
-Every event has ``t`` (unix seconds), ``event`` and ``generation``; runs write ``m`` as well, the
-seconds that the run has been alive, which no step of the wall clock touches: durations are
-differences of these (``moment``). Readers ignore fields and events that they do not know, so both
-may be added; none that is listed here may go.
+Every event has ``t`` (unix seconds), ``event`` (its name) and ``generation``. Runs also write
+``m``, the seconds that the run has been alive on a monotonic clock; durations are differences of
+``m`` (see ``moment``). Readers ignore unknown fields and events, so new ones may be added; fields
+listed here must not be removed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOSS = (int, float, type(None))  # null: not a finite number
 _HEADER: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {"t": _NUMBER, "event": _TEXT, "generation": _INT}
 )
-# Fields that an event always has, beside the header. More may be there.
+# Fields that an event always has, in addition to the header. Events may have further fields.
 FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
     {
         "run_started": {"num_nodes": _INT, "world_size": _INT, "schema": _INT},
@@ -124,7 +124,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
     }
 )
 
-# Fields that records of earlier versions are without.
+# Fields that records of earlier versions may lack.
 _LATER: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "run_started": ("schema",),
@@ -134,15 +134,21 @@ _LATER: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "replica_mismatch": ("layer", "expert"),
     }
 )
-_LATEST_S = 1e11  # what is later is no time
+_LATEST_S = 1e11  # larger values of ``t`` and ``m`` are refused
 _ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
 
 
 def make_event(event: str, *, t: float, generation: int, **fields: Any) -> dict[str, Any]:
-    """Build a known event and check it.
+    """Build an event and check its fields.
+
+    Args:
+        event: Name of the event, a key of ``FIELDS``.
+        t: Unix seconds.
+        generation: The present generation.
+        **fields: The event's fields.
 
     Raises:
-        ValueError: The event is not known, or a field is missing or of the wrong type.
+        ValueError: The event is unknown, or a field is missing or of the wrong type.
     """
     made = {"t": t, "event": event, "generation": generation, **fields}
     if event == "run_started":
@@ -155,7 +161,10 @@ def make_event(event: str, *, t: float, generation: int, **fields: Any) -> dict[
 
 
 def faults_of(event: Event) -> list[str]:
-    """What a listed event lacks, or has of the wrong type; nothing for an unknown event."""
+    """One text for each missing field and each field of the wrong type.
+
+    Of an unknown event, only the header is checked.
+    """
     wanted = {**_HEADER, **FIELDS.get(str(event.get("event")), {})}
     wrong = []
     for name, types in wanted.items():
@@ -168,16 +177,16 @@ def faults_of(event: Event) -> list[str]:
 
 
 def encode(event: Event) -> str:
-    """One line of the record, with its line end. What is not a finite number becomes null."""
+    """Encode an event as a line of the record, with its line end. NaN and infinity become null."""
     return json.dumps(_finite(event), separators=(", ", ": "), allow_nan=False) + "\n"
 
 
 def decode(line: str) -> dict[str, Any]:
-    """The event of one line.
+    """Decode one line of the record.
 
     Raises:
-        ValueError: It is not a JSON object with ``t``, ``event`` and ``generation``, or an event
-            that is known lacks a field or has another kind of value in it.
+        ValueError: The line is no JSON object with ``t``, ``event`` and ``generation``, or a field
+            of a known event is missing or of the wrong type.
     """
     event = parse_object(line)
     for name, types in _HEADER.items():
@@ -192,7 +201,7 @@ def decode(line: str) -> dict[str, Any]:
 
 
 def _came_later(event: Event, fault: str) -> bool:
-    """Whether records of earlier versions may well be without that field."""
+    """Whether the fault is a missing field that records of earlier versions may lack."""
     later = _LATER.get(str(event["event"]), ())
     return any(fault == f"field {name} is missing" for name in later)
 
@@ -207,16 +216,19 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
 
 
 def each_event(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The events of a record one by one, so that a long one needs no memory.
+    """Yield the events of a record one by one, without holding all of them in memory.
 
-    A last line without its line end was being written when the run ended: it is left out.
+    A last line without a line end is ignored: the run ended while the line was being written.
+
+    Args:
+        path: The record's file, or the run's folder.
 
     Raises:
-        RecordError: The file cannot be read, or a line is damaged; with its number.
+        RecordError: The file cannot be read, or a line is damaged; with the line's number.
     """
     place = Path(path)
     place = place / FILE_NAME if place.is_dir() else place
-    number = 0  # of the line that is read
+    number = 0  # of the present line
     try:
         with open_regular(place) as file:
             for _, line in lines_of(file):
@@ -232,10 +244,10 @@ def each_event(path: str | Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def blamed_on_record(path: str | Path) -> Iterator[None]:
-    """For whoever works with events that were read: what is odd inside of one is damage.
+    """Turn errors of code that uses events into a RecordError: the record must be damaged.
 
     Raises:
-        RecordError: A value deep in an event is not what a run writes.
+        RecordError: The code in this context raised, for example, a KeyError or TypeError.
     """
     place = Path(path)
     try:
@@ -249,10 +261,10 @@ def blamed_on_record(path: str | Path) -> Iterator[None]:
 
 
 def decode_bytes(line: bytes) -> dict[str, Any]:
-    """``decode`` of a line as it lies in the file.
+    """Decode one line of the record from bytes.
 
     Raises:
-        ValueError: See ``decode``, or it is no UTF-8.
+        ValueError: See ``decode``; or the line is not UTF-8.
     """
     try:
         return decode(line.decode("utf-8"))
@@ -261,7 +273,11 @@ def decode_bytes(line: bytes) -> dict[str, Any]:
 
 
 def parse_lines(text: str, *, name: str = FILE_NAME) -> Iterator[dict[str, Any]]:
-    """Events of a text; see ``each_event``."""
+    """Yield the events of a text; see ``each_event``.
+
+    Raises:
+        RecordError: A line is damaged.
+    """
     lines = text.split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         if not line.strip():
@@ -273,12 +289,12 @@ def parse_lines(text: str, *, name: str = FILE_NAME) -> Iterator[dict[str, Any]]
 
 
 def moment(event: Event) -> float:
-    """Seconds on the record's own scale, to be subtracted from one another; see ``m`` above."""
+    """The time of an event in seconds, only for differences: ``m``, or ``t`` in old records."""
     return float(event.get("m", event.get("t", 0.0)))
 
 
 def of_kind(events: Iterable[Event], *names: str) -> list[Event]:
-    """Only the events of these names, in order."""
+    """The events with one of these names, in order."""
     return [event for event in events if event["event"] in names]
 
 

@@ -1,14 +1,14 @@
-"""Reading a run's journal: numbered entries, and what they have come to.
+"""Read a run's journal: numbered entries, and states that summarise them.
 
-A journal is a folder. What its controller journals are the files ``000000001.json``, ... Now and
-then all that they tell is folded into one state, ``state/000000256.json``, with which a restart
-begins; the two newest states stay. Entries that the older of the two covers move to
-``archive.jsonl`` without the vectors of their commits, and the expert loads of those to
-``loads.bin``; a restart reads neither. Every file, and every line of the archive, is
+A journal is a folder. Its controller writes entries as ``000000001.json``, ... From time to time,
+all entries so far are folded into one state, such as ``state/000000256.json``, from which a restart
+begins; the two newest states are kept. Entries covered by the older of the two move to
+``archive.jsonl`` without the vectors of their commits, whose expert loads move to ``loads.bin``; a
+restart reads neither file. Every file, and every line of the archive, has the form
 ``{"n": number, "sum": checksum, "entry" or "state": content}``.
 
-Journals of format 1 have no ``state`` folder and no checksums: entries alone, or a thousand to a
-file. They are read, and never written.
+Journals of format 1 have no ``state`` folder and no checksums, and a file holds one entry or a
+thousand. They can be read, but are not written any more.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FORMAT = 2
 ARCHIVE = "archive.jsonl"
 LOADS = "loads.bin"
 STATES = "state"
-MOST_BYTES = 1 << 30  # of one entry, or one state
-TRIES = 20  # each means that entries were folded while they were read
+MOST_BYTES = 1 << 30  # largest size of one entry or one state
+TRIES = 20  # attempts to read, each disturbed by entries being archived meanwhile
 _SINGLE = re.compile(r"(\d{9})\.json")
-_OLD_FOLD = re.compile(r"(\d{9})-(\d{9})\.jsonl")  # of format 1
+_OLD_FOLD = re.compile(r"(\d{9})-(\d{9})\.jsonl")  # format 1
 _SEAL = re.compile(rb'\{"n":(\d{1,12}),"sum":"([0-9a-f]{16})","(entry|state)":')
 
 
@@ -40,7 +40,13 @@ _SEAL = re.compile(rb'\{"n":(\d{1,12}),"sum":"([0-9a-f]{16})","(entry|state)":')
 
 
 def sealed(number: int, kind: str, content: Mapping[str, Any] | str) -> bytes:
-    """One line: the content, an object or its JSON text, with its number and a checksum of both."""
+    """Encode an entry or state as one line, with its number and a checksum.
+
+    Args:
+        number: Number of the entry, or of the last entry in the state.
+        kind: "entry" or "state".
+        content: A JSON-able object, or its JSON text.
+    """
     if not isinstance(content, str):
         content = json.dumps(content, separators=(",", ":"))
     text = content.encode()
@@ -49,13 +55,15 @@ def sealed(number: int, kind: str, content: Mapping[str, Any] | str) -> bytes:
 
 
 def unsealed(data: bytes, kind: str, *, number: int | None = None) -> tuple[int, dict[str, Any]]:
-    """Number and content of a line.
+    """Check a line and return its number and content.
 
     Args:
-        number: What the place of the line says that it should be.
+        data: The line, without its end.
+        kind: The expected kind, "entry" or "state".
+        number: The expected number; None: any.
 
     Raises:
-        ValueError: Not one bit is believed.
+        ValueError: The line is damaged, or has another kind or number.
     """
     head = _SEAL.match(data)
     if head is None or head[3].decode() != kind or not data.endswith(b"}"):
@@ -78,21 +86,21 @@ def _sum(number: int, kind: str, text: bytes) -> str:
 
 
 def entry_path(folder: Path, number: int) -> Path:
-    """Where an entry is until it is archived."""
+    """Path of an entry that is not archived yet."""
     return folder / f"{number:09d}.json"
 
 
 def state_path(folder: Path, number: int) -> Path:
-    """Where the state after an entry is, if it was folded there."""
+    """Path of the state after entry ``number``, if there is one."""
     return folder / STATES / f"{number:09d}.json"
 
 
 def _content(path: Path, kind: str, number: int) -> dict[str, Any]:
-    """The content of one file.
+    """The checked content of one file.
 
     Raises:
-        FileNotFoundError: It is not there (any more).
-        JournalError: It cannot be taken for true.
+        FileNotFoundError: The file does not exist (any more).
+        JournalError: The file cannot be read, or is damaged.
     """
     try:
         return unsealed(read_bytes(path, most=MOST_BYTES).rstrip(b"\n"), kind, number=number)[1]
@@ -105,17 +113,21 @@ def _content(path: Path, kind: str, number: int) -> dict[str, Any]:
 
 
 def entry_of(folder: Path, number: int) -> dict[str, Any]:
-    """One entry that is not archived yet.
+    """Read one entry that is not archived yet.
 
     Raises:
-        FileNotFoundError, JournalError: It is not there, or cannot be taken for true.
+        FileNotFoundError: The entry does not exist, or was archived.
+        JournalError: The entry cannot be read, or is damaged.
     """
     return _content(entry_path(folder, number), "entry", number)
 
 
 @contextmanager
 def appended(path: Path) -> Iterator[BinaryIO]:
-    """The end of the archive, to write whole lines to; they are durable afterwards."""
+    """Open a file to append whole lines. A half-written last line is removed first.
+
+    The lines are durable when the context ends.
+    """
     with path.open("ab+") as out:
         out.truncate(_whole_bytes(out))
         yield out
@@ -123,11 +135,11 @@ def appended(path: Path) -> Iterator[BinaryIO]:
         os.fsync(out.fileno())
 
 
-# ---- what there is -------------------------------------------------------------------------------
+# ---- listing -------------------------------------------------------------------------------------
 
 
 def numbers_in(folder: Path) -> list[int]:
-    """Numbers of the files that have the name of an entry, or of a state; others are foreign."""
+    """Sorted numbers of the files named like an entry or a state; other files are ignored."""
     try:
         names = [item.name for item in os.scandir(folder)]
     except FileNotFoundError:
@@ -136,12 +148,16 @@ def numbers_in(folder: Path) -> list[int]:
 
 
 def states_in(folder: Path) -> list[int]:
-    """Numbers of the entries behind which the state was folded, ascending."""
+    """Sorted numbers of the states: each is the number of the last entry that it covers."""
     return numbers_in(folder / STATES)
 
 
 def last_archived(folder: Path) -> int:
-    """Number of the newest entry in the archive; 0 where there is none."""
+    """Number of the newest entry in the archive; 0 if the archive is empty or damaged there.
+
+    Raises:
+        JournalError: The archive cannot be read.
+    """
     try:
         with open_regular(folder / ARCHIVE) as file:
             whole = _whole_bytes(file)
@@ -153,11 +169,11 @@ def last_archived(folder: Path) -> int:
     try:
         return unsealed(line, "entry")[0] if line else 0
     except ValueError:
-        return 0  # what it had is archived again, or was thrown away with it
+        return 0  # its entries are archived again, or are lost
 
 
 def _whole_bytes(file: BinaryIO) -> int:
-    """Where the last line end is, that of half a line left out."""
+    """Bytes of the file up to its last line end; an incomplete last line does not count."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
     if end == 0 or file.read(1) == b"\n":
@@ -166,7 +182,7 @@ def _whole_bytes(file: BinaryIO) -> int:
 
 
 def last_number(folder: Path) -> int:
-    """Of the newest entry; 0 where there is none."""
+    """Number of the newest entry; 0 for an empty journal."""
     return max((*numbers_in(folder), *states_in(folder), last_archived(folder)), default=0)
 
 
@@ -174,10 +190,10 @@ def last_number(folder: Path) -> int:
 
 
 def newest_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest folded state that is sound, with its number; None where none was folded yet.
+    """The newest undamaged state, with its number; None if a restart must read all entries.
 
     Raises:
-        JournalError: None is sound.
+        JournalError: All states are damaged, and entry 1 is archived.
     """
     problem: JournalError | None = None
     for number in reversed(states_in(folder)):
@@ -191,10 +207,10 @@ def newest_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def entries_after(folder: Path, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The entries behind one, each with its number; read one by one.
+    """Yield the entries after entry ``number``, each with its number.
 
     Raises:
-        JournalError: One is damaged, or missing.
+        JournalError: An entry is damaged, or missing.
     """
     for later in numbers_in(folder):
         if later <= number:
@@ -207,11 +223,16 @@ def entries_after(folder: Path, number: int) -> Iterator[tuple[int, dict[str, An
         number = later
 
 
-# ---- for readers of the whole --------------------------------------------------------------------
+# ---- reading the whole journal -------------------------------------------------------------------
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """All entries in order, of a run that may be under way. See ``each_entry``."""
+    """All entries in order, see ``each_entry``. The run may still be writing the journal.
+
+    Raises:
+        JournalError: An entry is damaged, or missing.
+        LazarusError: Entries are archived faster than they can be read.
+    """
     for _ in range(TRIES):
         try:
             return list(each_entry(folder))
@@ -221,16 +242,16 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
 
 
 def each_entry(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every entry in order. Archived commits say which steps they are of, and no more.
+    """Yield every entry in order. Of archived commits, only the steps are known.
 
     Raises:
-        FileNotFoundError: An entry was archived meanwhile: read anew.
+        FileNotFoundError: An entry was archived meanwhile; start reading again.
         JournalError: An entry is damaged, or missing.
     """
     if not (folder / STATES).is_dir():
         yield from _each_of_format_1(folder)
         return
-    single = numbers_in(folder)  # first: what is gone by then is in the archive
+    single = numbers_in(folder)  # listed first: entries that vanish later are in the archive
     number = 0
     for later, entry in _archived(folder):
         if later == number + 1:

@@ -1,7 +1,7 @@
-"""Expert loads of a run's steps in a file that stays small: the longer the run, the fewer steps.
+"""A file of bounded size with the expert loads of a run's steps.
 
-The file is a head, then one record a step: its number and the routed copies, uint32 [L, E]. When it
-has grown to its bound, every second step is left out, from then on too.
+The file has a header, then for each step its number and the routed copies, uint32 [L, E]. When the
+file exceeds its bound, every second step is removed, and later steps are thinned out likewise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ Row = tuple[int, NDArray[np.float64]]
 
 
 class LoadHistory:
-    """The one writer of the file."""
+    """Writes the file. There must be only one writer at a time.
+
+    Args:
+        path: The file; continued if it exists.
+        most_bytes: Bound for the file's size.
+    """
 
     def __init__(self, path: Path, *, most_bytes: int = MOST_BYTES) -> None:
         self._path = path
@@ -36,15 +41,15 @@ class LoadHistory:
         self._stride = 1 if head is None else head[2]
 
     def wants(self, step: int) -> bool:
-        """Whether a step is one of those that are kept."""
+        """Whether the loads of a step are to be kept."""
         return step % self._stride == 0
 
     def add(self, step: int, counts_LE: NDArray[np.float64]) -> None:
-        """One committed step; it is in the file after ``flush``."""
+        """Add the routed copies [L, E] of a committed step; ``flush`` writes them."""
         self._waiting.append((step, counts_LE))
 
     def flush(self) -> None:
-        """Write what was added, and thin out what has become too much."""
+        """Write the added steps, and thin out the file while it exceeds its bound."""
         if not self._waiting:
             return
         shape = self._waiting[0][1].shape
@@ -80,7 +85,7 @@ def _record(step: int, counts: NDArray[np.float64]) -> bytes:
 
 
 def _head_of(path: Path) -> tuple[int, int, int] | None:
-    """Layers, experts, stride; None where there is no such file."""
+    """Layers, experts and stride from the header; None if there is no valid file."""
     try:
         with open_regular(path) as file:
             data = file.read(_HEAD.size)
@@ -94,10 +99,10 @@ def _head_of(path: Path) -> tuple[int, int, int] | None:
 
 
 def each_load(path: Path) -> Iterator[Row]:
-    """Step and routed copies [L, E], in the order in which they were committed.
+    """Yield step and routed copies [L, E], in the order of commits.
 
-    Steps that were done again come again. Half a record at the end is left out; so is a file that
-    is no such file.
+    A step that was committed again appears again. An incomplete last entry is ignored, as is a
+    file with an invalid header.
 
     Raises:
         OSError: The file cannot be read.

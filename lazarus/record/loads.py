@@ -1,4 +1,4 @@
-"""Expert loads: what a run recorded, and made-up ones. Shapes: T steps, L layers, E experts."""
+"""Expert loads, recorded by a run or synthetic. Shapes: T steps, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lazarus.record.load_history import Row, each_load
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# What numpy raises for a file that is not what its name says, or is cut short.
+# Exceptions that numpy raises for a file of another format, or a truncated one.
 UNREADABLE = (
     OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error,
     NotImplementedError, RuntimeError, MemoryError, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 _KEYS = ("expert_load", "load", "counts")
-_FINE = 1e9  # the largest count of a load that came in fractions
+_FINE = 1e9  # the largest count after scaling fractional loads to integers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,12 +40,12 @@ class LoadTrace:
 
     steps: Counts
     counts: Counts
-    name: str = ""  # where it comes from
+    name: str = ""  # the file or the name of a synthetic load
 
     def at(self, step: int) -> Floats:
-        """Part of its layer's copies that each expert gets at a step, float64 [L, E].
+        """Fraction of its layer's copies that each expert gets at a step, float64 [L, E].
 
-        After the last step the last one holds; before the first, the first.
+        The counts of the last recorded step at or before ``step`` are used, or of the first step.
         """
         index = int(np.searchsorted(self.steps, step, side="right")) - 1
         row = self.counts[max(0, index)].astype(np.float64)
@@ -58,10 +58,10 @@ class LoadTrace:
 def save_loads(path: str | Path, counts_TLE: Any, *, steps: Any = None) -> Path:
     """Write ``expert_load.npz``: ``expert_load`` [T, L, E] and ``steps`` [T] (default 1..T).
 
-    ``lazarus plan --load`` and ``lazarus simulate --load`` read it back.
+    ``lazarus plan --load`` and ``lazarus simulate --load`` read this file.
 
     Raises:
-        ValueError: Not three dimensions, or not one step number per row.
+        ValueError: ``counts_TLE`` has not three dimensions, or ``steps`` has another length.
     """
     counts = np.asarray(counts_TLE, dtype=np.int64)
     numbers = np.arange(1, len(counts) + 1) if steps is None else np.asarray(steps, dtype=np.int64)
@@ -76,7 +76,7 @@ def save_loads(path: str | Path, counts_TLE: Any, *, steps: Any = None) -> Path:
 
 
 def is_load_file(text: str) -> bool:
-    """Whether the name of a load is that of a file."""
+    """Whether the name of a load is a file name (.npz or .npy)."""
     return text.endswith((".npz", ".npy"))
 
 
@@ -86,7 +86,7 @@ def load_loads(path: str | Path) -> LoadTrace:
     A .npy may also be [L, E], one load for all time. Fractions are scaled to whole counts.
 
     Raises:
-        ConfigError: No such file, or not that.
+        ConfigError: The file does not exist, or does not hold such loads.
     """
     place = Path(path)
     try:
@@ -104,7 +104,7 @@ def load_loads(path: str | Path) -> LoadTrace:
 
 
 def _arrays_of(place: Path) -> tuple[str, NDArray[Any], NDArray[Any]]:
-    """What the load is called in a file, the load, and the numbers of its steps."""
+    """The load's name in a file, the load, and its step numbers."""
     with open_regular(place) as file:
         data = np.load(file, allow_pickle=False)
         if isinstance(data, np.ndarray):
@@ -119,10 +119,10 @@ def _arrays_of(place: Path) -> tuple[str, NDArray[Any], NDArray[Any]]:
 
 
 def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
-    """The loads of a run from its journal's entries: committed steps only, each once.
+    """The loads of a run from its journal's entries; each committed step once.
 
-    A generation's layout comes from the ``resume`` entry before its commits; a step that was
-    rolled back counts as it was committed last.
+    The layout of a generation's vectors comes from the ``resume`` entry before its commits. If a
+    step was committed again after a rollback, its last commit counts.
     """
     return _trace_of(_rows_of_commits(entries))
 
@@ -138,9 +138,9 @@ def _rows_of_commits(entries: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
         elif entry["kind"] == "commits" and layout is not None:
             for commit in entry["commits"]:
                 if "lanes" not in commit:
-                    continue  # archived: its loads are in a file of their own
+                    continue  # archived: the loads are in ``loads.bin``
                 lanes = np.frombuffer(base64.b64decode(commit["lanes"]), dtype="<f8")
-                if lanes.size >= layout.num_lanes:  # measures may follow
+                if lanes.size >= layout.num_lanes:  # measurements may follow the lanes
                     shape = (layout.num_layers, layout.num_experts)
                     yield int(commit["step"]), lanes[layout.counts].reshape(shape)
 
@@ -148,7 +148,7 @@ def _rows_of_commits(entries: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
 def _trace_of(rows: Iterable[Row]) -> LoadTrace:
     found: dict[int, Floats] = {}
     for step, counts_LE in rows:
-        while found and next(reversed(found)) >= step:  # done again, or rolled back
+        while found and next(reversed(found)) >= step:  # committed again, or rolled back
             found.popitem()
         found[step] = counts_LE
     steps = list(found)  # ascending
@@ -158,9 +158,9 @@ def _trace_of(rows: Iterable[Row]) -> LoadTrace:
 
 
 def counts_of_journal(folder: str | Path) -> LoadTrace | None:
-    """The loads of one life of a run; None where its journal is not there.
+    """The loads of one life of a run; None without a journal.
 
-    Of a long run some steps only; see ``lazarus.record.load_history``.
+    For a long run, only some steps are kept; see ``lazarus.record.load_history``.
 
     Raises:
         JournalError: An entry is damaged, or missing.
@@ -172,9 +172,9 @@ def counts_of_journal(folder: str | Path) -> LoadTrace | None:
 
 
 def counts_of_run(run_dir: str | Path) -> LoadTrace | None:
-    """``counts_of_journal`` over all lives of a run; None where there is none.
+    """The loads of all lives of a run; None without a journal.
 
-    What a later life did again counts as it did it.
+    Of a step committed in several lives, the last commit counts.
 
     Raises:
         JournalError: See ``counts_of_journal``.
@@ -187,7 +187,7 @@ def _trace_of_journals(folders: Sequence[Path]) -> LoadTrace:
     for _ in range(TRIES):
         try:
             return _trace_of(_rows_of_journals(folders))
-        except FileNotFoundError:  # a run under way has archived an entry meanwhile
+        except FileNotFoundError:  # the running run archived an entry meanwhile
             continue
     raise LazarusError(f"journal {folders[-1]} changes faster than it can be read")
 
@@ -209,12 +209,12 @@ def journals_of(run_dir: str | Path) -> list[Path]:
 
 
 def uniform_load(num_layers: int, num_experts: int) -> LoadTrace:
-    """Every expert alike."""
+    """A load in which all experts of a layer get the same number of copies."""
     return _constant(np.ones((num_layers, num_experts)), name="uniform")
 
 
 def zipf_load(num_layers: int, num_experts: int, exponent: float) -> LoadTrace:
-    """Expert ranks weigh rank**-exponent; which expert is hot turns by one from layer to layer."""
+    """A Zipf load: the i-th expert has weight i**-exponent, rotated by one from layer to layer."""
     row = np.arange(1, num_experts + 1, dtype=np.float64) ** -exponent
     turned = np.stack([np.roll(row, layer) for layer in range(num_layers)])
     return _constant(turned, name=f"zipf:{exponent:g}")
@@ -226,10 +226,10 @@ def _constant(share_LE: Floats, *, name: str) -> LoadTrace:
 
 
 def fitted(trace: LoadTrace, *, num_layers: int, num_experts: int) -> LoadTrace:
-    """A trace of another shape brought to this one.
+    """Convert a trace to another number of layers and experts.
 
-    Layers are taken in turn. With fewer experts wanted, the most loaded ones over the whole trace
-    are kept; with more, each is split into equal ones.
+    Layers are repeated cyclically. For fewer experts, the most loaded ones over the whole trace are
+    kept; for more experts, each expert is split into equal parts.
     """
     _, layers, experts = trace.counts.shape
     counts = trace.counts[:, np.arange(num_layers) % layers]

@@ -1,7 +1,7 @@
-"""Goodput, ETTR, PLT, recoveries: pure functions of a run's events, shared by every face.
+"""Goodput, ETTR, PLT and recoveries as pure functions of a run's events.
 
-A record may hold several *lives*: a run that was resumed has another ``run_started`` or
-``run_resumed``. Time between two lives is nobody's wall time.
+A record may have several *lives*: each resume adds another ``run_started``. The time between two
+lives does not count as wall time.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 
 from lazarus.record.events import Event, moment, of_kind
 
-# Kinds of faults that take their node away.
+# Kinds of faults after which the node is lost.
 _LETHAL = frozenset({"kill", "stop", "cut", "leave", "stall"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recovery:
-    """One loss and the way back. Times in seconds; None where the record does not say."""
+    """The loss of a node and the recovery. Times in seconds; None if the record lacks them."""
 
     node: int
     cause: str
-    step: int  # the step that was under way
-    detect_s: float | None  # from the injected fault to the notice of the loss
-    rebuild_s: float  # the reconfiguration itself
-    back_s: float | None  # from the injected fault (else the notice) to the next committed step
-    steps_lost: int  # committed steps that had to be done again
+    step: int  # the step in progress when the node was lost
+    detect_s: float | None  # from the injected fault to ``node_lost``
+    rebuild_s: float  # duration of the reconfiguration
+    back_s: float | None  # from the fault (without one: ``node_lost``) to the next committed step
+    steps_lost: int  # committed steps that had to be computed again
     moves: int
     bytes_moved: int
     num_nodes: int
@@ -35,10 +35,10 @@ class Recovery:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What a run did."""
+    """All metrics of a run. Times in seconds; ``ettr`` and ``plt`` in [0, 1]."""
 
     steps: int  # the last committed step
-    tokens: int  # of committed steps, each step once
+    tokens: int  # tokens of committed steps, each step once
     wall_s: float
     productive_s: float
     goodput_tokens_per_s: float
@@ -55,7 +55,7 @@ class Summary:
 
 
 def summarise(events: Sequence[Event]) -> Summary:
-    """Everything at once."""
+    """Compute all metrics of a run."""
     commits = committed_steps(events)
     steps = of_kind(events, "step_committed")
     digests = [str(e["digest"]) for e in of_kind(events, "state_digest")]
@@ -82,23 +82,23 @@ def summarise(events: Sequence[Event]) -> Summary:
 
 
 def committed_steps(events: Iterable[Event]) -> dict[int, Event]:
-    """Step -> its commit that counts: the last one, where a rollback made a step happen again."""
+    """Map each committed step to its last commit. Commits undone by a rollback are left out."""
     counted: dict[int, Event] = {}
     for event in of_kind(events, "step_committed"):
         step = int(event["step"])
-        while counted and next(reversed(counted)) > step:  # a rollback voids what came after
+        while counted and next(reversed(counted)) > step:  # a rollback undid the later steps
             counted.popitem()
-        counted[step] = event  # so the steps ascend, and the last one is the highest
+        counted[step] = event  # keeps the steps in ascending order
     return counted
 
 
 def committed_tokens(events: Iterable[Event]) -> int:
-    """Tokens of the steps that count."""
+    """Tokens of all committed steps, each step once."""
     return sum(int(event["tokens"]) for event in committed_steps(events).values())
 
 
 def steps_lost(events: Iterable[Event]) -> int:
-    """Commits that do not count in the end, because their step was done again or rolled back."""
+    """The number of commits that were undone: their step was committed again, or rolled back."""
     committed = of_kind(events, "step_committed")
     return len(committed) - len(committed_steps(committed))
 
@@ -110,7 +110,7 @@ def missing_steps(events: Iterable[Event]) -> list[int]:
 
 
 def lives(events: Sequence[Event]) -> list[list[Event]]:
-    """The record cut where the run was started or resumed."""
+    """The events split into lives; each ``run_started`` begins a new life."""
     cut: list[list[Event]] = []
     for event in events:
         starts = event["event"] == "run_started"
@@ -121,12 +121,12 @@ def lives(events: Sequence[Event]) -> list[list[Event]]:
 
 
 def wall_s(events: Sequence[Event]) -> float:
-    """Seconds from start to end, summed over lives."""
+    """Seconds from the first to the last event of each life, summed over all lives."""
     return sum(max(0.0, moment(life[-1]) - moment(life[0])) for life in lives(events))
 
 
 def productive_s(events: Iterable[Event]) -> float:
-    """Seconds spent on the steps that count."""
+    """Seconds spent on committed steps that were not undone."""
     return sum(float(event["wall_s"]) for event in committed_steps(events).values())
 
 
@@ -145,8 +145,9 @@ def ettr(events: Sequence[Event]) -> float:
 def plt(events: Sequence[Event]) -> float:
     """Portion of lost tokens: mean over MoE layers of lost routed copies / (tokens x top-k).
 
-    A record that is finished says it, over all lives of the run. Until then it is computed from
-    the restores; ``run_started`` says ``num_layers`` (those with experts) and ``top_k``.
+    If the last event has ``plt`` (as ``run_finished`` does), this value is returned. Otherwise PLT
+    is computed from ``expert_restored`` events, with ``num_layers`` (layers with experts) and
+    ``top_k`` from ``run_started``.
 
     Source: the PLT formula of the partial-expert-checkpoint paper.
     """
@@ -163,10 +164,10 @@ def plt(events: Sequence[Event]) -> float:
 
 
 def recoveries(events: Sequence[Event]) -> tuple[Recovery, ...]:
-    """Every lost node with its detection, its reconfiguration and the next committed step.
+    """The recovery after each lost node that has a following reconfiguration.
 
-    Events of one recovery are paired by node and generation, not by their place in the file: a
-    commit is written when its vector is safe, which may be after what followed it.
+    Events of one recovery are matched by node and generation, not by their order in the file: a
+    commit is written only once it is durable, possibly after later events.
     """
     found = []
     for lost in of_kind(events, "node_lost"):

@@ -1,9 +1,10 @@
-"""Who owns a run's folder: one driver at a time, and whoever asks can tell whether it still lives.
+"""Ownership of a run's folder: at most one driver owns it, and others can see if it is alive.
 
-The owner is the file ``owner-N.json`` with the highest N. Taking a folder means to create the next
-number, which only one process can; an owner that ends removes its file, one that was killed leaves
-it behind. Whether such an owner has gone is decided by evidence: on its own machine by its process
-(number, start time, boot), from elsewhere by its beats, of which there is one every few seconds.
+The owner is described by the file ``owner-N.json`` with the highest N. A process takes the folder
+by creating the file with the next number, which only one process can do. An owner removes its file
+when it ends; a killed owner leaves it behind. On the same machine, the owner's process (pid, start
+time, boot) shows whether it is alive; from other machines, its heartbeats do: every few seconds,
+the owner touches its file.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from lazarus.basics.threads import spawn
 from lazarus.errors import ConfigError
 
 _NAME = re.compile(r"owner-(\d{1,9})\.json")
-_BEATS = 6  # of a living owner in the time after which a silent one counts as gone
-_LOOK_S = 0.1  # between two looks at the beats of an owner on another machine
-_STARTED_WORD = 19  # of /proc/PID/stat behind the name: start time in ticks since boot
-_MOST_BYTES = 1 << 16  # of an owner's file
+_BEATS = 6  # heartbeats of a living owner within ``gone_after_s``
+_LOOK_S = 0.1  # between two checks for a heartbeat of an owner on another machine
+_STARTED_WORD = 19  # index in /proc/PID/stat, after the name: start time in ticks since boot
+_MOST_BYTES = 1 << 16  # largest size of an owner's file
 _LONGEST_SILENCE_S = 7 * 86400.0
 
 State = Literal["alive", "gone", "elsewhere"]
@@ -37,9 +38,10 @@ State = Literal["alive", "gone", "elsewhere"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
-    """The process that took a folder, as its file names it.
+    """The process that took a folder, as described by its file.
 
-    ``gone_after_s`` is how long an owner may be silent before others may take the folder.
+    ``gone_after_s`` is the number of seconds without a heartbeat after which others may take the
+    folder.
     """
 
     pid: int
@@ -55,7 +57,7 @@ class Owner:
 
     @property
     def state(self) -> State:
-        """Whether its process lives; "elsewhere" if it cannot be seen from here."""
+        """Whether the owner's process is alive; "elsewhere" if this machine cannot see it."""
         here = _myself(run="", gone_after_s=0.0)
         if (self.host, self.boot, self.namespace) != (here.host, here.boot, here.namespace):
             return "elsewhere"
@@ -63,20 +65,23 @@ class Owner:
 
 
 def owner_of(folder: Path) -> Owner | None:
-    """Who owns a run's folder, or owned it and was killed; None after an orderly end.
+    """The owner of a run's folder, alive or killed; None after an orderly end.
 
-    ``lazarus status`` reads a record without an end: with an ``Owner`` whose ``state`` is "gone"
-    its driver was killed. For one that is "elsewhere", see ``silence_s``.
+    If ``state`` of the owner is "gone", the run's driver was killed. If it is "elsewhere", see
+    ``silence_s``.
 
     Raises:
-        ConfigError: The file cannot be read as what it should be.
+        ConfigError: The owner's file is damaged.
     """
     found = _newest(folder)
     return None if found is None else _read(found)
 
 
 def silence_s(folder: Path, *, now_s: float) -> float:
-    """Seconds since the owner's last beat, by wall clock: for people to read, not to decide by."""
+    """Seconds since the owner's last heartbeat, by wall clock; 0 without an owner.
+
+    Clocks of two machines may differ, so taking a folder does not rely on this value.
+    """
     found = _newest(folder)
     try:
         return 0.0 if found is None else max(0.0, now_s - found.stat().st_mtime)
@@ -85,7 +90,10 @@ def silence_s(folder: Path, *, now_s: float) -> float:
 
 
 class Ownership:
-    """A taken folder; give it back with ``release``. Made by ``take``."""
+    """A folder owned by this process; made by ``take``, given back by ``release``.
+
+    ``on_lost`` is called with a reason if the folder is removed or taken by another run.
+    """
 
     def __init__(self, path: Path, owner: Owner) -> None:
         self.owner = owner
@@ -95,7 +103,7 @@ class Ownership:
         self._thread = spawn("owner", self._beat, on_death=self._died)
 
     def _died(self, name: str, problem: BaseException) -> None:
-        """Others would take the folder for free."""
+        """Report the loss of ownership: without heartbeats, others may take the folder."""
         self.on_lost(f"the thread that keeps the run's folder died: {problem!r}")
 
     def _beat(self) -> None:
@@ -106,14 +114,14 @@ class Ownership:
             except FileNotFoundError:
                 lost = True
             except OSError:
-                continue  # a disk or network that has a bad moment; the next beat may get through
+                continue  # a passing error of disk or network; the next heartbeat may succeed
             if lost and not self._released.is_set():
                 folder = self._path.parent
                 self.on_lost(f"the run's folder {folder} was removed, or taken by another run")
                 return
 
     def release(self) -> None:
-        """The folder is free again; fine if it was released before."""
+        """Give the folder back; does nothing if it was released before."""
         self._released.set()
         with contextlib.suppress(OSError):
             self._path.unlink()
@@ -122,16 +130,16 @@ class Ownership:
 def take(
     folder: Path, *, run: str, gone_after_s: float, say: Callable[[str], None] | None = None
 ) -> Ownership:
-    """Become the one owner of an existing folder.
+    """Become the owner of an existing folder.
 
     Args:
-        folder: Of a run.
-        run: Id of the run, for people who look into the file.
-        gone_after_s: How long an owner that cannot be seen from here may be silent.
-        say: Takes a line when this will take a while.
+        folder: Folder of a run.
+        run: Id of the run, written into the owner's file for information.
+        gone_after_s: Seconds without a heartbeat after which other machines may take the folder.
+        say: Called with a message if taking the folder will take a while; default: print.
 
     Raises:
-        ConfigError: It has an owner, who is named.
+        ConfigError: The folder has an owner; the message names it.
         OSError: The folder cannot be written.
     """
     me = _myself(run=run, gone_after_s=min(gone_after_s, _LONGEST_SILENCE_S))
@@ -142,9 +150,9 @@ def take(
         number = 1 + _number(standing)
         path = folder / f"owner-{number}.json"
         if not _create(path, me):
-            continue  # somebody else was quicker
+            continue  # another process was faster
         newest = _newest(folder)
-        if newest is None or _number(newest) > number:  # our number had been used, and removed
+        if newest is None or _number(newest) > number:  # the number was used and removed before
             path.unlink(missing_ok=True)
             continue
         _remove_below(folder, number)
@@ -152,7 +160,7 @@ def take(
 
 
 def _refuse_unless_gone(standing: Path, say: Callable[[str], None]) -> None:
-    """Return if the owner has gone, else raise. From elsewhere that takes a while to tell."""
+    """Raise unless the owner is gone. For an owner on another machine, wait for heartbeats."""
     try:
         owner = _read(standing)
     except FileNotFoundError:
@@ -171,7 +179,7 @@ def _refuse_unless_gone(standing: Path, say: Callable[[str], None]) -> None:
 
 
 def _beats(path: Path, limit_s: float) -> bool:
-    """Whether the owner's file is touched within the limit. Compares no clocks of two machines."""
+    """Whether the owner touches its file within ``limit_s``, measured by this machine's clock."""
     pause = threading.Event()
     until = time.monotonic() + limit_s
     try:
@@ -181,7 +189,7 @@ def _beats(path: Path, limit_s: float) -> bool:
             if _looked_at(path) != before:
                 return True
     except FileNotFoundError:
-        pass  # it ended in good order
+        pass  # the owner ended orderly
     return False
 
 
@@ -191,7 +199,7 @@ def _looked_at(path: Path) -> int:
 
 
 def _newest(folder: Path) -> Path | None:
-    """The owner's file: that with the highest number."""
+    """The owner's file with the highest number; None without one."""
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     return max(found, key=_number, default=None)
 
@@ -218,7 +226,7 @@ def _read(path: Path) -> Owner:
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """Whether the file was not there; it appears whole."""
+    """Create an owner's file atomically; return False if it exists already."""
     draft = path.with_name(f".owner-{os.getpid()}-{threading.get_ident()}")
     try:
         draft.write_text(json.dumps(asdict(owner)), encoding="utf-8")
@@ -249,7 +257,7 @@ def _myself(*, run: str, gone_after_s: float) -> Owner:
 
 
 def started_at(pid: int) -> int | None:
-    """When a process started, in ticks since boot; None if it is gone, reaped or not."""
+    """Start time of a process in ticks since boot; None if it is gone or a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

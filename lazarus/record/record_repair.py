@@ -1,7 +1,7 @@
-"""Lines of a record that were damaged: blanked, so that the run goes on and all its readers read.
+"""Overwrite damaged lines of a record with blanks, so that readers can read all other lines.
 
-Every other line stays where it was, and keeps its number. The damaged bytes are kept beside the
-record, in ``events.damaged``: one object a line, with the offset and the bytes in base64.
+The other lines keep their offsets and line numbers. The damaged bytes are saved in
+``events.damaged`` beside the record: one JSON object per line, with offset and base64 bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DAMAGED_NAME = "events.damaged"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DamagedLine:
-    """A whole line that is no event. ``at`` and ``data`` are where and what it was, in bytes."""
+    """A complete line that is not a valid event: its byte offset ``at`` and its bytes."""
 
     path: Path
     at: int
@@ -36,18 +36,18 @@ class DamagedLine:
 
 
 def blank_damaged(path: Path, *, since: int = 0) -> tuple[DamagedLine, ...]:
-    """Overwrite what is no event with blanks. Only for whoever may write the record.
+    """Overwrite damaged lines with blanks. Only the process that writes the record may call this.
 
     Args:
-        path: Of the record.
-        since: Where a line begins; what lies before it is not looked at.
+        path: The record's file.
+        since: Byte offset at which a line begins; earlier lines are not checked.
 
     Returns:
-        What was damaged.
+        The damaged lines.
 
     Raises:
-        OSError: It cannot be read or written.
-        ValueError: A line is longer than any of ours.
+        OSError: The file cannot be read or written.
+        ValueError: A line is longer than any event can be.
     """
     found = tuple(_damaged(path, since))
     if not found:

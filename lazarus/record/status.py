@@ -1,4 +1,4 @@
-"""Where a run stands, from its record alone. Pure."""
+"""The present state of a run, computed from its record alone. Pure."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Phase = Literal["STARTING", "RUNNING", "RECONFIGURING", "HOLDING", "ENDED"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """One moment of a run. Ages in seconds."""
+    """The state of a run at one moment. Ages in seconds; None if unknown."""
 
     phase: Phase
-    ended: str  # "finished", "stopped", "short", "failed"; empty while it goes on
-    cause: str  # who or what ended it, see ``lazarus.failure``; empty for a good end
-    error: str  # the same in words
+    ended: str  # "finished", "stopped", "short", "failed"; empty while the run lasts
+    cause: str  # who or what ended the run, see ``lazarus.failure``; empty for a good end
+    error: str  # message of the failure that ended the run
     generation: int
     step: int
-    steps: int  # wanted; 0 if the record does not say
+    steps: int  # train.steps; 0 if the record does not say
     loss: float | None
     nodes: int
     wanted: int
@@ -33,16 +33,17 @@ class Status:
     news_age_s: float | None
     reconfiguration_s: float | None
     reconfiguration_age_s: float | None
-    reason: str  # why the run holds, if it does
+    reason: str  # why the run last lacked a quorum
     summary: metrics.Summary
 
 
 def status_of(events: Sequence[Event], *, now_s: float) -> Status:
-    """Read the last life of a record.
+    """The state of a run from its events.
 
     Args:
-        now_s: The time of day. Only the age of the newest line is told by it; all other ages are
-            older by what the record's own clock says.
+        events: All events of the record.
+        now_s: The time of day in unix seconds. Only the age of the newest event depends on the
+            time of day; other ages add differences on the record's own clock.
     """
     life = metrics.lives(events)[-1] if events else []
     commits = of_kind(life, "step_committed")
@@ -83,7 +84,8 @@ def status_of(events: Sequence[Event], *, now_s: float) -> Status:
 
 
 def _phase(life: Sequence[Event]) -> Phase:
-    """What the newest of the telling events says. Late lines of commits do not count."""
+    """The phase after the newest event that changes the phase. Commits may be written late, so
+    they are not used."""
     telling: dict[str, Phase] = {
         "run_started": "RUNNING",
         "reconfigured": "RUNNING",
@@ -109,7 +111,7 @@ def _live_nodes(life: Sequence[Event]) -> int:
 
 
 def describe(status: Status) -> str:
-    """One line, as ``lazarus status`` prints it."""
+    """The status as one line, as ``lazarus status`` prints it."""
     total = f"/{status.steps:,}" if status.steps else ""
     parts = [
         f"phase {status.phase}" + (f" ({_ended(status)})" if status.ended else ""),

@@ -1,4 +1,4 @@
-"""The steps of a run as a sequence of records that takes 40 bytes a step."""
+"""The committed steps of a run as a sequence that takes 40 bytes per step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lazarus.record.typed import StepRecord
 
 
 class StepHistory(Sequence[StepRecord]):
-    """Committed steps in order, each once: of a step that was done again the last one counts."""
+    """Committed steps in ascending order, each once, with the values of its last commit."""
 
     def __init__(self) -> None:
         self._step, self._tokens, self._nodes = array("q"), array("q"), array("q")
         self._loss, self._wall_s = array("d"), array("d")
 
     def add(self, event: Event) -> None:
-        """A ``step_committed`` of the record; what came after its step is void."""
+        """Add a ``step_committed`` event. This and later steps added before are removed."""
         step, loss = int(event["step"]), event["loss"]
         columns = (self._step, self._loss, self._tokens, self._nodes, self._wall_s)
         while self._step and self._step[-1] >= step:

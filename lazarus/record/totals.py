@@ -1,6 +1,6 @@
-"""Goodput, ETTR and PLT of a run that goes on, in memory that does not grow with its steps.
+"""Goodput, ETTR and PLT of a running run, computed incrementally in constant memory. PURE.
 
-``lazarus.record.metrics`` has the same figures as functions of all events; both agree. PURE.
+``lazarus.record.metrics`` computes the same values from a list of all events.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from lazarus.record.events import Event, moment
 
 @dataclass(kw_only=True, slots=True)
 class RunTotals:
-    """Sums over the steps that count, and what else the figures need."""
+    """Sums over all committed steps that were not undone, from which the metrics follow."""
 
     tokens: int = 0
     productive_s: float = 0.0
-    last_step: int = 0  # the highest that counts
-    commits: int = 0  # that count
+    last_step: int = 0  # the highest step that was not undone
+    commits: int = 0  # commits that were not undone
     lost_copies: float = 0.0
     top_k: int = 1
     num_layers: int = 1
-    earlier_s: float = 0.0  # of lives that are over
-    began_s: float | None = None  # first and last moment of this life
+    earlier_s: float = 0.0  # wall seconds of earlier lives
+    began_s: float | None = None  # first moment of this life; ``last_s`` is the last one
     last_s: float = 0.0
     last_event: str = ""
 
     def add(self, event: Event, *, before: Callable[[], Iterable[Event]]) -> None:
-        """One more event of the record.
+        """Add the next event of the record.
 
         Args:
-            before: The record's events before this one, the last one first; only asked where the
-                step was committed before, and no further back than it was.
+            event: The event.
+            before: Returns the record's earlier events, newest first. Called only if the step was
+                committed before; read only as far back as needed to undo that commit.
         """
         at_s, name = moment(event), str(event["event"])
         if self.began_s is None or name == "run_started":
@@ -55,7 +56,7 @@ class RunTotals:
                 self.last_step = step
 
     def _undo(self, step: int, before: Iterable[Event]) -> None:
-        """Commits from ``step`` on are void. Of a step that came several times the last counts."""
+        """Subtract the commits of ``step`` and later steps; only the last commit of each counts."""
         lowest: float = float("inf")
         for event in before:
             if not self.commits:
@@ -74,12 +75,12 @@ class RunTotals:
 
     @property
     def wall_s(self) -> float:
-        """Seconds from start to end, summed over lives."""
+        """Seconds from the first to the last event of each life, summed over all lives."""
         began = self.last_s if self.began_s is None else self.began_s
         return self.earlier_s + max(0.0, self.last_s - began)
 
     def figures(self) -> dict[str, float]:
-        """What ``run_finished`` says of the whole run."""
+        """Goodput, ETTR and PLT of the whole run, as fields of ``run_finished``."""
         seconds = self.wall_s
         copies = self.tokens * self.top_k * self.num_layers
         productive_s = max(0.0, self.productive_s)
@@ -90,10 +91,10 @@ class RunTotals:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able form."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunTotals:
-        """The inverse of ``to_dict``; what is not known is left out."""
+        """The inverse of ``to_dict``; unknown keys are ignored, missing ones get their default."""
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})

@@ -1,4 +1,4 @@
-"""What callbacks are told, as frozen records made from events."""
+"""Frozen dataclasses of events, as callbacks receive them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """A run, or another life of it, begins."""
+    """A run has started or resumed."""
 
     num_nodes: int
     world_size: int
     start_step: int  # the last step that was committed before; 0 for a fresh run
-    steps: int  # wanted in all; 0 if the record does not say
+    steps: int  # train.steps; 0 if the record does not say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,16 +24,16 @@ class StepRecord:
     """One committed step."""
 
     step: int
-    loss: float  # NaN where it was not a finite number
+    loss: float  # NaN if the loss was not finite
     tokens: int
     num_nodes: int
     wall_s: float
-    more: Mapping[str, Any] = field(default_factory=dict)  # lr, grad_norm, what users log
+    more: Mapping[str, Any] = field(default_factory=dict)  # lr, grad_norm, the user's values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRecord:
-    """Held-out loss after a step."""
+    """The held-out loss after a step."""
 
     step: int
     loss: float
@@ -41,7 +41,10 @@ class EvalRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reconfiguration:
-    """Members or plan changed. Times in seconds."""
+    """A reconfiguration: the nodes or the plan changed. Times in seconds.
+
+    ``lost`` and ``joined`` are node numbers, ``moves`` counts moved experts.
+    """
 
     generation: int
     reason: str
@@ -56,7 +59,11 @@ class Reconfiguration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoredExpert:
-    """An expert that had no live replica left."""
+    """An expert without a live replica was restored from ``source``.
+
+    ``behind_steps`` is the age of the restored copy in steps, ``lost_copies`` the number of routed
+    copies that the expert lost.
+    """
 
     layer: int
     expert: int
@@ -67,7 +74,7 @@ class RestoredExpert:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointRecord:
-    """A checkpoint is durable."""
+    """A checkpoint has become durable on storage."""
 
     step: int
     bytes: int
@@ -76,7 +83,7 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEnd:
-    """The run is over, or ended short."""
+    """The run has ended; ``status`` is "finished", "stopped", "short" or "failed"."""
 
     status: str
     steps: int
@@ -93,7 +100,7 @@ _STEP_FIELDS = frozenset(
 
 
 def run_record(event: Event) -> RunRecord:
-    """From ``run_started``."""
+    """Convert a ``run_started`` event."""
     return RunRecord(
         num_nodes=int(event["num_nodes"]),
         world_size=int(event["world_size"]),
@@ -103,7 +110,7 @@ def run_record(event: Event) -> RunRecord:
 
 
 def step_record(event: Event) -> StepRecord:
-    """From ``step_committed``."""
+    """Convert a ``step_committed`` event."""
     return StepRecord(
         step=int(event["step"]),
         loss=_number(event["loss"]),
@@ -115,12 +122,12 @@ def step_record(event: Event) -> StepRecord:
 
 
 def eval_record(event: Event) -> EvalRecord:
-    """From ``evaluated``."""
+    """Convert an ``evaluated`` event."""
     return EvalRecord(step=int(event["step"]), loss=_number(event["loss"]))
 
 
 def reconfiguration(event: Event) -> Reconfiguration:
-    """From ``reconfigured``."""
+    """Convert a ``reconfigured`` event."""
     return Reconfiguration(
         generation=int(event["generation"]),
         reason=str(event["reason"]),
@@ -135,7 +142,7 @@ def reconfiguration(event: Event) -> Reconfiguration:
 
 
 def restored_expert(event: Event) -> RestoredExpert:
-    """From ``expert_restored``."""
+    """Convert an ``expert_restored`` event."""
     return RestoredExpert(
         layer=int(event["layer"]),
         expert=int(event["expert"]),
@@ -146,14 +153,14 @@ def restored_expert(event: Event) -> RestoredExpert:
 
 
 def checkpoint_record(event: Event) -> CheckpointRecord:
-    """From ``checkpoint_persisted``."""
+    """Convert a ``checkpoint_persisted`` event."""
     return CheckpointRecord(
         step=int(event["step"]), bytes=int(event["bytes"]), wall_s=float(event["wall_s"])
     )
 
 
 def run_end(event: Event) -> RunEnd:
-    """From ``run_finished``."""
+    """Convert a ``run_finished`` event."""
     return RunEnd(
         status=str(event.get("status", "finished")),
         steps=int(event["steps"]),
