@@ -172,7 +172,7 @@ class StartupError(LazarusError):
 
 
 class RoomTakenError(StartupError):
-    """The machine or the room chosen for a new node is gone or was taken before the node started."""
+    """The machine or room chosen for a new node is gone, or was taken before the node started."""
 
 
 class ControllerDiedError(StartupError):

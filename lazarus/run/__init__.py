@@ -1,7 +1,7 @@
-"""A run as its user has it: configured, started, watched, and what it left.
+"""Start and follow a run from the user's process, and return its result.
 
 Everything here runs in the driver, which is the user's process. Start reading at ``trainer.py``:
-``ElasticTrainer.fit`` checks the configuration, takes the run's folder (``run_place``), finds
-where to go on from (``resume_point``) and hands over to ``runtime/driver``. ``control_config`` is
-the one place that tells the controller what the configuration says.
+``ElasticTrainer.fit`` checks the configuration, takes the run's folder (``run_place``), finds the
+checkpoint to resume from (``resume_point``) and starts ``runtime/driver``. ``control_config``
+derives the controller's settings from the configuration.
 """

@@ -1,4 +1,4 @@
-"""What the controller is told of a run's configuration: one mapping, complete by construction."""
+"""Derive the controller's settings from a run's configuration; every field is set explicitly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lazarus.run.resume_point import ResumePoint
 from lazarus.version import __version__
 from placement import PlacementPolicy, Plan, replan
 
-# Field of ``ControlConfig`` -> the key of the configuration that it is, as it stands.
+# Fields of ``ControlConfig`` that are copied unchanged -> the key of the configuration.
 KEYS: Mapping[str, str] = {
     "steps": "train.steps",
     "global_batch": "train.global_batch",
@@ -40,7 +40,7 @@ KEYS: Mapping[str, str] = {
     "final_checkpoint": "checkpoint.full_at_end",
     "plt_budget": "checkpoint.plt_budget",
 }
-# What only a run that goes on has; of a new run these are the defaults of ``ControlConfig``.
+# Fields set only for a resumed run; a new run has the defaults of ``ControlConfig``.
 _OF_A_START = (
     "resume",
     "start_step",
@@ -55,7 +55,7 @@ _OF_A_START = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policies:
-    """Who decides where replicas live, and what happens to experts without one."""
+    """The run's placement policy, and the user's recovery policy if there is one."""
 
     placement: PlacementPolicy
     recovery: CheckedRecovery | None
@@ -63,7 +63,10 @@ class Policies:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThisRun:
-    """What the controller must know that no configuration says."""
+    """Settings of the controller that are not part of the configuration.
+
+    ``start`` is the checkpoint to resume from; None for a new run.
+    """
 
     run_id: str
     run_dir: Path
@@ -79,13 +82,14 @@ def policies_of(
     """The policies of a run.
 
     Args:
-        config: Of the run.
-        placement: The user's policy as an object; None: the one that the configuration names, if
-            any, else the library's.
-        recovery: The same for experts without a live replica.
+        config: The run's configuration.
+        placement: The user's placement policy; None: ``placement.policy`` of the configuration,
+            else the built-in policy.
+        recovery: The user's recovery policy; None: ``recovery.policy`` of the configuration, else
+            none.
 
     Raises:
-        ConfigError: A policy cannot be imported, or not be called as its protocol is.
+        ConfigError: A policy cannot be imported, or cannot be called like its protocol.
     """
     return Policies(
         placement=_placement(config, placement),
@@ -94,15 +98,15 @@ def policies_of(
 
 
 def keeps_checkpoints(config: TrainConfig) -> bool:
-    """Whether the run writes anything to the place of its checkpoints."""
+    """Whether the run writes checkpoints to storage."""
     return config.checkpoint.every != 0 or config.checkpoint.full_at_end
 
 
 def control_config(config: TrainConfig, *, policies: Policies, run: ThisRun) -> ControlConfig:
-    """The controller's settings: every field of ``ControlConfig``, none left to its default.
+    """Make the controller's settings, with a value for every field of ``ControlConfig``.
 
     Raises:
-        TypeError: A field of ``ControlConfig`` is given by nothing here.
+        TypeError: This function sets no value for a field of ``ControlConfig``.
     """
     slots = config.placement.slots_per_node
     given: dict[str, Any] = {name: layers.value_of(config, key) for name, key in KEYS.items()}

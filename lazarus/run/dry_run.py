@@ -1,8 +1,8 @@
-"""What a run would begin with, found by the code that begins it; no process is started.
+"""Compute the first plan of a run with the run's own code, without starting processes.
 
-The folder is taken, the checkpoint to go on from is chosen, the place of checkpoints is tried and
-the driver's orders are made just as for a run. Then the controller's own ``decide`` is asked, with
-workers that answer as those of the run would, until it orders the first plan. Nothing is left.
+As for a real run, the folder is taken, the checkpoint to resume from is chosen, the checkpoint URL
+is tried and the driver's settings are made. Then the controller's ``decide`` is called with the
+answers that workers would give, until it orders the first plan. No files are left behind.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from placement import Plan
 
 
 def first_plan(trainer: ElasticTrainer, place: RunPlace) -> Plan:
-    """The plan that the run at this place would begin with. The place is given back.
+    """The plan that a run would begin with. The run's folder is given back.
 
-    On a cluster to join, neither the zones nor the memory of its machines are known before nodes of
-    the run are there: the plan is for machines that tell of neither.
+    On an existing cluster, zones and memory of the machines are not known before the run's nodes
+    start; the plan then ignores both.
 
     Raises:
-        ConfigError: The run would be refused, or could not begin; in its own words.
-        StorageError: The place of checkpoints is full or out of order.
+        ConfigError: The run would be refused, with the same message.
+        StorageError: The checkpoint storage is full or out of order.
     """
     scratch = scratch_folder(place)
     try:
@@ -60,7 +60,7 @@ def first_plan(trainer: ElasticTrainer, place: RunPlace) -> Plan:
 
 
 def _aligned(spec: RunSpec) -> Aligned:
-    """How every rank of the run would say where it stands, before the first generation."""
+    """The ``Aligned`` message that every rank of the run would send before the first generation."""
     device, user = torch.device("cpu"), _unpickled(spec.user)
     context = first_context(spec.config, node=0, device=device)
     replica = first_replica(spec.config, user, context=context)
@@ -85,7 +85,12 @@ def _unpickled(blob: bytes) -> UserCode:
 
 
 def _ordered(spec: RunSpec, aligned: Aligned) -> Plan:
-    """Ask the controller, with workers that answer at once, until it orders the first plan."""
+    """Run the controller's decisions, with workers that answer at once, up to the first plan.
+
+    Raises:
+        ConfigError: The controller ends the run.
+        BrokenInvariantError: The controller orders no plan.
+    """
     config = spec.control
     state = initial_state(config, term=1, now_s=0.0)
     asked: list[Body] = []
@@ -111,7 +116,10 @@ def _ordered(spec: RunSpec, aligned: Aligned) -> Plan:
 
 
 def _hellos(spec: RunSpec) -> list[Hello]:
-    """Every rank of the nodes that the run begins with; its node's ranks share its memory."""
+    """The ``Hello`` messages of all ranks of the first nodes.
+
+    In an embedded run, the nodes share this machine's memory equally.
+    """
     control = spec.control
     memory = 0 if joins_cluster(spec.config) else visible_bytes() // control.nodes
     return [
@@ -129,7 +137,7 @@ def _hellos(spec: RunSpec) -> list[Hello]:
 
 
 def _orders(commands: Iterable[Command]) -> list[tuple[Body, str]]:
-    """What is told to workers, and whom, and to the driver."""
+    """The messages to workers, with the worker's name, and to the driver, with an empty name."""
     found: list[tuple[Body, str]] = []
     for command in each(commands):
         if isinstance(command, Tell):

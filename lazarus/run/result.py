@@ -1,4 +1,4 @@
-"""What a run left, as a value."""
+"""The result of a run, and the files made after its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,21 @@ from lazarus.record.typed import StepRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run left. ``checkpoint`` is the URL of the last one."""
+    """The result of a run that ended well.
+
+    Attributes:
+        run_id: Unique id of the run.
+        run_dir: The run's folder, with its record.
+        status: "finished", or "stopped" after a request to stop.
+        steps: The last committed step.
+        history: One ``StepRecord`` for each committed step.
+        final_loss: Loss of the last committed step; NaN without one.
+        goodput_tokens_per_s: Committed tokens per second of wall time.
+        ettr: Productive time over wall time, in [0, 1].
+        plt: Portion of lost tokens, in [0, 1].
+        state_digest: Digest of the final state.
+        checkpoint: URL of the run's checkpoints; None if none was written.
+    """
 
     run_id: str
     run_dir: Path
@@ -35,7 +49,7 @@ class Result:
     checkpoint: str | None
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Model weights by name, read one by one from the last checkpoint.
+        """Model weights by name, each read on access from the newest usable checkpoint.
 
         Raises:
             LazarusError: The run wrote no checkpoint.
@@ -48,9 +62,12 @@ class Result:
 
 
 def result_of(over: RunOver, *, run_id: str, run_dir: Path, url: str) -> Result:
-    """The result of a run that ended well, from its record.
+    """Make the result of a run that ended well, from its record.
 
     Args:
+        over: The controller's message about the end.
+        run_id: Unique id of the run.
+        run_dir: The run's folder.
         url: Where the run keeps its checkpoints.
     """
     history, persisted = StepHistory(), False
@@ -75,9 +92,9 @@ def result_of(over: RunOver, *, run_id: str, run_dir: Path, url: str) -> Result:
 
 
 def leave_artifacts(run_dir: Path) -> None:
-    """What readers of a finished run expect beside its record: expert loads and the report.
+    """Write the expert loads and the report into the folder of a finished run.
 
-    Neither can fail a run, nor the other: a problem becomes one line.
+    Errors are only printed; an error of one does not prevent the other.
     """
     for what, leave in (("expert loads", _leave_loads), ("report", _leave_report)):
         try:

@@ -1,4 +1,4 @@
-"""Where a run goes on from: the newest usable checkpoint of one or several places."""
+"""Find the checkpoint to resume from: the newest usable one at one or several places."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from lazarus.runtime.controller.manifests import stored_of
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """A usable checkpoint, and the place that it lies at."""
+    """A usable checkpoint to resume from.
+
+    ``url`` is where the checkpoint is stored, ``next_generation`` the first generation of the
+    resumed run, ``others`` all checkpoints on the lineage up to this one.
+    """
 
     url: str
     manifest: Manifest
     next_generation: int
     others: tuple[StoredCheckpoint, ...]
-    warnings: tuple[str, ...] = ()  # what is damaged, and what is used instead
+    warnings: tuple[str, ...] = ()  # damaged checkpoints, and older versions used instead
 
     @property
     def lives(self) -> tuple[str, ...]:
@@ -40,7 +44,7 @@ class ResumePoint:
         return self.manifest.step
 
     def control(self) -> dict[str, Any]:
-        """What the controller must know of it."""
+        """The fields of ``ControlConfig`` that describe this checkpoint."""
         return {
             "resume": self.url,
             "start_step": self.step,
@@ -54,7 +58,7 @@ class ResumePoint:
 
 
 def lost_until(manifest: Manifest) -> PltLedger:
-    """Tokens that the state of a checkpoint lacks: lost by then, and by going on from it."""
+    """The routed copies lost before a checkpoint, and those lost by resuming from it."""
     ledger = PltLedger.from_json(manifest.meta.get("plt", {}).get("lost", []))
     routed = [[int(count) for count in row] for row in manifest.meta.get("routed", [])]
     if not routed:
@@ -74,7 +78,7 @@ def lost_until(manifest: Manifest) -> PltLedger:
 
 
 def found_at(place: str) -> Found:
-    """Every manifest at a folder or URL.
+    """Read every manifest at a folder or URL.
 
     Raises:
         ConfigError: The storage cannot be read.
@@ -89,18 +93,18 @@ def found_at(place: str) -> Found:
 
 
 def resume_point(places: Sequence[str], *, own_url: str, steps: int) -> ResumePoint | None:
-    """Find the checkpoint to go on from: the newest that is true and whole, wherever it lies.
+    """Find the newest usable checkpoint to resume from.
 
     Args:
-        places: Folders or URLs of one run's checkpoints; at equal steps the first one wins.
-        own_url: Where the continuation keeps its checkpoints.
-        steps: Steps that the run shall reach.
+        places: Folders or URLs of one run's checkpoints; at equal steps the first place wins.
+        own_url: Where the resumed run keeps its checkpoints.
+        steps: ``train.steps`` of the resumed run.
 
     Returns:
-        The checkpoint, or None if there is none at all.
+        The checkpoint, or None if there are no checkpoints at all.
 
     Raises:
-        ConfigError: There are some and none is usable, or nothing is left to do.
+        ConfigError: No checkpoint is usable, or the run has no steps left.
     """
     stores = {place: found_at(place) for place in dict.fromkeys((*places, own_url))}
     there = {p: s for p, s in stores.items() if p in places and (s.manifests or s.unreadable)}
@@ -109,7 +113,7 @@ def resume_point(places: Sequence[str], *, own_url: str, steps: int) -> ResumePo
     lineage = max((found.lineage() for found in there.values()), key=lambda pairs: pairs[-1:])
     url, found = _newest(list(there), lineage)
     manifest = found.manifest
-    is_rescued = url != own_url and own_url in places  # it still has to reach its own place
+    is_rescued = url != own_url and own_url in places  # it must still be written to own_url
     if manifest.step > steps or (manifest.step == steps and not is_rescued):
         raise ConfigError(
             f"the newest checkpoint in {redacted(url)} is of step {manifest.step}, and "
@@ -129,7 +133,11 @@ def resume_point(places: Sequence[str], *, own_url: str, steps: int) -> ResumePo
 
 
 def _newest(places: Sequence[str], lineage: Sequence[tuple[int, int]]) -> tuple[str, Resumable]:
-    """The newest usable checkpoint of all places that belongs to the one true history."""
+    """The newest usable checkpoint on the lineage, and its place.
+
+    Raises:
+        ConfigError: No checkpoint is usable.
+    """
     usable: list[tuple[str, Resumable]] = []
     reasons = []
     for place in places:
@@ -149,19 +157,19 @@ def check_same_run(
     beside: Path | None,
     allowed: Collection[str] = (),
 ) -> str:
-    """Refuse to go on as another run than the one that was; the same for every door of resume.
+    """Check that a resumed run computes the same as the original run.
 
     Args:
-        start: The checkpoint to go on from, whose manifest says what was decisive.
-        config: The configuration of the continuation.
-        beside: ``config.toml`` of the run, for a manifest that does not say it.
+        start: The checkpoint to resume from; its manifest has the decisive keys.
+        config: The configuration of the resumed run.
+        beside: ``config.toml`` of the original run, used if the manifest lacks these keys.
         allowed: Keys that may differ.
 
     Returns:
-        A warning where nothing can be compared, else "".
+        A warning if nothing can be compared, else "".
 
     Raises:
-        ConfigError: Every key that changed.
+        ConfigError: Decisive keys changed; every such key is a problem.
     """
     said = None if start is None else start.manifest.meta.get("config")
     before: Mapping[str, Any] | None = said if isinstance(said, Mapping) else None
@@ -178,7 +186,7 @@ def check_same_run(
 
 
 def config_beside(place: str) -> Path | None:
-    """The ``config.toml`` of the run that keeps its checkpoints at a local place."""
+    """The ``config.toml`` of the run whose folder contains a local checkpoint folder, if any."""
     path = place.removeprefix("file://")
     if is_url(path) or not (Path(path).parent / "events.jsonl").is_file():
         return None

@@ -1,4 +1,4 @@
-"""Which folder a run's record goes to: a new one, or that of the run that it goes on with."""
+"""Find the folder of a run: a new folder, or that of an earlier run to resume."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from lazarus.errors import ConfigError, Problem
 from lazarus.record.ownership import owner_of
 
 _TIME = "{time}"
-_TIMES = r"\d{8}-\d{6}"  # what stands for it in a name
-_MOST_ALIKE = 10_000  # runs that begin within one second under one name
+_TIMES = r"\d{8}-\d{6}"  # form of {time} in a folder's name
+_MOST_ALIKE = 10_000  # largest number of runs with one name that begin within one second
 
 
 def homes() -> tuple[Path, Path]:
-    """Where runs lie that were given no folder: here, and in the home of a Ray job's user."""
+    """Default parents of run folders: ``runs`` here, and ``~/lazarus`` for Ray jobs."""
     return Path("runs").absolute(), Path(anchored("~/lazarus"))
 
 
 def run_folder(place: str | Path | None) -> Path | None:
-    """The folder of an earlier run, absolute; None if the place is none (a URL, checkpoints)."""
+    """The absolute folder of an earlier run; None if ``place`` is not a run's folder."""
     if place is None or is_url(str(place)):
         return None
     folder = Path(anchored(str(place)))
     telling = ("config.toml", "events.jsonl", "checkpoints")
     try:
         return folder if any((folder / name).exists() for name in telling) else None
-    except (OSError, ValueError):  # no name that a folder can have
+    except (OSError, ValueError):  # not a possible file name
         return None
 
 
 def new_folder(config: TrainConfig, *, in_ray_job: bool) -> tuple[Path, bool]:
-    """Make the folder of a new run; one that is named by time is never shared with another run.
+    """Make the folder of a new run. A folder named by time is always new.
 
     Returns:
-        The folder, and whether it was not there before.
+        The folder, and whether it is new.
 
     Raises:
-        ConfigError: It cannot be made.
+        ConfigError: The folder cannot be made.
     """
     first = config.run_dir(now=datetime.now(), in_ray_job=in_ray_job)
     try:
@@ -71,7 +71,7 @@ def _alike(first: Path) -> Iterator[Path]:
 
 
 def runs_of_name(config: TrainConfig, *, in_ray_job: bool) -> list[Path]:
-    """Folders of runs of this name that ``--resume auto`` could go on with, the newest first."""
+    """Folders of runs of this name that ``--resume auto`` may resume, the newest first."""
     form = config.run_dir_form(in_ray_job=in_ray_job)
     if _TIME not in form:
         return [Path(form)] if Path(form).is_dir() else []
@@ -95,7 +95,7 @@ def _matching(form: str) -> Iterator[Path]:
 
 
 def _name_of(folder: Path) -> str | None:
-    """The ``run.name`` of a run's configuration; None where it cannot be read."""
+    """``run.name`` from a run's ``config.toml``; None if the file cannot be read."""
     try:
         found = toml_of(read_text(folder / "config.toml"))
         return str(found["run"]["name"])
@@ -104,7 +104,7 @@ def _name_of(folder: Path) -> str | None:
 
 
 def _last_sign(folder: Path) -> float:
-    """When the run last wrote into its record; its configuration is older than any record."""
+    """Time of the last write to the run's record, else to its ``config.toml``; 0 without both."""
     for name in ("events.jsonl", "config.toml"):
         if (folder / name).is_file():
             return (folder / name).stat().st_mtime
@@ -112,13 +112,13 @@ def _last_sign(folder: Path) -> float:
 
 
 def is_under_way(folder: Path) -> bool:
-    """Whether the folder has an owner that is not known to have gone."""
+    """Whether the folder has an owner whose process is not known to be gone."""
     owner = owner_of(folder)
     return owner is not None and owner.state != "gone"
 
 
 def persisted_before(folder: Path) -> bool:
-    """Whether the record says that a checkpoint was persisted."""
+    """Whether the run's record has a ``checkpoint_persisted`` event."""
     record = folder / "events.jsonl"
     if not record.is_file():
         return False

@@ -1,8 +1,7 @@
-"""What a run has before its first process starts: a folder of its own, and where it goes on from.
+"""Take the folder of a run and find the checkpoint to resume from, before processes start.
 
-Everything that can be refused about folder and checkpoint is refused here, before anything is
-written: another owner, the record of another run, checkpoints that cannot be used, a configuration
-that is not the run's.
+All problems of folder and checkpoint are reported here, before anything is written: another owner,
+the record of another run, unusable checkpoints, a configuration that differs from the run's.
 """
 
 from __future__ import annotations
@@ -45,13 +44,16 @@ _JOURNAL = re.compile(r"journal(?:-(\d{1,9}))?")
 
 @dataclass(kw_only=True)
 class RunPlace:
-    """A folder that this process owns until ``release``.
+    """The folder of a run, owned by this process until ``release``.
 
     Attributes:
-        config: The run's, with its real folder.
+        run_id: Unique id of this life of the run.
+        folder: The run's folder.
         url: Where the run keeps its checkpoints.
-        start: The checkpoint that it goes on from; None: it starts at step 1.
-        allowed: Keys that may differ from those of the run that goes on.
+        config: The run's configuration, with the final folder and absolute paths.
+        ownership: The ownership of ``folder``.
+        was_made: Whether the folder is new.
+        start: The checkpoint to resume from; None: the run starts at step 1.
     """
 
     run_id: str
@@ -65,10 +67,10 @@ class RunPlace:
     _wrote_config: bool = False
 
     def write_config(self) -> None:
-        """Leave the resolved configuration beside the record.
+        """Write the resolved configuration to ``config.toml`` in the folder.
 
         Raises:
-            ConfigError: The folder does not take it; an earlier one stands as it was.
+            ConfigError: The file cannot be written; an existing one is unchanged.
         """
         path = self.folder / "config.toml"
         try:
@@ -80,10 +82,12 @@ class RunPlace:
         self._wrote_config = True
 
     def check_checkpoints(self) -> None:
-        """Refuse a place that holds checkpoints of another run: this run would overwrite them.
+        """Check that the checkpoint URL holds no checkpoints of other runs.
+
+        This run would overwrite such checkpoints.
 
         Raises:
-            ConfigError: It does, or it cannot be read.
+            ConfigError: There are checkpoints of another run, or the URL cannot be read.
         """
         start, found = self.start, found_at(self.url)
         if start is not None and start.url == self.url:
@@ -103,16 +107,16 @@ class RunPlace:
         raise ConfigError(Problem(text, where=self.config.origins.get("checkpoint.url", "")))
 
     def release(self) -> None:
-        """The run is over: its folder is free for a continuation."""
+        """Give the folder back after the run."""
         self.ownership.release()
 
     def leave(self) -> None:
-        """Nothing was started: everything is as it was before."""
-        with contextlib.suppress(OSError):  # the folder takes nothing more, or is gone
+        """Give the folder back before anything was started, and undo all changes to it."""
+        with contextlib.suppress(OSError):  # the folder is full, or gone
             self._restore_config()
         self.release()
         if self.was_made:
-            with contextlib.suppress(OSError):  # somebody else has put something into it
+            with contextlib.suppress(OSError):  # another process wrote into the folder
                 self.folder.rmdir()
 
     def _restore_config(self) -> None:
@@ -132,20 +136,20 @@ def open_place(
     in_ray_job: bool | None = None,
     say: Say | None = None,
 ) -> RunPlace:
-    """Take the folder of a run, and find where it goes on from.
+    """Take the folder of a run, and find the checkpoint to resume from.
 
     Args:
-        config: Of the run.
-        resume: None: a new run. "auto": the newest run of this name goes on in its folder; if no
-            run of this name has a checkpoint, it starts anew. Else a run's folder, or a folder or
-            URL of checkpoints.
-        allow_change: Keys that may differ from those of the run that goes on.
-        in_ray_job: Whether this is the driver of a Ray job; None: as the environment says.
-        say: Takes a line for the user.
+        config: The run's configuration.
+        resume: None starts a new run. "auto" resumes the newest run of this name in its folder, or
+            starts a new run if no run of this name has a checkpoint. Otherwise a run's folder, or
+            a folder or URL of checkpoints.
+        allow_change: Keys that may differ from the configuration of the resumed run.
+        in_ray_job: Whether this is the driver of a Ray job; None: read from the environment.
+        say: Called with messages for the user; default: print to stderr.
 
     Raises:
-        ConfigError: The folder belongs to another run, or there is nothing to go on from, or this
-            would be another run than the one that goes on. Nothing was changed.
+        ConfigError: The folder belongs to another run, there is no usable checkpoint, or the
+            configuration differs from the resumed run's. Nothing was changed.
     """
     say = say or _say
     job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ if in_ray_job is None else in_ray_job
@@ -193,7 +197,7 @@ def _unwritable(place: Path, config: TrainConfig, error: OSError) -> ConfigError
 
 
 def _refuse_odd_files(folder: Path, config: TrainConfig) -> None:
-    """What the run will write to are files: no folder, link without end, pipe or device."""
+    """Raise if a file that the run will write is a folder, dangling link, pipe or device."""
     for name in ("config.toml", "events.jsonl"):
         path = folder / name
         if os.path.lexists(path) and not path.is_file():
@@ -211,7 +215,7 @@ def _refuse_a_record(folder: Path, config: TrainConfig) -> None:
 
 
 def _settled(config: TrainConfig, folder: Path) -> TrainConfig:
-    """With the real folder, and with places that mean the same wherever they are read."""
+    """The configuration with the final folder, and with absolute paths."""
     url = config.checkpoint.url
     return replace(
         config,
@@ -225,13 +229,13 @@ def _own_url(config: TrainConfig, folder: Path) -> str:
 
 
 def _places_of(folder: Path) -> list[str]:
-    """Where checkpoints of the run in a folder may lie: where it wrote them, and rescued ones."""
+    """Places that may hold checkpoints of the run in a folder: its URL, and rescued checkpoints."""
     own = _recorded_url(folder) or str(folder / "checkpoints")
     return [anchored(own), str(folder / "rescue")]
 
 
 def _recorded_url(folder: Path) -> str | None:
-    """``checkpoint.url`` as the run's ``config.toml`` has it."""
+    """``checkpoint.url`` from the run's ``config.toml``; None if not set."""
     path = folder / "config.toml"
     if not path.is_file():
         return None
@@ -245,9 +249,9 @@ def _recorded_url(folder: Path) -> str | None:
 
 
 def _going_on(config: TrainConfig, *, in_ray_job: bool, say: Say) -> Path | None:
-    """The folder that ``auto`` goes on in: of the newest run of the name that has a checkpoint.
+    """The folder that ``auto`` resumes: that of the newest run of the name with a checkpoint.
 
-    A run under way comes first, whatever it has: taking its folder will be refused.
+    A run in progress is chosen even without a checkpoint; taking its folder is refused later.
     """
     for folder in runs_of_name(config, in_ray_job=in_ray_job):
         places = [_own_url(config, folder), *_places_of(folder)]
@@ -265,7 +269,7 @@ def _holds_some(place: str) -> bool:
 def _start(
     place: RunPlace, resume: str | Path, allow_change: Collection[str], say: Say
 ) -> ResumePoint | None:
-    """The checkpoint to go on from; None where ``auto`` starts anew."""
+    """The checkpoint to resume from; None if ``auto`` starts a new run."""
     is_auto = str(resume) == "auto"
     folder = place.folder if is_auto else run_folder(resume)
     places = [anchored(str(resume))] if folder is None else _places_of(folder)
@@ -281,7 +285,7 @@ def _start(
     except ConfigError as problem:
         problems = [Problem(f"cannot resume from {resume}: {p}") for p in problem.problems]
     if is_auto and start is None and not problems:
-        beside = None  # nothing goes on, so there is nothing to compare with
+        beside = None  # a new run: there is nothing to compare with
     try:
         warning = check_same_run(start, place.config, beside=beside, allowed=allow_change)
     except ConfigError as problem:
@@ -298,7 +302,7 @@ def _start(
 
 
 def next_journal(folder: Path) -> str:
-    """Each life of a run has a journal of its own: journal, journal-2, ..."""
+    """Name of the next journal: each life of a run has its own, journal, journal-2, ..."""
     numbers = [1] if os.path.lexists(folder / "journal") else []
     numbers += [
         int(path.name[8:]) for path in folder.glob("journal-*") if path.name[8:].isdecimal()

@@ -1,4 +1,4 @@
-"""What a run is made of before its first process starts; a dry run makes the same and stops."""
+"""Make the ``RunSpec`` of a run before its first process starts; also used by a dry run."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lazarus.runtime.spec import RunSpec
 def prepared(
     place: RunPlace, *, policies: Policies, faults: tuple[str, ...], user: bytes, scratch: Path
 ) -> RunSpec:
-    """What the driver of a run is given; its place of checkpoints has been tried.
+    """Make the driver's ``RunSpec``, after checking that the checkpoint URL can be written to.
 
     Args:
-        place: The run's folder, and where it goes on from.
-        policies: As ``policies_of`` found them.
-        faults: Scripted ones, of the configuration and of the caller.
+        place: The run's folder, and the checkpoint to resume from.
+        policies: The result of ``policies_of``.
+        faults: Scripted faults of the configuration and the caller.
         user: The pickled ``UserCode``.
-        scratch: Folder for what ends with the run.
+        scratch: Folder for files that are deleted after the run.
 
     Raises:
-        ConfigError: The place of checkpoints is another run's, or it, the secret or a certificate
-            cannot be used.
-        StorageError: The place could be used, but is full or out of order.
+        ConfigError: The checkpoint URL holds another run's checkpoints; or the URL, the secret or
+            a certificate cannot be used.
+        StorageError: The checkpoint storage is full or out of order.
     """
     config, start = place.config, place.start
     if keeps_checkpoints(config):
@@ -64,10 +64,10 @@ def prepared(
 
 
 def scratch_folder(place: RunPlace) -> Path:
-    """A folder for what only this run's processes need.
+    """Make a folder for the run's temporary files.
 
     Raises:
-        ConfigError: Temporary files have no place or no room; ``place`` was left.
+        ConfigError: The folder cannot be made. ``place`` was given back.
     """
     try:
         return Path(tempfile.mkdtemp(prefix="lazarus-"))
@@ -78,10 +78,16 @@ def scratch_folder(place: RunPlace) -> Path:
 
 
 def check_run(config: TrainConfig, *, model: Any, data: Any, faults: tuple[str, ...]) -> None:
-    """Refuse what cannot work, whatever the folder and the checkpoint to go on from.
+    """Check what does not depend on the run's folder or on the checkpoint to resume from.
+
+    Args:
+        config: The run's configuration.
+        model: The user's model; None for ``config.model``.
+        data: The user's data; None for ``config.data``.
+        faults: Scripted faults as text.
 
     Raises:
-        ConfigError: Every problem.
+        ConfigError: The run cannot work; all problems found.
     """
     problems: list[Problem] = preflight.security_problems(config)
     if model is None and data is None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run goes on: counted by handlers that do nothing else."""
+"""Count Ctrl-C and SIGTERM during a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Self
 
 
 class Signals:
-    """How often SIGINT and SIGTERM came since this context was entered.
+    """A context that counts SIGINT (``interrupts``) and SIGTERM (``terminations``).
 
-    A handler runs between any two instructions of the main thread, also while that thread deals
-    with the signal before. A handler that raised, or took a lock, could leave the run without
-    anybody who waits for its end; these handlers only count.
+    A signal handler runs between any two instructions of the main thread, also while that thread
+    handles an earlier signal. If a handler raised or took a lock, the main thread might never wait
+    for the run's end; so these handlers only count.
 
-    Outside the main thread no handler can be set, and nothing is counted. A handler of SIGINT that
-    is not Python's own stays as it is.
+    Outside the main thread, handlers cannot be set and nothing is counted. A SIGINT handler other
+    than Python's default is not replaced.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # None: set by code that is not Python's
+            if handler is not None:  # None: the handler was not set from Python
                 signal.signal(number, handler)
 
     def _interrupted(self, _number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Elastic training from Python: configure, fit, read the result. Runs in the driver."""
+"""``ElasticTrainer``, the Python API to start a run and get its result. Runs in the driver."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _HEARD = "Ctrl-C: the run stops after its next step; press it again to stop at o
 
 
 class RunHandle:
-    """A run under way, in a thread of the driver's process."""
+    """A run in a background thread of the driver's process, see ``ElasticTrainer.start``."""
 
     def __init__(self, work: Callable[[], Result], driver: Driver) -> None:
         self._driver = driver
@@ -67,18 +67,25 @@ class RunHandle:
             self._done.set()
 
     def stop(self, *, now: bool = False) -> None:
-        """Stop after the next commit with a full checkpoint, or at once."""
+        """Stop the run.
+
+        Args:
+            now: True stops at once; False stops after the next commit, with a full checkpoint.
+        """
         self._driver.stop(now=now, reason="stopped by the user")
 
     def start_node(self) -> str:
-        """Bring one more node into an embedded run. Returns its name."""
+        """Start one more node of an embedded run and return its name."""
         return self._driver.start_node()
 
     def wait(self, timeout_s: float | None = None) -> Result:
-        """The result, or the run's error.
+        """Wait for the end of the run and return the result, or raise the run's exception.
+
+        Args:
+            timeout_s: Seconds to wait; None waits without limit.
 
         Raises:
-            TimeoutError: Not over within ``timeout_s``.
+            TimeoutError: The run is not over within ``timeout_s``.
         """
         if not self._done.wait(timeout_s):
             raise TimeoutError(f"the run is not over after {timeout_s} s")
@@ -89,27 +96,29 @@ class RunHandle:
 
 
 class ElasticTrainer:
-    """Trains a model with MoE layers on nodes that come and go.
+    """Trains a model with MoE layers on nodes that may fail, leave and join during the run.
 
     ``model``, ``data``, ``collate``, ``loss``, ``optimizer``, ``schedule`` and ``hooks`` run in
-    every worker and are pickled once, here; ``callbacks`` run in the driver.
+    every worker. They are pickled once, when the trainer is made. ``callbacks`` run in the driver.
 
     Args:
-        config: What to train and how.
-        model: Builds the model in each worker, or a small module; None: ``config.model``.
-        data: A map-style data source or a function that opens one; None: ``config.data``.
-        eval_data: Held-out data, as ``data``.
-        collate: Makes a micro-batch of a list of samples; None: stacks tensors.
+        config: The configuration of the run.
+        model: A function that builds the model in each worker; None: ``config.model``.
+        data: A map-style data source, or a function that opens one; None: ``config.data``.
+        eval_data: Held-out data, like ``data``. Needed if ``eval.every`` and ``data`` are set.
+        collate: Makes a micro-batch from a list of samples; None: tensors are stacked.
         loss: Maps (model, batch) to a ``LossSum``; None: next-token cross-entropy.
         optimizer: Makes the optimizer from parameter groups; None: AdamW as configured.
-        schedule: Step -> learning-rate multiplier; None: as configured.
-        callbacks: See ``lazarus.callbacks``.
-        placement: A placement policy; None: the library's own.
-        recovery: Decides about experts without a live replica; None: ``recovery.on_lost_expert``.
-        faults: Scripted faults, beside those of the configuration.
+        schedule: Maps a step to a learning-rate multiplier; None: as configured.
+        callbacks: Objects that receive the run's events, see ``lazarus.callbacks``.
+        hooks: Objects whose methods are called in every worker.
+        placement: A placement policy; None: ``placement.policy``, else the built-in one.
+        recovery: A policy for experts without a live replica (``lazarus.recovery``); None:
+            ``recovery.policy``, else ``recovery.on_lost_expert``.
+        faults: Scripted faults for tests, in addition to those of the configuration.
 
     Raises:
-        ConfigError: Something cannot work; nothing was started.
+        ConfigError: The run cannot work with these arguments; nothing was started.
     """
 
     def __init__(
@@ -157,20 +166,22 @@ class ElasticTrainer:
     def fit(
         self, *, resume: str | Path | None = None, allow_change: Collection[str] = ()
     ) -> Result:
-        """Train to the end.
+        """Train until the last step, and return the result.
 
         Args:
-            resume: "auto": the newest run of this name goes on in its folder, or a new one begins;
-                or a run's folder, or a folder or URL of checkpoints.
-            allow_change: Keys (``section.key``) that may differ from those of the run that goes on.
+            resume: None starts a new run. "auto" resumes the newest run of this name in its
+                folder, or starts a new run if there is none. Otherwise a run's folder, or a folder
+                or URL of checkpoints.
+            allow_change: Keys (``section.key``) that may differ from the resumed run's.
 
         Raises:
-            ConfigError: The run's folder belongs to another run, or it cannot go on from there.
+            ConfigError: The run's folder belongs to another run, or the run cannot be resumed.
             UserCodeError: The user's model, data or loss raised.
-            QuorumTimeoutError, LostExpertError: Ended short; can be resumed.
-            StorageError: A disk or an object store refused what the run cannot do without.
+            QuorumTimeoutError, LostExpertError: The run ended early and can be resumed.
+            StoppedError: The run was stopped, for example by SIGTERM, and can be resumed.
+            StorageError: A disk or an object store failed in a way the run cannot tolerate.
             InternalError: Lazarus itself failed; ``report`` names a file with the details.
-            KeyboardInterrupt: Ctrl-C; the record is complete.
+            KeyboardInterrupt: Ctrl-C stopped the run; the record is complete.
         """
         place = open_place(self.config, resume=resume, allow_change=allow_change)
         return fit_at(self, place)
@@ -178,19 +189,19 @@ class ElasticTrainer:
     def start(
         self, *, resume: str | Path | None = None, allow_change: Collection[str] = ()
     ) -> RunHandle:
-        """Train in the background of this process."""
+        """Train in a background thread of this process; arguments as for ``fit``."""
         place = open_place(self.config, resume=resume, allow_change=allow_change)
         run = _Run(self, place)
         return RunHandle(run.work, run.driver)
 
 
 def fit_at(trainer: ElasticTrainer, place: RunPlace) -> Result:
-    """``trainer.fit`` in a folder that was opened before."""
+    """``trainer.fit`` with a folder that ``open_place`` has taken before."""
     return _Run(trainer, place).follow()
 
 
 class _Run:
-    """One run of a trainer. Takes the place over: it is free again when the run is over."""
+    """One run of a trainer. Gives ``place`` back when the run is over."""
 
     def __init__(self, trainer: ElasticTrainer, place: RunPlace) -> None:
         self._place = place
@@ -223,23 +234,23 @@ class _Run:
         self._bus.on_failure = lambda problem: self.driver.fail(callback_failure(problem))
 
     def _lost_folder(self, reason: str) -> None:
-        """Another run has the folder, or nobody: nothing of this one may be written there."""
+        """Abandon the run: its folder was removed or taken, so nothing may be written there."""
         self._is_owner = False
         nothing_stands = not self.run_dir.is_dir() and went_along(self._url, self.run_dir)
         status: Status = "failed" if nothing_stands else "short"
         self.driver.abandon(reason, cause=Cause.STORAGE, status=status)
 
     def _forget(self) -> None:
-        """Nothing was started: leave no trace of it."""
+        """Remove all files of a run that was not started, and give its folder back."""
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._bus.close()
         self._place.leave()
 
     def follow(self) -> Result:
-        """``work`` in a thread, so that Ctrl-C is heard while it waits.
+        """Call ``work`` in a thread, while this thread handles Ctrl-C and SIGTERM.
 
         Raises:
-            KeyboardInterrupt, StoppedError: The run ended because Ctrl-C, or SIGTERM, asked for it.
+            KeyboardInterrupt, StoppedError: The run was stopped by Ctrl-C or SIGTERM.
         """
         outcome: list[Result | BaseException] = []
         done = threading.Event()
@@ -265,21 +276,25 @@ class _Run:
         return result
 
     def _stopped_text(self, asked: BaseException) -> str:
-        """Where a run stands that was asked to stop."""
+        """A message with the last step of a run that was asked to stop."""
         step = 0
         for event in each_event(self.run_dir):
             step = int(event["steps"]) if event["event"] == "run_finished" else step
         return f"{asked} at step {step:,}; go on with --resume auto"
 
     def _wait(self, done: threading.Event) -> BaseException | None:
-        """Ctrl-C once, or SIGTERM: stop at the next commit. Twice: now. Thrice: ask nobody."""
+        """Wait for the end and handle signals; return the exception of the last signal, if any.
+
+        SIGTERM or one Ctrl-C stops the run at the next commit, a second Ctrl-C at once, a third
+        abandons the run without waiting for the controller.
+        """
         interrupts = terminations = 0
         stopped: BaseException | None = None
         with Signals() as heard:
             while not done.is_set():
                 try:
                     done.wait(0.2)
-                except KeyboardInterrupt:  # from a handler of the caller's own
+                except KeyboardInterrupt:  # raised by the caller's own signal handler
                     heard.interrupts += 1
                 if heard.terminations > terminations:
                     terminations = heard.terminations
@@ -296,7 +311,7 @@ class _Run:
         return stopped
 
     def _sweep(self) -> None:
-        """Every process has ended: what their writers left half done is nobody's."""
+        """Delete unfinished checkpoint files, after all processes of the run have ended."""
         if not keeps_checkpoints(self._place.config):
             return
         start = self._place.start
@@ -311,7 +326,7 @@ class _Run:
             )
 
     def work(self) -> Result:
-        """Run it and make the result of what it left; every end is said alike."""
+        """Run the driver, complete the record, and return the result or raise the failure."""
         try:
             over, problem = self._ran()
             failure = over.failure
@@ -338,13 +353,13 @@ class _Run:
         return result_of(over, run_id=self.run_id, run_dir=self.run_dir, url=self._url)
 
     def _mend_record(self) -> None:
-        """Nobody writes the record any more; whoever reads it from here on can."""
-        with suppress(OSError, ValueError):  # there is none, or it is none
+        """Blank damaged lines of the record, after its writer has ended."""
+        with suppress(OSError, ValueError):  # no record, or not readable
             for damaged in blank_damaged(self.run_dir / FILE_NAME):
                 print(f"warning: {damaged}", file=sys.stderr, flush=True)
 
     def _ran(self) -> tuple[RunOver, BaseException | None]:
-        """How the controller says that the run ended, or how the driver itself failed."""
+        """The controller's message about the end, or the driver's own failure and exception."""
         try:
             return self.driver.run(), None
         except ConfigError:

@@ -1,4 +1,4 @@
-"""The user's functions on their way to the workers: checked and pickled once, in the driver."""
+"""Check and pickle the user's functions, once, in the driver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ MAX_INSTANCE_BYTES = 256 << 20
 
 
 def builder_of(model: Any) -> Callable[[Any], nn.Module] | None:
-    """A function that gives the model in a worker."""
+    """The function that builds the model in each worker; None for ``config.model``.
+
+    Raises:
+        ConfigError: ``model`` is a built module, or not callable.
+    """
     if not isinstance(model, nn.Module):
         if model is not None and not callable(model):
             raise ConfigError(f"model is {type(model).__name__}; pass a function that builds it")
@@ -35,10 +39,10 @@ def builder_of(model: Any) -> Callable[[Any], nn.Module] | None:
 
 
 def pickled(user: UserCode) -> bytes:
-    """One pickle of all the user's functions.
+    """Pickle all of the user's functions together.
 
     Raises:
-        ConfigError: One does not go; the message names it and what it captures.
+        ConfigError: A function cannot be pickled; the message names the captured variable.
     """
     for name in ("model", "data", "eval_data", "collate", "loss", "optimizer", "schedule", "hooks"):
         value = getattr(user, name)
@@ -55,7 +59,7 @@ def pickled(user: UserCode) -> bytes:
 
 
 def _culprit(value: Any) -> str:
-    """Which captured variable does not pickle."""
+    """A text that names the captured variable that cannot be pickled; empty if unknown."""
     code, closure = getattr(value, "__code__", None), getattr(value, "__closure__", None)
     captured = dict(zip(code.co_freevars, closure, strict=True)) if code and closure else {}
     found = {name: cell.cell_contents for name, cell in captured.items()}
