@@ -1,7 +1,8 @@
-"""The configuration of a run: frozen sections, checked once, complete.
+"""The configuration of a run: frozen dataclasses that are checked when they are made.
 
-Read by the driver and handed to every process. Start reading at ``train_config.py``; each key with
-its type, default and range is in ``sections.py``. ``layers.py`` merges files, environment and
-``--set``, ``preflight.py`` says what cannot work before anything starts, ``changes.py`` what may
-differ when a run is resumed, ``timeouts.py`` derives every time-out.
+The driver reads the configuration and sends it to every process. Start reading at
+``train_config.py``; each key with its type, default and range is in ``sections.py``. ``layers.py``
+merges files, environment and ``--set``; ``preflight.py`` finds problems before anything starts;
+``changes.py`` says which keys may differ when a run is resumed; ``timeouts.py`` derives every
+time-out.
 """

@@ -1,4 +1,4 @@
-"""What may differ between a run and its continuation."""
+"""Which configuration keys may differ when a run is resumed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lazarus.config import layers
 from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError, Problem
 
-# What decides the mathematics stays: a run goes on as the run that it was.
+# Sections that do not change what a run computes, and so may differ.
 _FREE_SECTIONS = frozenset(
     {
         "cluster",
@@ -40,10 +40,10 @@ _FREE_KEYS = frozenset(
 
 
 def decisive(config: TrainConfig) -> dict[str, Any]:
-    """What decides the mathematics of a run: dotted key -> value as JSON has it.
+    """The keys that decide what a run computes: dotted key -> JSON-able value.
 
-    Every checkpoint's manifest carries this as ``meta["config"]``, so that a checkpoint that is
-    found anywhere says which run may go on from it.
+    Every checkpoint's manifest holds them as ``meta["config"]``, so that a checkpoint can be
+    compared with the run that resumes from it.
     """
     return {
         dotted: layers.jsonable(layers.value_of(config, dotted))
@@ -55,12 +55,12 @@ def decisive(config: TrainConfig) -> dict[str, Any]:
 def resume_problems(
     before: Mapping[str, Any], now: TrainConfig, *, allowed: Collection[str] = ()
 ) -> list[Problem]:
-    """Every key that changed and must not, unless the user allows that key.
+    """Problems of a resume: keys that must not change, but did.
 
     Args:
-        before: What was decisive when the run began; a key that is missing there is not compared.
-        now: The configuration of the continuation.
-        allowed: Keys that may differ.
+        before: The original run's ``decisive`` keys; a missing key is not compared.
+        now: The configuration of the resumed run.
+        allowed: Keys that may differ, as given by ``--allow-change``.
 
     Raises:
         ConfigError: ``allowed`` names a key that does not exist.

@@ -1,7 +1,8 @@
-"""Layered settings for frozen dataclasses of sections: types, ranges, origins, all errors at once.
+"""Layered settings for frozen dataclasses: check types and ranges, and report all errors at once.
 
-Knows nothing of Lazarus: a *root* is a dataclass whose fields are section dataclasses (and perhaps
-plain top-level keys), a *layer* maps dotted keys to values with the place where each was said.
+A *root* is a dataclass whose fields are section dataclasses (and perhaps plain top-level keys). A
+*layer* maps dotted keys to values, each with the place where the value was given. This module does
+not depend on Lazarus' own sections.
 """
 
 from __future__ import annotations
@@ -21,25 +22,32 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lazarus.basics.careful import read_text
 from lazarus.errors import ConfigError, Problem
 
-_NONE = "none"  # how an optional key is cleared, TOML having no null
-_MOST_BYTES = 16 << 20  # of a configuration
+_NONE = "none"  # clears an optional key, since TOML has no null
+_MOST_BYTES = 16 << 20  # largest configuration file
 _DEEPEST = 32
 _RANGE = (("ge", ">=", op.ge), ("gt", ">", op.gt), ("le", "<=", op.le), ("lt", "<", op.lt))
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A value and where it was said: "configs/a.toml:14", "--nodes", "preset tiny"."""
+    """A value and its place, such as "configs/a.toml:14", "--nodes" or "preset tiny"."""
 
     value: Any
     where: str
 
 
-Layer = Mapping[str, Given]  # dotted key -> what was given for it
+Layer = Mapping[str, Given]  # dotted key -> value with its place
 
 
 def setting(default: Any, doc: str, *, internal: bool = False, **bounds: float) -> Any:
-    """A dataclass field with its meaning and its range (``ge``, ``gt``, ``le``, ``lt``)."""
+    """Make a dataclass field for a setting.
+
+    Args:
+        default: The default value.
+        doc: Meaning of the setting, for the reference page.
+        internal: True leaves the setting out of the reference page.
+        **bounds: Range of a number: ``ge``, ``gt``, ``le``, ``lt``.
+    """
     if not bounds.keys() <= {name for name, _, _ in _RANGE}:
         raise TypeError(f"unknown bounds {sorted(bounds)}")
     metadata = {"doc": doc, "internal": internal, "bounds": bounds}
@@ -56,12 +64,12 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def sections_of(root: type) -> dict[str, type]:
-    """Section name -> its dataclass."""
+    """The sections of a root: name -> dataclass."""
     return {n: h for n, h in hints_of(root).items() if isinstance(h, type) and is_dataclass(h)}
 
 
 def keys_of(root: type) -> dict[str, tuple[Field[Any], Any]]:
-    """Every dotted key of the root -> its field and type; top-level keys have no dot."""
+    """All keys of a root: dotted key -> field and type. Top-level keys have no dot."""
     found: dict[str, tuple[Field[Any], Any]] = {}
     sections = sections_of(root)
     for top in fields(root):
@@ -88,10 +96,14 @@ def default_of(spec: Field[Any]) -> Any:
 
 
 def require(section: object, *extra: tuple[bool, str, str]) -> None:
-    """Check a section in its ``__post_init__``: types, ranges, then ``(holds, key, message)``.
+    """Check the values of a section; to be called in its ``__post_init__``.
+
+    Args:
+        section: The section. Types and ranges of all fields are checked first.
+        *extra: Further checks (holds, key, message), made only if types and ranges are right.
 
     Raises:
-        ConfigError: Every problem of the section at once.
+        ConfigError: All problems of the section.
     """
     cls: type = type(section)
     hints = hints_of(cls)
@@ -125,7 +137,7 @@ def complaint(spec: Field[Any], hint: Any, value: Any, dotted: str) -> str | Non
 
 
 def _is_text(value: str) -> bool:
-    """Whether files can hold it and be named by it; bytes of the command line may be anything."""
+    """Whether a string is valid UTF-8 without NUL; strings of the command line may not be."""
     try:
         return b"\0" not in value.encode("utf-8")
     except UnicodeEncodeError:
@@ -133,10 +145,10 @@ def _is_text(value: str) -> bool:
 
 
 def toml_of(text: str) -> dict[str, Any]:
-    """A TOML document.
+    """Parse a TOML document.
 
     Raises:
-        ValueError: It is none, or has numbers beyond 64 bits or tables in tables in tables ...
+        ValueError: The text is not TOML, has numbers beyond 64 bits, or is nested too deeply.
     """
     try:
         content = tomllib.loads(text)
@@ -157,7 +169,7 @@ def _check_numbers(value: Any, depth: int = 0) -> None:
 
 
 def read_toml(path: str | Path, root: type) -> tuple[dict[str, Given], list[Problem]]:
-    """A layer from a TOML file, with line numbers; and what cannot be read in it."""
+    """Read a layer from a TOML file, with line numbers, and the problems of the file."""
     place = Path(path)
     try:
         text = read_text(place, most=_MOST_BYTES)
@@ -179,7 +191,13 @@ def read_toml(path: str | Path, root: type) -> tuple[dict[str, Given], list[Prob
 def flatten(
     content: Mapping[str, Any], root: type, where: Callable[[str], str]
 ) -> tuple[dict[str, Given], list[Problem]]:
-    """Nested mappings to a layer of dotted keys."""
+    """Convert nested mappings to a layer of dotted keys, and a list of problems.
+
+    Args:
+        content: The nested mappings.
+        root: The root dataclass.
+        where: Returns the place of a dotted key.
+    """
     layer: dict[str, Given] = {}
     problems = []
     sections = sections_of(root)
@@ -201,7 +219,10 @@ def flatten(
 
 
 def read_override(text: str, origin: str) -> tuple[dict[str, Given], list[Problem]]:
-    """A layer of one from ``a.b=VALUE``; VALUE is TOML where it parses as such, else a string."""
+    """Parse ``a.b=VALUE`` to a layer of one key, and problems.
+
+    VALUE is read as TOML; text that is not TOML is taken as a string.
+    """
     dotted, equals, raw = (part.strip() for part in text.partition("="))
     where = f"{origin} {text}".strip()
     if not equals or not dotted or not raw:
@@ -217,11 +238,11 @@ def read_override(text: str, origin: str) -> tuple[dict[str, Given], list[Proble
 def assemble(
     root: type, layers: Sequence[Layer]
 ) -> tuple[dict[str, Any] | None, dict[str, str], list[Problem]]:
-    """Lay layers over the defaults, the last one wins.
+    """Merge layers over the defaults; later layers override earlier ones.
 
     Returns:
-        Keyword arguments for the root (None if a value is unusable), the origin of every key that
-        is not at its default, and all problems. Unknown keys alone leave the arguments usable.
+        Keyword arguments for the root (None if a value is invalid), the place of every key that
+        was given, and all problems. Unknown keys are problems, but do not make the arguments None.
     """
     known = keys_of(root)
     problems: list[Problem] = []
@@ -260,12 +281,12 @@ def _sections(
 
 
 def located(problems: Iterable[Problem], origins: Mapping[str, str]) -> list[Problem]:
-    """Problems that name a key get the place where that key was given."""
+    """Add the place where the key was given to problems that have a key but no place."""
     return [p if p.where else replace(p, where=origins.get(p.key, "")) for p in problems]
 
 
 def type_text(hint: Any) -> str:
-    """A type as the manual writes it."""
+    """A type as text for the reference page and messages."""
     origin = get_origin(hint)
     if origin is Literal:
         return " | ".join(f'"{a}"' for a in get_args(hint))
@@ -305,14 +326,14 @@ def _quoted(text: str) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Convert tuples to lists and mappings to dictionaries."""
     if isinstance(value, tuple):
         return [jsonable(v) for v in value]
     return dict(value) if isinstance(value, Mapping) else value
 
 
 def _normal(value: Any, hint: Any) -> Any:
-    """TOML and JSON values to the types that the dataclasses hold."""
+    """Convert a TOML or JSON value to the type that the dataclass holds."""
     if value is None or (value == _NONE and NoneType in _members(hint)):
         return None
     if isinstance(value, list):
@@ -362,7 +383,7 @@ def _unknown(dotted: str, root: type) -> str:
         return f"unknown section [{section}] in {dotted}{close}"
     siblings = [k for k in known if "." in k and k.split(".")[0] == section]
     name = dotted.split(".")[-1]
-    # First among the keys of the same section, then the right key in the wrong section.
+    # First look among the keys of the same section, then among those of other sections.
     close = _nearest(name, [k.split(".")[-1] for k in siblings], full=siblings)
     close = close or _nearest(name, [k.split(".")[-1] for k in known], full=known)
     return f"unknown key {dotted}{close}"
@@ -383,7 +404,7 @@ _ASSIGN = re.compile(r"""\s*([A-Za-z0-9_."' -]+?)\s*=""")
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """Dotted key or section -> line, from 1. Lines inside multi-line values are passed over."""
+    """Line numbers, from 1, of dotted keys and sections. Lines in multi-line values are skipped."""
     found: dict[str, int] = {}
     section = ""
     for number, line in _logical_lines(text):
@@ -405,7 +426,7 @@ def _bare(name: str) -> str:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that begin a statement; what continues a bracket or a triple quote is left out."""
+    """Number and text of lines outside multi-line brackets and triple-quoted strings."""
     depth, quote = 0, ""
     for number, line in enumerate(text.split("\n"), start=1):
         if not depth and not quote:

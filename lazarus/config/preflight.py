@@ -1,4 +1,4 @@
-"""What can be said about a configuration before anything starts; pure but for a look at paths."""
+"""Checks of a configuration before anything starts. Pure, except that paths are looked up."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lazarus.faults import fault_problems
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """What a slot costs and what a node has, in bytes."""
+    """Memory in bytes: the size of a slot, and the memory of a node."""
 
     per_slot: float
-    per_node: float  # what slots may fill, the dense state already taken off
+    per_node: float  # available to slots, after subtracting the dense state
 
 
 def auto_slots_per_node(
@@ -30,13 +30,22 @@ def auto_slots_per_node(
     ranks_per_node: int = 1,
     memory: Memory | None = None,
 ) -> int:
-    """The fewest slots with which the floor still holds after ``spare_losses`` losses.
+    """The fewest slots per node with which ``min_replicas`` holds after ``spare_losses`` losses.
 
-    The floor cannot exceed the nodes that are left, and no node needs more slots than experts. The
-    answer is a multiple of ``ranks_per_node``. Memory caps it: the floor then holds for fewer.
+    An expert has at most one replica on each remaining node, and a node needs at most one slot per
+    expert. If memory holds fewer slots, the result is what fits, and ``min_replicas`` holds for
+    fewer losses.
+
+    Args:
+        num_experts: Experts per layer.
+        num_nodes: Nodes of the run.
+        min_replicas: Wanted replicas of each expert, on distinct nodes.
+        spare_losses: Number of lost nodes to prepare for.
+        ranks_per_node: The result is a multiple of this number.
+        memory: Memory of a slot and of a node; None: unlimited.
 
     Raises:
-        ConfigError: Memory does not even hold every expert once.
+        ConfigError: Memory does not hold every expert once.
     """
     left = max(1, num_nodes - spare_losses)
     slots = -(-num_experts * min(min_replicas, left) // left)
@@ -62,10 +71,10 @@ def resolve_slots_per_node(
     ranks_per_node: int = 1,
     memory: Memory | None = None,
 ) -> int:
-    """``placement.slots_per_node``, with ``"auto"`` worked out.
+    """The slots per node; ``"auto"`` is resolved with ``auto_slots_per_node``.
 
     Raises:
-        ConfigError: The experts do not fit, or slots do not divide among the node's ranks.
+        ConfigError: The experts do not fit, or the slots are no multiple of ``ranks_per_node``.
     """
     nodes = config.cluster.nodes if num_nodes is None else num_nodes
     asked = config.placement.slots_per_node
@@ -89,7 +98,7 @@ def resolve_slots_per_node(
 def slot_problems(
     *, slots: int, num_experts: int, nodes: int, ranks_per_node: int = 1
 ) -> list[Problem]:
-    """Whether every expert has a place at all."""
+    """Problems if the slots do not hold every expert once, or do not divide among the ranks."""
     key = "placement.slots_per_node"
     problems = []
     if slots * nodes < num_experts:
@@ -106,7 +115,7 @@ def slot_problems(
 
 
 def data_problems(config: TrainConfig) -> list[Problem]:
-    """A data path that is not there."""
+    """A problem if ``data.path`` does not exist."""
     path = config.data.path
     if path is None or Path(path).expanduser().exists():
         return []
@@ -118,7 +127,7 @@ def data_problems(config: TrainConfig) -> list[Problem]:
 
 
 def builtin_problems(config: TrainConfig) -> list[Problem]:
-    """Checks that hold for the built-in model and data: experts, lengths, vocabulary, path."""
+    """Problems of a run with the built-in model and data: experts, lengths, vocabulary, path."""
     model, problems = config.model, data_problems(config)
     slots = config.placement.slots_per_node
     ranks = config.cluster.ranks_per_node
@@ -144,7 +153,7 @@ def builtin_problems(config: TrainConfig) -> list[Problem]:
 
 
 def scripted_fault_problems(config: TrainConfig) -> list[Problem]:
-    """Faults of the configuration that can never happen in this run."""
+    """Problems of configured faults that can never happen in this run."""
     return fault_problems(
         config.faults.parsed(),
         nodes=config.cluster.nodes,
@@ -154,7 +163,7 @@ def scripted_fault_problems(config: TrainConfig) -> list[Problem]:
 
 
 def security_problems(config: TrainConfig) -> list[Problem]:
-    """Files that the control plane needs and that are not there."""
+    """Problems of certificate, key and secret files that cannot be read."""
     problems = []
     for name in ("cert", "key", "ca", "secret_file"):
         path = getattr(config.security, name)
@@ -174,7 +183,7 @@ BUILTIN_CHECKS: tuple[Callable[[TrainConfig], list[Problem]], ...] = (
 def warnings_of(
     config: TrainConfig, *, num_experts: int, slots_per_node: int, ranks_per_node: int = 1
 ) -> list[str]:
-    """What will work, but perhaps not as meant."""
+    """Warnings about settings that work, but perhaps not as intended."""
     nodes, floor = config.cluster.nodes, config.placement.min_replicas
     out = []
     losses = 0

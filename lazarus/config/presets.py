@@ -1,4 +1,4 @@
-"""Named shapes and starting points."""
+"""Named model shapes, and presets of whole configurations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-BYTE_VOCAB = 256  # text is read as bytes, one token a byte
+BYTE_VOCAB = 256  # text is read as bytes, one token per byte
 
-# Source: the model table of the Lazarus paper, GPT-2's vocabulary and length; experts everywhere.
+# Source: the model table of the Lazarus paper; vocabulary and length of GPT-2; all layers are MoE.
 _GPT: dict[str, Any] = {
     "layers": 12,
     "vocab": 50257,

@@ -1,4 +1,4 @@
-"""The table of all configuration keys, from the dataclasses; the manual's page is made of it."""
+"""Generate the manual's page of all configuration keys from the dataclasses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _RULES = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def reference() -> str:
-    """A Markdown page."""
+    """The page of all configuration keys as Markdown."""
     lines = [
         "# Configuration",
         "",

@@ -1,10 +1,9 @@
-"""Every time-out of a run, derived from the one that users set, ``recovery.tolerated_stall_s``.
+"""All time-outs of a run, derived from one setting, ``recovery.tolerated_stall_s``.
 
-This is the only module in which a stall is multiplied, and the only one that decides how long a
-process, a node, a machine or storage may be silent before that has consequences. Constants of
-seconds elsewhere are of other kinds: intervals of polling and of messages to people, pauses between
-two attempts inside a wait that has its bound from here, and the grace that a closing process gives
-to its threads.
+Only this module decides how long a process, a node, a machine or storage may be silent before
+anything happens. Constants of seconds in other modules are polling intervals, intervals of messages
+to people, pauses between attempts within a wait that is bounded here, and the time that a closing
+process gives its threads.
 """
 
 from __future__ import annotations
@@ -14,63 +13,63 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeouts:
-    """Seconds. Each is a function of the tolerated stall, so that they cannot contradict."""
+    """All time-outs in seconds. Each is a function of the tolerated stall, to be consistent."""
 
     # Signs of life
-    heartbeat_interval_s: float  # a worker's control thread says that it is there
+    heartbeat_interval_s: float  # between two heartbeats of a worker's control thread
     heartbeat_timeout_s: float  # silence after which a node counts as lost
-    pulse_interval_s: float  # the controller's loop tells the driver that it turns
-    nap_s: float  # a controller that wakes up later than this was kept from hearing the others
-    no_progress_s: float  # peers wait, heartbeats go on, but a training thread does not move
-    standstill_s: float  # the same where nobody waits for it: the last node, or all of them
+    pulse_interval_s: float  # between two pulses of the controller's loop to the driver
+    nap_s: float  # a controller's loop delayed by more than this may have missed heartbeats
+    no_progress_s: float  # peers wait and heartbeats arrive, but a training thread does not move
+    standstill_s: float  # the same if no peer waits: the last node, or all nodes
 
     # Reconfiguration
-    suspicion_grace_s: float  # a failed collective waits for the news of a death, then fences
-    news_s: float  # the launcher says what a process that is gone died of
-    report_s: float  # answers to orders; a vector that is missing after all have paused
-    flush_s: float  # commits wait for their journal entry, and so for publication
-    group_wait_s: float  # every rank waits while groups are built: they are built anew
-    group_build_s: float  # a connection to the rendezvous store, all attempts together
-    collective_s: float  # gloo's own limit: the last resort behind active release
+    suspicion_grace_s: float  # after a failed collective, wait for news of a loss, then fence
+    news_s: float  # wait for the launcher to say why a process died
+    report_s: float  # wait for answers to orders, and for a missing vector after all paused
+    flush_s: float  # commits wait at most so long for their journal entry and publication
+    group_wait_s: float  # if all ranks wait longer for groups to be built, building starts again
+    group_build_s: float  # connecting to the rendezvous store, all attempts together
+    collective_s: float  # gloo's own time-out, used only if waiting ranks are not released before
 
     # Start, and return
-    startup_s: float  # a process came up and said hello
-    gather_s: float  # the first nodes wait for machines on which nothing starts
-    actor_start_s: float  # Ray started a small actor on a busy machine
-    restart_debounce_s: float  # after everybody was lost, nodes that come wait for further ones
+    startup_s: float  # a process must start and say hello
+    gather_s: float  # at the start, wait for machines on which no node starts
+    actor_start_s: float  # Ray must start a small actor on a busy machine
+    restart_debounce_s: float  # after all nodes were lost, new nodes wait for further nodes
 
-    # The controller's death, and the driver's
-    controller_silent_s: float  # its loop gives the driver no pulse: hung, so it is replaced
-    controller_restart_s: float  # workers and the driver wait for a controller that is gone
-    fault_recorded_s: float  # a fault on purpose waits until the controller has it on record
-    controller_settled_s: float  # a controller that lived for this long was well
+    # Death of the controller or of the driver
+    controller_silent_s: float  # a controller without a pulse for so long is hung and replaced
+    controller_restart_s: float  # workers and the driver wait for a new controller
+    fault_recorded_s: float  # an injected fault waits until the controller has recorded it
+    controller_settled_s: float  # a controller alive for so long counts as healthy
     restart_pause_s: float  # the longest pause before a controller is started again
-    reconnect_s: float  # after the first worker is back at a new controller, the others follow
-    comeback_s: float  # the same where nobody has come back: without them the run is over
-    driver_away_s: float  # a controller waits for its driver, to say how the run ended
-    owner_gone_s: float  # a driver on another machine gave no sign: its run's folder is free
+    reconnect_s: float  # after the first worker reconnected to a new controller, wait for others
+    comeback_s: float  # wait for a first worker to reconnect; without any, the run is over
+    driver_away_s: float  # a controller waits for its driver, to report the run's end
+    owner_gone_s: float  # a driver on another machine without a sign of life: its folder is free
 
     # Machines
-    machine_rest_s: float  # a machine is left alone after a second trouble; doubles with each
-    node_settled_s: float  # a node that lived for this long was well
+    machine_rest_s: float  # pause of a machine after its second problem; doubles with each further
+    node_settled_s: float  # a node alive for so long counts as healthy
 
     # Storage and snapshots
-    storage_stuck_s: float  # storage refuses, or one operation does not move
+    storage_stuck_s: float  # storage refuses, or an operation makes no progress
     storage_patience_s: float  # the same for a checkpoint that nothing can replace
-    in_flight_s: float  # a checkpoint that is being written may still come in time
-    final_s: float  # a rank that owes its last share or digest moves; one that was told to end ends
-    whole_pause_s: float  # before a whole checkpoint is asked for again; doubles with each
-    keeper_silent_s: float  # a node's keeper answers nothing: hung, so it is replaced
-    keeper_answer_s: float  # a keeper gives memory for a snapshot
-    keeper_fetch_s: float  # a keeper sends one record
-    keeper_list_s: float  # a keeper says what it holds, or takes note of a generation
+    in_flight_s: float  # wait for a checkpoint that is being written
+    final_s: float  # a rank must make progress with its last share or digest, or end when told
+    whole_pause_s: float  # before a full checkpoint is requested again; doubles each time
+    keeper_silent_s: float  # a node's keeper without an answer for so long is hung and replaced
+    keeper_answer_s: float  # a keeper must grant memory for a snapshot
+    keeper_fetch_s: float  # a keeper must send one record
+    keeper_list_s: float  # a keeper must list its records, or acknowledge a generation
 
 
 def derive_timeouts(tolerated_stall_s: float) -> Timeouts:
-    """The rule: a hung process is noticed within the stall, everything after it well before twice.
+    """Derive all time-outs from the tolerated stall.
 
     Args:
-        tolerated_stall_s: How long one process may stand still before it counts as lost, >= 0.5.
+        tolerated_stall_s: Seconds for which a process may hang before it counts as lost, >= 0.5.
     """
     stall = tolerated_stall_s
     startup_s = max(300.0, 30 * stall)
@@ -93,7 +92,7 @@ def derive_timeouts(tolerated_stall_s: float) -> Timeouts:
         actor_start_s=max(60.0, 3 * stall),
         restart_debounce_s=stall,
         controller_silent_s=max(5.0, 2 * stall),
-        controller_restart_s=startup_s,  # a machine that is busy starts it as slowly as a rank
+        controller_restart_s=startup_s,  # on a busy machine, it starts as slowly as a rank
         fault_recorded_s=6 * stall,
         controller_settled_s=3 * stall,
         restart_pause_s=stall,

@@ -1,7 +1,7 @@
-"""The whole configuration of a run: frozen sections, checked once, complete.
+"""``TrainConfig``, the whole configuration of a run.
 
-A run's file, its presets, the environment and the command line are layers over the defaults in
-``sections``; ``lazarus config reference`` prints them as a table.
+Presets, a TOML file, the environment and the command line are layers over the defaults in
+``sections``; ``lazarus config reference`` prints all keys as a table.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
     "TrainConfig",
 ]
 
-# Variable -> key, the weakest first. LAZARUS_SET holds `a.b=1;c.d=2`.
+# Environment variable -> key; later ones override earlier ones. LAZARUS_SET holds `a.b=1;c.d=2`.
 ENVIRONMENT = (
     ("RAY_ADDRESS", "cluster.address"),
     ("LAZARUS_ADDRESS", "cluster.address"),
@@ -68,7 +68,11 @@ ENVIRONMENT = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything a run is told. Frozen; where a value was said does not count for equality."""
+    """The configuration of a run: one frozen dataclass per section.
+
+    ``origins`` maps each key that was set to the place where it was set ("configs/a.toml:14");
+    equality ignores it.
+    """
 
     preset: Literal["tiny", "gpt-s", "gpt-m", "gpt-l"] | None = setting(
         None, "a named starting point for all sections"
@@ -94,12 +98,12 @@ class TrainConfig:
 
     @property
     def timeouts(self) -> Timeouts:
-        """Everything that is derived from the tolerated stall."""
+        """All time-outs, derived from ``recovery.tolerated_stall_s``."""
         return derive_timeouts(self.recovery.tolerated_stall_s)
 
     @property
     def seq_len(self) -> int:
-        """Tokens of a sample, without the one that is only predicted."""
+        """Input tokens per sample: ``data.seq_len``, or ``model.seq_len`` if not set."""
         return self.data.seq_len or self.model.seq_len
 
     @classmethod
@@ -113,18 +117,20 @@ class TrainConfig:
         flags: Mapping[str, Given] = MappingProxyType({}),
         checks: Iterable[Callable[[Self], list[Problem]]] = (),
     ) -> Self:
-        """Default < preset < file < environment < overrides (``--set``) < flags.
+        """Build a configuration from a file, environment variables and overrides.
+
+        Precedence: default < preset < file < environment < overrides (``--set``) < flags.
 
         Args:
             path: A TOML file.
-            overrides: ``section.key=VALUE`` each.
-            preset: Wins over a preset that the file names.
+            overrides: Texts of the form ``section.key=VALUE``.
+            preset: Name of a preset; replaces the preset named in the file.
             environment: Environment variables; only those of ``ENVIRONMENT`` are read.
             flags: Dotted key -> value with the name of the flag.
-            checks: Further checks of the finished configuration, reported together with the rest.
+            checks: Further checks of the finished configuration.
 
         Raises:
-            ConfigError: Every problem found, each with the place where it was said.
+            ConfigError: The configuration is invalid; all problems found, with their places.
         """
         layers, problems = [], []
         sources = [settings.read_toml(path, cls)] if path is not None else []
@@ -140,7 +146,11 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
-        """From nested mappings, as a TOML file holds them."""
+        """Build a configuration from nested mappings, structured like a TOML file.
+
+        Raises:
+            ConfigError: The configuration is invalid; all problems found.
+        """
         layer, problems = settings.flatten(mapping, cls, lambda dotted: "")
         return cls._build([layer], problems, ())
 
@@ -168,7 +178,7 @@ class TrainConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, complete: every key with its value."""
+        """A JSON-able dictionary with every key, also those at their default."""
         out: dict[str, Any] = {"preset": self.preset}
         for name, section in settings.sections_of(type(self)).items():
             values = getattr(self, name)
@@ -178,7 +188,7 @@ class TrainConfig:
         return out
 
     def to_toml(self) -> str:
-        """The complete configuration as a TOML file that loads back to an equal one."""
+        """The complete configuration as TOML text that loads to an equal configuration."""
         lines = [f"preset = {settings.toml_value(self.preset)}"]
         for name, section in settings.sections_of(type(self)).items():
             lines += ["", f"[{name}]"]
@@ -188,7 +198,7 @@ class TrainConfig:
         return "\n".join(lines) + "\n"
 
     def digest(self) -> str:
-        """SHA-256 over what decides the mathematics of a run, the same wherever it runs."""
+        """SHA-256 (hex) over model, data, train (without steps), optim and seed."""
         content = self.to_dict()
         decisive = {name: content[name] for name in ("model", "data", "train", "optim")}
         decisive["train"].pop("steps")
@@ -196,22 +206,22 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def run_dir(self, *, now: datetime, in_ray_job: bool = False) -> Path:
-        """The folder of the record, absolute; names filled in."""
+        """The absolute folder of the run, with ``{name}`` and ``{time}`` filled in."""
         text = self.run_dir_form(in_ray_job=in_ray_job)
         return Path(text.replace("{time}", now.strftime("%Y%m%d-%H%M%S")))
 
     def run_dir_form(self, *, in_ray_job: bool = False) -> str:
-        """The absolute path of ``run.dir``, still with ``{time}`` in it if it is named by time.
+        """The absolute path of ``run.dir``, with ``{name}`` filled in but not ``{time}``.
 
-        Inside a Ray job a default folder goes below the home directory, since the job's working
-        directory is a copy that goes with the head.
+        Inside a Ray job, the default folder lies below the home directory, since the job's working
+        directory is a temporary copy.
         """
         default = RunConfig().dir
         form = "~/lazarus/{time}-{name}" if in_ray_job and self.run.dir == default else self.run.dir
         return str(Path(os.path.expanduser(form.replace("{name}", self.run.name))).absolute())
 
     def given(self, section: str) -> list[str]:
-        """Keys of a section that somebody set, with the place: for sections that are ignored."""
+        """Keys of a section that were set, each with its place; to warn of ignored sections."""
         return [f"{k} ({w})" for k, w in self.origins.items() if k.startswith(f"{section}.")]
 
 
@@ -232,7 +242,7 @@ def _environment_sources(
 
 
 def _preset_layers(layers: Sequence[settings.Layer]) -> list[settings.Layer]:
-    """What the chosen presets say, weaker than everything that is given explicitly."""
+    """Layers with the values of the chosen presets; all explicit values override them."""
     chosen: dict[str, Given] = {}
     for layer in layers:
         chosen.update({k: layer[k] for k in ("preset", "model.preset") if k in layer})
