@@ -1,7 +1,7 @@
-"""Callbacks: told of what was committed, in the driver, after the fact; never blocking it.
+"""Callbacks: receive the events of a run in the driver, without blocking training.
 
-``callbacks.py`` has the base class and those that are configured by name, ``bus.py`` hands them
-the record's events, ``prometheus.py`` feeds a Ray cluster's metrics.
+``callbacks.py`` has the base class and the built-in callbacks, ``bus.py`` delivers the record's
+events to callbacks, ``prometheus.py`` exports the events as Ray metrics.
 """
 
 from lazarus.callbacks.callbacks import Callback, Jsonl, TensorBoard, WandB, configured

@@ -1,4 +1,4 @@
-"""Hands the record's events to the user's callbacks, in the driver, never blocking the run."""
+"""``CallbackBus``: delivers the record's events to callbacks, in a thread of the driver."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ from typing import Any
 
 from lazarus.basics.threads import say_so, spawn
 
-_CLOSE_S = 30.0  # for callbacks that are slow at the end
-_BOUND = 4096  # events that may wait for slow callbacks; more are dropped, and counted
+_CLOSE_S = 30.0  # longest wait for slow callbacks in ``close``
+_BOUND = 4096  # events that may wait for slow callbacks; further events are dropped and counted
 
 
 class CallbackBus:
-    """One thread, one bounded queue. A callback that raises is disabled, or fails the run."""
+    """Calls callbacks in a thread, from a bounded queue of events.
+
+    A callback that raises is disabled with a message on stderr.
+
+    Args:
+        callbacks: Objects with ``on_event(event)``.
+        fail: Also end the run when a callback raises, through ``on_failure``.
+
+    Attributes:
+        dropped: Number of events that were dropped because the queue was full.
+        error: The first error that was passed to ``on_failure``, or None.
+        on_failure: Called with the error that ends the run; set by the owner.
+    """
 
     def __init__(self, callbacks: Sequence[Any], *, fail: bool) -> None:
         self._active = list(callbacks)
@@ -24,7 +36,7 @@ class CallbackBus:
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_BOUND)
         self.dropped = 0
         self.error: BaseException | None = None
-        self.on_failure: Callable[[BaseException], None] = lambda problem: None  # ends the run
+        self.on_failure: Callable[[BaseException], None] = lambda problem: None
         self._thread = spawn("callbacks", self._run, on_death=self._died)
 
     def publish(self, event: dict[str, Any]) -> None:
@@ -34,13 +46,13 @@ class CallbackBus:
             self.dropped += 1
 
     def close(self) -> None:
-        """Let waiting events be handled, for a bounded time, then end."""
+        """Wait, at most about a minute, until queued events are delivered; stop the thread."""
         with suppress(queue.Full):
             self._queue.put(None, timeout=_CLOSE_S if self._thread.is_alive() else 0.0)
             self._thread.join(_CLOSE_S)
 
     def _died(self, name: str, problem: BaseException) -> None:
-        """No callback would hear anything any more."""
+        """The thread itself failed: no callback would receive further events."""
         say_so(name, problem)
         if self.error is None:
             self.error = problem

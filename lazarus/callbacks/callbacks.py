@@ -1,7 +1,9 @@
-"""Callbacks: told of what was committed, in the driver, after the fact; they never block training.
+"""The base class ``Callback`` and the built-in callbacks.
 
-They need not pickle. An exception disables the callback with a warning, or fails the run with
-``metrics.on_callback_error = "fail"``. Optional packages are imported when a run starts.
+Callbacks run in the driver after an event was recorded and do not block training. They need not be
+picklable. If a callback raises, it is disabled with a warning; with
+``metrics.on_callback_error = "fail"`` the run ends as well. Optional packages are imported when a
+run starts.
 """
 
 from __future__ import annotations
@@ -32,34 +34,38 @@ from lazarus.record.typed import (
 
 
 class Callback:
-    """Override what you need. Runs in the driver, one event after the other."""
+    """Base class for callbacks: override the methods for the events of interest.
+
+    Methods are called in the driver, one event after the other. Each receives a record of the event
+    (see ``lazarus.record.typed``).
+    """
 
     def on_event(self, event: Event) -> None:
-        """Every event of the record; hands it on to the methods below."""
+        """Called with every event of the record, as a mapping; dispatches to the methods below."""
         hand_on = _METHODS.get(event["event"])
         if hand_on is not None:
             hand_on(self, event)
 
     def on_run_start(self, run: RunRecord) -> None:
-        """A run, or another life of it, begins."""
+        """Called when a run starts or is resumed."""
 
     def on_step(self, step: StepRecord) -> None:
-        """A step is committed."""
+        """Called when a step is committed."""
 
     def on_eval(self, evaluation: EvalRecord) -> None:
-        """A held-out loss is there."""
+        """Called when an evaluation has finished."""
 
     def on_reconfigured(self, change: Reconfiguration) -> None:
-        """Members or plan changed, and training goes on."""
+        """Called when training goes on after a change of nodes or plan."""
 
     def on_expert_restored(self, expert: RestoredExpert) -> None:
-        """An expert came back from a copy that may be behind."""
+        """Called when a lost expert was restored from a copy that may be older than the step."""
 
     def on_checkpoint(self, checkpoint: CheckpointRecord) -> None:
-        """A checkpoint is durable."""
+        """Called when a checkpoint has been written to storage."""
 
     def on_run_end(self, end: RunEnd) -> None:
-        """The run is over."""
+        """Called when the run has ended."""
 
 
 _METHODS: Mapping[str, Callable[[Callback, Event], None]] = {
@@ -74,14 +80,20 @@ _METHODS: Mapping[str, Callable[[Callback, Event], None]] = {
 
 
 class Jsonl(Callback):
-    """Each event as one line of JSON, flushed at once: for a reader beside the run's own record."""
+    """Appends every event to a file as one line of JSON, flushed at once.
+
+    Use this callback to have another program follow the run.
+
+    Args:
+        path: The file; missing folders are created.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file: TextIO | None = None
 
     def on_event(self, event: Event) -> None:
-        """Write it."""
+        """Append the event to the file."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
@@ -93,13 +105,13 @@ class Jsonl(Callback):
 
 
 class _Scalars(Callback):
-    """What TensorBoard and W&B show: named numbers over steps."""
+    """Base of callbacks that log named numbers per step, such as TensorBoard and W&B."""
 
     def __init__(self) -> None:
         self._step = 0
 
     def on_step(self, step: StepRecord) -> None:
-        """Loss, speed, nodes, and every number that the step carries."""
+        """Log loss, speed, number of nodes, and every other number in the record."""
         self._step = step.step
         values = {"loss": step.loss, "num_nodes": float(step.num_nodes), "wall_s": step.wall_s}
         if step.wall_s > 0:
@@ -110,12 +122,12 @@ class _Scalars(Callback):
         self.write({f"train/{k}": v for k, v in values.items() if math.isfinite(v)}, step.step)
 
     def on_eval(self, evaluation: EvalRecord) -> None:
-        """The held-out loss."""
+        """Log the evaluation loss."""
         if math.isfinite(evaluation.loss):
             self.write({"eval/loss": evaluation.loss}, evaluation.step)
 
     def on_reconfigured(self, change: Reconfiguration) -> None:
-        """How long it took, by phase, and what was moved."""
+        """Log the duration by phase and the bytes moved."""
         values = {f"reconfiguration/{k}_s": v for k, v in change.phases.items()}
         values |= {
             "reconfiguration/wall_s": change.wall_s,
@@ -124,7 +136,7 @@ class _Scalars(Callback):
         self.write(values, self._step)
 
     def on_checkpoint(self, checkpoint: CheckpointRecord) -> None:
-        """Size and time."""
+        """Log size and duration."""
         values = {
             "checkpoint/bytes": float(checkpoint.bytes),
             "checkpoint/wall_s": checkpoint.wall_s,
@@ -132,12 +144,12 @@ class _Scalars(Callback):
         self.write(values, checkpoint.step)
 
     def write(self, values: Mapping[str, float], step: int) -> None:
-        """Send the numbers to where they are shown."""
+        """Log numbers by name for a step; subclasses implement this."""
         raise NotImplementedError
 
 
 class TensorBoard(_Scalars):
-    """Event files in ``log_dir``. Needs the package tensorboard."""
+    """Writes TensorBoard event files to ``log_dir``. Needs the package tensorboard."""
 
     def __init__(self, log_dir: str | Path) -> None:
         super().__init__()
@@ -160,11 +172,12 @@ class TensorBoard(_Scalars):
 
 
 class WandB(_Scalars):
-    """A Weights & Biases run; the same one after a restart, if the run's folder is the same.
+    """Logs to Weights & Biases. Needs the package wandb.
 
     Args:
-        project: The project.
-        run_dir: Where the run's id is kept. Without it each start is a new W&B run.
+        project: The W&B project.
+        run_dir: Folder in which the W&B run id is kept, so that a resumed run continues the same
+            W&B run. None: every start is a new W&B run.
         options: Further arguments of ``wandb.init``.
     """
 
@@ -175,7 +188,7 @@ class WandB(_Scalars):
         self._run: Any = None
 
     def on_run_start(self, run: RunRecord) -> None:
-        """Begin, or go on with the run of before."""
+        """Start the W&B run, or resume the previous one."""
         if self._run is None:
             module = _optional("wandb", extra="wandb")
             self._run = module.init(
@@ -188,7 +201,7 @@ class WandB(_Scalars):
             self._run.log(dict(values), step=step)
 
     def on_run_end(self, end: RunEnd) -> None:
-        """Say how it ended."""
+        """Write goodput and PLT to the summary, and finish the W&B run."""
         if self._run is not None:
             summary = {"goodput_tokens_per_s": end.goodput_tokens_per_s, "plt": end.plt}
             self._run.summary.update(summary)
@@ -206,10 +219,14 @@ class WandB(_Scalars):
 
 
 def configured(config: TrainConfig, *, run_dir: str | Path) -> list[Callback]:
-    """The callbacks that ``[metrics]`` asks for.
+    """Create the callbacks that the section ``[metrics]`` of the configuration asks for.
+
+    Args:
+        config: The configuration.
+        run_dir: The run's folder.
 
     Raises:
-        ConfigError: A package that one of them needs is not installed.
+        ConfigError: A required package is not installed.
     """
     wanted: list[Callback] = []
     problems = []

@@ -1,6 +1,7 @@
-"""The run's figures through Ray's metrics, so that a cluster's existing scrape finds them.
+"""``RayMetrics``: export a run's figures as Ray metrics, for Prometheus to scrape.
 
-Ray prefixes each name with ``ray_``. Per-expert series would be thousands: they go into the record.
+Ray prefixes each name with ``ray_``. There are no per-expert series, because there would be
+thousands; per-expert loads are in the record.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from lazarus.basics.threads import say_so, spawn
 from lazarus.callbacks import Callback
 from lazarus.record.typed import Event
 
-REPEAT_S = 5.0  # Ray drops a gauge that was not set for about 28 s
+REPEAT_S = 5.0  # Ray drops a gauge that has not been set for about 28 s
 _STEP_BOUNDS_S = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 
-# name -> kind, what it means, labels beside `run`. The alert rules and the dashboard in deploy/ use
-# these names; a test compares.
+# name -> kind, meaning, labels in addition to `run`. The alert rules and the dashboard in deploy/
+# use these names; a test compares them.
 METRICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "lazarus_step": ("gauge", "last committed step", ()),
     "lazarus_loss": ("gauge", "loss of the last committed step", ()),
@@ -45,23 +46,22 @@ METRICS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 class Series(Protocol):
-    """What is needed of a metric: Ray's classes have these, each its own."""
+    """One metric: called with a value and its labels."""
 
     def __call__(self, value: float, labels: Mapping[str, str]) -> None: ...
 
 
 class RayMetrics(Callback):
-    """Runs in the driver, which is part of the Ray cluster.
+    """Callback that exports events as Ray metrics; runs in the driver.
 
-    Ray forgets a gauge that is not set for about 28 s, so all gauges are set again every few
-    seconds until the run is over.
+    Ray drops a gauge that has not been set for about 28 s, so all gauges are set again every
+    ``repeat_s`` seconds until ``close``.
 
     Args:
-        run: The label `run` of every series until the record names the run, as it does when it
-            starts: each life of each run has a name of its own, which no other series have.
+        run: Value of the label `run` until the event ``run_started`` names the run.
         constants: Name -> value of gauges that do not change, such as configured limits.
-        make: Makes one series from (name, kind, meaning, labels); none: Ray's.
-        repeat_s: Seconds between two settings of the same value.
+        make: Factory of a series from (name, kind, meaning, labels); None: Ray's metrics.
+        repeat_s: Seconds after which gauges are set again.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class RayMetrics(Callback):
         self._thread: threading.Thread | None = None
 
     def on_event(self, event: Event) -> None:
-        """Turn one event into numbers."""
+        """Update the metrics that the event concerns."""
         handle = _HANDLERS.get(event["event"])
         if handle is not None:
             handle(self, event)
 
     def emit(self, name: str, value: float | None, **labels: str) -> None:
-        """Set a gauge, add to a counter, or observe into a histogram."""
+        """Set a gauge, add to a counter, or add an observation to a histogram; None is ignored."""
         if value is None:
             return
         kind, meaning, extra = METRICS[name]
@@ -109,14 +109,14 @@ class RayMetrics(Callback):
                     self._series[name](value, dict(given))
 
     def close(self) -> None:
-        """Let the gauges fade: the run is over."""
+        """Stop setting gauges again, so that Ray drops them. Call this when the run is over."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
 
     def _started(self, event: Event) -> None:
         self._run = str(event.get("run") or self._run)
-        if self._thread is None:  # training goes on without metrics, and says so once
+        if self._thread is None:  # if the thread dies, training goes on without metrics
             self._thread = spawn("metrics", self._repeat, on_death=say_so)
         for name, value in self._constants.items():
             self.emit(name, value)
@@ -175,7 +175,7 @@ _HANDLERS: Mapping[str, Callable[[RayMetrics, Event], None]] = {
 
 
 def ray_series(name: str, kind: str, meaning: str, labels: tuple[str, ...]) -> Series:
-    """A series of Ray's own metrics."""
+    """Create a gauge, counter or histogram of ``ray.util.metrics``."""
     metrics: Any = importlib.import_module("ray.util.metrics")
     if kind == "gauge":
         gauge = metrics.Gauge(name, description=meaning, tag_keys=labels)

@@ -1,4 +1,4 @@
-"""One self-contained ``report.html`` for a run, or for several side by side."""
+"""Self-contained HTML reports of a run, or of several runs side by side."""
 
 from lazarus.report.write import compare_reports, write_report
 

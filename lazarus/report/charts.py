@@ -1,4 +1,4 @@
-"""Charts as plain Plotly figures: dictionaries with ``data`` and ``layout``. Pure."""
+"""Charts as plain Plotly figures: dictionaries with ``data`` and ``layout``. Pure functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_LINES = 60
 
 
 def layout(*, x: str = "", y: str = "", height: int = 320, **more: Any) -> dict[str, Any]:
-    """What all charts share; it fits a narrow screen because the legend lies below."""
+    """Return the layout that all charts share; the legend is below to fit narrow screens."""
     axis = {"gridcolor": "#e6e6e6", "zerolinecolor": "#cccccc", "automargin": True}
     return {
         "height": height,
@@ -46,7 +46,7 @@ def layout(*, x: str = "", y: str = "", height: int = 320, **more: Any) -> dict[
 
 
 def line(name: str, x: Sequence[Any], y: Sequence[Any], *, colour: str, **more: Any) -> Figure:
-    """One trace of connected points."""
+    """Return one line trace."""
     return {
         "type": "scatter",
         "mode": "lines",
@@ -59,7 +59,7 @@ def line(name: str, x: Sequence[Any], y: Sequence[Any], *, colour: str, **more: 
 
 
 def loss_chart(views: Sequence[RunView]) -> Figure:
-    """Loss over time, the faults marked."""
+    """Draw the loss over time, with faults marked."""
     traces = [
         line(v.name, v.time_s, v.loss, colour=_colour(i), customdata=list(v.step),
              hovertemplate="step %{customdata}<br>loss %{y:.4f}<extra></extra>")
@@ -69,7 +69,7 @@ def loss_chart(views: Sequence[RunView]) -> Figure:
 
 
 def throughput_chart(views: Sequence[RunView]) -> Figure:
-    """Committed tokens per second over the last steps."""
+    """Draw committed tokens per second, averaged over the last steps."""
     traces = [
         line(v.name, v.time_s, v.tokens_per_s, colour=_colour(i)) for i, v in enumerate(views)
     ]
@@ -79,7 +79,7 @@ def throughput_chart(views: Sequence[RunView]) -> Figure:
 
 
 def nodes_chart(views: Sequence[RunView]) -> Figure:
-    """Live nodes."""
+    """Draw the number of live nodes over time."""
     traces = [
         line(v.name, [t for t, _ in v.nodes], [n for _, n in v.nodes], colour=_colour(i),
              line={"shape": "hv"})
@@ -95,7 +95,7 @@ def _colour(index: int) -> str:
 
 
 def _marked(traces: list[Figure], views: Sequence[RunView], drawn: dict[str, Any]) -> Figure:
-    """Vertical lines where something happened, and a legend that says what; for one run only."""
+    """Add vertical lines at faults and a legend of their kinds; for a single run only."""
     if len(views) != 1:
         return {"data": traces, "layout": {**drawn, "showlegend": True}}
     marks = views[0].marks
@@ -132,7 +132,7 @@ def _legend(marks: Sequence[Mark], traces: list[Figure]) -> list[Figure]:
 
 
 def recovery_chart(view: RunView) -> Figure | None:
-    """Every reconfiguration as a bar, cut by phase."""
+    """Draw every reconfiguration as a bar, divided by phase; None without reconfigurations."""
     if not view.phases:
         return None
     labels = [p.label for p in view.phases]
@@ -153,7 +153,7 @@ def recovery_chart(view: RunView) -> Figure | None:
 
 
 def placement_chart(holding: Holding) -> Figure:
-    """Nodes x experts: in how many layers the node holds the expert."""
+    """Draw nodes x experts: the number of layers in which the node holds the expert."""
     drawn = layout(x="expert", y="node", height=150 + 22 * min(30, len(holding.nodes)))
     drawn["yaxis"] |= {"type": "category", "autorange": "reversed"}
     drawn["xaxis"]["dtick"] = max(1, len(holding.counts[0]) // 16)
@@ -181,7 +181,7 @@ def placement_chart(holding: Holding) -> Figure:
 
 
 def load_chart(steps: Sequence[int], share_TE: Sequence[Sequence[float]]) -> Figure:
-    """Each expert's part of a layer's copies over time, [T][E]."""
+    """Draw each expert's share of a layer's routed copies over time, shares [T][E]."""
     num_experts = len(share_TE[0])
     return {
         "data": [
@@ -200,7 +200,7 @@ def load_chart(steps: Sequence[int], share_TE: Sequence[Sequence[float]]) -> Fig
 
 
 def checkpoint_chart(view: RunView) -> Figure | None:
-    """Steps that would have to be done again if everything died now."""
+    """Draw the steps since the newest checkpoint over time; None without checkpoints."""
     if not view.checkpoint_age:
         return None
     drawn = layout(x="seconds", y="steps", height=240, showlegend=False)
@@ -209,7 +209,7 @@ def checkpoint_chart(view: RunView) -> Figure | None:
 
 
 def survival_chart(survival: Sequence[tuple[int, float]]) -> Figure:
-    """Probability that every expert survives k losses."""
+    """Draw the probability that every expert survives, for pairs (lost nodes, probability)."""
     drawn = layout(x="nodes lost at once", y="probability", height=260)
     drawn["yaxis"]["range"] = [0, 1.04]
     drawn["xaxis"]["dtick"] = max(1, len(survival) // 12)
@@ -224,7 +224,7 @@ def survival_chart(survival: Sequence[tuple[int, float]]) -> Figure:
 
 
 def bars_chart(names: Sequence[str], values: Sequence[float], *, title: str) -> Figure:
-    """One bar per run."""
+    """Draw one bar per run."""
     colours = [_colour(i) for i in range(len(names))]
     bars = {"type": "bar", "x": list(names), "y": list(values), "marker": {"color": colours}}
     return {"data": [bars], "layout": layout(y=title, height=260)}

@@ -1,4 +1,4 @@
-"""The page around the charts: HTML and a few lines of script; nothing is fetched from anywhere."""
+"""The HTML page around the charts; self-contained, loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ document.body.dataset.charts = Object.keys(figures).length;
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One box: a title, a sentence, and a figure or a table."""
+    """One box of the page: a title, a sentence, and a figure or a table."""
 
     title: str
     about: str = ""
@@ -59,7 +59,14 @@ class Section:
 def page(
     *, title: str, subtitle: str, tiles: Sequence[tuple[str, str]], sections: Sequence[Section]
 ) -> str:
-    """The whole document."""
+    """Return the complete HTML document.
+
+    Args:
+        title: Title and heading.
+        subtitle: Line below the heading.
+        tiles: (value, name) pairs shown at the top.
+        sections: The boxes, in order.
+    """
     boxes = "".join(_tile(value, name) for name, value in tiles)
     body = "".join(_section(section, f"chart-{i}") for i, section in enumerate(sections))
     figures = {f"chart-{i}": s.figure for i, s in enumerate(sections) if s.figure is not None}
@@ -78,7 +85,7 @@ def page(
 
 
 def plotly_source() -> str:
-    """The drawing library that plotly installs, to be written into the page."""
+    """Return plotly.js from the installed plotly package, to be embedded in the page."""
     source = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text("utf-8")
     return source.replace("</script>", "<\\/script>")
 

@@ -1,4 +1,4 @@
-"""A run's record as the series that a report draws. Pure functions of the events.
+"""Convert a run's record to the series that a report draws. Pure functions of the events.
 
 Times are seconds since the run's first event; steps are committed steps.
 """
@@ -19,7 +19,7 @@ _MARKED = ("node_lost", "node_left", "node_joined", "expert_restored", "quorum_l
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """Something that happened at one moment."""
+    """An event to mark in the charts."""
 
     at_s: float
     kind: str
@@ -28,7 +28,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holding:
-    """Which experts each node held after a plan was adopted: ``counts[node][expert]`` layers."""
+    """The experts of each node under a plan: ``counts[node][expert]`` is a number of layers."""
 
     at_s: float
     nodes: tuple[int, ...]
@@ -38,7 +38,7 @@ class Holding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phases:
-    """One reconfiguration, by phase, in seconds."""
+    """Duration of one reconfiguration by phase, in seconds."""
 
     label: str
     phases: Mapping[str, float]
@@ -47,7 +47,7 @@ class Phases:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunView:
-    """Everything that one run's charts need."""
+    """All series of one run's charts."""
 
     name: str
     summary: Summary
@@ -64,7 +64,7 @@ class RunView:
 
 
 def view_of(events: Sequence[Event], *, name: str) -> RunView:
-    """The series of one record; an empty record gives empty series."""
+    """Compute the series of one record; an empty record gives empty series."""
     start = moment(events[0]) if events else 0.0
     commits = sorted(committed_steps(events).values(), key=moment)
     kept = thinned(list(range(len(commits))))
@@ -85,7 +85,7 @@ def view_of(events: Sequence[Event], *, name: str) -> RunView:
 
 
 def thinned(items: list[int], most: int = MOST_POINTS) -> list[int]:
-    """At most about ``most`` of the items, evenly, first and last included."""
+    """Return about ``most`` of the items at most, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return items
     stride = -(-len(items) // most)
@@ -101,7 +101,7 @@ def _speed(commits: Sequence[Event], index: int, start: float) -> float:
 
 
 def _nodes(events: Sequence[Event], start: float) -> tuple[tuple[float, int], ...]:
-    """Live nodes as steps in time: a loss shows at once, a return with the new generation."""
+    """Live nodes over time: a loss counts at once, a joining node with the new generation."""
     live, points = 0, []
     for event in events:
         match event["event"]:
@@ -194,7 +194,7 @@ def _holding(ranks: Sequence[Sequence[Sequence[int]]], nodes: list[int], *, at_s
 
 
 def _ages(events: Sequence[Event], start: float) -> tuple[tuple[float, int], ...]:
-    """Steps since the newest checkpoint, as a saw-tooth in time; nothing without checkpoints."""
+    """Steps since the newest checkpoint over time; empty without checkpoints."""
     newest, step, points = 0, 0, []
     saved = of_kind(events, "checkpoint_persisted")
     if not saved:

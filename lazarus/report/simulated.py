@@ -1,4 +1,4 @@
-"""Charts of simulated runs, on one page."""
+"""An HTML page with charts of simulated runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from lazarus.simulate.rows import Row
 
 
 def write_plot(rows: Sequence[Row], *, out: str | Path) -> Path:
-    """Goodput, ETTR and where the time went, by scenario and policy (first seed)."""
+    """Write charts of goodput, ETTR and stalls by scenario and policy (lowest seed only).
+
+    Args:
+        rows: Results of simulated runs, at least one.
+        out: The HTML file.
+
+    Returns:
+        The path of the file.
+    """
     first = [row for row in rows if row.seed == min(r.seed for r in rows)]
     sections = [
         Section(title="Goodput", about="Committed tokens per second.",

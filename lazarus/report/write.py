@@ -1,4 +1,4 @@
-"""Put a run's record, its loads and its certificate together, and write ``report.html``."""
+"""Write ``report.html`` from a run's record, expert loads and the last plan's certificate."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from placement.foreign import certified
 
 FILE_NAME = "report.html"
 LOADS_NAME = "expert_load.npz"
-_MOST_COLUMNS = 150  # moments of the load heat maps
-# A record lists the experts of no larger plan (lazarus.control.plans.planning).
+_MOST_COLUMNS = 150  # points in time of the load heat maps
+# A record does not list the experts of larger plans (lazarus.control.plans.planning).
 _UNLISTED = "not in the record slot by slot (over 20,000 slots)"
-_MOST_NODES = 64  # up to here a certificate is made in well under a second
+_MOST_NODES = 64  # a certificate for this many nodes takes well under a second
 
 
 def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
-    """Write a page from what the run left, and return its path.
+    """Write the report of one run and return its path.
 
     Args:
-        run_dir: The run's folder; only read where ``out`` is given.
-        out: The page; without it ``RUN_DIR/report.html``.
+        run_dir: The run's folder. Nothing in the folder changes if ``out`` lies elsewhere.
+        out: The HTML file; ``RUN_DIR/report.html`` when None.
 
     Raises:
-        RecordError: There is no record, or it is damaged.
+        RecordError: There is no record, or the record is damaged.
         OSError: The file cannot be written.
     """
     folder = Path(run_dir)
@@ -55,10 +55,15 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
 
 
 def compare_reports(run_dirs: Sequence[str | Path], *, out: str | Path) -> Path:
-    """Several runs in one page, side by side.
+    """Write one report that compares several runs, and return its path.
+
+    Args:
+        run_dirs: The runs' folders.
+        out: The HTML file.
 
     Raises:
-        RecordError, OSError: See ``write_report``.
+        RecordError: A record is missing or damaged.
+        OSError: The file cannot be written.
     """
     names = _names([Path(folder) for folder in run_dirs])
     views = [_view(Path(d), name=n) for d, n in zip(run_dirs, names, strict=True)]
@@ -107,7 +112,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _loads(folder: Path) -> LoadTrace | None:
-    """The run's own file, else the counts in its journals; None where neither is readable."""
+    """Expert loads from the run's file, else from its journals; None if neither is readable."""
     for read, place in ((load_loads, folder / LOADS_NAME), (counts_of_run, folder)):
         try:
             if place.exists() and (found := read(place)) is not None:
@@ -131,7 +136,7 @@ def _subtitle(view: RunView) -> str:
 
 
 def _ending(events: Sequence[Event]) -> str:
-    """How the run's last life ended, if it did."""
+    """How the run ended the last time, as text; "not ended" if it has not."""
     ends = of_kind(lives(events)[-1], "run_finished") if events else []
     if not ends:
         return ", not ended"
@@ -177,7 +182,7 @@ def _sections(view: RunView, events: Sequence[Event], loads: LoadTrace | None) -
 
 
 def _placement(view: RunView, *, unlisted: int) -> list[Section]:
-    """The first and the last plan that the record lists, and how many it does not."""
+    """Charts of the first and last plan in the record, and a note on plans that are not listed."""
     missing = []
     if unlisted:
         about = f"Plans that are not drawn: {unlisted}, {_UNLISTED}."
@@ -219,7 +224,7 @@ def _load_section(loads: LoadTrace, layer: int) -> Section:
 
 
 def _certificate(adopted: Sequence[Event]) -> list[Section]:
-    """What the last plan survives, from the record alone; else why it does not say."""
+    """The certificate of the last plan, or a note why there is none."""
     if not adopted:
         return []
     last, why = adopted[-1], ""

@@ -1,5 +1,6 @@
-"""What-if: the production decisions on a virtual clock.
+"""The simulator: the production controller's decisions on a virtual clock.
 
-Runs in one process without torch. ``rows.py`` is what a simulated run is asked and answers,
-``fleet/`` feeds events to the production ``decide``, ``studies/`` are the experiments.
+A simulation runs in one process without PyTorch. ``rows.py`` defines settings and results,
+``fleet/`` feeds events to the production ``decide``, ``systems/`` has the compared policies,
+``studies/`` has the experiments.
 """

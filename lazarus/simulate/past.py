@@ -1,4 +1,4 @@
-"""The stretches of steps behind a run, so that going back undoes what those steps really were."""
+"""The committed steps of a simulated run, kept so that a rollback undoes their exact totals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stretch:
-    """Alike steps: those after step ``first`` up to ``last``."""
+    """Consecutive steps of equal duration and batch: ``first`` + 1 to ``last``."""
 
     first: int
     last: int
@@ -16,17 +16,17 @@ class Stretch:
 
 
 class Past:
-    """Stretches in order, each from where the one before it ends."""
+    """Consecutive stretches of committed steps."""
 
     def __init__(self) -> None:
         self.stretches: list[Stretch] = []
 
     def went_on(self, stretch: Stretch) -> None:
-        """Steps were committed."""
+        """Append a stretch of committed steps."""
         self.stretches.append(stretch)
 
     def back_to(self, step: int) -> list[Stretch]:
-        """Everything after ``step`` is undone; what that was."""
+        """Undo all steps after ``step`` and return them as stretches, the latest first."""
         undone: list[Stretch] = []
         while self.stretches and self.stretches[-1].last > step:
             whole = self.stretches.pop()

@@ -1,4 +1,4 @@
-"""What a simulated run is asked and what it answers."""
+"""Settings and results of simulated runs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from placement import PlacementPolicy, replan
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One scenario: what trains where, for how long, and what goes wrong.
+    """One scenario: model, fleet, duration and faults.
 
     Attributes:
-        tokens_per_step: Global batch, constant for every policy.
-        horizon_s: Virtual seconds.
-        checkpoint_every: Steps between persisted checkpoints of policies with replicas.
-        full_checkpoint_every: Steps between full checkpoints of DS.
-        ft_checkpoint_every: The same for DS(FT).
-        group: Nodes that hold one set of experts under fixed expert parallelism.
-        placed_layers: Layers that plans hold; the others are alike. None: all.
-        peer_batch_per_node: Peers keep the batch of a node, so that theirs shrinks with the fleet.
-        loads_step: Training step at which the load trace starts.
+        tokens_per_step: Tokens of the global batch.
+        horizon_s: Length of the simulated run, in virtual seconds.
+        checkpoint_every: Steps between checkpoints on storage, for policies with replicas.
+        full_checkpoint_every: Steps between full checkpoints of the policy ``ds``.
+        ft_checkpoint_every: Steps between full checkpoints of the policy ``ds-ft``.
+        group: Nodes that together hold every expert once, for fixed expert parallelism.
+        placed_layers: MoE layers that are planned in detail; the other layers count as alike.
+            None: all layers. Set a small number to simulate a deep model quickly.
+        peer_batch_per_node: Whether fixed expert parallelism keeps the batch of a node constant,
+            so that the global batch shrinks with the fleet.
+        loads_step: Step of the load trace at which the run starts.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Setting:
     steps: int = 0  # stop after so many; 0: at the horizon
 
     def digest(self) -> str:
-        """SHA-256 over everything that a result depends on but policy and seed."""
+        """Return a SHA-256 of all inputs of a result except policy and seed."""
         content = {
             **{k: v for k, v in vars(self).items() if isinstance(v, str | int | float | None)},
             "shape": self.shape.to_dict(),
@@ -73,19 +75,19 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetPolicy:
-    """How a fleet under our control places experts; the same object as in a live run."""
+    """A policy of the Lazarus controller: the same placement and recovery as in a live run."""
 
     name: str
     placement: PlacementPolicy = replan
     recovery: RecoveryDecider | None = None  # None: restore each lost expert from its newest copy
-    min_replicas: int | None = None  # None: as the setting says
+    min_replicas: int | None = None  # None: that of the setting
     slots_per_node: int | None = None
-    overrides: Mapping[str, float] | None = None  # costs that are different under this policy
+    overrides: Mapping[str, float] | None = None  # figures of the cost model that differ under this policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The outcome of one policy under one seed; plain values only."""
+    """The result of one simulated run: one setting, one policy, one seed. Plain values only."""
 
     scenario: str
     policy: str
@@ -114,20 +116,20 @@ class Row:
     slots_per_node: int  # of one layer; 0 under fixed expert parallelism
     min_replicas: int
     state_bytes_per_node: float  # weights, master weights and moments
-    node_hours: float  # of all nodes, while they were there
+    node_hours: float  # presence summed over all nodes
     version: str = __version__
     decided_by: str = "lazarus.control"
-    profile: str = ""  # cost model; its figures are beside the rows
+    profile: str = ""  # name of the cost model
     recovery_s: tuple[float, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """One JSON-able object."""
+        """Return the row as a JSON-serializable dictionary."""
         return asdict(self)
 
 
 @dataclass
 class Tally:
-    """Sums of a run under way."""
+    """Running totals of a simulated run."""
 
     steps: int = 0
     tokens: float = 0.0
@@ -147,7 +149,7 @@ class Tally:
         self.stall_s[name] = self.stall_s.get(name, 0.0) + seconds
 
     def undo(self, stretches: Sequence[Stretch]) -> None:
-        """Committed steps are void and will be done again."""
+        """Subtract committed steps that a rollback undid, and count them as lost."""
         for stretch in stretches:
             lost = stretch.last - stretch.first
             self.steps -= lost
@@ -160,7 +162,7 @@ class Tally:
         self, setting: Setting, *, policy: str, seed: int, wall_s: float, nodes: int,
         first_step_s: float, decided_by: str, config: ControlConfig | None = None,
     ) -> Row:  # fmt: skip
-        """The sums as a row; without ``config`` every group of nodes holds the experts once."""
+        """Return the totals as a row; ``config`` is None for fixed expert parallelism."""
         shape = setting.shape
         slots, floor = (config.slots_per_node or 0, config.min_replicas) if config else (0, 0)
         held = slots or -(-shape.experts // setting.group)

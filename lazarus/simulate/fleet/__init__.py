@@ -1,4 +1,4 @@
-"""A fleet on a virtual clock, which carries out what the production controller orders.
+"""A simulated fleet that carries out the production controller's commands on a virtual clock.
 
-Start reading at ``fleet.py``; ``training.py`` is the steps, ``bodies.py`` what workers say.
+Start with ``fleet.py``; ``training.py`` simulates steps, ``bodies.py`` builds workers' messages.
 """

@@ -1,7 +1,8 @@
-"""Many alike answers entered into the controller's state at once, all but the last. Pure.
+"""Enter many similar answers of workers into the controller's state at once. Pure functions.
 
-The last one goes through ``decide``, which acts on it. The end state is the same as with one
-``decide`` for each, at a fraction of the cost; ``VirtualRun(exact=True)`` is the slow twin.
+All answers but the last are entered directly; the last one goes through ``decide``, which acts on
+it. The resulting state equals that of one ``decide`` per answer, at a fraction of the cost.
+``VirtualRun(exact=True)`` calls ``decide`` for every answer.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ FOREVER_S = 1e15
 
 
 def with_early(state: Control, name: str, early: Mapping[str, Body]) -> Control:
-    """The state after answers that none of which is the last.
+    """Return the state after some answers, not including the last one that is awaited.
 
     Args:
-        name: ``reports``, ``aligned`` or ``ready`` of the transition, or ``paused``.
+        state: The controller's state.
+        name: Kind of answer: ``reports``, ``aligned`` or ``ready`` (fields of the transition), or
+            ``paused``.
         early: The answers by worker.
     """
     if name == "paused":
@@ -37,7 +40,7 @@ def with_early(state: Control, name: str, early: Mapping[str, Body]) -> Control:
 
 
 def with_nodes(state: Control, hellos: Sequence[Hello]) -> Control:
-    """The state after these nodes said hello, given that the first of them has, as node 0."""
+    """Return the state after these nodes said hello; the first has done so already, as node 0."""
     node, worker = state.nodes[0], state.workers[hellos[0].worker]
     many = list(enumerate(hellos))
     return replace(
@@ -49,7 +52,7 @@ def with_nodes(state: Control, hellos: Sequence[Hello]) -> Control:
 
 
 def with_time(state: Control, *, now_s: float) -> Control:
-    """Every live worker's heartbeats have been heard until now."""
+    """Return the state in which every worker's latest heartbeat is from ``now_s``."""
     workers = {
         name: replace(known, heard_s=now_s, progress_s=now_s)
         for name, known in state.workers.items()
@@ -60,7 +63,7 @@ def with_time(state: Control, *, now_s: float) -> Control:
 def control_config(
     setting: Setting, policy: FleetPolicy, *, nodes: int, start_step: int
 ) -> ControlConfig:
-    """What the controller of a simulated run is configured with."""
+    """Return the controller's configuration for a simulated run."""
     slots = policy.slots_per_node or setting.slots_per_node
     return ControlConfig(
         steps=1 << 60,
@@ -77,7 +80,7 @@ def control_config(
         recovery=policy.recovery,
         plan_text=lambda plan: (
             plan.digest
-        ),  # nobody here reads it; the text of a large plan is long
+        ),  # not read in a simulation; the full text is long
         start_step=start_step,
         resume="storage" if start_step else None,
     )

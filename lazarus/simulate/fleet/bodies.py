@@ -1,4 +1,4 @@
-"""What workers say in a simulation, built from the state that they would have."""
+"""Messages of simulated workers, built from the state that real workers would have."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ VERSION = "simulated"
 
 
 def hello(key: str) -> Hello:
-    """A node's only worker says hello."""
+    """Return the hello message of a node's only worker."""
     return Hello(worker=f"{key}.0", node_key=key, version=VERSION, host=key)
 
 
 def vector(
     state: Control, *, step: int, tokens: float, wall_s: float, at_s: float, counts_LE: Floats
 ) -> Vector:
-    """The commit vector of a step of the running generation."""
+    """Return the commit vector of a step in the running generation."""
     layout = VectorLayout(
         world_size=len(state.seats), num_layers=state.shape[0], num_experts=state.shape[1]
     )
@@ -40,7 +40,7 @@ def vector(
 
 
 def holdings(plan: Plan, seats: tuple[str, ...]) -> dict[str, tuple[Held, ...]]:
-    """What each rank holds under a plan."""
+    """Return the experts that each rank holds under a plan, by worker."""
     rows_R = np.ascontiguousarray(plan.expert_of_slot.transpose(1, 0, 2))
     whole = np.dtype((np.void, rows_R[0].nbytes))  # a rank's slots of all layers as one key
     keys = rows_R.reshape(len(rows_R), -1).view(whole)[:, 0].tolist()
@@ -59,9 +59,9 @@ def all_aligned(
     snapshots: Mapping[str, tuple[SnapshotHeld, ...]], generation: int, step: int,
     history: NDArray[np.float64], dense_bytes: float, expert_bytes: float,
 ) -> dict[str, Body]:  # fmt: skip
-    """Every rank stands at ``step`` and says what it holds; those that hold the same say the same.
+    """Return each worker's ``Aligned`` message: at ``step``, with the experts it holds.
 
-    One object then stands for many ranks.
+    Workers with equal holdings share one message object, for speed.
     """
     alike: dict[str, Any] = {
         "generation": generation,

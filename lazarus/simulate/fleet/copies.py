@@ -17,32 +17,39 @@ from placement import Plan
 
 
 class CopyBook:
-    """Where the newest copy of every expert lies: in host memory of nodes, and on storage."""
+    """Tracks the newest copies of every expert: snapshots in nodes' host memory, and on storage."""
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
         self._state = ScheduleState.initial(config)
         shape = (config.num_layers, config.num_experts)
         self._snapped = np.zeros(shape, dtype=np.int64)
-        self._nodes = np.full((2, *shape), -1, dtype=np.int64)  # the owner, and one other node
+        self._nodes = np.full((2, *shape), -1, dtype=np.int64)  # home node and one other node
         self._stored = np.zeros(shape, dtype=np.int64)
         self._snapped_in = np.zeros(shape, dtype=np.int64)  # generations
         self._stored_in = np.zeros(shape, dtype=np.int64)
-        self._snapped_count = np.zeros(shape)  # routed copies up to that version
+        self._snapped_count = np.zeros(shape)  # tokens routed to the expert up to that version
         self._stored_count = np.zeros(shape)
         self._unsaved = [[0] * config.num_experts for _ in range(config.num_layers)]
-        self.full_step = 0  # newest checkpoint on storage from which everything can resume
-        self._start = self._storage()  # what the run as it is now started from
+        self.full_step = 0  # step of the newest checkpoint on storage; 0 = none
+        self._start = self._storage()  # storage at the start of the present life of the run
 
     def committed(
         self, first: int, last: int, plan: Plan, *, generation: int, routed_LE: Floats,
         rate_LE: Floats,
     ) -> int:  # fmt: skip
-        """Take what is due after steps ``first`` .. ``last``; how many persists there were.
+        """Take the snapshots and checkpoints that are due in steps ``first`` to ``last``.
 
         Args:
-            routed_LE: Copies routed up to step ``last``.
-            rate_LE: Copies routed by each of these steps.
+            first: First committed step.
+            last: Last committed step.
+            plan: The plan in force.
+            generation: The present generation.
+            routed_LE: Token copies routed to each expert up to step ``last``.
+            rate_LE: Token copies routed to each expert per step.
+
+        Returns:
+            The number of checkpoints written to storage.
         """
         every, persists = self.config.snapshot_every, 0
         if -(-first // every) * every > last:
@@ -74,7 +81,7 @@ class CopyBook:
         return persists
 
     def snapped(self, *, alive: set[int]) -> dict[int, tuple[SnapshotHeld, ...]]:
-        """What the host memory of each living node holds, by node; nothing of empty ones."""
+        """Return the snapshots in the host memory of each live node that has any, by node."""
         found: dict[int, list[SnapshotHeld]] = {}
         for place in range(2):
             for layer, expert in np.argwhere(self._nodes[place] >= 0).tolist():
@@ -92,7 +99,7 @@ class CopyBook:
         return {node: tuple(rows) for node, rows in found.items()}
 
     def on_storage(self) -> tuple[tuple[Stored, ...], tuple[StoredCheckpoint, ...]]:
-        """The newest version of each expert on storage, and the checkpoint that names them."""
+        """Return the newest version of each expert on storage, and the checkpoint they belong to."""
         stored = tuple(
             Stored(
                 layer=layer,
@@ -110,28 +117,29 @@ class CopyBook:
         return stored, (point,)
 
     def go_back(self, step: int, *, routed_LE: Floats) -> None:
-        """All state is that of a checkpoint, the newest or the start; newer copies are void.
+        """Roll back to a checkpoint: the newest one, or that of the start; drop newer copies.
 
         Args:
-            routed_LE: Copies routed up to ``step``.
+            step: Step of the checkpoint.
+            routed_LE: Token copies routed to each expert up to ``step``.
         """
         if step < self.full_step:
             self.full_step, self._stored, self._stored_in, self._stored_count = self._start
             self._start = self._storage()
         if not self.full_step:
-            self._state = ScheduleState.initial(self.config)  # the next checkpoint is a full one
+            self._state = ScheduleState.initial(self.config)  # so that the next checkpoint is full
         self._nodes[:, self._snapped > step] = -1
-        # No copy is ahead of the state that it was taken from, whatever rounding says.
+        # Rounding must not make a copy newer than the state it was taken from.
         self._stored_count = np.minimum(self._stored_count, routed_LE)
         self._snapped_count = np.minimum(self._snapped_count, routed_LE)
 
     def counts_on_storage(self) -> list[list[int]]:
-        """Routed copies in the newest version of each expert on storage, [L][E]."""
+        """Return the tokens routed up to the newest version of each expert on storage, [L][E]."""
         counts: list[list[int]] = self._stored_count.astype(np.int64).tolist()
         return counts
 
     def start_from_storage(self) -> None:
-        """Every node is gone, and with them what their memory held; a run starts from the rest."""
+        """Drop all snapshots in host memory, because every node is gone; only storage remains."""
         self._nodes[:] = -1
         self._start = self._storage()
 

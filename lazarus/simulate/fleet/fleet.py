@@ -1,7 +1,8 @@
-"""A fleet on a virtual clock: it feeds the production ``decide`` and carries out what that orders.
+"""``VirtualRun``: a fleet on a virtual clock, controlled by the production ``decide``.
 
-Nothing is decided here. Answers of many alike nodes are entered at once and the last of them goes
-through ``decide``: the same end state as one by one (``exact=True``), which a test compares.
+The fleet feeds events to ``decide`` and carries out the returned commands; it takes no decisions
+of its own. Answers of many nodes are entered at once and only the last one goes through ``decide``.
+A test compares the result with ``exact=True``, where every answer does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,16 @@ _WITHIN_S = 1e-6
 
 
 class VirtualRun:
-    """One run of one policy under one seed."""
+    """One simulated run of one policy under one seed.
+
+    Args:
+        setting: The scenario.
+        policy: Placement and recovery policy of the run.
+        seed: Seed of the faults.
+        exact: Send every worker's answer through ``decide``; slow, for tests.
+        on_event: Called with every event that the controller publishes.
+        on_clock: Called with the virtual time, in seconds since the start of training.
+    """
 
     def __init__(
         self, setting: Setting, *, policy: FleetPolicy, seed: int, exact: bool = False,
@@ -74,7 +84,7 @@ class VirtualRun:
     # ---- life ------------------------------------------------------------------------------------
 
     def run(self) -> Row:
-        """Live through the whole horizon."""
+        """Simulate until the horizon or the last wanted step, and return the result."""
         setting = self._setting
         start = fleet_of(setting.faults, setting.num_nodes)
         script = setting.faults.events(
@@ -153,7 +163,7 @@ class VirtualRun:
                 if self._on_event is not None:
                     self._on_event({"t": t, "event": name, **fields})
                 if name == "quorum_lost" and not fields["nodes"]:
-                    # Nobody is left. What the controller would do then is timed here.
+                    # No node is left. The restart is timed here, not by the controller.
                     self.state = replace(self.state, phase=Phase.ENDED)
                     self._over = True
                     self._reborn_if_possible()
@@ -161,7 +171,7 @@ class VirtualRun:
                 pass
 
     def _repeats(self, body: Body) -> bool:
-        """Whether the same order of the same generation has been carried out for another worker."""
+        """Whether the same command of the same generation was already carried out for a worker."""
         key = (type(body), getattr(body, "generation", -1))
         if key in self._told:
             return key[1] >= 0
@@ -171,7 +181,7 @@ class VirtualRun:
     # ---- who is there ----------------------------------------------------------------------------
 
     def _seat(self, keys: list[str]) -> None:
-        """The first nodes say hello, and the first generation starts."""
+        """Let the first nodes say hello, and run until the first generation trains."""
         hellos = [bodies.hello(key) for key in keys]
         if self._exact or len(hellos) < 3:
             for body in hellos:
@@ -192,7 +202,7 @@ class VirtualRun:
 
     def _on_hello(self, key: str) -> None:
         if key not in self._live:
-            return  # gone again before it was up
+            return  # lost before it was ready
         if self._over:
             self._reborn_if_possible()
             return
@@ -201,9 +211,9 @@ class VirtualRun:
         self._push(self._now + self._setting.join_debounce_s + _WITHIN_S, "tick", None)
 
     def _on_tick(self, _: None) -> None:
-        """Time passes; every live worker's heartbeats have been heard meanwhile."""
+        """Let the controller act on the time; all live workers have sent heartbeats meanwhile."""
         now = self._now
-        if not self._exact:  # any event makes ``decide`` begin what is due; nobody is silent
+        if not self._exact:  # any event makes ``decide`` start what is due
             self._feed(DriverSaid(body=DriverHello(run=""), at_s=now))
             return
         self.state = with_time(self.state, now_s=now)
@@ -233,7 +243,7 @@ class VirtualRun:
 
     def _mark_down(self, why: str) -> None:
         if self._down_s is not None and (self._why, why) == ("planned change", "recovery"):
-            self.tally.stall(self._why, self._now - self._down_s)  # a loss cuts it short
+            self.tally.stall(self._why, self._now - self._down_s)  # a loss ends the planned change
             self._down_s = None
         if self._down_s is None:
             self._down_s, self._why = self._now, why
@@ -241,7 +251,7 @@ class VirtualRun:
     # ---- answers ---------------------------------------------------------------------------------
 
     def _absorb(self, name: str, answers: Mapping[str, Body]) -> None:
-        """All answers of one phase: the last through ``decide``, the others straight into place."""
+        """Enter all answers of one phase: the last through ``decide``, the others directly."""
         if self._exact:
             for worker in answers:
                 self._say(worker, answers[worker])
@@ -257,7 +267,7 @@ class VirtualRun:
         return transition if current and self.state.phase is phase else None
 
     def _alive(self, workers: tuple[str, ...]) -> list[str]:
-        """Those that can still answer; None missing means that the phase will end."""
+        """The workers that can still answer; the phase ends only if this is all of them."""
         if self._dead.isdisjoint(workers):
             return list(workers)
         return [w for w in workers if w not in self._dead]
@@ -325,7 +335,7 @@ class VirtualRun:
         self._push(self._now + self._setting.join_debounce_s + _WITHIN_S, "tick", None)
 
     def _on_commit(self, generation: int) -> None:
-        """The first step after a change is committed: that ends the recovery."""
+        """The first step after a change is committed, which ends the recovery."""
         if generation != self.state.resumed or not self.training.running:
             return
         self.training.progress(self._now + _WITHIN_S)
@@ -339,7 +349,7 @@ class VirtualRun:
         self._drift()
 
     def _drift(self) -> None:
-        """Loads move on; the step time follows them."""
+        """Schedule the next update of loads and step time."""
         if (at_s := self.training.next_drift(self._now)) is not None:
             self._push(at_s, "drift", self.state.resumed)
 
@@ -351,7 +361,7 @@ class VirtualRun:
             self._drift()
 
     def _commit(self, step: int) -> None:
-        """The controller hears of the commits up to ``step``; quiet ones are entered at once."""
+        """Report commits up to ``step`` to the controller; all but the last are entered directly."""
         first = self.state.step + 1
         if not self._exact and step > first:
             self.state = replace(
@@ -366,7 +376,7 @@ class VirtualRun:
             self._say(self.state.seats[0], body)
 
     def _on_pause(self, generation: int) -> None:
-        """Every rank stands at the boundary that it was asked to stop at."""
+        """Every rank has stopped at the end of a step, as the controller asked."""
         if generation != self.state.resumed or not self.training.running:
             return
         self.training.progress(self._now + _WITHIN_S)
@@ -379,7 +389,7 @@ class VirtualRun:
     # ---- after the loss of everything ------------------------------------------------------------
 
     def _reborn_if_possible(self) -> None:
-        """A run whose last node is gone starts again from storage once enough nodes are there."""
+        """After the end of the whole run, schedule a restart from storage if enough nodes are live."""
         self._mark_down("restart")
         self._why = "restart"
         if len(self._live) * (self.state.config.slots_per_node or 1) < self._setting.shape.experts:

@@ -1,4 +1,4 @@
-"""The training of a simulated fleet: steps on a clock, what a change moves, what is saved."""
+"""The training of a simulated fleet: steps over time, cost of changes, snapshots, rollbacks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lazarus.simulate.past import Past, Stretch
 from lazarus.simulate.rows import Setting, Tally
 from placement import Plan
 
-_DRIFT_STEPS = 200  # steps after which the load is looked at again
+_DRIFT_STEPS = 200  # steps after which load and step time are updated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What a change of members takes and moves."""
+    """Duration of a change of nodes, in seconds, and what the change moves."""
 
     groups_s: float
     transfer_s: float
@@ -39,7 +39,7 @@ class Work:
 
 
 class Training:
-    """Steps of a fixed batch, at the pace of the present plan."""
+    """Training steps of a fixed batch, at the step time of the present plan."""
 
     def __init__(self, setting: Setting, tally: Tally) -> None:
         self._setting, self._tally = setting, tally
@@ -61,11 +61,11 @@ class Training:
 
     @property
     def running(self) -> bool:
-        """Whether steps are being computed."""
+        """Whether steps are being computed now."""
         return self._since is not None
 
     def load(self) -> Floats:
-        """Part of each layer's copies that every expert gets now, [placed layers, E]."""
+        """Return each expert's share of its layer's routed copies now, [placed layers, E]."""
         return self._load_at(self.step)
 
     def _load_at(self, step: int) -> Floats:
@@ -73,11 +73,11 @@ class Training:
         return shares[: self._layers]
 
     def _rate_at(self, step: int) -> Floats:
-        """Copies that a step routes to each expert."""
+        """Token copies that the step routes to each expert, [placed layers, E]."""
         return self._load_at(step) * self._setting.tokens_per_step * self._shape.top_k
 
     def history_at(self, step: int) -> Floats:
-        """The load history as it was at an earlier step of the present past, [3, L, E]."""
+        """Return the load history as of an earlier step that was not undone, [3, L, E]."""
         history = self._first_history
         for stretch in self._past.stretches:
             if stretch.first < step:
@@ -88,7 +88,7 @@ class Training:
     # ---- steps -----------------------------------------------------------------------------------
 
     def progress(self, now_s: float) -> None:
-        """Commit every step that is complete by now."""
+        """Commit every step that is complete at ``now_s``."""
         if self._since is None or self.step_s <= 0:
             return
         count = int((now_s - self._since) / self.step_s + 1e-9)
@@ -119,25 +119,25 @@ class Training:
         self._tally.productive_s += count * self.step_s
 
     def stop(self, now_s: float) -> None:
-        """Training stands still; the step under way is done again later."""
+        """Stop training; the step in progress is lost and will be repeated."""
         self.progress(now_s)
         self._since = None
 
     def boundary(self, now_s: float) -> float:
-        """When the step under way is complete."""
+        """Return the time at which the step in progress will be complete."""
         if self._since is None:
             return now_s
         begun = int((now_s - self._since) / self.step_s + 1e-9)
         return self._since + (begun + 1) * self.step_s
 
     def done_at(self) -> float | None:
-        """When the last wanted step is complete; None without such, or while nothing runs."""
+        """Return when the last wanted step will be complete; None if unlimited or stopped."""
         if not self._setting.steps or self._since is None:
             return None
         return self._since + (self._setting.steps - self.step) * self.step_s
 
     def renew_step(self) -> None:
-        """The step time under the present plan and load."""
+        """Update the step time to the present plan and load."""
         assert self._plan is not None
         parts = replicated_step(
             self._costs,
@@ -151,7 +151,7 @@ class Training:
         self.first_step_s = self.first_step_s or self.step_s
 
     def next_drift(self, now_s: float) -> float | None:
-        """When to look at the loads again; None if they never move or nothing runs."""
+        """Return when to update the load next; None if the load is constant or training stopped."""
         if len(self._setting.load.steps) < 2 or self._since is None:
             return None
         return max(now_s, self._since) + _DRIFT_STEPS * self.step_s
@@ -168,14 +168,14 @@ class Training:
         generation: int,
         run: bool,
     ) -> None:
-        """A generation begins at a committed step; ``run`` False: a member is dead already."""
+        """Start a generation at a committed step; with ``run`` False training stays stopped."""
         self._plan, self.step, self.generation = plan, step, generation
         self.held = holdings(plan, seats)
         self.renew_step()
         self._since = now_s + self._costs.warming_s(len(seats)) if run else None
 
     def prepare(self, order: Prepare) -> Work:
-        """What the change takes: groups, transfer of the busiest node, restores."""
+        """Return the cost of a change: new groups, transfer of the busiest node, restores."""
         record, dense = self._shape.expert_bytes * self._scale, self._shape.dense_bytes
         sent = Counter(move.source for move in order.moves)
         got = Counter(move.target for move in order.moves)
@@ -203,20 +203,24 @@ class Training:
         )
 
     def prepared(self, work: Work) -> None:
-        """The change is done: enter what it moved."""
+        """Count what a completed change moved."""
         self._tally.experts_moved += work.experts
         self._tally.bytes_moved += work.num_bytes
         self._tally.experts_restored += work.restored
 
     def billed(self, lost_copies: float) -> None:
-        """The controller says what a restored expert lacks; all alike layers count."""
+        """Count the token copies that a restored expert lost, scaled to all layers of the model."""
         self._tally.lost_copies += lost_copies * self._scale
 
     def go_back(self, step: int, ledger: PltLedger) -> PltLedger:
-        """All state is that of a checkpoint again, with experts that were last saved before it.
+        """Roll back to the checkpoint of ``step``.
 
         Args:
-            ledger: What restores have cost so far; the answer adds what the checkpoint lacks.
+            step: Step of the checkpoint.
+            ledger: Lost tokens (PLT) so far.
+
+        Returns:
+            The ledger, plus the losses of experts that were saved before the checkpoint's step.
         """
         self.history = self.history_at(step)
         self._tally.undo(self._past.back_to(step))
@@ -234,21 +238,21 @@ class Training:
         return ledger
 
     def start_again(self, ledger: PltLedger) -> PltLedger:
-        """Everything is gone: back to the newest checkpoint on storage."""
+        """Roll back to the newest checkpoint on storage, after the loss of all nodes."""
         ledger = self.go_back(self.copies.full_step, ledger)
         self.copies.start_from_storage()
         return ledger
 
 
 def _advanced(history: Floats, rate_LE: Floats, count: int) -> Floats:
-    """The load history after so many more steps at one rate."""
+    """The load history after ``count`` more steps at a constant rate."""
     fade = HISTORY_DECAY**count
     recent = history[0] * fade + rate_LE * (1 - fade)
     return np.stack([recent, history[1] + count * rate_LE, rate_LE])
 
 
 def schedule_of(setting: Setting, layers: int) -> ScheduleConfig:
-    """What a run of this setting saves when."""
+    """Return the snapshot and checkpoint schedule of a setting."""
     experts = setting.shape.experts
     k_persist = setting.k_persist or max(1, experts // 8)
     every = max(1, setting.checkpoint_every // 10)

@@ -1,1 +1,1 @@
-"""What a simulation assumes: model shapes, traces of fleets, faults, and what things cost."""
+"""Inputs of a simulation: model shapes, fleet traces, faults, and the cost model."""

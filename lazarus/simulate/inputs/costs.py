@@ -1,6 +1,7 @@
-"""What things cost in seconds, each assumption a named figure with its unit and where it is from.
+"""The cost model: durations in seconds from named figures, each with its unit and reason.
 
-Symbols: N nodes in use, E experts, L MoE layers (all of them; plans may hold fewer, alike ones).
+Symbols: N nodes in use, E experts, L MoE layers of the model (a plan may hold only some of them
+if layers are alike).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lazarus.record.loads import Floats
 from lazarus.simulate.inputs.shapes import Shape
 from placement import Plan
 
-# What a change of members takes, apart from bytes on a wire.
+# Figures of the duration of a change of nodes, except for transferred bytes.
 _CHANGES = (
     "detect_s", "release_s", "release_per_node_s", "align_s", "align_per_node_s", "groups_s",
     "groups_per_node_s", "plan_s", "transfer_fixed_s", "warmup_s", "warmup_per_node_s",
@@ -34,7 +35,10 @@ def _assume(default: Any, unit: str, why: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """The cost model. All rates are per node, except storage, which all nodes share."""
+    """A cost model. Rates are per node, except that all nodes share the storage.
+
+    ``lazarus calibrate`` measures these figures from records of real runs.
+    """
 
     name: str = "h200-8x400g"
     source: str = "assumed"  # or "measured": calibrated from records
@@ -75,22 +79,22 @@ class Costs:
     )
 
     def changed(self, figures: Mapping[str, float]) -> Costs:
-        """The same profile with some figures different."""
+        """Return a copy with some figures replaced."""
         changes: dict[str, Any] = dict(figures)
         return replace(self, **changes)
 
     def with_steps(self, table: tuple[tuple[int, float], ...]) -> Costs:
-        """The same profile with other measured steps."""
+        """Return a copy with a table of measured step times, as (nodes, seconds) pairs."""
         return replace(self, step_table_s=tuple(sorted(table)))
 
     def at_pace(self, factor: float) -> Costs:
-        """The same profile on a machine whose steps and changes take ``factor`` times as long."""
+        """Return a copy in which measured steps and changes take ``factor`` times as long."""
         slower = {name: factor * getattr(self, name) for name in _CHANGES}
         table = tuple((nodes, factor * seconds) for nodes, seconds in self.step_table_s)
         return self.changed(slower).with_steps(table)
 
     def assumptions(self) -> list[dict[str, Any]]:
-        """Every figure with unit and reason, for printing beside results."""
+        """Return every figure with its unit and reason, for printing beside results."""
         rows = []
         for item in fields(self):
             if "unit" in item.metadata:
@@ -98,35 +102,35 @@ class Costs:
         return rows
 
     def to_json(self) -> str:
-        """The profile as a file that ``--profile`` reads back."""
+        """Return the profile as JSON text, in the format that ``--profile`` reads."""
         return json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n"
 
     def planning_s(self, shape: Shape, num_nodes: int) -> float:
-        """Time of one plan."""
+        """Return the time to compute one plan."""
         return self.plan_s + self.plan_per_cell_s * shape.moe_layers * shape.experts * num_nodes
 
     def releasing_s(self, num_nodes: int) -> float:
-        """Time until the survivors have left their collectives."""
+        """Return the time until the surviving nodes have left their collectives."""
         return self.release_s + self.release_per_node_s * num_nodes
 
     def aligning_s(self, num_nodes: int) -> float:
-        """Time until all stand at the same step."""
+        """Return the time until all nodes have agreed on a step."""
         return self.align_s + self.align_per_node_s * num_nodes
 
     def warming_s(self, num_nodes: int) -> float:
-        """What the first step after a change takes longer."""
+        """Return the additional time of the first step after a change."""
         return self.warmup_s + self.warmup_per_node_s * num_nodes
 
     def grouping_s(self, num_nodes: int) -> float:
-        """Time of new groups."""
+        """Return the time to create new communicators."""
         return self.groups_s + self.groups_per_node_s * num_nodes
 
     def checkpoint_s(self, num_bytes: float) -> float:
-        """A write to, or read from, storage."""
+        """Return the time to write to, or read from, storage."""
         return num_bytes / self.storage_bytes_per_s
 
     def table_step_s(self, num_nodes: int) -> float | None:
-        """The measured step at this size, between two sizes in proportion; None without a table."""
+        """Return the measured step time, interpolated between sizes; None without a table."""
         if not self.step_table_s:
             return None
         sizes, seconds = zip(*sorted(self.step_table_s), strict=True)
@@ -160,10 +164,10 @@ PROFILES: Mapping[str, Costs] = MappingProxyType(
 
 
 def read_profile(text: str) -> Costs:
-    """A profile by name, or from a file that ``lazarus calibrate`` wrote.
+    """Return a profile by name, or read one from a file that ``lazarus calibrate`` wrote.
 
     Raises:
-        ConfigError: Neither; or the file does not hold a profile.
+        ConfigError: There is no such name or file, or the file does not hold a profile.
     """
     if text in PROFILES:
         return PROFILES[text]
@@ -192,7 +196,7 @@ def _check(costs: Costs) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepParts:
-    """Seconds of one step by what takes them."""
+    """Duration of one step, divided into parts, in seconds."""
 
     compute: float
     exchange: float
@@ -209,10 +213,13 @@ class StepParts:
 def replicated_step(
     costs: Costs, shape: Shape, plan: Plan, load_LE: Floats, *, tokens: float
 ) -> StepParts:
-    """A step on a plan with replicas: at home or spread, whichever is faster.
+    """Return the duration of a step on a plan with replicas, in home or spread mode if faster.
 
     Args:
-        load_LE: Part of each layer's copies per expert; rows sum to 1; the plan's layers.
+        costs: The cost model.
+        shape: The model.
+        plan: The plan.
+        load_LE: Share of each layer's routed copies per expert, [L, E]; rows sum to 1.
         tokens: Tokens of the global batch.
     """
     nodes = plan.num_nodes
@@ -238,7 +245,7 @@ def replicated_step(
 
 
 def _home_loads(plan: Plan, load_LE: Floats) -> Floats:
-    """Part of each layer's copies that each node serves when every expert works at home, [L, N]."""
+    """Share of each layer's routed copies that each node serves in home mode, [L, N]."""
     node_LE = plan.home // plan.ranks_per_node
     loads = np.zeros((plan.num_layers, plan.num_nodes))
     for layer in range(plan.num_layers):
@@ -247,9 +254,9 @@ def _home_loads(plan: Plan, load_LE: Floats) -> Floats:
 
 
 def _home_traffic(plan: Plan, held_LN: Any) -> float:
-    """Gradient records that the busiest node sends or gets, mean over layers.
+    """Expert gradients that the busiest node sends or receives in home mode, mean over layers.
 
-    The home of an expert sends its sum to every other replica.
+    The home of an expert sends its gradient to every other replica.
     """
     node_LE = plan.home // plan.ranks_per_node
     busiest = []
@@ -266,13 +273,13 @@ def _parts(
     costs: Costs, shape: Shape, *, nodes: int, tokens: float, ratio: float, sync: float, mode: str,
     pad: float = 1.0, held: float = 0.0,
 ) -> StepParts:  # fmt: skip
-    """A step from its busiest node.
+    """Compute the duration of a step from the busiest node.
 
     Args:
-        ratio: Copies of the busiest node over the mean, mean over layers.
+        ratio: Routed copies on the busiest node over the mean, averaged over layers.
         sync: Bytes of expert gradients that the busiest node moves.
         pad: Factor on the bytes of an exchange.
-        held: Expert parameters on a node, for the optimizer; 0: what one replica each gives.
+        held: Expert parameters per node, for the optimizer; 0: those of one replica per expert.
     """
     mine = tokens / nodes
     copies = mine * shape.top_k * shape.moe_layers
@@ -296,9 +303,10 @@ def _parts(
 def grouped_step(
     costs: Costs, shape: Shape, load_LE: Floats, *, nodes: int, group: int, tokens: float
 ) -> StepParts:
-    """A step of fixed expert parallelism: each group of ``group`` nodes holds every expert once.
+    """Return the duration of a step of fixed expert parallelism.
 
-    Exchanges are padded to the largest expert if the peers do so; groups sum expert gradients.
+    Each group of ``group`` nodes holds every expert once, and groups sum their expert gradients.
+    With ``costs.peer_padding`` exchanges are padded to the largest expert.
     """
     if (measured := costs.table_step_s(nodes)) is not None:
         return StepParts(compute=measured, exchange=0, expert_sync=0, dense_sync=0, fixed=0)

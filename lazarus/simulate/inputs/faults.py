@@ -1,4 +1,4 @@
-"""Where faults come from: periodic, Poisson per node, whole zones, trace files. Seeded."""
+"""Fault sources: periodic, Poisson per node or zone, traces, scripts. Seeded, so repeatable."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ START = "start"
 
 
 def names(count: int, *, first: int = 0) -> tuple[str, ...]:
-    """Node names in join order."""
+    """Return ``count`` node names in join order, starting with number ``first``."""
     return tuple(f"n{i}" for i in range(first, first + count))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Periodic:
-    """One node every ``every_s``, until only ``until`` are left.
+    """Removes nodes at a fixed interval until too few are left.
 
-    ``pick`` is "random", or "first": the node that joined first, which every system has in use;
-    a random one may be a node that fixed expert parallelism leaves idle.
+    Attributes:
+        every_s: Seconds between faults.
+        nodes: Nodes removed per fault.
+        until: Fewest nodes that remain.
+        pick: "random", or "first" for the oldest nodes. Use "first" to compare systems: a random
+            node may be one that fixed expert parallelism leaves idle.
     """
 
     every_s: float
@@ -47,9 +51,13 @@ class Periodic:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Poisson:
-    """Every node fails by itself; another one comes for it after ``replace_s`` (None: never).
+    """Nodes, and optionally whole zones, fail independently at random times.
 
-    ``zone_mtbf_s`` adds losses of whole zones: node i belongs to zone i mod ``zones``.
+    Attributes:
+        node_mtbf_s: Mean time between failures of one node, in seconds.
+        replace_s: Seconds until a new node replaces a lost one; None: never.
+        zones: Number of zones; node i belongs to zone i mod ``zones``.
+        zone_mtbf_s: Mean time between failures of one zone, in seconds.
     """
 
     node_mtbf_s: float
@@ -61,7 +69,7 @@ class Poisson:
         if self.node_mtbf_s <= 0 or self.zone_mtbf_s <= 0:
             raise ConfigError("a mean time between failures must be > 0")
         rng = np.random.default_rng(seed)
-        places = list(names(num_nodes))  # a place is held by one node after the other
+        places = list(names(num_nodes))  # the node that holds each place now
         free_s = np.zeros(num_nodes)  # when the place is filled again
         serial, at_s, found = num_nodes, 0.0, []
         rate = num_nodes / self.node_mtbf_s + self.zones / self.zone_mtbf_s
@@ -91,23 +99,23 @@ class Poisson:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FromTrace:
-    """A trace file, or a part of it; its nodes at time 0 start the run."""
+    """Replays a fleet trace. The run starts with the trace's nodes at time 0."""
 
     trace: FleetTrace
 
     def events(self, *, num_nodes: int, horizon_s: float, seed: int) -> list[FleetEvent]:
-        del num_nodes, seed  # the trace says
+        del num_nodes, seed  # given by the trace
         return [e for e in self.trace.events if 0 < e.at_s < horizon_s]
 
     @property
     def start(self) -> tuple[str, ...]:
-        """Nodes that are there at time 0."""
+        """Nodes of the trace at time 0."""
         return tuple(sorted(self.trace.nodes_at(0.0)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scripted:
-    """Given events, such as those that a real run was given."""
+    """Replays given events, such as the faults of a real run."""
 
     script: tuple[FleetEvent, ...]
 
@@ -120,12 +128,12 @@ FaultSource = Periodic | Poisson | FromTrace | Scripted
 
 
 def fleet_of(source: FaultSource, num_nodes: int) -> tuple[str, ...]:
-    """Names of the nodes that start the run."""
+    """Return the names of the nodes that start the run."""
     return source.start if isinstance(source, FromTrace) else names(num_nodes)
 
 
 def node_hours(source: FaultSource, *, num_nodes: int, length_s: float, seed: int) -> float:
-    """Hours that nodes are there, summed over all of them: what a fleet is paid for."""
+    """Return the hours of presence summed over all nodes, the basis of a fleet's price."""
     fleet = fleet_of(source, num_nodes)
     live, since_s, total_s = set(fleet), 0.0, 0.0
     for event in source.events(num_nodes=len(fleet), horizon_s=length_s, seed=seed):
@@ -136,7 +144,7 @@ def node_hours(source: FaultSource, *, num_nodes: int, length_s: float, seed: in
 
 
 def live_after(fleet: Sequence[str], events: Sequence[FleetEvent], at_s: float) -> set[str]:
-    """Who is there after the events up to a moment."""
+    """Return the nodes present after all events up to ``at_s``."""
     live = set(fleet)
     for event in events:
         if event.at_s <= at_s:
@@ -145,6 +153,6 @@ def live_after(fleet: Sequence[str], events: Sequence[FleetEvent], at_s: float) 
 
 
 def by_number(name: str) -> tuple[int, str]:
-    """Sorts names in join order."""
+    """Sort key that orders node names by join order."""
     digits = "".join(c for c in name if c in "0123456789")[:18]
     return (int(digits) if digits else 0, name)

@@ -1,4 +1,4 @@
-"""Model shapes that people train, as far as costs depend on them."""
+"""Shapes of well-known models, as far as the cost model needs them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from lazarus.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One model.
+    """The shape of one model.
 
     Attributes:
-        moe_layers: Layers with experts.
+        moe_layers: Number of layers with experts.
         dim: Width of the residual stream.
         hidden: Inner width of an expert.
         matrices: Weight matrices of an expert: 2 (GELU) or 3 (gated).
-        dense_params: Everything that is no routed expert, shared experts included.
-        attention_layers: Layers with attention.
-        seq_len: Tokens of a sample.
-        state_bytes: Bytes of training state per parameter: fp16 weight, fp32 master, two moments.
+        experts: Routed experts per MoE layer.
+        top_k: Experts per token.
+        dense_params: Parameters outside the routed experts, including shared experts.
+        attention_layers: Number of layers with attention.
+        seq_len: Tokens per sample.
+        state_bytes: Bytes of training state per parameter: fp16 weight, fp32 master weight, two
+            moments.
     """
 
     name: str
@@ -44,32 +47,32 @@ class Shape:
 
     @property
     def total_params(self) -> float:
-        """All parameters."""
+        """Parameters of the whole model."""
         return self.dense_params + self.moe_layers * self.experts * self.expert_params
 
     @property
     def expert_bytes(self) -> float:
-        """Training state of one expert of one layer."""
+        """Bytes of training state of one expert of one layer."""
         return self.expert_params * self.state_bytes
 
     @property
     def dense_bytes(self) -> float:
-        """Training state of the dense part."""
+        """Bytes of training state of the dense part."""
         return self.dense_params * self.state_bytes
 
     @property
     def total_bytes(self) -> float:
-        """A full checkpoint."""
+        """Bytes of a full checkpoint."""
         return self.total_params * self.state_bytes
 
     @property
     def dense_flops(self) -> float:
-        """Forward and backward of the dense part and of attention, per token."""
+        """FLOPs per token of forward and backward of the dense part and of attention."""
         attention = 12.0 * self.attention_layers * self.dim * self.seq_len
         return 6.0 * self.dense_params + attention
 
     def to_dict(self) -> dict[str, Any]:
-        """For the record of a simulation."""
+        """Return the shape as a dictionary."""
         return asdict(self)
 
 
@@ -109,10 +112,10 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 
 def shape_named(name: str) -> Shape:
-    """A named shape.
+    """Return a shape by name.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is no shape of that name.
     """
     try:
         return SHAPES[name]

@@ -1,8 +1,8 @@
 """Trace files of fleets: Bamboo's ``ms,add|remove,node`` and Parcae's JSON lines.
 
-Meaning of what is odd but harmless: adding a node that is there and removing one that is not are
-counted and left out (real traces hold both). What cannot be read, and time that goes backwards,
-is an error with file and line. Time starts when the first node is added, whatever the clock said.
+Adding a node that is present and removing a node that is absent have no effect and are counted
+(real traces contain both). Unreadable lines and decreasing times are errors with file and line.
+Time 0 is the moment when the first node is added.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_PROBLEMS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetEvent:
-    """Nodes that come or go at one moment; ``at_s`` counts from the first node's coming."""
+    """Nodes that join or leave at one moment, in seconds since the first node was added."""
 
     at_s: float
     kind: str  # "add" or "remove"
@@ -29,7 +29,7 @@ class FleetEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetTrace:
-    """A whole trace: in order of time, one event per moment and kind."""
+    """A trace in order of time, with at most one event per moment and kind."""
 
     name: str
     events: tuple[FleetEvent, ...]
@@ -38,11 +38,11 @@ class FleetTrace:
 
     @property
     def length_s(self) -> float:
-        """Until its last event."""
+        """Time of the last event, in seconds."""
         return self.events[-1].at_s if self.events else 0.0
 
     def nodes_at(self, at_s: float) -> frozenset[str]:
-        """Who is there after all events up to a moment."""
+        """Return the nodes present after all events up to ``at_s``."""
         live: set[str] = set()
         for event in self.events:
             if event.at_s > at_s:
@@ -52,13 +52,14 @@ class FleetTrace:
 
 
 def read_trace(path: str | Path, *, time_scale: float = 1.0) -> FleetTrace:
-    """Read a trace of either form; which one shows in its first line.
+    """Read a trace file. Each line may be in either format.
 
     Args:
-        time_scale: Multiplies all times: 0.1 makes a trace run ten times as fast.
+        path: The trace file.
+        time_scale: Factor on all times: 0.1 replays the trace ten times as fast.
 
     Raises:
-        ConfigError: Unreadable lines, each with file and line, or time that goes backwards.
+        ConfigError: The file or a line cannot be read, times decrease, or no node is ever added.
     """
     if not 0 < time_scale < float("inf"):
         raise ConfigError(f"time scale {time_scale} must be a finite number > 0")
@@ -72,7 +73,7 @@ def read_trace(path: str | Path, *, time_scale: float = 1.0) -> FleetTrace:
 
 
 def parse_trace(lines: Iterable[str], *, name: str, time_scale: float = 1.0) -> FleetTrace:
-    """See ``read_trace``."""
+    """Parse the lines of a trace; ``name`` is used in errors. See ``read_trace``."""
     problems: list[Problem] = []
     found: list[tuple[float, str, tuple[str, ...]]] = []
     last_ms = 0.0
@@ -143,7 +144,7 @@ def _milliseconds(value: object) -> float:
 
 
 def _cleaned(name: str, events: list[FleetEvent], *, unknown: int) -> FleetTrace:
-    """Events of one moment and kind together; what changes nothing is counted and left out."""
+    """Merge events of one moment and kind; count and drop changes without effect."""
     live: set[str] = set()
     repeated = 0
     merged: list[FleetEvent] = []
@@ -169,9 +170,9 @@ def _cleaned(name: str, events: list[FleetEvent], *, unknown: int) -> FleetTrace
 
 
 def segment(trace: FleetTrace, *, start_s: float, length_s: float, most_nodes: int) -> FleetTrace:
-    """A window of a trace with at most ``most_nodes`` nodes, who are there at its start first.
+    """Cut a window out of a trace, capped at ``most_nodes`` nodes.
 
-    Nodes beyond the cap are not part of the segment until one of the others goes.
+    Nodes above the cap wait, and join when another node leaves.
     """
     waiting = sorted(trace.nodes_at(start_s))
     live, waiting = waiting[:most_nodes], waiting[most_nodes:]
