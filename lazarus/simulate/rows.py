@@ -82,7 +82,7 @@ class FleetPolicy:
     recovery: RecoveryDecider | None = None  # None: restore each lost expert from its newest copy
     min_replicas: int | None = None  # None: that of the setting
     slots_per_node: int | None = None
-    overrides: Mapping[str, float] | None = None  # figures of the cost model that differ under this policy
+    overrides: Mapping[str, float] | None = None  # costs under this policy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,9 +78,7 @@ def control_config(
         version=bodies.VERSION,
         placement=policy.placement,
         recovery=policy.recovery,
-        plan_text=lambda plan: (
-            plan.digest
-        ),  # not read in a simulation; the full text is long
+        plan_text=lambda plan: plan.digest,  # not read in a simulation; the full text is long
         start_step=start_step,
         resume="storage" if start_step else None,
     )

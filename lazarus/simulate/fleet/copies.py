@@ -99,7 +99,7 @@ class CopyBook:
         return {node: tuple(rows) for node, rows in found.items()}
 
     def on_storage(self) -> tuple[tuple[Stored, ...], tuple[StoredCheckpoint, ...]]:
-        """Return the newest version of each expert on storage, and the checkpoint they belong to."""
+        """Return the newest version of each expert on storage, and the checkpoint to use."""
         stored = tuple(
             Stored(
                 layer=layer,

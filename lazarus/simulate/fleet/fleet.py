@@ -361,7 +361,7 @@ class VirtualRun:
             self._drift()
 
     def _commit(self, step: int) -> None:
-        """Report commits up to ``step`` to the controller; all but the last are entered directly."""
+        """Report commits up to ``step``; all but the last are entered into the state directly."""
         first = self.state.step + 1
         if not self._exact and step > first:
             self.state = replace(
@@ -389,7 +389,7 @@ class VirtualRun:
     # ---- after the loss of everything ------------------------------------------------------------
 
     def _reborn_if_possible(self) -> None:
-        """After the end of the whole run, schedule a restart from storage if enough nodes are live."""
+        """Schedule a restart of an ended run from storage if enough nodes are live."""
         self._mark_down("restart")
         self._why = "restart"
         if len(self._live) * (self.state.config.slots_per_node or 1) < self._setting.shape.experts:
