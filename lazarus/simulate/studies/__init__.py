@@ -1,1 +1,1 @@
-"""Named experiments, their tables and findings, and cost models from records of real runs."""
+"""Named experiments with tables and findings, and calibration from records of real runs."""

@@ -1,4 +1,4 @@
-"""Everything that a result assumes, as plain values beside it."""
+"""The assumptions of simulated results, as plain values to print and store beside them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN = (
 
 
 def assumptions(settings: Sequence[Setting], *, policies: Sequence[str]) -> list[dict[str, Any]]:
-    """The cost models that were used, each once, with the settings that they were used for."""
+    """Return each cost model that ``settings`` use, once, with the settings that use it."""
     profiles: dict[str, Costs] = {s.costs.name: s.costs for s in settings}
     return [
         {
@@ -36,7 +36,7 @@ def assumptions(settings: Sequence[Setting], *, policies: Sequence[str]) -> list
 
 
 def of_setting(setting: Setting, policies: Sequence[str]) -> dict[str, Any]:
-    """One setting: fleet, faults, load, checkpoints, waits, and what its policies differ in."""
+    """Return the assumptions of one setting: fleet, faults, load, checkpoints, waits, policies."""
     schedule = schedule_of(setting, setting.placed_layers or setting.shape.moe_layers)
     _, layers, experts = setting.load.counts.shape
     load = {
@@ -59,7 +59,7 @@ def of_setting(setting: Setting, policies: Sequence[str]) -> dict[str, Any]:
 
 
 def _faults(source: FaultSource) -> dict[str, Any]:
-    """The numbers behind the faults; a trace is named, not repeated."""
+    """Parameters of a fault source; a trace is given by name and number of events."""
     kind = {"kind": type(source).__name__.lower()}
     if isinstance(source, FromTrace):
         return {**kind, "trace": source.trace.name, "events": len(source.trace.events)}
@@ -73,7 +73,7 @@ def _finite(value: Any) -> Any:
 
 
 def _policies(setting: Setting, names: Sequence[str]) -> dict[str, Any]:
-    """What each of our named policies changes of the setting, and each peer assumes."""
+    """For each policy: what it changes in the setting, or the parameters of its model."""
     known = named_policies(setting)
     found: dict[str, Any] = {}
     for name in names:
@@ -93,7 +93,7 @@ def _policies(setting: Setting, names: Sequence[str]) -> dict[str, Any]:
 
 
 def setting_line(content: Mapping[str, Any]) -> str:
-    """One setting in one line for people."""
+    """Return the assumptions of one setting as a line of text."""
     return (
         f"{content['scenario']}: load {content['load']['name'] or 'given'}, group of "
         f"{content['group']}, checkpoints every {content['checkpoint_every']} steps (ds "

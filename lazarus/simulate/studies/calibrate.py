@@ -1,4 +1,4 @@
-"""A cost model from records of real runs, and a real run as a setting of the simulator. Pure."""
+"""Calibration: a cost model from records of real runs, and a real run as a setting."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lazarus.simulate.rows import Setting
 
 Point = tuple[int, float]  # number of nodes, seconds
 
-_WARM_STEPS = 3  # first steps of a run, which allocate and compile
+_WARM_STEPS = 3  # first steps of a run, which allocate and compile and are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a real run did, in the simulator's terms."""
+    """Results of a real run, to compare with the simulator's prediction."""
 
     goodput_tokens_per_s: float
     recovery_median_s: float
@@ -33,16 +33,19 @@ class Measured:
 
 
 def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") -> Costs:
-    """The cost model that the records show.
+    """Fit a cost model to the records of real runs.
 
-    Step times are the mean gaps between commits, by number of nodes (slow steps take their time
-    too). The phases of recoveries are lines over the number of nodes that were left, or medians
-    where the records show a single size. Bandwidths are left out of the way: what moves took is in
-    ``transfer_fixed_s`` (0 where nothing moved), the check of a change that moved nothing in
-    ``groups_s``.
+    Step times are the mean gaps between commits, by number of nodes. The phases of a
+    reconfiguration are fitted by lines over the number of nodes, or by medians where the records
+    show a single size. Bandwidths are set so high that they do not matter: the measured time of
+    transfers is in ``transfer_fixed_s`` instead.
+
+    Args:
+        records: Events of each run.
+        name: Name of the cost model.
 
     Raises:
-        ConfigError: No record has commits.
+        ConfigError: No record has enough committed steps.
     """
     found: dict[str, list[Point]] = {}
     gaps: dict[int, list[float]] = {}
@@ -71,7 +74,7 @@ def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") ->
 
 
 def _parts(change: Event, *, usual_s: float | None) -> dict[str, float]:
-    """Seconds of one change by what takes them; ``usual_s`` is a step of that size."""
+    """Seconds of one reconfiguration by part; ``usual_s`` is the usual step time at that size."""
     phases = {name: float(seconds) for name, seconds in change["phases"].items()}
     parts = {
         name: phases[name] for name in ("detect", "release", "align", "plan") if name in phases
@@ -85,7 +88,7 @@ def _parts(change: Event, *, usual_s: float | None) -> dict[str, float]:
 
 
 def _figures(found: Mapping[str, Sequence[Point]]) -> dict[str, float]:
-    """The figures of the cost model that the parts of changes show."""
+    """Fit figures of the cost model to the measured parts of reconfigurations."""
     figures = {}
     for part in ("detect", "plan"):
         if part in found:
@@ -104,9 +107,9 @@ def _figures(found: Mapping[str, Sequence[Point]]) -> dict[str, float]:
 
 
 def line(points: Sequence[Point]) -> tuple[float, float]:
-    """Fixed part and part per node, both >= 0, of seconds over numbers of nodes, one or more.
+    """Fit seconds = fixed + slope * nodes, both >= 0, to one or more points; robust to outliers.
 
-    Source: Theil and Sen, the median slope over all pairs of points, which no outlier moves.
+    Source: the Theil-Sen estimator, the median slope over all pairs of points.
     """
     slopes = [(t - s) / (m - n) for n, s in points for m, t in points if m > n]
     slope = max(0.0, median(slopes)) if slopes else 0.0
@@ -117,7 +120,7 @@ def line(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def _gaps(events: Sequence[Event]) -> list[tuple[int, float]]:
-    """(nodes, seconds) between commits that follow each other in one generation."""
+    """(nodes, seconds) for every two consecutive commits of one generation."""
     commits = sorted(committed_steps(events).values(), key=lambda e: int(e["step"]))
     found = []
     for before, after in zip(commits[_WARM_STEPS:], commits[_WARM_STEPS + 1 :], strict=False):
@@ -128,11 +131,11 @@ def _gaps(events: Sequence[Event]) -> list[tuple[int, float]]:
 
 
 def measured(events: Sequence[Event]) -> Measured:
-    """The figures to predict: goodput from the first commit on, and recoveries."""
+    """Compute the results of a real run: goodput from the first commit on, and recoveries."""
     commits = sorted(committed_steps(events).values(), key=moment)
     start, end = moment(commits[0]), moment(commits[-1])
     tokens = sum(int(e["tokens"]) for e in commits[1:])
-    # Nodes that were lost together come back together.
+    # Nodes that were lost together count as one recovery.
     known = [((r.step, r.rebuild_s), r.back_s) for r in recoveries(events) if r.back_s is not None]
     backs = [max(s for at, s in known if at == one) for one in sorted({at for at, _ in known})]
     return Measured(
@@ -145,10 +148,18 @@ def measured(events: Sequence[Event]) -> Measured:
 
 
 def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
-    """The same fleet and the same faults, for the simulator.
+    """Convert a real run to a setting with the same fleet and faults.
 
-    Time 0 is the run's first commit; a node goes when its fault was injected (else when its loss
-    was noticed), and comes when the change that takes it in began.
+    Time 0 is the run's first commit. A node leaves at the time of its injected fault, or else when
+    its loss was noticed. A node joins when the reconfiguration that includes it began.
+
+    Args:
+        events: The run's events.
+        costs: Cost model of the setting.
+        name: Name of the run, for the setting and for errors.
+
+    Raises:
+        ConfigError: The record has no ``run_started`` or fewer than two committed steps.
     """
     header = next(iter(of_kind(events, "run_started")), None)
     if header is None:
@@ -179,7 +190,7 @@ def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
 
 
 def _script(events: Sequence[Event], start: float, num_nodes: int) -> tuple[FleetEvent, ...]:
-    """Real node numbers are join-order numbers, as the simulator's names are."""
+    """The run's losses, departures and joins. Node numbers are in join order in both worlds."""
     del num_nodes
     found = []
     injected = {e["node"]: moment(e) for e in of_kind(events, "fault_injected")}

@@ -1,4 +1,4 @@
-"""Rows of a simulation as a table, and what a user asked of them in one line each. Pure."""
+"""Results as a text table, and the main findings in a line each. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from lazarus.basics.format import bytes_text, count_text, seconds_text
 from lazarus.simulate.rows import Row
 
 _STALL_S = 0.5  # stalls shorter than that are not printed
-_SCALES = 0.8  # of the throughput per node of the smallest fleet: below, it has stopped scaling
+_SCALES = 0.8  # of the smallest fleet's throughput per node; below that a size does not scale
 
 
 def table(rows: Sequence[Row], *, price: float | None = None) -> list[str]:
-    """One line per row; ``price`` of a node and hour adds what a billion tokens cost."""
+    """Return a table with a line per row.
+
+    Args:
+        rows: Results, at least one.
+        price: Price of one node for one hour; adds a column with the cost of a billion tokens.
+    """
     wide = max(len("scenario"), *(len(row.scenario) for row in rows))
     cost = "" if price is None else f" {'per Gtok':>9}"
     lines = [
@@ -35,12 +40,12 @@ def table(rows: Sequence[Row], *, price: float | None = None) -> list[str]:
 
 
 def cost_of(row: Row, price: float) -> float:
-    """What a billion committed tokens cost at a price per node and hour."""
+    """Return the cost of a billion committed tokens, given the price of one node for one hour."""
     return price * row.node_hours / (row.tokens / 1e9) if row.tokens else float("inf")
 
 
 def findings(rows: Sequence[Row], *, price: float | None = None) -> list[str]:
-    """The setting with the most tokens per second, how sizes scale, and what the fleet costs."""
+    """Return lines on the fastest setting, on scaling with size, and (with a price) on cost."""
     ours = [row for row in rows if row.slots_per_node]
     lines = []
     if len({(row.slots_per_node, row.min_replicas) for row in ours}) > 1:
@@ -62,7 +67,7 @@ def findings(rows: Sequence[Row], *, price: float | None = None) -> list[str]:
 
 
 def _scaling(policy: str, rows: Sequence[Row]) -> list[str]:
-    """Throughput per node against the smallest fleet, and the first size that falls short."""
+    """A line on throughput per node relative to the smallest fleet, and where scaling stops."""
     best: dict[int, float] = {}
     for row in rows:
         each = row.goodput_tokens_per_s / row.num_nodes

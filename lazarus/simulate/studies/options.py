@@ -1,4 +1,4 @@
-"""Which options of ``lazarus simulate`` mean something together, and what they are if not given."""
+"""Options of ``lazarus simulate``: default values, and checks that options fit together."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _OF_RUNS = ("policies", "recovery", "seeds", "plot", "price")
 
 
 def refuse_ignored(given: Mapping[str, Any]) -> None:
-    """Refuse options that would change nothing.
+    """Raise an error for options that would have no effect.
 
     Args:
-        given: Every option by its name; None where the user did not give it.
+        given: Every option by name; None for options that the user did not give.
 
     Raises:
-        ConfigError: Naming the first such option.
+        ConfigError: An option has no effect; the message names the first one.
     """
     scenario = given["scenario"]
     if scenario is None:

@@ -1,4 +1,4 @@
-"""How far a long simulation is, in a line now and then."""
+"""Progress messages of a long simulation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ EVERY_S = 2.0
 
 
 class Progress:
-    """Says where the runs are, at most every ``every_s``."""
+    """Reports progress as lines of text, at most one per ``every_s`` seconds.
+
+    Args:
+        total: Number of runs.
+        say: Called with each line.
+        every_s: Least time between two lines, in seconds.
+    """
 
     def __init__(self, total: int, *, say: Callable[[str], None], every_s: float = EVERY_S) -> None:
         self._total, self._say, self._every_s = total, say, every_s
@@ -17,18 +23,18 @@ class Progress:
         self._said_s = time.monotonic()
 
     def begins(self, name: str, *, horizon_s: float) -> None:
-        """The next run starts."""
+        """Note that the next run starts."""
         self._number, self._name, self._hours = self._number + 1, name, horizon_s / 3600
 
     def at(self, now_s: float) -> None:
-        """The virtual clock of the present run moved."""
+        """Note that the virtual clock of the present run is at ``now_s``."""
         hour = min(now_s / 3600, self._hours)
         self._tell(
             f"run {self._number}/{self._total}, {self._name}: hour {hour:.1f} of {self._hours:.1f}"
         )
 
     def ended(self) -> None:
-        """The present run is over."""
+        """Note that the present run has ended."""
         self._tell(f"{self._number}/{self._total} runs, last {self._name}")
 
     def _tell(self, line: str) -> None:

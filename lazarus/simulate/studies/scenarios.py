@@ -1,4 +1,4 @@
-"""The papers' experiments as named scenarios, with the published figures beside ours."""
+"""Experiments of published papers as named scenarios, with the published figures to compare."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PAPER_TOKENS = 40 * 1024.0
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Trace files that some scenarios replay, where the user has them."""
+    """Optional trace files that some scenarios replay."""
 
     expert_load: Path | None = None
     spot_trace: Path | None = None
@@ -33,7 +33,7 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A published ratio of goodputs: ``better`` over ``worse`` in one part of a scenario."""
+    """A published goodput ratio of policy ``better`` over policy ``worse``, in one setting."""
 
     part: str
     better: str
@@ -44,10 +44,17 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """Parts that are simulated, and what was published about them.
+    """A named experiment: settings to simulate, and published claims about them.
 
     Attributes:
-        reads: Options whose files it replays.
+        name: Name of the scenario.
+        about: One sentence for people.
+        source: The publication and figure.
+        build: Makes the settings.
+        policies: Names of the policies to run.
+        claims: Published ratios to compare with.
+        seeds: Number of seeds.
+        reads: Options (``load``, ``trace``) whose files the scenario uses.
     """
 
     name: str
@@ -61,9 +68,11 @@ class Scenario:
 
 
 def check_claims(scenario: Scenario, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each claim beside the median ratio over seeds, and whether ours reaches it.
+    """Compare each claim with the simulated ratio (median over seeds).
 
-    ``ours``, or an end of its range over seeds, is None where the other made no progress.
+    Returns:
+        A dictionary per claim. ``ours``, or an end of ``range``, is None where the worse policy
+        made no progress (infinite ratio).
     """
     found = []
     for claim in scenario.claims:
@@ -92,7 +101,7 @@ def _figure(ratio: float) -> float | None:
 
 
 def ratios_of(rows: Sequence[Row], claim: Claim) -> list[float]:
-    """The ratio of goodputs, seed by seed; infinite where the other made no progress."""
+    """Return the goodput ratio of each seed; infinite if the worse policy made no progress."""
     by_seed: dict[int, dict[str, float]] = {}
     for row in rows:
         if row.scenario == claim.part:
@@ -105,7 +114,7 @@ def ratios_of(rows: Sequence[Row], claim: Claim) -> list[float]:
 
 
 def _trace_load(files: Files, shape: str) -> LoadTrace:
-    """The routing trace that the paper replays, else a made-up skewed load."""
+    """The given expert-load file, else a synthetic skewed load."""
     experts = SHAPES[shape].experts
     if files.expert_load is not None and files.expert_load.is_file():
         return fitted(load_loads(files.expert_load), num_layers=12, num_experts=experts)
@@ -113,7 +122,7 @@ def _trace_load(files: Files, shape: str) -> LoadTrace:
 
 
 def _testbed(files: Files, shape: str, **more: Any) -> Setting:
-    """Ten nodes of one GPU each, as in the paper's main experiments."""
+    """A setting with ten nodes of one GPU each, as in the paper's main experiments."""
     given: dict[str, Any] = {
         "name": shape,
         "shape": SHAPES[shape],
@@ -161,7 +170,7 @@ def _spot(files: Files) -> list[Setting]:
 
 
 def busiest_window(events: Sequence[Any], length_s: float) -> float:
-    """Start of the window with the most removed nodes; the earliest of equals."""
+    """Return the start of the window in which most nodes are removed; ties: the earliest."""
     removed = [(e.at_s, len(e.nodes)) for e in events if e.kind == "remove"]
     starts = [max(0.0, at_s - 1.0) for at_s, _ in removed] or [0.0]
     sizes = [sum(n for at_s, n in removed if s < at_s <= s + length_s) for s in starts]
@@ -259,7 +268,7 @@ SCENARIOS: Mapping[str, Scenario] = MappingProxyType(
                 build=_deepseek,
                 reads=(),
                 policies=("lazarus", "lazarus-slow", "ds", "ds-ft"),
-                seeds=11,  # DS at p=0.15 is available a quarter of the time, by luck
+                seeds=11,  # results of ds at p=0.15 vary strongly with the seed
                 claims=tuple(
                     Claim(
                         part=f"{8 * n} GPUs, p={p:g}",
@@ -284,10 +293,10 @@ SCENARIOS: Mapping[str, Scenario] = MappingProxyType(
 
 
 def scenario_named(name: str) -> Scenario:
-    """A named scenario.
+    """Return a scenario by name.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is no scenario of that name.
     """
     if name not in SCENARIOS:
         known = ", ".join([*SCENARIOS, "multi-node", "skew", "pec"])

@@ -1,4 +1,4 @@
-"""Experiments without a clock: survival of several losses, skew, stalls of checkpoints."""
+"""Experiments that need no simulated time: survival of losses, skewed load, checkpoint stalls."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def _load(files: Files, shape: Shape) -> LoadTrace:
 
 
 def multi_node(files: Files) -> Table:
-    """Several of ten nodes lost at once: chance to survive, experts moved, time.
+    """Loss of several of ten nodes at once: probability of survival, experts moved, duration.
 
-    Experts moved is the mean over 20 sets of lost nodes that leave every expert alive.
+    The number of experts moved is the mean over up to 20 sets of lost nodes that every expert
+    survives.
 
     Source: Lazarus, Table 2 and Figure 8.
     """
@@ -80,7 +81,7 @@ def _survival(made: Any, lost: int) -> float:
 
 
 def _moved(request: PlacementRequest, load: Any, lost: int) -> tuple[float, float]:
-    """Replicas moved after losing ``lost`` nodes, and those of the busiest node; means."""
+    """Mean number of replicas moved after losing ``lost`` nodes: in total, by the busiest node."""
     rng, before = np.random.default_rng(0), plan(request)
     moved, busiest = [], []
     for _ in range(200):
@@ -102,9 +103,10 @@ def _moved(request: PlacementRequest, load: Any, lost: int) -> tuple[float, floa
 
 
 def skew(files: Files) -> Table:
-    """One layer of eight experts, one of which gets up to four times its fair share.
+    """Step time of one layer of eight experts as one expert gets up to four times its fair share.
 
-    Source: Lazarus, the ablation: replicas constant, fixed experts fall drastically.
+    Source: the ablation in the Lazarus paper, where the step time with replicas stays constant and
+    fixed expert parallelism slows down drastically.
     """
     del files
     shape, costs = SHAPES["gpt-s"], PROFILES["rtx3090-100g"]
@@ -135,11 +137,11 @@ _PEC = Shape(
 
 
 def pec(files: Files) -> Table:
-    """Stall of a snapshot and the iteration with it, against the size of the cluster.
+    """Stall of a snapshot, and length of the iteration with it, by size of the cluster.
 
-    All of the state is sharded over all GPUs. Blocking copies and writes within the step; async
-    copies behind forward and backward; partial copies one of eight experts. The micro-batch of a
-    GPU stays the same, so that a larger cluster has less to save on each.
+    The whole state is sharded over all GPUs. "Blocking" copies and writes within the step, "async"
+    copies during forward and backward, "partial" copies one of eight experts at a time. The
+    micro-batch of a GPU is constant, so a GPU of a larger cluster has less to save.
 
     Source: MoC-System, its simulation: 1 GB/s of snapshot on an A800, 20 % of its peak.
     """

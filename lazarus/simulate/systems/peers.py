@@ -1,16 +1,17 @@
-"""Other systems on the same clock and costs: what they do when nodes come and go. Own models.
+"""Models of other systems ("peers") on the same virtual clock and costs, for comparison.
 
-They hold each expert once per group of ``group`` nodes and use as many whole groups as are there.
+A peer holds each expert once per group of ``group`` nodes and uses as many complete groups as the
+live nodes allow.
 
-* ``ds``: expert parallelism without replicas; every loss restarts everything from the last full
-  checkpoint on storage.
-* ``ds-ft``: the same, but while another group still holds every expert of the lost node, groups
-  are formed anew without loss; otherwise it restarts like ``ds``.
-* ``peer-memory``: every step is copied to a peer's host memory; after a loss a spare node takes
-  over and at most two steps are done again; without a spare it shrinks by a group.
+* ``ds``: fixed expert parallelism; every loss restarts all processes from the last full checkpoint
+  on storage.
+* ``ds-ft``: if the remaining groups still hold every expert, new groups are formed without a loss
+  of steps; otherwise a restart as in ``ds``.
+* ``peer-memory``: every step is copied to another node's host memory. After a loss a spare node
+  takes over and at most two steps are repeated; without a spare the system shrinks by a group.
 
-A loss within a restart or a reconfiguration starts it afresh at once. One within a checkpoint is
-noticed after it: nothing is exchanged that could time out.
+A loss during a restart or reconfiguration begins the restart or reconfiguration again at once. A
+loss during a checkpoint is noticed after the checkpoint, because no collective can time out before.
 
 Source: the Lazarus paper's baselines; Gemini and MoEvement for ``peer-memory``.
 """
@@ -26,13 +27,13 @@ from lazarus.simulate.past import Past, Stretch
 from lazarus.simulate.rows import Row, Setting, Tally
 
 KINDS = ("ds", "ds-ft", "peer-memory")
-REDONE_STEPS = 2  # peer memory: the step under way and the one being copied
-MEMORY_OVERHEAD = 0.02  # of a step, for copying it to a peer
+REDONE_STEPS = 2  # peer-memory: the step in progress and the step being copied
+MEMORY_OVERHEAD = 0.02  # fraction of a step, for copying the state to another node
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerPolicy:
-    """One of ``KINDS``, with the nodes that it keeps as spares."""
+    """A model of another system: one of ``KINDS``, and the number of spare nodes."""
 
     name: str
     kind: str
@@ -41,7 +42,7 @@ class PeerPolicy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pause:
-    """Time without training; ``saved`` of a checkpoint: the one that stood before it."""
+    """A time without training. For a checkpoint, ``saved`` is the step of the previous one."""
 
     why: str
     start_s: float
@@ -50,7 +51,7 @@ class _Pause:
 
 
 class PeerRun:
-    """One run of a peer under one seed."""
+    """One simulated run of another system under one seed."""
 
     def __init__(self, setting: Setting, *, policy: PeerPolicy, seed: int) -> None:
         self._setting, self._policy, self._seed = setting, policy, seed
@@ -63,11 +64,11 @@ class PeerRun:
         self._saved = 0
         self._step_s = 0.0
         self._tokens = 0.0
-        self._part_s = 0.0  # of the step under way
+        self._part_s = 0.0  # time spent on the step in progress
         self._past = Past()
         self._pauses: list[_Pause] = []  # since the last step
-        self._recovery = (0.0, 0.0)  # the last one: from, until
-        self._resumed = 0  # the step that the last recovery went on from
+        self._recovery = (0.0, 0.0)  # start and end of the last recovery
+        self._resumed = 0  # step from which training went on after the last recovery
         self._full = policy.kind == "peer-memory"
         every = {"ds": setting.full_checkpoint_every, "ds-ft": setting.ft_checkpoint_every}
         self._every = every.get(policy.kind, setting.ft_checkpoint_every)
@@ -75,7 +76,7 @@ class PeerRun:
         self._first_step_s = 0.0
 
     def run(self) -> Row:
-        """Live through the whole horizon."""
+        """Simulate until the horizon or the last wanted step, and return the result."""
         setting = self._setting
         start = fleet_of(setting.faults, setting.num_nodes)
         events = setting.faults.events(
@@ -113,7 +114,7 @@ class PeerRun:
     def _next_moment(
         self, pending: list[FleetEvent], waiting: list[tuple[float, tuple[str, ...]]]
     ) -> tuple[float, bool]:
-        """The next fleet event, or the end of the wait for more joiners."""
+        """Time of the next fleet event or end of the wait for joiners; True in the second case."""
         event_s = pending[0].at_s if pending else float("inf")
         wait = self._setting.peer_join_wait_s + self._costs.start_s
         join_s = waiting[0][0] + wait if waiting else float("inf")
@@ -125,7 +126,7 @@ class PeerRun:
     # ---- training --------------------------------------------------------------------------------
 
     def _chosen(self) -> tuple[str, ...]:
-        """Whole groups of the nodes that are there, spares aside."""
+        """The nodes of as many complete groups as possible, without spares."""
         usable = len(self._live)
         if self._policy.kind == "peer-memory":
             usable = min(usable, self._setting.num_nodes - self._policy.spares)
@@ -157,7 +158,7 @@ class PeerRun:
             self._step_s *= 1 + MEMORY_OVERHEAD
 
     def _train_until(self, end_s: float) -> None:
-        """Steps, and a checkpoint after every ``_every`` of them, until a moment."""
+        """Train until ``end_s``, with a checkpoint after every ``_every`` steps."""
         if self._now >= end_s:
             return  # still recovering
         if not self._active:
@@ -203,7 +204,7 @@ class PeerRun:
         self._live = [n for n in self._live if n not in gone]
         self.tally.losses += len(gone)
         if not hit:
-            return  # a spare; nobody notices
+            return  # a spare node; training is not affected
         held = {positions[n] for n in self._active if n in self._live}
         whole = held == set(range(self._group))
         since_s, until_s = self._recovery
@@ -227,7 +228,7 @@ class PeerRun:
         self._recovery, self._resumed = (before, self._now), self._step
 
     def _cut(self, at_s: float) -> None:
-        """A loss ends what was to follow it; a checkpoint that has begun is written first."""
+        """Undo pauses planned beyond a loss at ``at_s``; a started checkpoint is completed."""
         while self._pauses and self._pauses[-1].end_s > at_s:
             pause = self._pauses[-1]
             if pause.saved is not None and pause.start_s < at_s:
@@ -243,7 +244,7 @@ class PeerRun:
         return len(self._live) >= len(self._active)
 
     def _restart(self) -> None:
-        """All processes again, from the last full checkpoint."""
+        """Restart all processes from the last full checkpoint."""
         self.tally.restarts += 1
         self._roll_back(self._saved)
         self._form()
@@ -252,7 +253,7 @@ class PeerRun:
         self._pause("restart", self._costs.peer_restart_s + read_s)
 
     def _read_bytes(self) -> float:
-        """What a restart reads from the shared storage."""
+        """Bytes that a restart reads from the shared storage."""
         if not self._costs.peer_reads_all:
             return self._shape.total_bytes
         groups = len(self._active) // self._group
@@ -270,7 +271,7 @@ class PeerRun:
         self._now = end_s
 
     def _joined(self, nodes: list[str]) -> None:
-        """Newcomers are taken in if they make another group; else they are spares."""
+        """Include joining nodes if they complete another group; otherwise they are spares."""
         self._live += [n for n in nodes if n not in self._live]
         self.tally.joins += len(nodes)
         before = len(self._active)

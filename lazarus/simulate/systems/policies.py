@@ -1,4 +1,4 @@
-"""The policies that are compared, by name; strangers' ones by dotted path."""
+"""The compared policies by name, custom policies by path, and ``simulate``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAPER_COSTS = {"detect_s": 15.0, "release_s": 0.5, "groups_s": 10.0, "transfer_f
 
 @dataclass(frozen=True)
 class Baseline:
-    """A placement that plans from scratch at every change, such as ``spread``."""
+    """A baseline placement (such as ``spread``) that plans from scratch at every change."""
 
     name: str
 
@@ -40,7 +40,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class WithoutLoads:
-    """The production policy, blind to loads: every expert gets the same number of replicas."""
+    """The library's policy without load information: all experts get equally many replicas."""
 
     def __call__(
         self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
@@ -52,7 +52,11 @@ class WithoutLoads:
 
 @dataclass(frozen=True)
 class Stranger:
-    """Somebody's policy; what it answers must hold, or the row would be another policy's."""
+    """A custom placement policy whose plans are checked.
+
+    An invalid plan is an error here. A live run would fall back to the library's plan, so the
+    result would not be that of the custom policy.
+    """
 
     path: str
     policy: PlacementPolicy
@@ -60,11 +64,11 @@ class Stranger:
     def __call__(
         self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
     ) -> Plan:
-        """A plan that answers the request.
+        """Return the policy's plan, after checking it.
 
         Raises:
-            InfeasiblePlacementError: The policy says that there is none.
-            ConfigError: It raised anything else, or its answer cannot be used.
+            InfeasiblePlacementError: The policy found no plan.
+            ConfigError: The policy raised another error, or its plan is invalid.
         """
         try:
             plan = self.policy(request, previous=previous, lost=lost)
@@ -73,7 +77,7 @@ class Stranger:
             assert_valid(plan, request)
         except InfeasiblePlacementError:
             raise
-        except Exception as problem:  # a stranger's code may raise anything
+        except Exception as problem:  # custom code may raise anything
             raise ConfigError(
                 f"policy {self.path} for {request.num_nodes} nodes without {sorted(lost)}: "
                 f"{type(problem).__name__}: {problem}; a live run would take the library's plan "
@@ -83,7 +87,7 @@ class Stranger:
 
 
 def named_policies(setting: Setting) -> dict[str, Policy]:
-    """Every policy that has a name; some depend on the setting's sizes."""
+    """Return all named policies; some depend on the sizes of the setting."""
     experts, nodes = setting.shape.experts, max(1, setting.num_nodes)
     bare = max(-(-experts // nodes), min(experts, setting.slots_per_node))
     return {
@@ -104,7 +108,7 @@ def named_policies(setting: Setting) -> dict[str, Policy]:
 
 
 def _automatic(setting: Setting) -> int:
-    """What a run takes with ``placement.slots_per_node = "auto"``: floors hold for two losses."""
+    """Slots chosen by ``placement.slots_per_node = "auto"``: floors still fit after two losses."""
     return slots_for(
         num_nodes=setting.num_nodes,
         num_experts=setting.shape.experts,
@@ -116,18 +120,18 @@ def _automatic(setting: Setting) -> int:
 
 
 def _lean(setting: Setting) -> int:
-    """Slots without replicas, with room for the loss of half the nodes."""
+    """Slots that hold every expert once on half of the nodes."""
     return -(-setting.shape.experts // max(1, setting.num_nodes // 2))
 
 
 def policy_named(text: str, setting: Setting) -> Policy:
-    """A policy by name, or somebody's placement by dotted path or entry point.
+    """Return a policy by name, or a custom placement by ``module:Name`` or entry point.
 
-    The object is the same that ``placement.policy`` takes in a live run; a class is called without
-    arguments first.
+    Custom placements are given as in ``placement.policy`` of a live run. A class is instantiated
+    without arguments.
 
     Raises:
-        ConfigError: No such name, or the path leads to nothing callable.
+        ConfigError: There is no policy of that name, or the object is not callable.
     """
     known = named_policies(setting)
     if text in known:
@@ -140,22 +144,22 @@ def policy_named(text: str, setting: Setting) -> Policy:
 
 
 def load_placement(path: str) -> PlacementPolicy:
-    """The placement policy at a dotted path or behind an entry point.
+    """Import a placement policy by path or entry point.
 
     Raises:
-        ConfigError: It cannot be imported, or not be called as a ``PlacementPolicy``.
+        ConfigError: The policy cannot be imported or called as a ``PlacementPolicy``.
     """
     policy = imported_policy(path, key="--policies", group=PLACEMENTS, like=PlacementPolicy)
     return Stranger(path=path, policy=policy)
 
 
 def with_recovery(policy: Policy, path: str | None) -> Policy:
-    """The same with somebody's recovery policy; models of other systems know none.
+    """Return ``policy`` with a custom recovery policy; models of other systems are unchanged.
 
-    The object that the path names is the same that ``recovery.policy`` takes in a live run.
+    The path is given as in ``recovery.policy`` of a live run; None changes nothing.
 
     Raises:
-        ConfigError: It cannot be imported, or not be called as a ``RecoveryPolicy``.
+        ConfigError: The recovery policy cannot be imported or called as a ``RecoveryPolicy``.
     """
     if path is None or not isinstance(policy, FleetPolicy):
         return policy
@@ -168,7 +172,10 @@ def run_one(
     setting: Setting, policy: Policy, *, seed: int,
     on_clock: Callable[[float], None] | None = None,
 ) -> Row:  # fmt: skip
-    """One policy under one seed; ``on_clock`` hears the virtual seconds of a long run."""
+    """Simulate one policy under one seed.
+
+    ``on_clock`` is called with the virtual time in seconds (not for models of other systems).
+    """
     if isinstance(policy, PeerPolicy):
         return PeerRun(setting, policy=policy, seed=seed).run()
     return VirtualRun(setting, policy=policy, seed=seed, on_clock=on_clock).run()
@@ -177,10 +184,18 @@ def run_one(
 def simulate(
     setting: Setting, *, policies: Sequence[str | Policy], seeds: Sequence[int] = (0,)
 ) -> list[Row]:
-    """Every policy under every seed; rows in that order.
+    """Simulate every policy under every seed.
+
+    Args:
+        setting: The scenario.
+        policies: Names (see ``named_policies``), ``module:Name`` paths, or policy objects.
+        seeds: Seeds of the faults.
+
+    Returns:
+        One row per policy and seed, policies in the outer loop.
 
     Raises:
-        ConfigError: An unknown policy.
+        ConfigError: A policy is unknown.
     """
     chosen = [policy_named(p, setting) if isinstance(p, str) else p for p in policies]
     return [run_one(setting, policy, seed=seed) for policy in chosen for seed in seeds]
