@@ -69,7 +69,7 @@ class RunClock:
         return {"boot": boot_id(), "zero_s": self.zero_s, "began_m": self.began_m}
 
     def life_s(self, at_s: float) -> float:
-        """Seconds that this life of the run has lasted at a moment."""
+        """Seconds from the start of this life of the run to a monotonic moment; at least 0."""
         return max(0.0, self.stamp(at_s)["m"] - self.began_m)
 
     def stamp(self, at_s: float) -> dict[str, float]:

@@ -36,7 +36,10 @@ _FINE = 1e9  # the largest count after scaling fractional loads to integers
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadTrace:
-    """Routed copies of committed steps: ``steps`` int64 [T], ascending; ``counts`` [T, L, E]."""
+    """Routed copies of committed steps.
+
+    ``steps`` is int64 [T], ascending; ``counts`` is int64 [T, L, E].
+    """
 
     steps: Counts
     counts: Counts

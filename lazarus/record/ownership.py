@@ -164,7 +164,7 @@ def _refuse_unless_gone(standing: Path, say: Callable[[str], None]) -> None:
     try:
         owner = _read(standing)
     except FileNotFoundError:
-        return  # it has just ended
+        return  # the owner has just ended
     state = owner.state
     if state == "elsewhere":
         say(f"{standing.parent} was taken by {owner}; looking whether that still lives, for up to "

@@ -84,8 +84,10 @@ def status_of(events: Sequence[Event], *, now_s: float) -> Status:
 
 
 def _phase(life: Sequence[Event]) -> Phase:
-    """The phase after the newest event that changes the phase. Commits may be written late, so
-    they are not used."""
+    """The phase after the newest event that changes the phase.
+
+    Commits are not used, since they may be written late.
+    """
     telling: dict[str, Phase] = {
         "run_started": "RUNNING",
         "reconfigured": "RUNNING",

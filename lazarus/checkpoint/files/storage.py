@@ -35,7 +35,7 @@ _BLOCK_BYTES = 8 << 20
 # A scheme, perhaps after those of wrappers: "s3://", "simplecache::s3://". "c:foo" is a file name.
 _URL = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]+://")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-_FOLDER_RACES = 8  # times that another writer may remove a folder between its making and its use
+_FOLDER_RACES = 8  # attempts, since another writer may remove a new folder before its use
 
 
 def no_progress(num_bytes: int) -> None:
@@ -59,10 +59,10 @@ class Storage:
     url: str = ""
 
     def full(self, path: str) -> str:
-        """The path as the filesystem knows it.
+        """The path below ``root``, as passed to the filesystem.
 
         Raises:
-            DamagedError: The path leaves the root.
+            DamagedError: The path is absolute or leaves the root.
         """
         parts = path.split("/")
         if path.startswith("/") or ".." in parts or "" in parts or "\\" in path:

@@ -99,7 +99,13 @@ class _State(Enum):
 
 
 class Snapshotter:
-    """One background thread that takes snapshots, one at a time."""
+    """Takes snapshots in a background thread, one at a time.
+
+    Args:
+        link: Connection to this node's keeper.
+        patience_s: Seconds for which ``wait_before_apply`` waits for the keeper's memory.
+        clock: Monotonic seconds.
+    """
 
     def __init__(
         self,

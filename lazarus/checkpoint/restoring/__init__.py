@@ -1,1 +1,1 @@
-"""Where a lost expert comes back from, what that costs, and what a policy may answer. PURE."""
+"""Choose the copy that a lost expert is restored from, and count the lost tokens. PURE."""
