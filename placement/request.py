@@ -41,8 +41,9 @@ class PlacementRequest:
             reliable than others; empty means that all are alike.
         profile: "balanced" puts even load first, "safe" the survival of losses.
         resilience_weight: Factor on the profile's price of failures; 0 plans for balance alone.
-        solver: "greedy" never uses the integer program, "ilp" always does when a plan is made
-            from scratch, "auto" does in ``plan`` if the problem is small (``program.is_small``).
+        solver: "greedy" never uses the integer program. "ilp" uses the program in ``plan`` and for
+            the first plan of ``replan``. "auto" uses the program in ``plan`` if the problem is
+            small (``program.is_small``).
         solver_limit_s: Time limit of the integer program, in seconds.
 
     Raises:

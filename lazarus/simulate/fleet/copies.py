@@ -28,7 +28,7 @@ class CopyBook:
         self._stored = np.zeros(shape, dtype=np.int64)
         self._snapped_in = np.zeros(shape, dtype=np.int64)  # generations
         self._stored_in = np.zeros(shape, dtype=np.int64)
-        self._snapped_count = np.zeros(shape)  # tokens routed to the expert up to that version
+        self._snapped_count = np.zeros(shape)  # token copies routed up to that version
         self._stored_count = np.zeros(shape)
         self._unsaved = [[0] * config.num_experts for _ in range(config.num_layers)]
         self.full_step = 0  # step of the newest checkpoint on storage; 0 = none
