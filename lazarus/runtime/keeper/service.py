@@ -27,7 +27,7 @@ from lazarus.runtime.keeper.client import check_identity
 from lazarus.runtime.keeper.jobs import Copying, KeeperWork, Persisting
 from lazarus.runtime.keeper.process import KeeperConfig
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc.channel import KEEPER, add_service, bind, make_server
+from lazarus.runtime.rpc.channel import KEEPER, PID_HEADER, add_service, bind, make_server
 from lazarus.runtime.rpc.keeper_messages import (
     Abandon,
     Done,
@@ -49,7 +49,6 @@ from lazarus.runtime.rpc.keeper_messages import (
     received_into,
 )
 
-PID_HEADER = "lazarus-pid"
 _MAX_STREAMS = 256  # for the node's ranks, and for other nodes that fetch and copy
 # Largest jump of term or generation that a message may make. A bogus huge value would become the
 # newest, and every later message would be refused as stale.

@@ -16,7 +16,7 @@ from lazarus.checkpoint.errors import KeeperUnavailableError, RefusedError
 from lazarus.checkpoint.files.store import RecordKey, Tag
 from lazarus.checkpoint.in_memory.arena import MappedSegments
 from lazarus.runtime.rpc import codec
-from lazarus.runtime.rpc.channel import KEEPER, metadata_of, method, open_channel
+from lazarus.runtime.rpc.channel import KEEPER, PID_HEADER, metadata_of, method, open_channel
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.rpc.keeper_messages import (
     Abandon,
@@ -28,7 +28,6 @@ from lazarus.runtime.rpc.keeper_messages import (
     ToTrainer,
 )
 
-PID_HEADER = "lazarus-pid"
 _MAX_REPORTS = 1000
 
 

@@ -32,6 +32,7 @@ _OPTIONS = [
 HEADER = "authorization"
 CONTROL = "lazarus.Control"
 KEEPER = "lazarus.Keeper"
+PID_HEADER = "lazarus-pid"  # a trainer tells its keeper which process it is
 Streams = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
