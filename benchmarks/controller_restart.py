@@ -189,7 +189,7 @@ def begin(controller: Controller, **size: int) -> None:
 
 
 def in_a_process(work: str, folder: Path, *numbers: int) -> dict[str, float]:
-    """``restart`` or ``grow`` in a process of its own."""
+    """Run ``restart``, ``grow`` or ``from_the_kill`` in a process with a fork server of its own."""
     command = [sys.executable, __file__, "--process", work, str(folder), *map(str, numbers)]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(told.stdout.splitlines()[-1]))
@@ -203,6 +203,9 @@ def process(work: str, folder: Path, *numbers: int) -> None:
     if work == "restart":
         print(json.dumps(restart(spec)), flush=True)
         os._exit(0)
+    if work in ("warm", "bare"):
+        print(json.dumps(from_the_kill(spec, is_warm=work == "warm")), flush=True)
+        sys.exit()
     controller = open_controller(spec)
     first, last, whole = span
     if first == 1:
@@ -335,10 +338,7 @@ def measure(
     return {
         "rows": rows,
         "whole": whole,
-        "from_the_kill": {
-            "warm": from_the_kill(spec, is_warm=True),
-            "bare": from_the_kill(spec, is_warm=False),
-        },
+        "from_the_kill": {kind: in_a_process(kind, folder, *shape) for kind in ("warm", "bare")},
         "replay_ms_a_step": replay_ms(state, commits, steps=min(done, 200)),
     }
 

@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 from lazarus.basics.careful import read_text
@@ -37,11 +38,12 @@ def run_folder(place: str | Path | None) -> Path | None:
         return None
 
 
-def new_folder(config: TrainConfig, *, in_ray_job: bool) -> tuple[Path, bool]:
+def new_folder(config: TrainConfig, *, in_ray_job: bool) -> tuple[Path, tuple[Path, ...]]:
     """Make the folder of a new run. A folder named by time is always new.
 
     Returns:
-        The folder, and whether it is new.
+        The folder, and the folders that were made: none if it existed, else it and the parents that
+        did not exist, the innermost first.
 
     Raises:
         ConfigError: The folder cannot be made.
@@ -49,19 +51,25 @@ def new_folder(config: TrainConfig, *, in_ray_job: bool) -> tuple[Path, bool]:
     first = config.run_dir(now=datetime.now(), in_ray_job=in_ray_job)
     try:
         if _TIME not in config.run_dir_form(in_ray_job=in_ray_job):
-            was_there = first.exists()
+            made = _missing(first)
             first.mkdir(parents=True, exist_ok=True)
-            return first, not was_there
+            return first, made
         for folder in _alike(first):
+            made = _missing(folder)
             try:
                 folder.mkdir(parents=True)
             except FileExistsError:
                 continue
-            return folder, True
+            return folder, made
     except OSError as error:
         text = f"run.dir {first} cannot be made: {error.strerror}"
         raise ConfigError(Problem(text, where=config.origins.get("run.dir", ""))) from error
     raise ConfigError(f"run.dir {first} and {_MOST_ALIKE} more of that name are taken")
+
+
+def _missing(folder: Path) -> tuple[Path, ...]:
+    """The folder and its parents as far as they do not exist, the innermost first."""
+    return tuple(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
 
 
 def _alike(first: Path) -> Iterator[Path]:

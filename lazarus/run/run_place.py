@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import uuid
 from collections.abc import Callable, Collection
@@ -39,7 +38,6 @@ from lazarus.run.run_folders import (
 )
 
 Say = Callable[[str], None]
-_JOURNAL = re.compile(r"journal(?:-(\d{1,9}))?")
 
 
 @dataclass(kw_only=True)
@@ -52,7 +50,7 @@ class RunPlace:
         url: Where the run keeps its checkpoints.
         config: The run's configuration, with the final folder and absolute paths.
         ownership: The ownership of ``folder``.
-        was_made: Whether the folder is new.
+        made: Folders that were made for the run, the innermost first; removed by ``leave``.
         start: The checkpoint to resume from; None: the run starts at step 1.
     """
 
@@ -61,7 +59,7 @@ class RunPlace:
     url: str
     config: TrainConfig
     ownership: Ownership
-    was_made: bool
+    made: tuple[Path, ...]
     start: ResumePoint | None = None
     _config_before: bytes | None = None
     _wrote_config: bool = False
@@ -115,9 +113,7 @@ class RunPlace:
         with contextlib.suppress(OSError):  # the folder is full, or gone
             self._restore_config()
         self.release()
-        if self.was_made:
-            with contextlib.suppress(OSError):  # another process wrote into the folder
-                self.folder.rmdir()
+        _remove(self.made)
 
     def _restore_config(self) -> None:
         path = self.folder / "config.toml"
@@ -154,17 +150,17 @@ def open_place(
     say = say or _say
     job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ if in_ray_job is None else in_ray_job
     folder = _going_on(config, in_ray_job=job, say=say) if str(resume) == "auto" else None
-    was_made = False
+    made: tuple[Path, ...] = ()
     if folder is None:
-        folder, was_made = new_folder(config, in_ray_job=job)
+        folder, made = new_folder(config, in_ray_job=job)
     run_id = f"{config.run.name}-{uuid.uuid4().hex[:8]}"
     place = RunPlace(
         run_id=run_id,
         folder=folder,
         url=_own_url(config, folder),
         config=_settled(config, folder),
-        ownership=_taken(folder, config, run_id=run_id, was_made=was_made, say=say),
-        was_made=was_made,
+        ownership=_taken(folder, config, run_id=run_id, made=made, say=say),
+        made=made,
     )
     try:
         _refuse_odd_files(folder, config)
@@ -179,16 +175,21 @@ def open_place(
 
 
 def _taken(
-    folder: Path, config: TrainConfig, *, run_id: str, was_made: bool, say: Say
+    folder: Path, config: TrainConfig, *, run_id: str, made: tuple[Path, ...], say: Say
 ) -> Ownership:
     limit_s = config.timeouts.owner_gone_s
     try:
         return take(folder, run=run_id, gone_after_s=limit_s, say=say)
     except OSError as error:
-        if was_made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        _remove(made)
         raise _unwritable(folder, config, error) from error
+
+
+def _remove(made: tuple[Path, ...]) -> None:
+    """Remove folders that are still empty, the innermost first."""
+    with contextlib.suppress(OSError):  # another process wrote into one
+        for folder in made:
+            folder.rmdir()
 
 
 def _unwritable(place: Path, config: TrainConfig, error: OSError) -> ConfigError:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dispatcher.gradients import sum_replica_gradients
@@ -107,26 +108,7 @@ class Step:
         shared = self.shared = self._reading.share(step)
         total, aux, count = self._rounds(step, shared)
         where.leave()
-        self._observer.enter("grad_sync")
-        # Runs beside the replicas' exchanges, which another stream or thread may serve.
-        dense = replica.dense_sync.finish(world.exchange)
-        for layer in range(len(world.contexts)):
-            if layer not in self._summed:
-                self._sum_replicas(layer)
-        dense.wait()
-        self._hooks.gradients(self._context, replica)
-        rank = world.exchange.rank
-        self.dense_square = replica.dense_square_sum()
-        squares = replica.expert_square_sums(world.plan.home, rank)
-        replica.buffers.exchange(
-            world.exchange,
-            samples=len(shared.mine),
-            total=len(shared.ids_B),
-            agree=self._must_agree,
-        )
-        if self._must_agree:
-            replica.dense_sync.agree(world.exchange)
-            self._agree()
+        squares = self._sum_gradients(shared)
         prepared()
         own_s = time.monotonic() - began - self._observer.waited_s
         self._observer.drag(own_s)
@@ -134,7 +116,7 @@ class Step:
         bad = not np.isfinite(total) or not np.isfinite(self.dense_square + squares.sum())
         lanes = contribution(
             world.layout,
-            rank=rank,
+            rank=world.exchange.rank,
             generation=world.generation,
             step=step,
             samples=len(shared.mine),
@@ -147,10 +129,41 @@ class Step:
             own_s=own_s,
         )
         lanes[world.layout.squares] = squares.reshape(-1)
-        if rank == 0:
+        if world.exchange.rank == 0:
             counts = np.stack([context.counts_E.cpu().numpy() for context in world.contexts])
             lanes[world.layout.counts] = counts.reshape(-1)
         return self._commit_barrier(lanes)
+
+    def _sum_gradients(self, shared: StepShare) -> NDArray[np.float64]:
+        """Sum this step's gradients over the ranks, and agree on what all must hold alike.
+
+        Args:
+            shared: The samples of the step, and those of this rank.
+
+        Returns:
+            Squared gradient norms of the experts whose home this rank is.
+        """
+        replica, world = self._replica, self._world
+        self._observer.enter("grad_sync")
+        # Runs beside the replicas' exchanges, which another stream or thread may serve.
+        dense = replica.dense_sync.finish(world.exchange)
+        for layer in range(len(world.contexts)):
+            if layer not in self._summed:
+                self._sum_replicas(layer)
+        dense.wait()
+        self._hooks.gradients(self._context, replica)
+        self.dense_square = replica.dense_square_sum()
+        squares = replica.expert_square_sums(world.plan.home, world.exchange.rank)
+        replica.buffers.exchange(
+            world.exchange,
+            samples=len(shared.mine),
+            total=len(shared.ids_B),
+            agree=self._must_agree,
+        )
+        if self._must_agree:
+            replica.dense_sync.agree(world.exchange)
+            self._agree()
+        return squares
 
     def _overlap(self) -> None:
         """Sum gradients during the next backward, which is the step's last on this rank."""
