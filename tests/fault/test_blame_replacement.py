@@ -31,7 +31,7 @@ def test_a_process_that_dies_by_itself_is_started_again_above_quorum_too(tmp_pat
             after("node_lost", "node_joined", nodes=3, action=Watched.stop),
         ],
     )
-    assert len(run.of("node_lost")) == 1
+    assert [e["node"] for e in run.of("node_lost")] == [run.number_of("node-1")]
     assert [e["node"] for e in run.of("node_joined")] == [3]  # a new node on the old machine
     assert not run.of("quorum_lost")
     assert run.steps == list(range(1, len(run.steps) + 1))
@@ -45,7 +45,7 @@ def test_a_machine_whose_node_dies_again_and_again_is_suspect_and_then_left_alon
 
     def end_what_comes(run: Watched, event: Event) -> None:
         if event["event"] == "node_joined":
-            run.signal(f"node-{event['node']}", signal.SIGKILL)
+            run.signal(run.name_of(event["node"]), signal.SIGKILL)
 
     run = watch(
         tmp_path,
@@ -56,7 +56,7 @@ def test_a_machine_whose_node_dies_again_and_again_is_suspect_and_then_left_alon
         on_event=end_what_comes,
     )
     lost = run.of("node_lost")
-    assert [e["node"] for e in lost] == [2, 3, 4, 5, 6, 7]
+    assert [e["node"] for e in lost] == [run.number_of("node-2"), 3, 4, 5, 6, 7]
     (suspect, *_), (banned,) = run.of("machine_suspect"), run.of("node_banned")
     assert "3 nodes were lost there" in suspect["reason"]
     assert "6 nodes in a row" in banned["reason"]
@@ -87,7 +87,8 @@ def test_a_fault_on_purpose_takes_its_machine_along_and_a_key_turns_replacing_of
     end = after("node_lost", nodes=2, action=Watched.stop)
     act = at_step(3, killed("node-1"))
     off = run_of("off", replaces="false", acts=[act], end=end)
-    assert len(off.of("node_lost")) == 1 and not off.of("node_joined", "nodes_awaited")
+    assert [e["node"] for e in off.of("node_lost")] == [off.number_of("node-1")]
+    assert not off.of("node_joined", "nodes_awaited")
 
 
 @pytest.mark.slow
@@ -106,5 +107,6 @@ def test_a_stopped_process_is_evicted_and_its_machine_rests_before_it_is_used_ag
         ],
     )
     (lost,), (joined,) = run.of("node_lost"), run.of("node_joined")
+    assert lost["node"] == run.number_of("node-1")
     assert lost["cause"] in ("no heartbeat", "no progress", "no answer")
     assert joined["t"] - lost["t"] > 2.0  # half a stall

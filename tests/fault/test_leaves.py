@@ -33,7 +33,7 @@ def test_sigterm_is_a_notice(tmp_path: Path) -> None:
         after("node_left", nodes=2, action=Watched.stop),
     ]
     run = watch(tmp_path, nodes=3, steps=3000, acts=acts)
-    serial = next(e["node"] for e in run.journal() if e.get("key") == "node-1")
+    serial = run.number_of("node-1")
     (notice,) = run.of("drain_notice")
     assert notice["node"] == serial and "SIGTERM" in notice["cause"]
     assert [e["node"] for e in run.of("node_left")] == [serial]

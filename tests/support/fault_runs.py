@@ -83,6 +83,15 @@ class Watched:
         scratch = self.handle._driver._spec.scratch
         return sorted(path.name for path in scratch.iterdir() if path.is_dir())
 
+    def number_of(self, node: str) -> int:
+        """The number in the events of the node with this name; they count in order of arrival."""
+        return next(e["node"] for e in self.journal() if e.get("key") == node)
+
+    def name_of(self, number: int) -> str:
+        """The name of the node with this number in the events."""
+        serials = (e for e in self.journal() if e["kind"] == "serial")
+        return next(str(e["key"]) for e in serials if e["node"] == number)
+
     def controller_pid(self) -> int:
         return next(e["pid"] for e in reversed(self.journal()) if e["kind"] == "term")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,15 @@ def test_who_has_left_the_users_code_is_nowhere(tmp_path: Path) -> None:
     where.leave()
     assert read_note(tmp_path, 2) == Note(step=5)
     assert read_crash(tmp_path, 2) == ""
+
+
+def test_a_file_name_that_is_no_text_is_noted_too(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.py")  # Latin-1 bytes: a surrogate in the name
+    where = Whereabouts.in_folder(tmp_path, 0)
+    where.places = {"forward": f"{name}:3 in loss"}
+    where.enter("forward", [1])
+    assert read_note(tmp_path, 0) == where.now
+    assert where.now.place.startswith("caf\udce9.py")
 
 
 def test_a_note_that_is_not_whole_is_none(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ from lazarus.control.messages import WorkerDied
 _SIZE = 4096  # bytes of the mapped file
 _MOST_IDS = 64  # sample ids in a note, at most
 _TAIL_BYTES = 4096  # bytes read of a crash report
+_ENCODER = msgspec.json.Encoder()  # a note is written a dozen times in each step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,7 @@ class Whereabouts:
             rank=self.rank,
             step=self.step,
             phase=phase,
-            sample_ids=tuple(int(i) for i in sample_ids[:_MOST_IDS]),
+            sample_ids=tuple(np.asarray(sample_ids[:_MOST_IDS], dtype=np.int64).tolist()),
             place=self.places.get(phase, ""),
         )
         self._write()
@@ -88,7 +90,10 @@ class Whereabouts:
 
 
 def _encoded(note: Note) -> bytes:
-    return json.dumps(asdict(note), separators=(",", ":")).encode()
+    try:
+        return _ENCODER.encode(note)
+    except UnicodeEncodeError:  # a file name with bytes that are no UTF-8
+        return json.dumps(asdict(note)).encode()
 
 
 def read_note(folder: Path, local_rank: int) -> Note | None:
