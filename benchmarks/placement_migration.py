@@ -22,14 +22,8 @@ from placement_quality import most_loaded, trace
 from placement import PlacementRequest, plan, replan
 from placement.assignment.baselines import baseline
 from placement.balance.shares import balance_of
-from placement.migration.migrate import (
-    best_relabelling,
-    busiest,
-    greedy_relabelling,
-    relabelled_member,
-    replicas_moved,
-    transfers,
-)
+from placement.migration.migrate import busiest, relabelled_member, transfers
+from placement.migration.pairs import cheapest_pairs
 
 NODES, SLOTS = 10, 6
 
@@ -39,6 +33,42 @@ def ask(load: np.ndarray, ids: tuple[int, ...] = ()) -> PlacementRequest:
     return PlacementRequest(
         load=load, num_nodes=len(ids) or NODES, slots_per_node=SLOTS, node_ids=ids
     )
+
+
+def replicas_moved(present: np.ndarray, wanted: np.ndarray) -> int:
+    """Replicas of ``wanted`` [L, E, N] that are not in ``present``."""
+    return int((wanted & ~present).sum())
+
+
+def relabel_costs(present: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Replicas to move if node n takes plan position p, summed over layers; [p, n]."""
+    has, needs = (m.reshape(-1, m.shape[2]).astype(np.float64) for m in (present, wanted))
+    return needs.sum(0)[:, None] - needs.T @ has
+
+
+def best_relabelling(present: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The node of each position of a new plan such that the fewest replicas move, [N].
+
+    The permutation is the same for all layers, because joint survival depends on the alignment of
+    the layers. Ties: a node keeps its position.
+    """
+    costs = relabel_costs(present, wanted)
+    position, node = cheapest_pairs(costs - 1e-6 * np.eye(len(costs)))
+    answer = np.empty(len(costs), dtype=np.int32)
+    answer[position] = node
+    return answer
+
+
+def greedy_relabelling(present: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The node of each position by the paper's greedy rule, cheapest pair first, [N]."""
+    costs = relabel_costs(present, wanted)
+    answer = np.full(len(costs), -1, dtype=np.int32)
+    for _ in range(len(costs)):
+        position, node = divmod(int(costs.argmin()), len(costs))
+        answer[position] = node
+        costs[position, :] = np.inf
+        costs[:, node] = np.inf
+    return answer
 
 
 def in_place_against_fresh(load: np.ndarray, starts: list[int]) -> list[dict[str, Any]]:

@@ -26,9 +26,10 @@ from placement_quality import most_loaded, trace
 from placement import PlacementRequest, Plan, plan, replan
 from placement.balance.shares import balance_of
 from placement.migration.migrate import busiest, transfers
-from placement.rebalance import MoveCost, Regret, considered, smoothed_load
+from placement.rebalance import MoveCost, Regret, considered
 
 MOE_PART = 0.6
+SMOOTHING = 0.8  # weight of the average so far in the next one
 EVERY = 10  # steps per record of the trace
 LEVELS = {"cheap": 0.2, "as measured": 1.0, "dear": 5.0}
 INTERVALS = (1, 2, 5, 10, 20, 50, 100)
@@ -73,7 +74,8 @@ def run(load: np.ndarray, rule: Rule, cost: MoveCost) -> Life:
     moves = received = replicas = 0
     excess = 0.0
     for record in range(1, len(load)):
-        smooth = smoothed_load(smooth, load[record - 1])
+        newest = load[record - 1]
+        smooth = newest if smooth is None else SMOOTHING * smooth + (1.0 - SMOOTHING) * newest
         then = rule(load[record - 1], record, ask(smooth), current, cost)
         if then is not None:
             todo = transfers(current, then)

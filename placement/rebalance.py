@@ -23,7 +23,6 @@ from placement.policy import replan
 from placement.request import Floats, PlacementRequest, as_load
 
 ALPHA = 0.75
-SMOOTHING = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,33 +30,6 @@ class Regret:
     """Time lost so far by staying on the present plan, in steps."""
 
     value: float = 0.0
-
-
-def smoothed_load(
-    previous: Floats | None,
-    load: Sequence[Any] | npt.NDArray[Any],
-    *,
-    memory: float = SMOOTHING,
-) -> Floats:
-    """Return the exponential moving average of loads [L, E].
-
-    Args:
-        previous: The average so far; None at the start.
-        load: Newest tokens per expert, [L, E] or [E].
-        memory: Weight of ``previous``, in [0, 1). Raise this value if loads are noisy, lower it
-            if plans follow real changes too slowly.
-
-    Raises:
-        InvalidRequestError: ``memory`` is outside [0, 1), or the shape differs from ``previous``.
-    """
-    if not 0.0 <= memory < 1.0:
-        raise InvalidRequestError(f"memory={memory} must be in [0, 1)")
-    now = as_load(load)
-    if previous is None:
-        return now
-    if previous.shape != now.shape:
-        raise InvalidRequestError(f"loads of shape {now.shape} after {previous.shape}")
-    return memory * previous + (1.0 - memory) * now
 
 
 def accumulated(

@@ -13,21 +13,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.errors import InfeasiblePlacementError
-from placement.exact.search import Dice
 from placement.plan import Plan
 from placement.policy import PlacementPolicy
 from placement.request import Floats, PlacementRequest, feasible_floor
 
+_MASK64 = (1 << 64) - 1
 _SHAPES = ((4, 3, 4), (10, 6, 16), (3, 2, 3), (5, 4, 5), (6, 8, 8), (2, 16, 16), (7, 3, 10))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scenario:
-    """One change of nodes: the request after the change and the nodes that were lost."""
+@dataclass(slots=True)
+class Dice:
+    """A small random generator with explicit state, so that every rank draws the same numbers.
 
-    request: PlacementRequest
-    lost: frozenset[int]
-    name: str
+    Source: Steele, Lea and Flood's splitmix64.
+    """
+
+    state: int
+
+    def below(self, bound: int) -> int:
+        """Return a random integer in [0, bound)."""
+        self.state = (self.state + 0x9E3779B97F4A7C15) & _MASK64
+        x = self.state
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+        return ((x ^ (x >> 31)) >> 11) * bound >> 53
 
 
 def assert_valid(plan: Plan, request: PlacementRequest) -> None:

@@ -6,7 +6,6 @@ replicas, then to the lower id.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -150,26 +149,6 @@ def check_floors(floor_LE: Ints, *, num_slots: int, max_replicas: int) -> None:
         )
 
 
-def allocate_by_heap(
-    load: Sequence[float], *, num_slots: int, min_replicas: int, max_replicas: int
-) -> tuple[int, ...]:
-    """Reference implementation of ``allocate_replicas`` for one layer: the greedy rule."""
-    load_LE = as_load(load)
-    floor = np.full(load_LE.shape, min_replicas, dtype=np.int32)
-    check_floors(floor, num_slots=num_slots, max_replicas=max_replicas)
-    weights = _positive(load_LE, max_replicas)[0]
-    replicas = [min_replicas] * len(weights)
-    heap = [(-w / min_replicas, min_replicas, e) for e, w in enumerate(weights)]
-    heapq.heapify(heap)
-    for _ in range(min(num_slots, len(weights) * max_replicas) - sum(replicas)):
-        while heap[0][1] >= max_replicas:
-            heapq.heappop(heap)
-        _, count, expert = heapq.heappop(heap)
-        replicas[expert] = count + 1
-        heapq.heappush(heap, (-weights[expert] / (count + 1), count + 1, expert))
-    return tuple(replicas)
-
-
 def allocate_as_paper(
     load: Sequence[float], *, num_slots: int, min_replicas: int
 ) -> tuple[int, ...]:
@@ -206,31 +185,3 @@ def allocate_as_paper(
         left -= replicas[expert]
         mass -= weights[expert]
     return tuple(replicas)
-
-
-def slots_from_memory(*, bytes_per_node: int, bytes_per_slot: int, num_layers: int = 1) -> int:
-    """Return the number of slots per layer that fit into a node's memory.
-
-    Raises:
-        InfeasiblePlacementError: Not even one slot per layer fits.
-    """
-    for name, value in (("bytes_per_node", bytes_per_node), ("bytes_per_slot", bytes_per_slot)):
-        positive_int(value, name=name)
-    slots = bytes_per_node // (bytes_per_slot * positive_int(num_layers, name="num_layers"))
-    if slots < 1:
-        raise InfeasiblePlacementError(
-            f"one slot in each of {num_layers} layers needs {bytes_per_slot * num_layers} bytes, "
-            f"but a node has {bytes_per_node}; use more memory per node or smaller experts"
-        )
-    return slots
-
-
-def losses_floor_survives(
-    *, num_experts: int, num_nodes: int, slots_per_node: int, min_replicas: int
-) -> int:
-    """Return how many more nodes may be lost until ``min_replicas`` of each expert no longer fit.
-
-    -1 if they do not fit even now.
-    """
-    nodes_needed = max(min_replicas, -(-num_experts * min_replicas // slots_per_node))
-    return max(num_nodes - nodes_needed, -1)

@@ -155,11 +155,6 @@ def dense_shares(member: Bools, factor_LN: Floats) -> Floats:
     return shares
 
 
-def token_shares(load_LE: Floats, member: Bools, *, rounds: int = ROUNDS) -> Floats:
-    """Return the levelled shares of ``node_factors``, float64 [L, E, N]; sums to 1 over N."""
-    return dense_shares(member, node_factors(load_LE, member, rounds=rounds))
-
-
 def max_over_mean(node_load_LN: Floats) -> Floats:
     """Return the load of the busiest node over the mean of each layer, [L]; 1 if idle."""
     mean_L = node_load_LN.mean(1)

@@ -11,7 +11,6 @@ Shapes: L layers, E experts, N nodes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -39,8 +38,6 @@ class ExactProblem:
         weights: Weight of each entry of ``losses``; equal when empty.
         load: Tokens per expert, [L, E]; required with ``max_over_mean``.
         max_over_mean: Upper bound on the busiest node's load over the mean, in every layer.
-        previous: Present placement, bool [L, E, N]; required with ``max_moves``.
-        max_moves: Most replicas that may be placed where ``previous`` has none.
     """
 
     num_experts: int
@@ -52,8 +49,6 @@ class ExactProblem:
     weights: tuple[float, ...] = ()
     load: Floats | None = None
     max_over_mean: float | None = None
-    previous: Bools | None = None
-    max_moves: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +86,7 @@ def _weights(problem: ExactProblem) -> list[tuple[int, float]]:
 
 
 def solve_exact(
-    problem: ExactProblem,
-    *,
-    start: Bools | None = None,
-    limit_s: float = 5.0,
-    symmetry: bool = False,
+    problem: ExactProblem, *, start: Bools | None = None, limit_s: float = 5.0
 ) -> ExactResult:
     """Find the placement with the largest weighted survival, within a time limit.
 
@@ -103,8 +94,6 @@ def solve_exact(
         problem: The instance.
         start: A feasible placement, bool [L, E, N], from which the solver begins.
         limit_s: Time limit of the solver, in seconds.
-        symmetry: Add constraints that order the nodes, which speeds up the proof of optimality.
-            Valid only for one layer without ``previous`` and without a balance cap.
 
     Returns:
         The best placement found; ``start`` if there is no solver or the problem is too large.
@@ -117,7 +106,7 @@ def solve_exact(
         import pulp
     except ImportError:
         return ExactResult(status="no solver", member=start, objective=0.0, gap=float("inf"))
-    model, x = _model(pulp, problem, symmetry=symmetry)
+    model, x = _model(pulp, problem)
     solver = _solver(pulp, x, start, limit_s)
     if not solver.available():
         return ExactResult(status="no solver", member=start, objective=0.0, gap=float("inf"))
@@ -125,7 +114,7 @@ def solve_exact(
     return _result(pulp, model, x, problem, start)
 
 
-def _model(pulp: Any, problem: ExactProblem, *, symmetry: bool) -> tuple[Any, dict[Any, Any]]:
+def _model(pulp: Any, problem: ExactProblem) -> tuple[Any, dict[Any, Any]]:
     model = pulp.LpProblem("placement", pulp.LpMaximize)
     layers, experts = range(len(problem.max_replicas)), range(problem.num_experts)
     nodes = range(problem.num_nodes)
@@ -153,10 +142,6 @@ def _model(pulp: Any, problem: ExactProblem, *, symmetry: bool) -> tuple[Any, di
             model += copies <= min(problem.max_replicas[layer][e], problem.num_nodes)
             model += copies >= problem.min_replicas
     _add_balance(pulp, model, x, problem)
-    _add_moves(pulp, model, x, problem)
-    if symmetry:
-        for n in nodes[1:]:
-            model += pulp.lpSum(2.0**-e * (x[0, e, n - 1] - x[0, e, n]) for e in experts) >= 0
     return model, x
 
 
@@ -180,15 +165,6 @@ def _add_balance(pulp: Any, model: Any, x: dict[Any, Any], problem: ExactProblem
         for n in range(problem.num_nodes):
             use = pulp.lpSum(share[e, n] for e in range(problem.num_experts))
             model += use <= problem.max_over_mean / problem.num_nodes
-
-
-def _add_moves(pulp: Any, model: Any, x: dict[Any, Any], problem: ExactProblem) -> None:
-    if problem.max_moves is None:
-        return
-    if problem.previous is None:
-        raise ValueError("max_moves needs the previous placement")
-    fresh = [var for key, var in x.items() if not problem.previous[key]]
-    model += pulp.lpSum(fresh) <= problem.max_moves
 
 
 def _solver(pulp: Any, x: dict[Any, Any], start: Bools | None, limit_s: float) -> Any:
@@ -223,17 +199,4 @@ def _result(
     closed = gap <= 1e-6 or str(model.solverModel.getModelStatus()).endswith("kOptimal")
     return ExactResult(
         status="optimal" if closed else "time limit", member=member, objective=objective, gap=gap
-    )
-
-
-def problem_of(
-    replicas: Sequence[int], *, num_nodes: int, slots_per_node: int, losses: Sequence[int] = ()
-) -> ExactProblem:
-    """Return the instance for the replica counts of one layer."""
-    return ExactProblem(
-        num_experts=len(replicas),
-        num_nodes=num_nodes,
-        slots_per_node=slots_per_node,
-        max_replicas=(tuple(replicas),),
-        losses=tuple(losses),
     )

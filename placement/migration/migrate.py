@@ -1,4 +1,4 @@
-"""Moving from one plan to the next: relabel nodes to move little, and balance the transfers.
+"""Moving from one plan to the next: the replicas to send, spread evenly over the senders.
 
 Shapes: L layers, E experts, N nodes.
 """
@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placement.errors import InvalidRequestError
-from placement.migration.pairs import cheapest_pairs
 from placement.plan import Plan
-from placement.request import Bools, Floats, Ints
+from placement.request import Bools, Ints
 
 _AUGMENT_UP_TO = 20_000
 
@@ -40,61 +38,6 @@ class Transfer:
     target_rank: int
     target_node: int
     owners: int
-
-
-def replicas_moved(present: Bools, wanted: Bools) -> int:
-    """Count the replicas of ``wanted`` [L, E, N] that are not in ``present``."""
-    return int((wanted & ~present).sum())
-
-
-def relabel_costs(present: Bools, wanted: Bools) -> Floats:
-    """Return the replicas to move if node n takes plan position p, summed over layers; [p, n]."""
-    num_nodes = present.shape[2]
-    has = present.reshape(-1, num_nodes).astype(np.float32)
-    needs = wanted.reshape(-1, num_nodes).astype(np.float32)
-    costs: Floats = (needs.sum(0)[:, None] - needs.T @ has).astype(np.float64)
-    return costs
-
-
-def best_relabelling(present: Bools, wanted: Bools) -> Ints:
-    """Assign nodes to the positions of a new plan so that the fewest replicas move.
-
-    The permutation is the same for all layers, because joint survival depends on the alignment of
-    the layers.
-
-    Args:
-        present: Replicas on each node now, bool [L, E, N]; all False for a joiner.
-        wanted: The new plan, bool [L, E, N].
-
-    Returns:
-        int32 [N]: the node of each position.
-
-    Raises:
-        InvalidRequestError: The shapes differ.
-    """
-    if present.shape != wanted.shape:
-        raise InvalidRequestError(
-            f"placements of shapes {present.shape} and {wanted.shape} cannot be matched"
-        )
-    costs = relabel_costs(present, wanted)
-    # Ties: a node keeps its position.
-    costs = costs - 1e-6 * np.eye(len(costs))
-    position, node = cheapest_pairs(costs)
-    answer = np.empty(len(costs), dtype=np.int32)
-    answer[position] = node
-    return answer
-
-
-def greedy_relabelling(present: Bools, wanted: Bools) -> Ints:
-    """Assign nodes by the paper's greedy rule, cheapest pair first; for comparison. int32 [N]."""
-    costs = relabel_costs(present, wanted)
-    answer = np.full(len(costs), -1, dtype=np.int32)
-    for _ in range(len(costs)):
-        position, node = divmod(int(costs.argmin()), len(costs))
-        answer[position] = node
-        costs[position, :] = np.inf
-        costs[:, node] = np.inf
-    return answer
 
 
 def relabelled_member(wanted: Bools, node_of_position: Ints) -> Bools:

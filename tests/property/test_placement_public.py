@@ -1,4 +1,4 @@
-"""Laws of the public functions around planning: memory, baselines, homes, order, foreign plans."""
+"""Laws of the public functions around planning: baselines, homes, order, foreign plans."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placement_search import searched
 
 from lazarus.commands.plan import as_object
-from placement import InfeasiblePlacementError, PlacementRequest, certificate, plan
+from placement import PlacementRequest, certificate, plan
 from placement.assignment.baselines import BASELINES, baseline
 from placement.assignment.homes import choose_homes
-from placement.balance.allocate import losses_floor_survives, slots_from_memory
-from placement.exact.search import searched
 from placement.foreign import certified
 from placement.survival.bitmasks import minimal_masks
 from placement.survival.resilience import domain_masks, survival, survival_under_hazards
@@ -36,30 +35,6 @@ def requests(draw: st.DrawFn) -> PlacementRequest:
         min_replicas=draw(st.integers(1, nodes)),
         solver="greedy",
     )
-
-
-@given(node=st.integers(1, 10**13), slot=st.integers(1, 10**10), layers=st.integers(1, 100))
-def test_slots_from_memory_fit_and_one_more_would_not(node: int, slot: int, layers: int) -> None:
-    if slot * layers > node:
-        with pytest.raises(InfeasiblePlacementError, match=str(slot * layers)):
-            slots_from_memory(bytes_per_node=node, bytes_per_slot=slot, num_layers=layers)
-        return
-    found = slots_from_memory(bytes_per_node=node, bytes_per_slot=slot, num_layers=layers)
-    assert found * slot * layers <= node < (found + 1) * slot * layers
-
-
-@given(experts=st.integers(1, 64), nodes=st.integers(1, 40), slots=st.integers(1, 32),
-       floor=st.integers(1, 4))  # fmt: skip
-def test_the_floor_survives_so_many_losses_and_not_one_more(
-    experts: int, nodes: int, slots: int, floor: int
-) -> None:
-    def fits(left: int) -> bool:
-        return left >= floor and left * slots >= experts * floor
-
-    found = losses_floor_survives(
-        num_experts=experts, num_nodes=nodes, slots_per_node=slots, min_replicas=floor
-    )
-    assert found == max((k for k in range(nodes) if fits(nodes - k)), default=-1)
 
 
 @given(request=requests(), name=st.sampled_from(list(BASELINES)))

@@ -8,8 +8,8 @@ from math import comb
 
 import pytest
 from placement_oracle import best_counts, best_counts_of_all
+from placement_search import searched
 
-from placement.exact.search import searched
 from placement.survival.bitmasks import minimal_masks
 from placement.survival.resilience import survival
 from placement.survival.truth import surviving_counts

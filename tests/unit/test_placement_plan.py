@@ -22,18 +22,10 @@ from placement import (
 )
 from placement.assignment.baselines import BASELINES, baseline
 from placement.assignment.build import mixed_floors
-from placement.balance.allocate import losses_floor_survives, slots_from_memory
 from placement.balance.level import levelled
 from placement.balance.shares import balance_of
-from placement.migration.migrate import (
-    best_relabelling,
-    busiest,
-    greedy_relabelling,
-    relabelled_member,
-    replicas_moved,
-    transfers,
-)
-from placement.rebalance import MoveCost, Regret, accumulated, considered, smoothed_load
+from placement.migration.migrate import busiest, transfers
+from placement.rebalance import MoveCost, Regret, accumulated, considered
 from placement.templates.order import block_risk, ordered_template
 from placement.templates.template import segments
 from placement.testing import assert_valid, conformance
@@ -95,8 +87,6 @@ def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
         plan(request(3, min_replicas=4))
     with pytest.raises(InfeasiblePlacementError, match="add 4 slots"):
         allocate_replicas([1, 2, 3], num_slots=5, min_replicas=3, max_replicas=4)
-    with pytest.raises(InfeasiblePlacementError, match="one slot in each of 12 layers"):
-        slots_from_memory(bytes_per_node=10, bytes_per_slot=1, num_layers=12)
 
 
 def test_a_floor_that_slots_do_not_allow_is_lowered_and_said() -> None:
@@ -104,14 +94,6 @@ def test_a_floor_that_slots_do_not_allow_is_lowered_and_said() -> None:
     assert made.floor == 1 and made.requested_floor == 2
     assert "lowered from 2 to 1: 5 nodes x 6 slots for 16 experts" in made.notes[0]
     assert replan(request(1, 16), previous=None).floor == 1
-
-
-def test_memory_gives_slots_and_slots_give_losses() -> None:
-    assert slots_from_memory(bytes_per_node=80, bytes_per_slot=2, num_layers=5) == 8
-    survives = {"num_experts": 64, "slots_per_node": 8, "min_replicas": 2}
-    assert losses_floor_survives(num_nodes=16, **survives) == 0
-    assert losses_floor_survives(num_nodes=19, **survives) == 3
-    assert losses_floor_survives(num_nodes=8, **survives) == -1
 
 
 def test_the_papers_worked_example() -> None:
@@ -228,35 +210,6 @@ def test_an_expert_without_owner_has_no_sender() -> None:
     then = replan(after, previous=made, lost=lost)
     todo = transfers(made, then, lost=lost)
     assert any(t.source_rank == -1 and t.expert == 0 and t.owners == 0 for t in todo)
-
-
-def best_by_program(costs: np.ndarray) -> float:
-    """The assignment problem as a linear program, whose corners are whole."""
-    size = len(costs)
-    rows = np.zeros((2 * size, size * size))
-    for i in range(size):
-        rows[i, i * size : (i + 1) * size] = 1
-        rows[size + i, i::size] = 1
-    return float(linprog(costs.ravel(), A_eq=rows, b_eq=np.ones(2 * size)).fun)
-
-
-def test_relabelling_equals_the_programs_optimum_on_500_cases() -> None:
-    rng = np.random.default_rng(5)
-    saved = 0
-    for _ in range(500):
-        layers, nodes = int(rng.integers(1, 4)), int(rng.integers(2, 6))
-        present = rng.random((layers, 6, nodes)) < rng.uniform(0.2, 0.7)
-        wanted = rng.random((layers, 6, nodes)) < rng.uniform(0.2, 0.7)
-        best = relabelled_member(wanted, best_relabelling(present, wanted))
-        needs = np.array(
-            [[(wanted[:, :, p] & ~present[:, :, n]).sum() for n in range(nodes)]
-             for p in range(nodes)]
-        )  # fmt: skip
-        moved = replicas_moved(present, best)
-        assert moved == round(best_by_program(needs))
-        greedy = relabelled_member(wanted, greedy_relabelling(present, wanted))
-        saved += replicas_moved(present, greedy) - moved
-    assert saved > 0
 
 
 def test_levelling_keeps_the_core_and_never_makes_a_layer_worse() -> None:
@@ -381,8 +334,6 @@ def test_regret_waits_until_moving_has_paid_off() -> None:
     assert due and regret == Regret()
     with pytest.raises(InvalidRequestError, match="cost=-1"):
         accumulated(regret, gain=0.0, steps=1, cost=-1.0)
-    with pytest.raises(InvalidRequestError, match="memory=1.5"):
-        smoothed_load(None, [1.0], memory=1.5)
 
 
 def test_a_drifted_load_leads_to_a_rebalance_and_a_steady_one_to_none() -> None:

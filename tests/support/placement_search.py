@@ -15,27 +15,9 @@ from placement.survival.bitmasks import minimal_masks
 from placement.survival.truth import MAX_NODES, surviving_counts
 from placement.templates.family import Candidate, best_of_family
 from placement.templates.template import Template, masks
+from placement.testing import Dice
 
 _LEVEL_MOVES = 20
-_MASK64 = (1 << 64) - 1
-
-
-@dataclass(slots=True)
-class Dice:
-    """A small random generator with explicit state, so that every rank draws the same numbers.
-
-    Source: Steele, Lea and Flood's splitmix64.
-    """
-
-    state: int
-
-    def below(self, bound: int) -> int:
-        """Return a random integer in [0, bound)."""
-        self.state = (self.state + 0x9E3779B97F4A7C15) & _MASK64
-        x = self.state
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-        return ((x ^ (x >> 31)) >> 11) * bound >> 53
 
 
 @dataclass(slots=True)
