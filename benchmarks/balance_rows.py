@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dispatcher.splits.balance import gradients_sent
+from dispatcher.reference import gradients_sent
 from dispatcher.splits.routing import RoutingTable
 from dispatcher.splits.split import SplitRule, split_counts
 from placement import PlacementRequest, plan

@@ -192,16 +192,16 @@ class _ToExperts(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_MD: Tensor, weight_TK: Tensor, routed: Routed) -> Tensor:
+    def forward(ctx: Any, rows_MD: Tensor, gate_TK: Tensor, routed: Routed) -> Tensor:
         y_ND = routed.to_sources(rows_MD.contiguous(), label="combine")
-        ctx.save_for_backward(y_ND, weight_TK)
+        ctx.save_for_backward(y_ND, gate_TK)
         ctx.routed = routed
-        return combine_copies(y_ND, weight_TK, routed)
+        return combine_copies(y_ND, gate_TK, routed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        y_ND, weight_TK = ctx.saved_tensors
+        y_ND, gate_TK = ctx.saved_tensors
         routed: Routed = ctx.routed
         grad_TD = grads[0].contiguous()
-        back_ND, weight_grad_TK = output_gradients(grad_TD, y_ND.clone(), weight_TK, routed)
-        return routed.to_experts(back_ND, label="combine_grad"), weight_grad_TK, None
+        back_ND, grad_gate_TK = output_gradients(grad_TD, y_ND.clone(), gate_TK, routed)
+        return routed.to_experts(back_ND, label="combine_grad"), grad_gate_TK, None

@@ -72,11 +72,11 @@ def choose_experts(
         ranked_TE = score_TE if bias_E is None else score_TE + bias_E
         expert_TK = top_experts(ranked_TE, top_k=top_k) if forced_TK is None else forced_TK
     if forced_TK is None:
-        weight_TK = score_TE.gather(1, expert_TK)
+        gate_TK = score_TE.gather(1, expert_TK)
     else:
         # Ids may be out of range here; the dispatch later refuses them on all ranks.
         inside_TK = expert_TK.clamp(0, score_TE.shape[1] - 1)
-        weight_TK = torch.where(inside_TK == expert_TK, score_TE.gather(1, inside_TK), 0.0)
+        gate_TK = torch.where(inside_TK == expert_TK, score_TE.gather(1, inside_TK), 0.0)
     if renormalize:
-        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    return expert_TK, weight_TK if scale == 1.0 else weight_TK * scale
+        gate_TK = gate_TK / gate_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    return expert_TK, gate_TK if scale == 1.0 else gate_TK * scale

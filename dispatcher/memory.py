@@ -5,16 +5,14 @@ from __future__ import annotations
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LIMIT_BYTES = 1 << 30  # larger freed blocks go back to the system
 
 
-def keep_freed_memory(limit_bytes: int = 1 << 30) -> bool:
+def keep_freed_memory() -> bool:
     """Raise glibc's thresholds for returning freed memory to the system.
 
     By default glibc maps and zeroes every buffer above 32 MiB, and often smaller ones, anew. Call
     this function once per process, before the first large allocation.
-
-    Args:
-        limit_bytes: Freed blocks up to this size are kept; at most 2 GiB - 1.
 
     Returns:
         Whether the C library accepted the setting (False on systems without glibc).
@@ -23,5 +21,4 @@ def keep_freed_memory(limit_bytes: int = 1 << 30) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    limit = min(limit_bytes, (1 << 31) - 1)
-    return bool(mallopt(_M_MMAP_THRESHOLD, limit)) and bool(mallopt(_M_TRIM_THRESHOLD, limit))
+    return all(mallopt(what, _LIMIT_BYTES) for what in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))

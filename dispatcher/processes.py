@@ -10,6 +10,7 @@ import importlib.util
 import multiprocessing
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -29,6 +30,7 @@ def run_processes(
     args: Sequence[Any] = (),
     threads: int = 1,
     timeout_s: float = 120.0,
+    limit_s: float | None = None,
 ) -> list[Any]:
     """Call ``body(exchange, *args)`` in ``size`` processes and return the results by rank.
 
@@ -38,10 +40,15 @@ def run_processes(
         args: Further arguments, picklable.
         threads: PyTorch threads of each process.
         timeout_s: Longest wait for a collective, in seconds.
+        limit_s: Longest time until all ranks have returned, in seconds; None: ten times
+            ``timeout_s``.
 
     Raises:
-        RuntimeError: A rank failed; the message holds its traceback.
+        RuntimeError: A rank failed, and the message holds its traceback; or a rank has not
+            returned within ``limit_s``. All ranks are ended.
     """
+    limit_s = 10 * timeout_s if limit_s is None else limit_s
+    until_s = time.monotonic() + limit_s
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     spawner = multiprocessing.get_context("forkserver")
     spawner.set_forkserver_preload(["torch", "numpy", "dispatcher"])
@@ -59,7 +66,7 @@ def run_processes(
         ends.append(ours)
         workers.append(worker)
     try:
-        return [_result(end, rank) for rank, end in enumerate(ends)]
+        return [_result(end, rank, until_s, limit_s) for rank, end in enumerate(ends)]
     finally:
         for worker in workers:
             worker.join(1.0)
@@ -68,7 +75,9 @@ def run_processes(
                 worker.join()
 
 
-def _result(end: Connection, rank: int) -> Any:
+def _result(end: Connection, rank: int, until_s: float, limit_s: float) -> Any:
+    if not end.poll(max(0.0, until_s - time.monotonic())):
+        raise RuntimeError(f"rank {rank} has not returned after {limit_s:g} s")
     try:
         failed, value = end.recv()
     except EOFError:

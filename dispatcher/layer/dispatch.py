@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dispatcher.errors import (
-    DispatchInputError,
-    HandleError,
-    PeerInputError,
-    RankMismatchError,
-    RanksPartedError,
-)
+from dispatcher.errors import DispatchInputError, HandleError
 from dispatcher.exchange import Exchange, Pending
+from dispatcher.layer.agreement import (
+    WIDTH,
+    described,
+    input_problem,
+    require_equal,
+    require_one_place,
+    require_sound_input,
+    stamp,
+)
 from dispatcher.layer.compute import Group, groups_of
 from dispatcher.layer.permute import (
     expert_order,
@@ -29,23 +32,8 @@ from dispatcher.layer.permute import (
     take_rows,
     transposed_index,
 )
-from dispatcher.layer.places import place_text
 from dispatcher.splits.routing import BoolArray, IntArray, RoutingTable, expert_slots
 from dispatcher.splits.split import Split, SplitRule, split_counts
-
-_REASONS = {
-    1: "tokens or expert ids have the wrong dtype",
-    2: "shapes of tokens and expert ids do not fit",
-    3: "top-k exceeds the number of experts",
-    4: "tokens or expert ids are not contiguous",
-    5: "an expert id is out of range",
-    6: "there is no choice per token (top-k is 0)",
-    7: "tokens and expert ids are on different devices",
-    8: "the slots hold an expert twice, or not all that the table says",
-}
-_TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MUST_AGREE = ("width", "element type", "generation")
-_WIDTH = 1 + len(_MUST_AGREE) + 1  # after the counts: problem, _MUST_AGREE, place
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,7 +78,7 @@ class Routed:
             raise HandleError("this dispatch was already combined", generation=self.generation)
         self.spent = True
 
-    def check_weights(self, weight_TK: Tensor) -> None:
+    def check_weights(self, gate_TK: Tensor) -> None:
         """Check that the weights are floats [T, K] on the device of the tokens.
 
         Raises:
@@ -98,13 +86,13 @@ class Routed:
         """
         shape, device = (self.num_tokens, self.top_k), self.sent_N.device
         if (
-            tuple(weight_TK.shape) != shape
-            or not weight_TK.is_floating_point()
-            or weight_TK.device != device
+            tuple(gate_TK.shape) != shape
+            or not gate_TK.is_floating_point()
+            or gate_TK.device != device
         ):
             raise DispatchInputError(
                 f"weights must be floats {shape} on {device} as the expert ids were, got "
-                f"{_what(weight_TK)}"
+                f"{described(gate_TK)}"
             )
 
     def check_tokens(self, x_TD: Tensor) -> None:
@@ -116,7 +104,7 @@ class Routed:
         shape, device = (self.num_tokens, self.dim), self.sent_N.device
         if (tuple(x_TD.shape), x_TD.dtype, x_TD.device) != (shape, self.dtype, device):
             raise DispatchInputError(
-                f"tokens {shape} {self.dtype} on {device} were routed, got {_what(x_TD)}"
+                f"tokens {shape} {self.dtype} on {device} were routed, got {described(x_TD)}"
             )
 
     def to_experts(self, send_ND: Tensor, *, label: str, is_ours: bool = False) -> Tensor:
@@ -215,11 +203,9 @@ def start_routing(
     """
     named = table.slots_of(table.rank)
     slots = named if expert_of_slot is None else tuple(expert_of_slot)
-    problem = _input_problem(x_TD, expert_TK, num_experts=table.num_experts)
-    if not problem and slots is not named and not _holds_all(slots, named):
-        problem = 8
     device, num_experts = x_TD.device, table.num_experts
-    counts_RE = torch.zeros(table.num_ranks, num_experts + _WIDTH, dtype=torch.int32, device=device)
+    problem = input_problem(x_TD, expert_TK, num_experts=num_experts, slots=slots, named=named)
+    counts_RE = torch.zeros(table.num_ranks, num_experts + WIDTH, dtype=torch.int32, device=device)
     counts_RE[table.rank, -1] = place
     if problem:
         expert_N = torch.full((0,), -1, dtype=torch.int64, device=device)
@@ -231,9 +217,7 @@ def start_routing(
         row_E = counts_RE[table.rank]
         row_E.scatter_add_(0, lane_N, torch.ones_like(lane_N, dtype=torch.int32))
         row_E[num_experts] = outside_N.any() * 5
-        row_E[num_experts + 1 : -1] = _stamp(
-            x_TD.shape[1], _TOKEN_DTYPES.index(x_TD.dtype), table.generation, device
-        )
+        row_E[num_experts + 1 : -1] = stamp(x_TD.shape[1], x_TD.dtype, table.generation, device)
     pending = exchange.start_all_reduce(counts_RE, label="counts")
     return Counting(
         exchange=exchange, table=table, rule=rule or SplitRule(), served_ER=served_ER,
@@ -266,9 +250,12 @@ def finish_routing(counting: Counting, *, expert_of_slot: tuple[int, ...] | None
     table = counting.table
     all_RE = counting.counts_RE.cpu().numpy().astype(np.int64)
     num_experts = table.num_experts
-    _require_one_place(all_RE[:, -1])
-    _raise_refusals(all_RE[:, num_experts], rank=table.rank, counting=counting)
-    _raise_mismatch(all_RE[:, num_experts + 1 : -1])
+    require_one_place(all_RE[:, -1])
+    require_sound_input(
+        all_RE[:, num_experts], rank=table.rank, x_TD=counting.x_TD, expert_TK=counting.expert_TK,
+        num_experts=num_experts, slots=counting.expert_of_slot,
+    )  # fmt: skip
+    require_equal(all_RE[:, num_experts + 1 : -1])
     counts_RE = all_RE[:, :num_experts]
     split = split_counts(counts_RE, table, counting.rule, served_ER=counting.served_ER)
     slot_of = expert_slots(counting.expert_of_slot if expert_of_slot is None else expert_of_slot)
@@ -308,35 +295,6 @@ def route(
     )  # fmt: skip
 
 
-def _input_problem(x_TD: Tensor, expert_TK: Tensor, *, num_experts: int) -> int:
-    """Return 0 or a key of ``_REASONS``. Reads no tensor content."""
-    if x_TD.dtype not in _TOKEN_DTYPES or expert_TK.dtype != torch.int64:
-        return 1
-    if x_TD.dim() != 2 or expert_TK.dim() != 2 or x_TD.shape[0] != expert_TK.shape[0]:
-        return 2
-    if expert_TK.shape[1] == 0:
-        return 6
-    if expert_TK.shape[1] > num_experts:
-        return 3
-    if x_TD.device != expert_TK.device:
-        return 7
-    if not (x_TD.is_contiguous() and expert_TK.is_contiguous()):
-        return 4
-    return 0
-
-
-def _holds_all(slots: Sequence[int], named: Sequence[int]) -> bool:
-    """Whether the slots hold every expert of ``named``, and no expert twice."""
-    held = [expert for expert in slots if expert >= 0]
-    return len(held) == len(set(held)) and {e for e in named if e >= 0} <= set(held)
-
-
-@lru_cache(maxsize=64)
-def _stamp(dim: int, dtype: int, generation: int, device: torch.device) -> Tensor:
-    """The values of ``_MUST_AGREE`` as a tensor; cached, because they rarely change."""
-    return torch.tensor([dim, dtype, generation % 2**31], dtype=torch.int32, device=device)
-
-
 def meet(
     table: RoutingTable, exchange: Exchange, *, place: int, device: torch.device | None = None
 ) -> None:
@@ -356,46 +314,8 @@ def meet(
         RanksPartedError: Ranks are at different places of the step.
     """
     lanes_RE = torch.zeros(
-        table.num_ranks, table.num_experts + _WIDTH, dtype=torch.int32, device=device
+        table.num_ranks, table.num_experts + WIDTH, dtype=torch.int32, device=device
     )
     lanes_RE[table.rank, -1] = place
     exchange.all_reduce(lanes_RE, label="meeting")
-    _require_one_place(lanes_RE[:, -1].cpu().numpy().astype(np.int64))
-
-
-def _require_one_place(code_R: IntArray) -> None:
-    if (code_R != code_R[0]).any():
-        raise RanksPartedError([place_text(code) for code in code_R.tolist()])
-
-
-def _raise_mismatch(stamp_RA: IntArray) -> None:
-    for what, values_R in zip(_MUST_AGREE, stamp_RA.T.tolist(), strict=True):
-        if len(set(values_R)) > 1:
-            is_dtype = what == "element type"
-            raise RankMismatchError(
-                what=what,
-                values=[str(_TOKEN_DTYPES[v]) if is_dtype else str(v) for v in values_R],
-            )
-
-
-def _raise_refusals(flags_R: IntArray, *, rank: int, counting: Counting) -> None:
-    if flags_R[rank]:
-        reason = _REASONS[int(flags_R[rank])]
-        expert_TK = counting.expert_TK
-        raise DispatchInputError(
-            f"{reason}: tokens {_what(counting.x_TD)}, expert ids {_what(expert_TK)}, "
-            f"{counting.table.num_experts} experts"
-            + (f", ids {_id_range(expert_TK)}" if flags_R[rank] == 5 else "")
-            + (f", slots {counting.expert_of_slot}" if flags_R[rank] == 8 else "")
-        )
-    refused = np.flatnonzero(flags_R)
-    if refused.size:
-        raise PeerInputError(rank=int(refused[0]), reason=_REASONS[int(flags_R[refused[0]])])
-
-
-def _what(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _id_range(expert_TK: Tensor) -> str:
-    return f"{int(expert_TK.min())}..{int(expert_TK.max())}"
+    require_one_place(lanes_RE[:, -1].cpu().numpy().astype(np.int64))

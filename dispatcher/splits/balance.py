@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dispatcher.splits.routing import BoolArray, FloatArray, IntArray, RoutingTable
+from dispatcher.splits.routing import BoolArray, IntArray, RoutingTable
 
 TOLERANCE = 0.01  # stop when the busiest rank is within 1 % of the mean load
 
@@ -73,26 +73,6 @@ def balanced_quotas(
     return best.quotas()
 
 
-def split_cost(
-    quota_ER: IntArray,
-    table: RoutingTable,
-    *,
-    rows_per_replica: float,
-    ranks_per_device: float = 1.0,
-    served_ER: BoolArray | None = None,
-) -> float:
-    """Return the cost of quotas in rows, as defined at the top of this module.
-
-    This is the reference implementation of the cost that ``balanced_quotas`` minimizes.
-    """
-    serving_ER = quota_ER > 0
-    if served_ER is not None:
-        serving_ER = serving_ER | served_ER
-    rows = pace(quota_ER.sum(0).tolist(), ranks_per_device)
-    sent = gradients_sent(serving_ER, table).tolist()
-    return rows + rows_per_replica * pace(sent, ranks_per_device)
-
-
 def pace(work_R: Sequence[float], ranks_per_device: float = 1.0) -> float:
     """Return when the last rank is done if all start together, in units of work.
 
@@ -107,14 +87,6 @@ def pace(work_R: Sequence[float], ranks_per_device: float = 1.0) -> float:
         done += (work - last) * max(1.0, (len(work_R) - finished) / devices)
         last = work
     return done
-
-
-def gradients_sent(served_ER: BoolArray, table: RoutingTable) -> FloatArray:
-    """Return the gradients that each rank sends if these replicas served, in experts, [R]."""
-    servers_E = served_ER.sum(1)
-    each_E = (servers_E - 1 + table.holds_ER.sum(1) - 1) / np.maximum(servers_E, 1)
-    sent_R: FloatArray = (served_ER * each_E[:, None]).sum(0)
-    return sent_R
 
 
 def levelled_quotas(total_E: IntArray, table: RoutingTable, *, open_ER: BoolArray) -> IntArray:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from dispatcher.splits.balance import balanced_quotas, levelled_quotas, pace, split_cost
+from dispatcher.reference import split_cost
+from dispatcher.splits.balance import balanced_quotas, levelled_quotas, pace
 from dispatcher.splits.routing import RoutingTable
 from dispatcher.splits.split import MODES, SplitRule, flows, rounded_shares, split_counts
 

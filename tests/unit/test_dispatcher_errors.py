@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -195,6 +197,16 @@ def test_the_same_on_real_processes_without_a_hang(body: Callable[..., str]) -> 
         "DispatchInputError",
         "PeerInputError",
     ]
+
+
+def never_returns(exchange: Exchange) -> None:
+    threading.Event().wait()
+
+
+def test_ranks_that_do_not_return_in_time_are_named_and_ended() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 0 has not returned after 0\.5 s"):
+        run_processes(never_returns, size=2, limit_s=0.5)
+    assert multiprocessing.active_children() == []
 
 
 def solo() -> Dispatcher:
