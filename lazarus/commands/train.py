@@ -8,8 +8,9 @@ from lazarus.callbacks import configured
 from lazarus.callbacks.prometheus import RayMetrics
 from lazarus.checkpoint.selection.adaptive import DEFAULT_EVERY
 from lazarus.commands import runs
-from lazarus.config.preflight import resolve_slots_per_node, warnings_of
+from lazarus.config.preflight import stated_ranks_per_node, warnings_of
 from lazarus.config.train_config import TrainConfig
+from lazarus.control.plans.verdict import slots_for
 from lazarus.record.condensed import condensed_events
 from lazarus.record.metrics import summarise
 from lazarus.run.run_place import RunPlace, open_place
@@ -43,8 +44,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then train."""
     config = runs.load_config(args)
-    slots = resolve_slots_per_node(config, num_experts=config.model.experts)
-    for warning in warnings_of(config, num_experts=config.model.experts, slots_per_node=slots):
+    for warning in _warnings(config):
         runs.say(f"warning: {warning}")
     configured(config, run_dir=config.run.dir)  # packages that are missing are bad input
     place = open_place(
@@ -55,6 +55,21 @@ def run(args: argparse.Namespace) -> int:
         say=runs.say,
     )
     return _dry_run(place) if args.dry_run else train(place, as_json=args.json)
+
+
+def _warnings(config: TrainConfig) -> list[str]:
+    """What works, but perhaps not as intended, with the slots that the controller will choose."""
+    asked, nodes = config.placement.slots_per_node, config.cluster.nodes
+    slots = slots_for(
+        num_nodes=nodes,
+        num_experts=config.model.experts,
+        configured=None if asked == "auto" else asked,
+        started_nodes=nodes,
+        min_replicas=config.placement.min_replicas,
+        spare_losses=config.placement.spare_losses,
+        ranks_per_node=stated_ranks_per_node(config),
+    )
+    return warnings_of(config, num_experts=config.model.experts, slots_per_node=slots)
 
 
 def train(place: RunPlace, *, as_json: bool = False) -> int:

@@ -40,7 +40,6 @@ class Progress:
         self._mode, self._steps, self._clock = mode, steps, clock
         self._drawn = 0  # length of the redrawn line
         self._last_s = -float("inf")
-        self._shown_step = 0
         self._latest: Mapping[str, Any] | None = None
         self._wanted = 0
         self._started: tuple[float, int] | None = None  # clock and step of the first commit

@@ -24,6 +24,7 @@ from lazarus.errors import DataError
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 )
+_CHECKED_TOKENS = 1 << 22
 _BIN_DTYPES = {".u8.bin": "<u1", ".u16.bin": "<u2", ".u32.bin": "<u4", ".bin": "<u2"}
 
 
@@ -129,13 +130,13 @@ def datasets(
     return train, held_out
 
 
-def check_tokens(corpus: Corpus, *, vocab: int, limit: int = 1 << 22) -> None:
-    """Refuse tokens outside ``[0, vocab)``, looking at the first ``limit`` tokens.
+def check_tokens(corpus: Corpus, *, vocab: int) -> None:
+    """Refuse tokens outside ``[0, vocab)``, looking at the first 4 million tokens.
 
     Raises:
         DataError: Names an offending token and the vocabulary that it needs.
     """
-    seen = np.asarray(corpus.tokens[:limit])
+    seen = np.asarray(corpus.tokens[:_CHECKED_TOKENS])
     low, high = int(seen.min(initial=0)), int(seen.max(initial=0))
     if low < 0 or high >= vocab:
         raise DataError(

@@ -154,14 +154,6 @@ class ExpertBank(nn.Module):
         return result
 
 
-def model_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model without padding; every expert counts once, held here or not."""
-    banks = [m for m in model.modules() if isinstance(m, ExpertBank)]
-    inside = {id(bank.weight) for bank in banks}
-    dense = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    return dense + sum(bank.num_experts * bank.num_parameters for bank in banks)
-
-
 def _mixed(key: int, expert: int) -> int:
     """A well-spread 63-bit seed from two integers. Source: the splitmix64 finaliser."""
     z = (key + (expert + 1) * 0x9E3779B97F4A7C15) & _MASK

@@ -138,28 +138,6 @@ _LATEST_S = 1e11  # larger values of ``t`` and ``m`` are refused
 _ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
 
 
-def make_event(event: str, *, t: float, generation: int, **fields: Any) -> dict[str, Any]:
-    """Build an event and check its fields.
-
-    Args:
-        event: Name of the event, a key of ``FIELDS``.
-        t: Unix seconds.
-        generation: The present generation.
-        **fields: The event's fields.
-
-    Raises:
-        ValueError: The event is unknown, or a field is missing or of the wrong type.
-    """
-    made = {"t": t, "event": event, "generation": generation, **fields}
-    if event == "run_started":
-        made.setdefault("schema", SCHEMA)
-    if event not in FIELDS:
-        raise ValueError(f"unknown event {event!r}; known: {', '.join(FIELDS)}")
-    if wrong := faults_of(made):
-        raise ValueError(f"{event}: {'; '.join(wrong)}")
-    return made
-
-
 def faults_of(event: Event) -> list[str]:
     """One text for each missing field and each field of the wrong type.
 
@@ -270,22 +248,6 @@ def decode_bytes(line: bytes) -> dict[str, Any]:
         return decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} of the line is no UTF-8") from None
-
-
-def parse_lines(text: str, *, name: str = FILE_NAME) -> Iterator[dict[str, Any]]:
-    """Yield the events of a text; see ``each_event``.
-
-    Raises:
-        RecordError: A line is damaged.
-    """
-    lines = text.split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        if not line.strip():
-            continue
-        try:
-            yield decode(line)
-        except ValueError as error:
-            raise RecordError(path=name, line=number, reason=str(error)) from error
 
 
 def moment(event: Event) -> float:

@@ -121,16 +121,11 @@ def _arrays_of(place: Path) -> tuple[str, NDArray[Any], NDArray[Any]]:
         return name, counts, data[keys[0]] if keys else np.arange(1, len(counts) + 1)
 
 
-def counts_of_commits(entries: Iterable[Mapping[str, Any]]) -> LoadTrace:
-    """The loads of a run from its journal's entries; each committed step once.
-
-    The layout of a generation's vectors comes from the ``resume`` entry before its commits. If a
-    step was committed again after a rollback, its last commit counts.
-    """
-    return _trace_of(_rows_of_commits(entries))
-
-
 def _rows_of_commits(entries: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    """The loads of commits from a journal's entries, in their order.
+
+    The layout of a generation's vectors comes from the ``resume`` entry before its commits.
+    """
     layout: VectorLayout | None = None
     for entry in entries:
         if entry["kind"] == "resume":
@@ -149,6 +144,7 @@ def _rows_of_commits(entries: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
 
 
 def _trace_of(rows: Iterable[Row]) -> LoadTrace:
+    """Each committed step once; of one committed again after a rollback, the last commit."""
     found: dict[int, Floats] = {}
     for step, counts_LE in rows:
         while found and next(reversed(found)) >= step:  # committed again, or rolled back
@@ -160,27 +156,14 @@ def _trace_of(rows: Iterable[Row]) -> LoadTrace:
     return LoadTrace(steps=np.array(steps, dtype=np.int64), counts=np.rint(counts).astype(np.int64))
 
 
-def counts_of_journal(folder: str | Path) -> LoadTrace | None:
-    """The loads of one life of a run; None without a journal.
-
-    For a long run, only some steps are kept; see ``lazarus.record.load_history``.
-
-    Raises:
-        JournalError: An entry is damaged, or missing.
-    """
-    place = Path(folder)
-    if not (place.is_dir() and any(place.iterdir())):
-        return None
-    return _trace_of_journals([place])
-
-
 def counts_of_run(run_dir: str | Path) -> LoadTrace | None:
     """The loads of all lives of a run; None without a journal.
 
-    Of a step committed in several lives, the last commit counts.
+    Of a step committed several times, the last commit counts. For a long run, only some steps are
+    kept; see ``lazarus.record.load_history``.
 
     Raises:
-        JournalError: See ``counts_of_journal``.
+        JournalError: An entry is damaged, or missing.
     """
     journals = journals_of(run_dir)
     return _trace_of_journals(journals) if journals else None

@@ -103,12 +103,6 @@ def steps_lost(events: Iterable[Event]) -> int:
     return len(committed) - len(committed_steps(committed))
 
 
-def missing_steps(events: Iterable[Event]) -> list[int]:
-    """Steps between the first and the last committed one that were never committed."""
-    steps = committed_steps(events)
-    return [s for s in range(min(steps, default=1), max(steps, default=0)) if s not in steps]
-
-
 def lives(events: Sequence[Event]) -> list[list[Event]]:
     """The events split into lives; each ``run_started`` begins a new life."""
     cut: list[list[Event]] = []

@@ -141,7 +141,6 @@ class ElasticTrainer:
         self.config = config
         self._callbacks = tuple(callbacks)
         self.policies = policies_of(config, placement=placement, recovery=recovery)
-        self._eval_data = eval_data
         specs = tuple(dict.fromkeys(str(fault) for fault in (*config.faults.specs, *faults)))
         self.faults = specs
         check_run(config, model=model, data=data, faults=specs)

@@ -27,10 +27,9 @@ def levelled(
     *,
     slots_per_node: int,
     rounds: int = ROUNDS,
-    tolerance: float = TOLERANCE,
     targets: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[Bools, Floats | None]:
-    """Move fill in the layers whose max/mean node load exceeds 1 + ``tolerance``.
+    """Move fill in the layers whose max/mean node load exceeds 1 + ``TOLERANCE``.
 
     Args:
         load_LE: Tokens per expert, [L, E].
@@ -38,7 +37,6 @@ def levelled(
         core: Replicas that must stay, bool [L, E, N].
         slots_per_node: Slots per node and layer.
         rounds: Moves tried per layer.
-        tolerance: Excess of max/mean over 1 below which a layer is left as it is.
         targets: Nodes that may receive copies, bool [N]; all when None.
 
     Returns:
@@ -49,7 +47,7 @@ def levelled(
         return member, None
     factor = node_factors(load_LE, member, rounds=_FIRST_ROUNDS)
     best_L = max_over_mean(loads_of_nodes(load_LE, member, factor))
-    rows = np.flatnonzero(best_L > 1.0 + tolerance)
+    rows = np.flatnonzero(best_L > 1.0 + TOLERANCE)
     if not len(rows):
         return member, best_L
     member = member.copy()
@@ -67,7 +65,7 @@ def levelled(
         member[rows[better_L]] = trial[better_L]
         best_L[rows] = np.minimum(best_L[rows], ratio_L)
         # A trial may pass through worse placements; ``member`` keeps the best of each layer.
-        open_L = best_L[rows] > 1.0 + tolerance
+        open_L = best_L[rows] > 1.0 + TOLERANCE
         rows, trial, uses, factor = rows[open_L], trial[open_L], uses[open_L], factor[open_L]
         if not len(rows):
             break

@@ -85,12 +85,10 @@ def frontier_counts(
     return tuple(total >> width * k & low for k in range(num_nodes + 1))
 
 
-def frontier_probability(
-    masks: Sequence[int], *, hazards: Sequence[float], max_states: int = MAX_STATES
-) -> float | None:
+def frontier_probability(masks: Sequence[int], *, hazards: Sequence[float]) -> float | None:
     """Return P(no node set is dead) if node i dies independently with probability ``hazards[i]``.
 
-    Returns None if more than ``max_states`` states would be needed.
+    Returns None if more than ``MAX_STATES`` states would be needed.
     """
     order = node_order(masks)
     states: dict[int, float] = {0: 1.0}
@@ -104,6 +102,6 @@ def frontier_probability(
             if not dead_state & closes:
                 following[dead_state] = following.get(dead_state, 0.0) + value * hazard
         states = following
-        if len(states) > max_states:
+        if len(states) > MAX_STATES:
             return None
     return sum(states.values())

@@ -16,7 +16,7 @@ import numpy as np
 from placement.errors import InvalidRequestError
 from placement.request import Floats
 from placement.survival.bitmasks import components, mask_of, minimal_masks, nodes_of
-from placement.survival.estimate import DRAWS, estimated_survival
+from placement.survival.estimate import estimated_survival
 from placement.survival.frontier import MAX_STATES, frontier_counts, frontier_probability
 from placement.survival.interval import as_intervals, interval_survival, log_factorials
 from placement.survival.truth import MAX_NODES, surviving_counts
@@ -55,8 +55,6 @@ def survival(
     num_nodes: int,
     max_losses: int | None = None,
     method: str = "auto",
-    seed: int = 0,
-    draws: int = DRAWS,
     bound: Sequence[int] = (),
 ) -> Survival:
     """Compute the survival of node sets for k = 0..max_losses uniformly chosen losses.
@@ -66,8 +64,6 @@ def survival(
         num_nodes: Number of nodes, N.
         max_losses: Largest k; N when None.
         method: "auto", or one of ``METHODS`` to force that method.
-        seed: Seed of the estimate.
-        draws: Samples of the estimate for each k.
         bound: Simpler node sets such that each of ``masks`` contains one of them. If given, their
             survival is used as a lower bound instead of an estimate.
 
@@ -94,8 +90,7 @@ def survival(
             sure = (1.0,) * len(low)
             return Survival(probability=low, method="template bound", low=low, high=sure)
     answers = [
-        estimated_survival(sets, num_nodes=num_nodes, losses=k, seed=seed, draws=draws)
-        for k in range(top + 1)
+        estimated_survival(sets, num_nodes=num_nodes, losses=k, seed=0) for k in range(top + 1)
     ]
     return Survival(
         probability=tuple(a[0] for a in answers),

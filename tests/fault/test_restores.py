@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lazarus.record.loads import counts_of_journal
+from lazarus.record.loads import counts_of_run
 
 PAIR = ("kill:0@14", "kill:1@14")  # the only two holders of some experts in the plan below
 SETTINGS = ("placement.slots_per_node=3", "checkpoint.every=4", "checkpoint.k_persist=2")
@@ -23,7 +23,7 @@ def _holders(outcome: Any, layer: int, expert: int) -> set[int]:
 
 def _recounted_plt(outcome: Any) -> float:
     """PLT from the routing counts and the events alone: mean over layers of lost / routed."""
-    trace = counts_of_journal(outcome.folder / "journal")
+    trace = counts_of_run(outcome.folder)
     assert trace is not None
     counts = trace.counts
     lost = np.zeros(counts.shape[1])

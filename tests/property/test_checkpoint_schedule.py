@@ -30,7 +30,6 @@ from lazarus.checkpoint.selection.schedule import (
     ScheduleState,
     default_schedule,
     doubled_k,
-    expected_plt,
     largest_hidden_k,
     parts_saved,
     select_experts,
@@ -109,11 +108,6 @@ def test_the_first_checkpoint_on_storage_is_full(config: ScheduleConfig, step: i
     if step % config.persist_every == 0:
         assert chosen is not None
         assert all(len(layer) == config.num_experts for layer in chosen[0].persist)
-    forced = select_experts(
-        ScheduleState.initial(config), config, step=step, unsaved=flat, force_full=True
-    )
-    assert forced is not None
-    assert forced[0].persists
 
 
 @given(unsaved=st.lists(st.integers(0, 50), min_size=3, max_size=10), k=st.integers(1, 3))
@@ -174,11 +168,6 @@ def test_the_interval_lets_one_persist_end_before_the_next() -> None:
     assert shortest_interval(bytes_of_busiest_writer=1001, **args) == 11
     assert shortest_interval(bytes_of_busiest_writer=1001, snapshot_every=4, **args) == 12
     assert shortest_interval(bytes_of_busiest_writer=0, **args) == 1
-
-
-def test_expected_plt_is_near_the_papers_threshold_at_its_setting() -> None:
-    plt = expected_plt(num_experts=8, k=2, interval=32, faults=1, steps=1280)
-    assert plt == pytest.approx((48 + 16) / 1280)
 
 
 units = st.lists(

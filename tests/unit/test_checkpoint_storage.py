@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lazarus.checkpoint.errors import NoCheckpointError, StorageError
 from lazarus.checkpoint.files.patience import patiently
 from lazarus.checkpoint.files.place import check_place
-from lazarus.checkpoint.files.reader import read_newest_expert
+from lazarus.checkpoint.files.reader import StoredExperts
 from lazarus.checkpoint.files.resumable import newest_resumable
 from lazarus.checkpoint.files.retention import retain, sweep
 from lazarus.checkpoint.files.storage import no_probe, open_storage, read_file, write_file
@@ -174,7 +174,7 @@ def test_one_flipped_bit_costs_that_expert_some_steps_and_no_checkpoint(tmp_path
     (older,) = found.older
     assert found.manifest.step == 300 and (older.layer, older.expert) == (0, 1)
     assert (older.step, older.behind_steps) == (100, 100) and "sha256 differs" in str(older)
-    read = read_newest_expert(str(tmp_path), 0, 1, lineage=[(1, 0)], resume_step=300)
+    read = StoredExperts(str(tmp_path), lineage=[(1, 0)], resume_step=300).read(0, 1)
     assert read.step == 100
 
 

@@ -17,7 +17,7 @@ from lazarus.checkpoint.errors import (
     UnknownFormatError,
 )
 from lazarus.checkpoint.files.export import export
-from lazarus.checkpoint.files.reader import CheckpointReader, open_state_dict, read_newest_expert
+from lazarus.checkpoint.files.reader import CheckpointReader, StoredExperts, open_state_dict
 from lazarus.checkpoint.files.retention import retain
 from lazarus.checkpoint.files.storage import anchored, is_url, redacted
 from lazarus.checkpoint.files.store import Tag, find_checkpoints, load_manifest
@@ -115,13 +115,13 @@ def test_a_restore_takes_the_next_older_version_of_a_damaged_expert(tmp_path: Pa
     TOY.save(url, 600, experts=[(0, 2)], previous=newer)
     victim = newer.experts[0][2]["weights"].file
     corrupt(tmp_path / victim)
-    found = read_newest_expert(url, 0, 2, lineage=[(1, 0)], resume_step=599)
+    found = StoredExperts(url, lineage=[(1, 0)], resume_step=599).read(0, 2)
     assert (found.step, found.routed) == (200, 2000)
     assert found.passed_over == (f"{victim} sha256 differs (flipped or truncated)",)
     assert_same(dict(found.tensors), TOY.expert(0, 2, 200))
-    assert read_newest_expert(url, 0, 2, lineage=[(1, 0)], resume_step=600).step == 600
+    assert StoredExperts(url, lineage=[(1, 0)], resume_step=600).read(0, 2).step == 600
     with pytest.raises(NoCheckpointError, match="L0/E2 cannot be read"):
-        read_newest_expert(url, 0, 2, lineage=[(1, 0), (2, 100)], resume_step=100)
+        StoredExperts(url, lineage=[(1, 0), (2, 100)], resume_step=100).read(0, 2)
 
 
 def test_a_flipped_byte_in_a_manifest_is_found(tmp_path: Path) -> None:

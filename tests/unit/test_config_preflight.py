@@ -6,15 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.config.preflight import (
-    BUILTIN_CHECKS,
-    Memory,
-    auto_slots_per_node,
-    resolve_slots_per_node,
-    warnings_of,
-)
+from lazarus.config.preflight import BUILTIN_CHECKS, warnings_of
 from lazarus.config.timeouts import derive_timeouts
 from lazarus.config.train_config import TrainConfig
+from lazarus.control.plans.verdict import slots_for
 from lazarus.errors import ConfigError
 
 
@@ -63,9 +58,11 @@ def test_other_impossible_input_is_refused_in_one_go(tmp_path: Path) -> None:
 def test_auto_slots_keep_the_floor_after_the_spare_losses_and_are_the_fewest(
     experts: int, nodes: int, floor: int, spare: int, ranks: int
 ) -> None:
-    slots = auto_slots_per_node(
-        num_experts=experts,
+    slots = slots_for(
         num_nodes=nodes,
+        num_experts=experts,
+        configured=None,
+        started_nodes=nodes,
         min_replicas=floor,
         spare_losses=spare,
         ranks_per_node=ranks,
@@ -76,20 +73,9 @@ def test_auto_slots_keep_the_floor_after_the_spare_losses_and_are_the_fewest(
     assert (slots - ranks) * left < needed
 
 
-def test_auto_slots_give_way_to_memory_and_refuse_when_nothing_fits() -> None:
-    wanted = {"num_experts": 64, "num_nodes": 16, "min_replicas": 2, "spare_losses": 2}
-    assert auto_slots_per_node(**wanted) == 10
-    assert auto_slots_per_node(**wanted, memory=Memory(per_slot=1, per_node=8)) == 8
-    with pytest.raises(ConfigError, match="64 experts do not fit: memory holds 3 slots"):
-        auto_slots_per_node(**wanted, memory=Memory(per_slot=1, per_node=3))
-
-
-def test_slots_are_resolved_and_must_divide_among_ranks() -> None:
-    config = TrainConfig.load(overrides=["placement.slots_per_node=5"])
-    assert resolve_slots_per_node(config, num_experts=8) == 5
-    with pytest.raises(ConfigError, match="does not divide among 2 ranks"):
-        resolve_slots_per_node(config, num_experts=8, ranks_per_node=2)
-    assert resolve_slots_per_node(TrainConfig.load(), num_experts=8) == 8
+def test_slots_must_divide_among_the_ranks_of_a_node() -> None:
+    said = refusal("placement.slots_per_node=5", "cluster.ranks_per_node=2")
+    assert "placement.slots_per_node=5 does not divide among 2 ranks of a node" in said
 
 
 def test_warnings_say_what_the_floor_and_the_batch_really_give() -> None:
@@ -100,6 +86,10 @@ def test_warnings_say_what_the_floor_and_the_batch_really_give() -> None:
     assert warnings_of(TrainConfig.load(), num_experts=8, slots_per_node=8) == []
     (lower,) = warnings_of(TrainConfig.load(), num_experts=8, slots_per_node=3)
     assert "the floor is 1" in lower
+    two = TrainConfig.load(overrides=["cluster.ranks_per_node=2", "train.global_batch=5"])
+    assert (
+        "leaves 3 of 8 ranks without work" in warnings_of(two, num_experts=8, slots_per_node=8)[0]
+    )
 
 
 @given(stall=st.floats(0.5, 1e4))

@@ -317,8 +317,6 @@ def keeper_story(at: Place, config: TrainConfig) -> Any:
     begun: list[Any] = []
 
     class Noting:
-        stalled_s = 0.0
-
         def __init__(self, link: Any) -> None: ...
 
         def begin(self, request: Any) -> bool:

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from lazarus.model import gpt
-from lazarus.model.experts import deferred_experts, model_parameters
+from lazarus.model.experts import ExpertBank, deferred_experts
 from lazarus.model.moe import commit_load, moe_layers, take_auxiliary
+
+
+def model_parameters(model: torch.nn.Module) -> int:
+    """Parameters of the whole model without padding; every expert counts once, held here or not."""
+    banks = [m for m in model.modules() if isinstance(m, ExpertBank)]
+    inside = {id(bank.weight) for bank in banks}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    return dense + sum(bank.num_experts * bank.num_parameters for bank in banks)
 
 
 @pytest.mark.parametrize(

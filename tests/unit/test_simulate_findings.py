@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated import simulate
 
 from lazarus.cli import main
 from lazarus.record.loads import uniform_load
@@ -18,7 +19,6 @@ from lazarus.simulate.inputs.traces import FleetEvent
 from lazarus.simulate.rows import Row, Setting
 from lazarus.simulate.studies.calibrate import line
 from lazarus.simulate.studies.findings import cost_of, findings, table
-from lazarus.simulate.systems.policies import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from simulated import simulate
 
 from lazarus.errors import ConfigError
 from lazarus.record.loads import uniform_load, zipf_load
@@ -15,7 +16,7 @@ from lazarus.simulate.inputs.faults import FromTrace, Periodic, Poisson, Scripte
 from lazarus.simulate.inputs.shapes import SHAPES
 from lazarus.simulate.inputs.traces import FleetEvent, parse_trace
 from lazarus.simulate.rows import FleetPolicy, Row, Setting
-from lazarus.simulate.systems.policies import policy_named, run_one, simulate, with_recovery
+from lazarus.simulate.systems.policies import policy_named, run_one, with_recovery
 from placement import PlacementRequest, Plan, replan
 
 POLICIES = ("lazarus", "no-adaptive", "spread", "eplb-like", "pec", "ds", "ds-ft", "peer-memory")

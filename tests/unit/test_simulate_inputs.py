@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from lazarus.cli import main
 from lazarus.errors import ConfigError
 from lazarus.record.loads import (
-    counts_of_commits,
     counts_of_run,
     fitted,
     journals_of,
@@ -233,8 +232,16 @@ def life(*commits: tuple[int, float]) -> list[dict[str, Any]]:
     return [{"kind": "resume", "shape": [1, 2], "seats": ["a"]}, *made]
 
 
-def test_only_committed_steps_count_and_a_rollback_voids_what_came_after() -> None:
-    trace = counts_of_commits(life((1, 1), (2, 2), (3, 3), (2, 9)))
+def leave_journal(folder: Path, entries: list[dict[str, Any]]) -> None:
+    folder.mkdir()
+    for number, entry in enumerate(entries, start=1):
+        (folder / f"{number:09d}.json").write_text(json.dumps(entry))
+
+
+def test_only_committed_steps_count_and_a_rollback_voids_what_came_after(tmp_path: Path) -> None:
+    leave_journal(tmp_path / "journal", life((1, 1), (2, 2), (3, 3), (2, 9)))
+    trace = counts_of_run(tmp_path)
+    assert trace is not None
     assert trace.steps.tolist() == [1, 2]
     assert trace.counts[:, 0, 0].tolist() == [1, 9]
 
@@ -242,9 +249,7 @@ def test_only_committed_steps_count_and_a_rollback_voids_what_came_after() -> No
 def test_all_lives_of_a_run_count_in_their_order(tmp_path: Path) -> None:
     for number in range(1, 12):  # each does its predecessor's last step again
         folder = tmp_path / ("journal" if number == 1 else f"journal-{number}")
-        folder.mkdir()
-        for entry, made in enumerate(life((number, number), (number + 1, number)), start=1):
-            (folder / f"{entry:09d}.json").write_text(json.dumps(made))
+        leave_journal(folder, life((number, number), (number + 1, number)))
     (tmp_path / "journal.txt").write_text("not a journal")
     assert journals_of(tmp_path)[-2:] == [tmp_path / "journal-10", tmp_path / "journal-11"]
     trace = counts_of_run(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated import simulate
 
 from lazarus.cli import main
 from lazarus.errors import ConfigError
@@ -25,7 +26,7 @@ from lazarus.simulate.studies.scenarios import (
     scenario_named,
 )
 from lazarus.simulate.studies.tables import TABLES
-from lazarus.simulate.systems.policies import run_one, simulate
+from lazarus.simulate.systems.policies import run_one
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 STEP_S, BACK_S = 0.2, 0.5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 
 from lazarus.checkpoint.errors import CheckpointError, StorageError
@@ -66,20 +65,13 @@ def remove_probe(url: str, name: str) -> None:
                 os.rmdir(storage.root)
 
 
-def check_place(
-    url: str,
-    *,
-    name: str,
-    patience_s: float,
-    waiting: Callable[[], None] = lambda: None,
-) -> None:
+def check_place(url: str, *, name: str, patience_s: float) -> None:
     """Check, before a run starts, that this machine can write to the checkpoint URL.
 
     Args:
         url: Root of the run's checkpoints.
         name: Name of the probe file; unique to the caller.
         patience_s: Seconds for which a failing object store is tried again.
-        waiting: Called every fraction of a second while the check lasts.
 
     Raises:
         ConfigError: The URL cannot be used: protocol, package, folder or permissions are wrong.
@@ -92,7 +84,6 @@ def check_place(
             lambda: write_probe(url, name),
             for_s=0.0 if is_local else patience_s,
             stuck_s=patience_s,
-            waiting=waiting,
             place=redacted(url),
             operation="write",
         )

@@ -225,23 +225,6 @@ class StoredExperts:
         return self._readers[manifest.step]
 
 
-def read_newest_expert(
-    url: str,
-    layer: int,
-    expert: int,
-    *,
-    lineage: Sequence[tuple[int, int]],
-    resume_step: int,
-) -> StoredExpert:
-    """Read the newest undamaged version of one expert on the lineage.
-
-    Raises:
-        StorageError: No version could be read, and storage refused at least one of them.
-        NoCheckpointError: There is no such version; the message says what is wrong with each.
-    """
-    return StoredExperts(url, lineage=lineage, resume_step=resume_step).read(layer, expert)
-
-
 class LazyState(Mapping[str, Tensor]):
     """The model's parameters and buffers in one checkpoint, each read on access.
 

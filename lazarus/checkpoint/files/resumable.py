@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lazarus.checkpoint.errors import NoCheckpointError
-from lazarus.checkpoint.files.storage import Storage, file_size, open_storage, redacted
+from lazarus.checkpoint.files.storage import Storage, open_storage, redacted
 from lazarus.checkpoint.files.store import find_checkpoints
 from lazarus.checkpoint.files.verify import file_problem
 from lazarus.checkpoint.format.manifest import ExpertVersion, Manifest, expert_name
@@ -45,9 +45,7 @@ class Resumable:
     passed_over: tuple[str, ...] = ()
 
 
-def newest_resumable(
-    url: str, *, lineage: Sequence[tuple[int, int]] | None = None, check: str = "sha256"
-) -> Resumable:
+def newest_resumable(url: str, *, lineage: Sequence[tuple[int, int]] | None = None) -> Resumable:
     """Find the newest checkpoint on the lineage with undamaged dense state.
 
     Partial checkpoints share files, so a single damaged file must not make all of them unusable.
@@ -57,13 +55,12 @@ def newest_resumable(
     Args:
         url: Root of the checkpoints.
         lineage: History known from a journal; None takes the one recorded in the manifests.
-        check: ``sha256`` reads every file in use, ``sizes`` compares only their sizes.
 
     Raises:
         NoCheckpointError: No checkpoint is usable; the message says what is wrong with each.
     """
     found = find_checkpoints(url)
-    files = _Files(open_storage(url), content=check == "sha256")
+    files = _Files(open_storage(url))
     reasons = [str(error) for _, error in found.unreadable]
     true = found.on_lineage(lineage)
     for at in reversed(range(len(true))):
@@ -80,27 +77,18 @@ def newest_resumable(
 
 @dataclass
 class _Files:
-    """A cache of checked files, so that each file is checked once."""
+    """A cache of checked files, so that each file is read once."""
 
     storage: Storage
-    content: bool
     seen: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def problem(self, manifest: Manifest, path: str) -> str:
         """What is wrong with a file; empty if the file is sound."""
         key = (path, manifest.files[path].sha256)
         if key not in self.seen:
-            look = file_problem if self.content else _size_problem
-            wrong = look(self.storage, path, manifest)
+            wrong = file_problem(self.storage, path, manifest)
             self.seen[key] = f"{path} {wrong}" if wrong else ""
         return self.seen[key]
-
-
-def _size_problem(storage: Storage, path: str, manifest: Manifest) -> str | None:
-    size, wanted = file_size(storage, path), manifest.files[path].num_bytes
-    if size is None:
-        return "is missing"
-    return None if size == wanted else f"has {size} bytes, not {wanted} (truncated)"
 
 
 def _dense_problem(files: _Files, manifest: Manifest) -> str:

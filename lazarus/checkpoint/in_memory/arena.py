@@ -57,11 +57,6 @@ class Arena:
         """Bytes of all segments, free slots included."""
         return sum(s.num_bytes for s in self._segments.values())
 
-    @property
-    def taken_bytes(self) -> int:
-        """Bytes of the slots in use."""
-        return self._taken_bytes
-
     def take(self, num_bytes: int) -> Slot:
         """Take a slot of at least ``num_bytes``, rounded up to whole pages.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -104,19 +104,11 @@ class Snapshotter:
     Args:
         link: Connection to this node's keeper.
         patience_s: Seconds for which ``wait_before_apply`` waits for the keeper's memory.
-        clock: Monotonic seconds.
     """
 
-    def __init__(
-        self,
-        link: KeeperLink,
-        *,
-        patience_s: float = 0.25,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, link: KeeperLink, *, patience_s: float = 0.25) -> None:
         self._link = link
         self._patience_s = patience_s
-        self._clock = clock
         self._changed = threading.Condition()
         self._state = _State.IDLE
         self._request: SnapshotRequest | None = None
@@ -168,7 +160,7 @@ class Snapshotter:
         Returns:
             Seconds that the caller was kept waiting.
         """
-        start = self._clock()
+        start = time.monotonic()
         with self._changed:
             if self._state is _State.RESERVING:
                 self._changed.wait_for(
@@ -178,7 +170,7 @@ class Snapshotter:
             while self._state is _State.COPYING:
                 self._changed.wait()
             self._check()
-        return self._clock() - start
+        return time.monotonic() - start
 
     def reports(self) -> list[dict[str, Any]]:
         """JSON reports of the snapshots, copies and persists that ended since the last call."""
@@ -215,13 +207,13 @@ class Snapshotter:
                 if self._request is None:
                     return
                 request, self._ticket = self._request, self._ticket + 1
-            start = self._clock()
+            start = time.monotonic()
             try:
                 problem = self._take(request)
             except Exception as error:  # noqa: BLE001 - the thread's edge: reported, training goes on
                 problem = f"{type(error).__name__}: {error}"
             if problem:
-                self._link.add_report(_failure(request, problem, self._clock() - start))
+                self._link.add_report(_failure(request, problem, time.monotonic() - start))
             with self._changed:
                 self._request = self._ready = None
                 self._state = _State.IDLE
@@ -245,7 +237,7 @@ class Snapshotter:
                 return "the next optimizer step came before the keeper answered"
             self._state = _State.COPYING
             self._changed.notify_all()
-        start = self._clock()
+        start = time.monotonic()
         try:
             self._copy(items, layouts, places)
         except BaseException:
@@ -253,7 +245,7 @@ class Snapshotter:
             raise
         with self._changed:
             num_bytes = sum(layout.num_bytes for layout in layouts)
-            self._copied = (self._copied[0] + num_bytes, self._copied[1] + self._clock() - start)
+            self._copied = (self._copied[0] + num_bytes, self._copied[1] + time.monotonic() - start)
             self._state = _State.SEALING
             self._changed.notify_all()
         self._link.seal(

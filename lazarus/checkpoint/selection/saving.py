@@ -51,17 +51,13 @@ class SaveState:
         """The state after a committed step that routed ``counts_LE`` copies (integers [L, E])."""
         return replace(self, routed_LE=self.routed_LE + counts_LE.astype(np.int64))
 
-    def next_save(
-        self, config: ScheduleConfig, *, step: int, force_full: bool = False
-    ) -> tuple[Selection | None, SaveState]:
+    def next_save(self, config: ScheduleConfig, *, step: int) -> tuple[Selection | None, SaveState]:
         """The selection to save after the commit of ``step``, and the state after the save.
 
-        The selection is None if nothing is saved. ``force_full`` saves everything.
+        The selection is None if nothing is saved.
         """
         unsaved = (self.routed_LE - self.snapshotted_LE).tolist()
-        chosen = select_experts(
-            self.schedule, config, step=step, unsaved=unsaved, force_full=force_full
-        )
+        chosen = select_experts(self.schedule, config, step=step, unsaved=unsaved)
         if chosen is None:
             return None, self
         selection, schedule = chosen

@@ -15,6 +15,7 @@ from lazarus.checkpoint.format.manifest import OPTIMIZER, PARTS, WEIGHTS
 
 SEQUENTIAL, BY_LOAD, FULL = "sequential", "load", "full"
 SELECTIONS = (SEQUENTIAL, BY_LOAD, FULL)
+_USED_WINDOW = 0.8  # fraction of the time between two optimizer steps that a copy may fill
 
 Experts = tuple[tuple[int, ...], ...]  # [layer] -> chosen expert ids, ascending
 
@@ -99,7 +100,6 @@ def select_experts(
     *,
     step: int,
     unsaved: Sequence[Sequence[int]],
-    force_full: bool = False,
 ) -> tuple[Selection, ScheduleState] | None:
     """Select the experts to save after ``step``.
 
@@ -109,14 +109,13 @@ def select_experts(
         step: The step just committed, >= 1.
         unsaved: Routed copies since each expert's last snapshot, [layers][experts]; used by
             load-aware selection only.
-        force_full: Save and persist everything, as at the end of a run or on request.
 
     Returns:
         The selection and the rotation's state after it; None if the step saves nothing.
     """
     snapshot_every = state.snapshot_every or config.snapshot_every
     persist_every = state.persist_every or config.persist_every
-    if force_full or (step % persist_every == 0 and not state.persisted_once):
+    if step % persist_every == 0 and not state.persisted_once:
         everything = tuple(tuple(range(config.num_experts)) for _ in range(config.num_layers))
         after = replace(state, persisted_once=True)
         return Selection(snapshot=everything, persist=everything), after
@@ -244,23 +243,20 @@ def rescheduled(
     )
 
 
-def largest_hidden_k(
-    *, bytes_of_k: Sequence[int], bytes_per_s: float, window_s: float, margin: float = 0.8
-) -> int:
+def largest_hidden_k(*, bytes_of_k: Sequence[int], bytes_per_s: float, window_s: float) -> int:
     """The largest K whose copy is hidden behind forward and backward; at least 1.
 
     Args:
         bytes_of_k: Bytes that the busiest rank copies for each K to try, ascending.
         bytes_per_s: Measured rate of a rank's snapshot copy while the step runs.
         window_s: Time from the end of one optimizer step to the start of the next.
-        margin: Fraction of the window that may be used.
 
     Returns:
         The place in ``bytes_of_k``, counted from 1; this is K itself for K = 1, 2, ..., E.
 
     Source: MoC-System, adaptive configuration (O_save = max(0, T_snapshot - T_F&B)).
     """
-    allowed = bytes_per_s * window_s * margin
+    allowed = bytes_per_s * window_s * _USED_WINDOW
     return max(1, sum(amount <= allowed for amount in bytes_of_k))
 
 
@@ -311,13 +307,3 @@ def default_schedule(
         parts=parts,
         plt_budget=plt_budget,
     )
-
-
-def expected_plt(*, num_experts: int, k: int, interval: int, faults: int, steps: int) -> float:
-    """The expected PLT of sequential selection at balanced load.
-
-    Derivation: a fault loses on average (E/K - 1)/2 intervals of an expert, plus half an interval
-    since the last checkpoint.
-    """
-    behind = (num_experts / k - 1) / 2 * interval + interval / 2
-    return faults * behind / steps

@@ -8,7 +8,7 @@ verifies before it uses the piece. The loss of a rank ends a round like any coll
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -203,8 +203,3 @@ def _splits(pieces: Sequence[Piece], size: int, peer: Callable[[Piece], int]) ->
     for piece in pieces:
         splits[peer(piece)] += _HEADER.size + piece.num_bytes
     return splits
-
-
-def staged_experts(staged: Mapping[Expert, Tensor], layer: int) -> list[int]:
-    """Experts of one layer whose records are staged, ascending."""
-    return sorted(expert for at, expert in staged if at == layer)

@@ -28,11 +28,11 @@ def ranks_per_node(asked: int | Literal["auto"]) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def machine_bytes(limit: Path = _CGROUP_LIMIT) -> int:
+def machine_bytes() -> int:
     """Host memory in bytes, or this container's limit if that is lower."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        text = limit.read_text(encoding="ascii").strip()
+        text = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
     except OSError:  # no container, or no cgroup limit
         return whole
     return min(whole, int(text)) if text.isdecimal() else whole

@@ -137,16 +137,11 @@ class LocalNodes:
             started.stop()
             return
 
-    def note(self, key: str, pid: int = 0) -> None:
-        """Add a process to the node, so that an injected fault that ends the node ends it too.
-
-        Args:
-            key: The node.
-            pid: The process; 0: this process.
-        """
+    def note(self, key: str) -> None:
+        """Add this process to a node: an injected fault that ends the node ends the process too."""
         with self._lock:
             folder = self._folders[key]
-        (folder / str(pid or os.getpid())).touch()
+        (folder / str(os.getpid())).touch()
 
     def close(self, key: str) -> None:
         """End the node's keeper and remove its folder; does nothing if the node is closed."""

@@ -84,7 +84,6 @@ class Saver:
         self._snapshotter = Snapshotter(self._link)
         self._began_s: float | None = None  # when the newest snapshot began; None after the apply
         self._window_s = 0.0  # from there to the optimizer step, which must not wait
-        self.stalled_s = 0.0  # total time that training waited for copies
 
     def aligned(self, generation: int) -> None:
         """Report a share of a checkpoint that was never begun, because ``generation`` is over."""
@@ -97,7 +96,7 @@ class Saver:
 
     def wait_before_write(self) -> None:
         """Wait until no snapshot reads the training tensors."""
-        self.stalled_s += self._snapshotter.wait_before_apply()
+        self._snapshotter.wait_before_apply()
 
     def before_apply(self) -> None:
         """``wait_before_write`` at the end of a step; also measures the time a snapshot had."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,15 +140,6 @@ def node_hours(source: FaultSource, *, num_nodes: int, length_s: float, seed: in
         since_s = event.at_s
         (live.update if event.kind == "add" else live.difference_update)(event.nodes)
     return (total_s + len(live) * (length_s - since_s)) / 3600.0
-
-
-def live_after(fleet: Sequence[str], events: Sequence[FleetEvent], at_s: float) -> set[str]:
-    """Return the nodes present after all events up to ``at_s``."""
-    live = set(fleet)
-    for event in events:
-        if event.at_s <= at_s:
-            (live.update if event.kind == "add" else live.difference_update)(event.nodes)
-    return live
 
 
 def by_number(name: str) -> tuple[int, str]:

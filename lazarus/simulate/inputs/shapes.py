@@ -85,12 +85,11 @@ def _gpt(name: str, *, dim: int, experts: int) -> Shape:
 
 
 def _gated(
-    name: str, layers: int, dim: int, hidden: int, experts: int, top_k: int, dense: float,
-    *, seq_len: int = 4096,
-) -> Shape:  # fmt: skip
+    name: str, layers: int, dim: int, hidden: int, experts: int, top_k: int, dense: float
+) -> Shape:
     return Shape(
         name=name, moe_layers=layers, dim=dim, hidden=hidden, matrices=3, experts=experts,
-        top_k=top_k, dense_params=dense, attention_layers=layers, seq_len=seq_len,
+        top_k=top_k, dense_params=dense, attention_layers=layers, seq_len=4096,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Measured:
     tokens: int
 
 
-def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") -> Costs:
+def calibrated(records: Sequence[Sequence[Event]]) -> Costs:
     """Fit a cost model to the records of real runs.
 
     Step times are the mean gaps between commits, by number of nodes. The phases of a
@@ -42,7 +42,6 @@ def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") ->
 
     Args:
         records: Events of each run.
-        name: Name of the cost model.
 
     Raises:
         ConfigError: No record has enough committed steps.
@@ -62,7 +61,7 @@ def calibrated(records: Sequence[Sequence[Event]], *, name: str = "measured") ->
     if not gaps:
         raise ConfigError("no committed steps in the records; nothing to calibrate from")
     return Costs(
-        name=name,
+        name="measured",
         source="measured",
         net_bytes_per_s=1e15,
         storage_bytes_per_s=1e15,
@@ -179,7 +178,7 @@ def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
         shape=shape,
         costs=costs,
         load=uniform_load(layers, experts),
-        faults=Scripted(script=_script(events, start, int(header["num_nodes"]))),
+        faults=Scripted(script=_script(events, start)),
         num_nodes=int(header["num_nodes"]),
         slots_per_node=int(plans[0]["slots_per_node"]) if plans else experts,
         min_replicas=int(plans[0].get("requested_floor", 2)) if plans else 2,
@@ -189,9 +188,8 @@ def as_setting(events: Sequence[Event], costs: Costs, *, name: str) -> Setting:
     )
 
 
-def _script(events: Sequence[Event], start: float, num_nodes: int) -> tuple[FleetEvent, ...]:
+def _script(events: Sequence[Event], start: float) -> tuple[FleetEvent, ...]:
     """The run's losses, departures and joins. Node numbers are in join order in both worlds."""
-    del num_nodes
     found = []
     injected = {e["node"]: moment(e) for e in of_kind(events, "fault_injected")}
     for lost in of_kind(events, "node_lost"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -179,23 +179,3 @@ def run_one(
     if isinstance(policy, PeerPolicy):
         return PeerRun(setting, policy=policy, seed=seed).run()
     return VirtualRun(setting, policy=policy, seed=seed, on_clock=on_clock).run()
-
-
-def simulate(
-    setting: Setting, *, policies: Sequence[str | Policy], seeds: Sequence[int] = (0,)
-) -> list[Row]:
-    """Simulate every policy under every seed.
-
-    Args:
-        setting: The scenario.
-        policies: Names (see ``named_policies``), ``module:Name`` paths, or policy objects.
-        seeds: Seeds of the faults.
-
-    Returns:
-        One row per policy and seed, policies in the outer loop.
-
-    Raises:
-        ConfigError: A policy is unknown.
-    """
-    chosen = [policy_named(p, setting) if isinstance(p, str) else p for p in policies]
-    return [run_one(setting, policy, seed=seed) for policy in chosen for seed in seeds]
