@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 from lazarus import errors
-from lazarus.control.cluster.replacing import Limits
 from lazarus.control.messages import (
     Body,
     ControllerFailed,
@@ -38,14 +37,14 @@ from lazarus.failure import Cause, Failure, Status
 from lazarus.runtime.driver.chaos import FATAL_KINDS, PROCESS_KINDS, Chaos
 from lazarus.runtime.driver.controller_life import ControllerLife
 from lazarus.runtime.driver.nodes import Nodes
+from lazarus.runtime.driver.orders import controller_spec, keeper_config, limits_of, worker_specs
 from lazarus.runtime.fence.whereabouts import LastWords
-from lazarus.runtime.keeper.process import KeeperConfig
 from lazarus.runtime.launch.launcher import Launcher, OnExit
 from lazarus.runtime.launch.local_nodes import NodePlace
 from lazarus.runtime.rpc.channel import endpoint
 from lazarus.runtime.rpc.credentials import check_certificate
 from lazarus.runtime.rpc.link import Link
-from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
+from lazarus.runtime.spec import RunSpec
 
 
 class Driver:
@@ -80,7 +79,7 @@ class Driver:
         self._persisted = spec.resume is not None  # whether a checkpoint exists
         self._awaited: NodesAwaited | None = None
         self._launcher = make_launcher(self._on_exit)
-        self._nodes = Nodes(self, self._launcher, self._limits())
+        self._nodes = Nodes(self, self._launcher, limits_of(spec, is_fixed=self._launcher.is_fixed))
         self._link: Link | None = None
         self._life = ControllerLife(
             self._launcher,
@@ -114,19 +113,9 @@ class Driver:
     def _start(self) -> None:
         spec, host = self._spec, self._launcher.host
         check_certificate(spec.credentials, host=host)
-        controller = ControllerSpec(
-            config=spec.control,
-            host=host,
-            port=0,
-            bind_host=self._launcher.bind_host,
-            credentials=spec.credentials,
-            run_dir=spec.run_dir,
-            decisive=spec.decisive,
-            lives=spec.lives,
-            keep_checkpoints=spec.config.checkpoint.keep,
-            journal=spec.journal,
+        port = self._life.start(
+            controller_spec(spec, host=host, bind_host=self._launcher.bind_host)
         )
-        port = self._life.start(controller)
         self._address = endpoint(host, port)
         self._link = Link(
             self._address,
@@ -141,19 +130,6 @@ class Driver:
         self._link.start()
         self._nodes.start()
         self._launcher.follow_nodes(self._nodes.machines_came, self._noticed)
-
-    def _limits(self) -> Limits:
-        cluster, timeouts = self._spec.config.cluster, self._spec.config.timeouts
-        return Limits(
-            wanted=cluster.nodes,
-            most=cluster.max_nodes,
-            replaces=cluster.replace_lost,
-            is_fixed=self._launcher.is_fixed,
-            rest_s=timeouts.machine_rest_s,
-            settled_s=timeouts.node_settled_s,
-            start_s=timeouts.startup_s,
-            salt=self._spec.control.run_id,
-        )
 
     def _close(self, *, over: bool) -> None:
         self._over = True
@@ -305,48 +281,15 @@ class Driver:
             self._link.send(body)
 
     def _open_node(self, key: str, machine: str) -> NodePlace:
-        spec = self._spec
-        keeper = KeeperConfig(
-            job=spec.control.run_id,
-            credentials=spec.credentials,
-            silent_s=spec.config.timeouts.keeper_silent_s,
-        )
         return self._launcher.open_node(
-            key,
-            machine,
-            keeper=keeper if spec.config.checkpoint.every != 0 else None,
-            folder=spec.scratch / key,
+            key, machine, keeper=keeper_config(self._spec), folder=self._spec.scratch / key
         )
 
     def _start_workers(self, key: str, place: NodePlace) -> None:
-        spec, control = self._spec, self._spec.control
-        names = [f"{key}.{local_rank}" for local_rank in range(control.ranks_per_node)]
+        specs = worker_specs(self._spec, key, place, controller=self._address)
         with self._lock:
-            self._alive[key] = set(names)
-        self._launcher.start_workers(
-            [
-                WorkerSpec(
-                    run_id=control.run_id,
-                    worker=name,
-                    node_key=key,
-                    local_rank=local_rank,
-                    ranks_per_node=control.ranks_per_node,
-                    host=place.host,
-                    controller=self._address,
-                    credentials=spec.credentials,
-                    config=spec.config,
-                    user=spec.user,
-                    node_folder=spec.scratch / key,
-                    faults=control.faults,
-                    resume=spec.resume,
-                    keeper=place.keeper,
-                    zone=place.zone,
-                    memory_share=place.memory_share,
-                    checkpoint_url=control.checkpoint_url,
-                )
-                for local_rank, name in enumerate(names)
-            ]
-        )
+            self._alive[key] = {spec.worker for spec in specs}
+        self._launcher.start_workers(specs)
 
     def _on_exit(self, name: str, cause: str) -> None:
         if self._over:

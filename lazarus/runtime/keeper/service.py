@@ -5,12 +5,13 @@ This module imports no torch.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import xxhash
@@ -23,6 +24,7 @@ from lazarus.checkpoint.format.image import parse_image
 from lazarus.checkpoint.in_memory.arena import Arena
 from lazarus.checkpoint.in_memory.memory import KeeperMemory, Ticket, Version
 from lazarus.runtime.host.memory import machine_bytes
+from lazarus.runtime.keeper.admission import Admission, decoded, odd_head, odd_reservation
 from lazarus.runtime.keeper.client import check_identity
 from lazarus.runtime.keeper.jobs import Copying, KeeperWork, Persisting
 from lazarus.runtime.keeper.process import KeeperConfig
@@ -50,9 +52,6 @@ from lazarus.runtime.rpc.keeper_messages import (
 )
 
 _MAX_STREAMS = 256  # for the node's ranks, and for other nodes that fetch and copy
-# Largest jump of term or generation that a message may make. A bogus huge value would become the
-# newest, and every later message would be refused as stale.
-_FURTHEST = 1 << 20
 
 
 @dataclass(eq=False)
@@ -86,14 +85,12 @@ class KeeperService:
         probe: Probe = no_probe,
         on_death: OnDeath = say_so,
     ) -> None:
-        self._job = config.job
         self._stop = stop
         self._on_death = on_death
         self._lock = threading.Lock()
         self._arena = Arena(limit_bytes=min(config.limit_bytes, machine_bytes()))
         self._memory = KeeperMemory(self._arena)
-        self._newest = Tag(job=config.job, term=0, generation=0)
-        self._stale = 0
+        self._admission = Admission(config.job)
         self._orphans: list[tuple[int, Ticket]] = []
         self._work = KeeperWork(credentials=config.credentials, probe=probe, unpin=self._unpin)
 
@@ -130,7 +127,8 @@ class KeeperService:
         try:
             message: FromTrainer = codec.decode(FromTrainer, data)  # type: ignore[arg-type]
         except ValueError:
-            self._drop()
+            with self._lock:
+                self._admission.drop()
             return
         match message:
             case Reserve():
@@ -139,10 +137,6 @@ class KeeperService:
                 self._seal(trainer, message)
             case Abandon(ticket=ticket):
                 self._abandon(trainer, ticket)
-
-    def _drop(self) -> None:
-        with self._lock:
-            self._stale += 1
 
     def _free_orphans(self, *, attached: int) -> None:
         with self._lock:
@@ -158,7 +152,9 @@ class KeeperService:
         self._free_orphans(attached=0)
         number, pid, tag = request.ticket, os.getpid(), request.stamp
         with self._lock:
-            if error := self._stale_reason(tag) or _odd_reservation(trainer, request):
+            if error := self._admission.stale_reason(tag) or odd_reservation(
+                request, open_tickets=trainer.tickets
+            ):
                 return Reserved(ticket=number, pid=pid, error=error)
             trainer.published_step = request.published_step
             self._memory.published(request.published_step, generation=tag.generation)
@@ -188,7 +184,7 @@ class KeeperService:
                 return
             count = len(trainer.tickets[request.ticket][1].versions)
             if any(i >= count for i in (*request.persist, *(t.index for t in request.copies))):
-                self._stale += 1
+                self._admission.drop()
                 return
             tag, ticket = trainer.tickets.pop(request.ticket)
         for version in ticket.versions:  # no other thread uses these versions yet
@@ -235,15 +231,15 @@ class KeeperService:
 
     def push(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Receive an image from another keeper; it becomes visible once complete and verified."""
-        head = _decoded(RecordHead, next(chunks, b""), context)
+        head = decoded(RecordHead, next(chunks, b""), context)
         return codec.encode(self._take_in(head, chunks))
 
     def _take_in(self, head: RecordHead, chunks: Iterator[bytes]) -> PushReply:
         with self._lock:
-            if error := self._stale_reason(head.stamp):
+            if error := self._admission.stale_reason(head.stamp):
                 return PushReply(accepted=False, reason=error)
             self._memory.published(head.published_step, generation=head.stamp.generation)
-            if error := _odd_head(head):
+            if error := odd_head(head):
                 return PushReply(accepted=False, reason=error)
             try:
                 ticket = self._memory.reserve([head.key], [head.num_bytes])
@@ -252,7 +248,7 @@ class KeeperService:
         (version,) = ticket.versions
         reason = self._receive(version, head, chunks)
         with self._lock:
-            if not reason and head.stamp.generation < self._newest.generation:
+            if not reason and head.stamp.generation < self._admission.newest.generation:
                 reason = "fenced while receiving"
             if reason:
                 self._memory.withdraw(ticket)
@@ -281,9 +277,9 @@ class KeeperService:
 
     def fetch(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send an image to a rank that restores it."""
-        request = _decoded(FetchRequest, data, context)
+        request = decoded(FetchRequest, data, context)
         with self._lock:
-            self._refuse_stale(request.stamp, context)
+            self._admission.refuse_stale(request.stamp, context)
             try:
                 version = self._memory.find(
                     layer=request.layer,
@@ -296,7 +292,7 @@ class KeeperService:
             self._memory.pin(version)
         try:
             head = RecordHead(
-                stamp=self._newest,
+                stamp=self._admission.newest,
                 key=version.key,
                 num_bytes=version.num_bytes,
                 checksum=version.checksum,
@@ -307,9 +303,9 @@ class KeeperService:
 
     def inventory(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """List the images held, and the memory they take."""
-        request = _decoded(InventoryRequest, data, context)
+        request = decoded(InventoryRequest, data, context)
         with self._lock:
-            self._refuse_stale(request.stamp, context)
+            self._admission.refuse_stale(request.stamp, context)
             held = self._memory.held()
             reply = InventoryReply(
                 held=tuple(
@@ -317,16 +313,16 @@ class KeeperService:
                 ),
                 reserved_bytes=self._arena.reserved_bytes,
                 peak_bytes=self._arena.peak_bytes,
-                stale_messages=self._stale,
+                stale_messages=self._admission.num_stale_messages,
                 pid=os.getpid(),
             )
         return codec.encode(reply)
 
     def tell(self, data: bytes, context: grpc.ServicerContext) -> bytes:
         """Carry out an order: forget void images, drop surplus copies, or exit."""
-        order = _decoded(Order, data, context)
+        order = decoded(Order, data, context)
         with self._lock:
-            self._refuse_stale(order.stamp, context)
+            self._admission.refuse_stale(order.stamp, context)
             dropped = 0
             if order.resume_step >= 0:
                 dropped += self._memory.prune(order.lineage, resume_step=order.resume_step)
@@ -336,57 +332,6 @@ class KeeperService:
             self._stop.set()
         return codec.encode(OrderReply(dropped=dropped))
 
-    # ---- terms and generations -----------------------------------------------------------------
-
-    def _stale_reason(self, tag: Tag) -> str:
-        """Why a message with this tag is refused; empty: it is accepted.
-
-        A newer (term, generation) becomes the keeper's own. Call with the lock held.
-        """
-        newest = self._newest
-        if tag.job != self._job:
-            self._stale += 1
-            return f"job {tag.job!r} is not {self._job!r}"
-        if tag.term < newest.term or tag.generation < newest.generation:
-            self._stale += 1
-            return (
-                f"(term {tag.term}, generation {tag.generation}) is over: this keeper is at "
-                f"({newest.term}, {newest.generation})"
-            )
-        if max(tag.term - newest.term, tag.generation - newest.generation) > _FURTHEST:
-            self._stale += 1
-            return f"(term {tag.term}, generation {tag.generation}) cannot have come so soon"
-        self._newest = tag
-        return ""
-
-    def _refuse_stale(self, stamp: Tag, context: grpc.ServicerContext) -> None:
-        if reason := self._stale_reason(stamp):
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
-
-
-_Kind = TypeVar("_Kind")
-
-
-def _decoded(kind: type[_Kind], data: bytes, context: grpc.ServicerContext) -> _Kind:
-    """Decode the message of a call; abort the call if that fails."""
-    try:
-        return codec.decode(kind, data)
-    except ValueError as problem:
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(problem))
-        raise
-
-
-def _odd_reservation(trainer: _Trainer, request: Reserve) -> str:
-    if len(request.keys) != len(request.num_bytes):
-        return f"{len(request.keys)} records of {len(request.num_bytes)} sizes"
-    if request.ticket in trainer.tickets:
-        return f"ticket {request.ticket} is in use"
-    return ""
-
-
-def _odd_head(head: RecordHead) -> str:
-    return "" if head.num_bytes > 0 else "an empty record"
-
 
 class _Reporter:
     """Sends a report as JSON to the rank that made the ticket, if its stream is still open."""
@@ -395,9 +340,7 @@ class _Reporter:
         self._trainer, self._ticket = trainer, ticket
 
     def __call__(self, record: dict[str, Any]) -> None:
-        from json import dumps
-
-        done = Done(ticket=self._ticket, record=dumps(record))
+        done = Done(ticket=self._ticket, record=json.dumps(record))
         self._trainer.outbox.put(codec.encode(done))
 
 
