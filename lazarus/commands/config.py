@@ -6,9 +6,9 @@ import argparse
 from dataclasses import fields
 
 from lazarus.commands import runs
-from lazarus.config import layers
 from lazarus.config.reference import reference
 from lazarus.config.train_config import TrainConfig
+from lazarus.config.values import toml_value
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,7 +51,7 @@ def shown(config: TrainConfig) -> list[str]:
     derived = config.timeouts
     lines += ["", "# derived from recovery.tolerated_stall_s:"]
     for spec in fields(derived):
-        lines.append(f"# {spec.name} = {layers.toml_value(getattr(derived, spec.name))}")
+        lines.append(f"# {spec.name} = {toml_value(getattr(derived, spec.name))}")
     return lines
 
 

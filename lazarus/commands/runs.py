@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazarus.basics.format import bytes_text, count_text, loss_text, plural, seconds_text
-from lazarus.config import layers
 from lazarus.config.layers import Given
 from lazarus.config.preflight import BUILTIN_CHECKS
 from lazarus.config.train_config import TrainConfig
+from lazarus.config.values import toml_value
 from lazarus.errors import ConfigError
 from lazarus.record.metrics import Summary
 from lazarus.run.run_folders import homes, run_folder
@@ -92,7 +92,7 @@ def load_config(args: argparse.Namespace, *, base: Sequence[str] = ()) -> TrainC
     resumed_folder = None if resumed == "auto" else run_folder(resumed)
     if resumed_folder is not None and (resumed_folder / "config.toml").is_file():
         # The run goes on in its own folder; its faults have had their day.
-        own += [f"run.dir={layers.toml_value(str(resumed_folder))}"]
+        own += [f"run.dir={toml_value(str(resumed_folder))}"]
         if path is None:
             path = resumed_folder / "config.toml"
             own += ["faults.specs=[]", 'faults.chaos="none"']

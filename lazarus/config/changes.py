@@ -7,6 +7,7 @@ from typing import Any
 
 from lazarus.config import layers
 from lazarus.config.train_config import TrainConfig
+from lazarus.config.values import jsonable, toml_value
 from lazarus.errors import ConfigError, Problem
 
 # Sections that do not change what a run computes, and so may differ.
@@ -46,7 +47,7 @@ def decisive(config: TrainConfig) -> dict[str, Any]:
     compared with the run that resumes from it.
     """
     return {
-        dotted: layers.jsonable(layers.value_of(config, dotted))
+        dotted: jsonable(layers.value_of(config, dotted))
         for dotted in layers.keys_of(TrainConfig)
         if dotted.split(".")[0] not in _FREE_SECTIONS and dotted not in _FREE_KEYS
     }
@@ -72,7 +73,7 @@ def resume_problems(
     for dotted, new in decisive(now).items():
         if dotted in allowed or dotted not in before or before[dotted] == new:
             continue
-        change = f"{layers.toml_value(before[dotted])} -> {layers.toml_value(new)}"
+        change = f"{toml_value(before[dotted])} -> {toml_value(new)}"
         text = f"{dotted} changed since the run began: {change}; --allow-change {dotted}"
         problems.append(Problem(text, key=dotted))
     return problems

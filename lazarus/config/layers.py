@@ -7,7 +7,6 @@ not depend on Lazarus' own sections.
 
 from __future__ import annotations
 
-import json
 import operator as op
 import re
 import tomllib
@@ -16,13 +15,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, 
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from lazarus.basics.careful import read_text
+from lazarus.config.values import conforms, is_text, literals, normal, toml_value, type_text
 from lazarus.errors import ConfigError, Problem
 
-_NONE = "none"  # clears an optional key, since TOML has no null
 _MOST_BYTES = 16 << 20  # largest configuration file
 _DEEPEST = 32
 _RANGE = (("ge", ">=", op.ge), ("gt", ">", op.gt), ("le", "<=", op.le), ("lt", "<", op.lt))
@@ -122,11 +120,11 @@ def require(section: object, *extra: tuple[bool, str, str]) -> None:
 
 def complaint(spec: Field[Any], hint: Any, value: Any, dotted: str) -> str | None:
     """What is wrong with a value of a key, or None."""
-    if not _conforms(value, hint):
+    if not conforms(value, hint):
         expected = type_text(hint)
-        close = _nearest(value, [a for a in _literals(hint) if isinstance(a, str)])
+        close = _nearest(value, [a for a in literals(hint) if isinstance(a, str)])
         return f"{dotted} = {toml_value(value)} must be {expected}{close}"
-    if isinstance(value, str) and not _is_text(value):
+    if isinstance(value, str) and not is_text(value):
         return f"{dotted} = {value!a} holds a byte that is no text: NUL, or no UTF-8"
     if isinstance(value, int | float) and not isinstance(value, bool):
         for bound, sign, holds in _RANGE:
@@ -134,14 +132,6 @@ def complaint(spec: Field[Any], hint: Any, value: Any, dotted: str) -> str | Non
             if limit is not None and not holds(value, limit):
                 return f"{dotted} = {value} must be {sign} {limit}"
     return None
-
-
-def _is_text(value: str) -> bool:
-    """Whether a string is valid UTF-8 without NUL; strings of the command line may not be."""
-    try:
-        return b"\0" not in value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
 
 
 def toml_of(text: str) -> dict[str, Any]:
@@ -250,7 +240,7 @@ def assemble(
     for layer in layers:
         for dotted, given in layer.items():
             if dotted in known:
-                chosen[dotted] = replace(given, value=_normal(given.value, known[dotted][1]))
+                chosen[dotted] = replace(given, value=normal(given.value, known[dotted][1]))
             else:
                 problems.append(Problem(_unknown(dotted, root), where=given.where))
     bad = [
@@ -283,96 +273,6 @@ def _sections(
 def located(problems: Iterable[Problem], origins: Mapping[str, str]) -> list[Problem]:
     """Add the place where the key was given to problems that have a key but no place."""
     return [p if p.where else replace(p, where=origins.get(p.key, "")) for p in problems]
-
-
-def type_text(hint: Any) -> str:
-    """A type as text for the reference page and messages."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        return " | ".join(f'"{a}"' for a in get_args(hint))
-    if origin in (Union, UnionType):
-        return " | ".join(type_text(a) for a in get_args(hint))
-    if hint is NoneType:
-        return f'"{_NONE}"'
-    if origin is tuple:
-        inner = get_args(hint)
-        if inner[-1] is Ellipsis:
-            return f"list of {type_text(inner[0])}"
-        return f"list of {len(inner)} {type_text(inner[0])}"
-    if origin is not None:
-        return "table"
-    return str(hint.__name__)
-
-
-def toml_value(value: Any) -> str:
-    """A value in TOML's notation, on one line."""
-    if value is None:
-        return f'"{_NONE}"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return _quoted(value)
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{_quoted(k)} = {toml_value(v)}" for k, v in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(toml_value(v) for v in value)}]"
-    return repr(value) if isinstance(value, int | float) else _quoted(str(value))
-
-
-def _quoted(text: str) -> str:
-    """A TOML basic string: JSON's notation, but no surrogate pairs, and no raw DEL."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def jsonable(value: Any) -> Any:
-    """Convert tuples to lists and mappings to dictionaries."""
-    if isinstance(value, tuple):
-        return [jsonable(v) for v in value]
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def _normal(value: Any, hint: Any) -> Any:
-    """Convert a TOML or JSON value to the type that the dataclass holds."""
-    if value is None or (value == _NONE and NoneType in _members(hint)):
-        return None
-    if isinstance(value, list):
-        inner = [get_args(m)[0] for m in _members(hint) if get_origin(m) is tuple]
-        return tuple(_normal(v, inner[0]) if inner else v for v in value)
-    if type(value) is int and float in _members(hint) and int not in _members(hint):
-        return float(value)
-    return value
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _literals(hint: Any) -> list[Any]:
-    return [a for m in _members(hint) if get_origin(m) is Literal for a in get_args(m)]
-
-
-def _conforms(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_conforms(value, member) for member in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint) and isinstance(value, str)
-    if origin is tuple:
-        inner = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        if inner[-1] is Ellipsis:
-            return all(_conforms(v, inner[0]) for v in value)
-        return len(value) == len(inner) and all(map(_conforms, value, inner))
-    if origin is not None:  # Mapping[str, str]
-        return isinstance(value, Mapping) and all(
-            isinstance(k, str) and isinstance(v, str) for k, v in value.items()
-        )
-    if hint is float:
-        finite = isinstance(value, float | int) and abs(value) < float("inf")
-        return finite and not isinstance(value, bool)
-    return type(value) is hint
 
 
 def _unknown(dotted: str, root: type) -> str:

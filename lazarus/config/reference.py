@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lazarus.config import layers
 from lazarus.config.train_config import ENVIRONMENT, TrainConfig
+from lazarus.config.values import toml_value, type_text
 
 _RULES = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -28,8 +29,8 @@ def reference() -> str:
             section = owner
             lines += ["", f"## [{owner}]" if owner else "## Top level", "", *_intro(owner)]
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        default = layers.toml_value(layers.default_of(spec))
-        kind = layers.type_text(hint).replace("|", "\\|")
+        default = toml_value(layers.default_of(spec))
+        kind = type_text(hint).replace("|", "\\|")
         limits = [f"{_RULES[k]} {v:g}" for k, v in spec.metadata["bounds"].items()]
         meaning = spec.metadata["doc"] + (f" ({', '.join(limits)})" if limits else "")
         lines.append(f"| `{name}` | {kind} | `{default}` | {meaning} |")

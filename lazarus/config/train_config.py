@@ -36,6 +36,7 @@ from lazarus.config.sections import (
     SecurityConfig,
 )
 from lazarus.config.timeouts import Timeouts, derive_timeouts
+from lazarus.config.values import jsonable, toml_value
 from lazarus.errors import ConfigError, Problem
 
 __all__ = [
@@ -182,19 +183,17 @@ class TrainConfig:
         out: dict[str, Any] = {"preset": self.preset}
         for name, section in settings.sections_of(type(self)).items():
             values = getattr(self, name)
-            out[name] = {
-                f.name: settings.jsonable(getattr(values, f.name)) for f in fields(section)
-            }
+            out[name] = {f.name: jsonable(getattr(values, f.name)) for f in fields(section)}
         return out
 
     def to_toml(self) -> str:
         """The complete configuration as TOML text that loads to an equal configuration."""
-        lines = [f"preset = {settings.toml_value(self.preset)}"]
+        lines = [f"preset = {toml_value(self.preset)}"]
         for name, section in settings.sections_of(type(self)).items():
             lines += ["", f"[{name}]"]
             values = getattr(self, name)
             for f in fields(section):
-                lines.append(f"{f.name} = {settings.toml_value(getattr(values, f.name))}")
+                lines.append(f"{f.name} = {toml_value(getattr(values, f.name))}")
         return "\n".join(lines) + "\n"
 
     def digest(self) -> str:

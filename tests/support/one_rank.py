@@ -120,7 +120,7 @@ def orders_of(spec: RunSpec, *, place: NodePlace | None = None) -> Orders:
     driver.bring_up("n0", "here")
     return Orders(
         spec=spec,
-        limits=driver._nodes._limits,
+        limits=driver._nodes._fleet.limits,
         controller=recorder.controllers[0],
         keeper=recorder.keepers[0],
         workers=recorder.workers,
