@@ -42,6 +42,7 @@ from lazarus.control.ports import (
 )
 from lazarus.simulate.fleet import bodies
 from lazarus.simulate.fleet.answers import control_config, with_early, with_nodes, with_time
+from lazarus.simulate.fleet.downtime import PLANNED, RECOVERY, RESTART, WAITING, Downtime
 from lazarus.simulate.fleet.training import Training
 from lazarus.simulate.inputs.faults import by_number, fleet_of
 from lazarus.simulate.rows import FleetPolicy, Row, Setting, Tally
@@ -75,9 +76,9 @@ class VirtualRun:
         self._live: set[str] = set()  # nodes
         self._dead: set[str] = set()  # workers of nodes that are gone
         self._told: set[tuple[type[Body], int]] = set()
-        self._down_s: float | None = None
-        self._why, self._over = "", False
+        self._over = False
         self.tally = Tally()
+        self._downtime = Downtime(self.tally)
         self.training = Training(self._setting, self.tally)
         self.state = Control(config=self._config(setting.num_nodes, start_step=0))
 
@@ -112,8 +113,7 @@ class VirtualRun:
         done_s = self.training.done_at()
         self._now = min(end_s, done_s) if done_s is not None else end_s
         self.training.progress(self._now)
-        if self._down_s is not None:
-            self.tally.stall(self._why, self._now - self._down_s)
+        self._downtime.run_ends(now_s=self._now)
 
     def _next(self) -> None:
         self._now, _, kind, payload = heapq.heappop(self._heap)
@@ -229,7 +229,7 @@ class VirtualRun:
             if worker in self.state.seats:
                 self.tally.losses += 1
                 self.training.stop(self._now)
-                self._mark_down("recovery")
+                self._downtime.begins(RECOVERY, now_s=self._now)
             if worker in self.state.workers:
                 self._push(self._now + self._costs.detect_s, "closed", worker)
 
@@ -239,14 +239,7 @@ class VirtualRun:
 
     def _note_waiting(self) -> None:
         if self.state.phase is Phase.HOLDING:
-            self._why = "waiting for nodes"
-
-    def _mark_down(self, why: str) -> None:
-        if self._down_s is not None and (self._why, why) == ("planned change", "recovery"):
-            self.tally.stall(self._why, self._now - self._down_s)  # a loss ends the planned change
-            self._down_s = None
-        if self._down_s is None:
-            self._down_s, self._why = self._now, why
+            self._downtime.turns_into(WAITING)
 
     # ---- answers ---------------------------------------------------------------------------------
 
@@ -340,12 +333,7 @@ class VirtualRun:
             return
         self.training.progress(self._now + _WITHIN_S)
         self._commit(self.training.step)
-        if self._down_s is not None:
-            waited = self._now - self._down_s
-            self.tally.stall(self._why, waited)
-            if self._why != "planned change":
-                self.tally.recovery_s.append(waited)
-            self._down_s = None
+        self._downtime.ends(now_s=self._now)
         self._drift()
 
     def _drift(self) -> None:
@@ -381,7 +369,7 @@ class VirtualRun:
             return
         self.training.progress(self._now + _WITHIN_S)
         self.training.stop(self._now)
-        self._mark_down("planned change")
+        self._downtime.begins(PLANNED, now_s=self._now)
         self._commit(self.training.step)
         answer = Paused(generation=generation, step=self.training.step)
         self._absorb("paused", dict.fromkeys(self.state.seats, answer))
@@ -390,8 +378,8 @@ class VirtualRun:
 
     def _reborn_if_possible(self) -> None:
         """Schedule a restart of an ended run from storage if enough nodes are live."""
-        self._mark_down("restart")
-        self._why = "restart"
+        self._downtime.begins(RESTART, now_s=self._now)
+        self._downtime.turns_into(RESTART)
         if len(self._live) * (self.state.config.slots_per_node or 1) < self._setting.shape.experts:
             return
         delay_s = self._costs.start_s + self._costs.checkpoint_s(self._setting.shape.total_bytes)
