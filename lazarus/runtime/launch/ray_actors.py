@@ -67,6 +67,3 @@ class NodeActor:
         place = self._nodes.open(key, keeper=keeper, folder=folder)
         self._nodes.note(key)
         return place
-
-    def close(self, key: str) -> None:
-        self._nodes.close(key)

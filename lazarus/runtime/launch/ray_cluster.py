@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -22,15 +22,6 @@ _PROBE_S = 1.0  # for a raylet to accept a connection
 _KNOCK_S = 5.0  # for a cluster's head to accept a connection
 _STATE: Any = ray_state  # untyped
 LOOPBACK = "127.0.0.1"
-
-
-class Cluster(Protocol):
-    """The connection to a Ray cluster."""
-
-    is_own: bool  # True: a private cluster, whose nodes do not change
-    host: str  # address of the driver's machine
-
-    def close(self) -> None: ...
 
 
 class EmbeddedRay:

@@ -12,13 +12,11 @@ also watches the cluster's machines and reports new ones and those being drained
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,7 @@ from lazarus.runtime.launch.ray_cluster import (
 )
 from lazarus.runtime.launch.ray_home import PrivateHome
 from lazarus.runtime.launch.ray_nodes import Places, RayNode, parse_bytes
+from lazarus.runtime.launch.ray_processes import RayProcesses
 from lazarus.runtime.launch.ray_wishes import Wishes
 from lazarus.runtime.spec import ControllerSpec, WorkerSpec
 
@@ -54,13 +53,6 @@ _ZONE_LABEL = "ray.io/availability-zone"
 _RESERVE_S = 5.0  # first wait for a node's actor to start; doubles each time it was too short
 _SILENT_S = 20.0  # longest wait for a machine with room to start an actor, if there are others
 _WISHES_EVERY = 10  # polls of the cluster's machines per refresh of the autoscaler's request
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    actor: Any
-    life: Any  # object reference that resolves when the process's work ends
-    pid: int = 0  # of the controller, which runs on the driver's machine; 0: a worker
 
 
 class RayLauncher:
@@ -81,11 +73,11 @@ class RayLauncher:
         self._ranks = ranks_per_node(config.cluster.ranks_per_node)
         self._reach_s = config.timeouts.actor_start_s
         self._lock = threading.Lock()
-        self._running: dict[str, _Running] = {}
         self._node_actors: dict[str, Any] = {}
         self._warm: dict[str, list[Any]] = {}  # node key -> actors of ranks that are not started
         self._patience_s = _RESERVE_S
         self._closing = threading.Event()
+        self._processes = RayProcesses(on_exit, closing=self._closing)
         self._threads: list[threading.Thread] = []
         self._cluster = self._connect(home)
         self.is_fixed = self._cluster.is_own
@@ -103,7 +95,7 @@ class RayLauncher:
         self._bundle = {n: self._ranks * amount for n, amount in self._per_rank.items() if amount}
         self._places = Places(self._bundle, labels=config.cluster.node_labels)
         self._wishes = None if self._cluster.is_own else Wishes(uuid.uuid4().hex[:8])
-        self._spawn("launcher", self._watch)
+        self._spawn("launcher", self._processes.watch)
 
     def _connect(self, home: PrivateHome | None) -> EmbeddedRay | JoinedRay:
         cluster = self._config.cluster
@@ -309,7 +301,7 @@ class RayLauncher:
             raise StartupError(
                 f"the controller did not come up: {_first_line(problem)}"
             ) from problem
-        self._keep("controller", actor, actor.wait.remote(), pid=pid)
+        self._processes.add("controller", actor, actor.wait.remote(), pid=pid)
         return int(port)
 
     def start_workers(self, specs: Sequence[WorkerSpec]) -> None:
@@ -324,7 +316,7 @@ class RayLauncher:
                 actors = self._warm.pop(key, [])
             for spec, actor in zip(specs, actors or self._rank_actors(key), strict=True):
                 there.append(actor.is_there.remote())
-                self._keep(spec.worker, actor, actor.run.remote(spec))
+                self._processes.add(spec.worker, actor, actor.run.remote(spec))
             ray.get(there, timeout=self._reach_s)
         except ray.exceptions.RayError as problem:
             raise StartupError(f"{key}: {_first_line(problem)}") from problem
@@ -343,60 +335,16 @@ class RayLauncher:
             options |= {"num_cpus": 0, **_on(home)}
         return [_remote(WorkerActor).options(**options).remote() for _ in range(self._ranks)]
 
-    def _keep(self, name: str, actor: Any, life: Any, *, pid: int = 0) -> None:
-        with self._lock:
-            self._running[name] = _Running(actor, life, pid)
-
-    def _watch(self) -> None:
-        while not self._closing.is_set():
-            with self._lock:
-                lives = {running.life: name for name, running in self._running.items()}
-            if not lives:
-                self._closing.wait(0.05)
-                continue
-            done, _ = ray.wait(list(lives), num_returns=1, timeout=0.2, fetch_local=False)
-            for life in done:
-                self._ended(lives[life], life)
-
-    def _ended(self, name: str, life: Any) -> None:
-        with self._lock:
-            running = self._running.pop(name, None)
-        if running is None:
-            return
-        try:
-            cause = f"actor ended with {ray.get(life)}"
-        except ray.exceptions.RayTaskError as problem:
-            own = problem.cause
-            print(f"{name}: {problem}", file=sys.stderr, flush=True)
-            cause = f"{type(own).__name__}: {own}".splitlines()[0]
-        except ray.exceptions.RayError as problem:
-            cause = f"ray: {type(problem).__name__}"
-        ray.kill(running.actor)
-        if not self._closing.is_set():
-            self._on_exit(name, cause)
-
     def kill(self, name: str) -> None:
-        with self._lock:
-            running = self._running.get(name)
-        if running is None:
-            return
-        if running.pid:  # ray.kill does not reach a process stopped by SIGSTOP
-            with suppress(ProcessLookupError):
-                os.kill(running.pid, signal.SIGKILL)
-        ray.kill(running.actor)
+        self._processes.kill(name)
 
     def close(self, *, grace_s: float) -> None:
-        with self._lock:
-            lives = [running.life for running in self._running.values()]
-        if lives and grace_s > 0:
-            ray.wait(lives, num_returns=len(lives), timeout=grace_s, fetch_local=False)
+        self._processes.wait(timeout_s=grace_s)
         self._closing.set()
         for thread in self._threads:
             thread.join(_JOIN_S)
         self._local.close_all()
-        for running in self._running.values():
-            ray.kill(running.actor)
-        self._running.clear()
+        self._processes.kill_all()
         for key in tuple(self._node_actors):
             self.close_node(key)
         if self._wishes is not None:
