@@ -388,6 +388,7 @@ def test_a_stopped_keeper_costs_a_moment_and_serves_again_when_it_goes_on(start:
     assert snapshotter.begin(request(1, [(0, 0)]))
     assert link.next_report(20)
     keeper.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, keeper.process.pid, os.WSTOPPED)  # every thread of it stands
     assert snapshotter.begin(request(2, [(0, 0)]))
     assert snapshotter.wait_before_apply() < 0.4
     report = link.next_report(20)
