@@ -1,4 +1,7 @@
-"""The sections of a configuration: every key with its type, default, range and meaning."""
+"""Sections that say how a run is carried out: each key with type, default, range and meaning.
+
+``training_sections.py`` has those that say what is trained.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lazarus.config.layers import require, setting
-from lazarus.config.presets import MODEL_SHAPES
 from lazarus.errors import ConfigError, Problem
 from lazarus.faults import ChaosSpec, FaultSpec, parse_chaos, parse_fault
 
 Auto = Literal["auto"]
-_TINY = MODEL_SHAPES["tiny"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,131 +73,6 @@ class ClusterConfig:
                 f"cluster.max_nodes={most} is less than cluster.nodes={self.nodes}",
             ),
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The shape of the built-in GPT-MoE; not read when the model is given in Python."""
-
-    SECTION: ClassVar[str] = "model"
-
-    preset: Literal["tiny", "gpt-s", "gpt-m", "gpt-l"] | None = setting(None, "a named shape")
-    layers: int = setting(_TINY["layers"], "transformer blocks", ge=1)
-    dim: int = setting(_TINY["dim"], "width of the residual stream", ge=1)
-    heads: int = setting(_TINY["heads"], "attention heads; divides dim", ge=1)
-    vocab: int = setting(_TINY["vocab"], "token ids; 256 for bytes of text", ge=2)
-    seq_len: int = setting(_TINY["seq_len"], "tokens of a sample", ge=1)
-    experts: int = setting(_TINY["experts"], "experts of each MoE layer", ge=1)
-    top_k: int = setting(_TINY["top_k"], "experts that a token is sent to", ge=1)
-    ffn_mult: int = setting(_TINY["ffn_mult"], "hidden width of an expert / dim", ge=1)
-    moe_every: int = setting(_TINY["moe_every"], "every n-th block has experts", ge=1)
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (
-                self.dim % self.heads == 0,
-                "heads",
-                f"model.heads={self.heads} does not divide model.dim={self.dim}",
-            ),
-            (
-                self.top_k <= self.experts,
-                "top_k",
-                f"model.top_k={self.top_k} is more than model.experts={self.experts}",
-            ),
-            (
-                self.moe_every <= self.layers,
-                "moe_every",
-                f"model.moe_every={self.moe_every} leaves no MoE layer among "
-                f"model.layers={self.layers}",
-            ),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """What is read; who reads which sample is decided by the run alone."""
-
-    SECTION: ClassVar[str] = "data"
-
-    path: str | None = setting(
-        None, "text file, folder, `.npy` or `.bin` tokens; none: Python's sources"
-    )
-    seq_len: int | None = setting(None, "none: `model.seq_len`", ge=1)
-    num_shards: int = setting(64, "shards of a stream; fixed for the run's life", ge=1)
-    shuffle_shards: bool = setting(False, "read a stream's shards in an order drawn from the seed")
-    prefetch_steps: int = setting(2, "steps read ahead; prefetched is not consumed", ge=0)
-    split: float = setting(
-        0.99, "part of the text that is trained on; the rest is held out", gt=0, le=1
-    )
-
-    def __post_init__(self) -> None:
-        require(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopConfig:
-    """The training loop."""
-
-    SECTION: ClassVar[str] = "train"
-
-    steps: int = setting(1000, "steps to commit", ge=1)
-    global_batch: int = setting(32, "samples of every step, whatever the number of ranks", ge=1)
-    micro_batch_size: int = setting(4, "the most samples of a rank in one round", ge=1)
-    precision: Literal["fp32", "bf16"] = setting("fp32", "bf16 keeps fp32 masters and moments")
-    recompute: bool = setting(False, "recompute activations in the backward pass")
-    on_nonfinite: Literal["skip", "stop"] = setting(
-        "skip",
-        "a step whose loss or gradient norm is not finite: leave its update out, until ten in a "
-        "row end the run, or end the run at once",
-    )
-    scratch_buffers: tuple[str, ...] = setting(
-        (),
-        "names or patterns (`blocks.*.seen`) of persistent buffers that are each rank's own: never "
-        "averaged, compared, sent or saved",
-    )
-
-    def __post_init__(self) -> None:
-        require(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW and its schedule, unless the optimizer is given in Python."""
-
-    SECTION: ClassVar[str] = "optim"
-
-    lr: float = setting(3e-4, "peak learning rate", gt=0)
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates")
-    eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
-    weight_decay: float = setting(0.1, "of matrices; vectors are not decayed", ge=0)
-    clip_norm: float = setting(1.0, "global gradient norm; 0 turns clipping off", ge=0)
-    schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "learning rate over steps")
-    warmup_steps: int = setting(100, "linear warm-up", ge=0)
-    min_lr_ratio: float = setting(0.1, "last learning rate / lr", ge=0, le=1)
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            (
-                all(0 <= beta < 1 for beta in self.betas),
-                "betas",
-                f"optim.betas={list(self.betas)} must lie in [0, 1)",
-            ),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    """Held-out loss."""
-
-    SECTION: ClassVar[str] = "eval"
-
-    every: int = setting(0, "steps between evaluations; 0: none", ge=0)
-    batches: int = setting(16, "global batches of an evaluation", ge=1)
-
-    def __post_init__(self) -> None:
-        require(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,20 +22,22 @@ from lazarus.config.presets import MODEL_SHAPES, PRESETS
 from lazarus.config.sections import (
     CheckpointConfig,
     ClusterConfig,
-    DataConfig,
     DispatchConfig,
-    EvalConfig,
     FaultsConfig,
-    LoopConfig,
     MetricsConfig,
-    ModelConfig,
-    OptimConfig,
     PlacementConfig,
     RecoveryConfig,
     RunConfig,
     SecurityConfig,
 )
 from lazarus.config.timeouts import Timeouts, derive_timeouts
+from lazarus.config.training_sections import (
+    DataConfig,
+    EvalConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from lazarus.config.values import jsonable, toml_value
 from lazarus.errors import ConfigError, Problem
 
