@@ -25,7 +25,7 @@ class Chronicle:
     """Journal, record and clock of a controller; they continue those of an earlier controller.
 
     Attributes:
-        told: What the journal held when it was opened.
+        journal_state: What the journal added up to when it was opened.
 
     Raises:
         JournalError, RecordError: The existing journal or record is damaged.
@@ -35,23 +35,23 @@ class Chronicle:
         self._spec = spec
         folder = spec.run_dir / spec.journal
         self._found = find_journal(folder, spec.config)
-        self.told = self._found.told()
-        self._journal, self._folding = Journal(folder), Folding(folder, self.told)
+        self.journal_state = self._found.whole()
+        self._journal, self._folding = Journal(folder), Folding(folder, self.journal_state)
         mark = self._found.mark or mark_of_earlier_life(spec.run_dir, but=spec.journal)
-        goes_on = self.told.header is not None
+        goes_on = self.journal_state.header is not None
         self._record = RecordLog(spec.run_dir / FILE_NAME, since=mark, goes_on=goes_on)
-        self._clock = RunClock.going_on(since=self.told.term, last_m=self._record.last_m)
+        self._clock = RunClock.going_on(since=self.journal_state.term, last_m=self._record.last_m)
 
     def unsaid(self) -> Iterator[Publish]:
         """Events of commits that an earlier controller journaled but did not record."""
-        if self.told.state.resumed:
+        if self.journal_state.state.resumed:
             base = self._found.folded.state
             yield from missing_commits(self._found.tail(), base, said=self._record.said)
         self._record.forget_said()
 
     def begin(self, *, term: int, port: int) -> None:
         """Journal that this controller takes over, with its term and port."""
-        if self.told.header is None:
+        if self.journal_state.header is None:
             self.note({"kind": "header", "run": self._spec.config.run_id, "format": FORMAT})
         who = {"term": term, "port": port, "pid": os.getpid()}
         self.note({"kind": "term", **who, **self._clock.noted()})

@@ -23,7 +23,7 @@ Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class JournalState:
     """What the entries of a journal add up to.
 
     Attributes:
@@ -40,17 +40,17 @@ class Told:
     port: int = 0
     end: Entry | None = None
 
-    def after(self, entry: Entry) -> Told:
+    def after(self, entry: Entry) -> JournalState:
         """A copy with one more entry taken into account."""
-        told = replace(self, state=replayed(self.state, entry))
+        after = replace(self, state=replayed(self.state, entry))
         match entry["kind"]:
             case "header":
-                return replace(told, header=entry)
+                return replace(after, header=entry)
             case "term":
-                return replace(told, term=entry, port=told.port or int(entry["port"]))
+                return replace(after, term=entry, port=after.port or int(entry["port"]))
             case "end":
-                return replace(told, end=entry)
-        return told
+                return replace(after, end=entry)
+        return after
 
     def to_json(self, mark: Mark, *, known: Known) -> str:
         """As JSON, together with the record's position at the same moment.
@@ -71,7 +71,7 @@ class Told:
         return f'{text[:-1]},"control":{folded_text(self.state, known=known)}}}'
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], config: ControlConfig) -> Told:
+    def from_dict(cls, data: Mapping[str, Any], config: ControlConfig) -> JournalState:
         """The inverse of ``to_json``, given the parsed JSON."""
         return cls(
             state=unfolded(data["control"], config),
@@ -94,7 +94,7 @@ class Found:
     """
 
     folder: Path
-    folded: Told
+    folded: JournalState
     number: int = 0
     mark: Mark | None = None
 
@@ -106,12 +106,12 @@ class Found:
         """
         return (entry for _, entry in journal_reader.entries_after(self.folder, self.number))
 
-    def told(self) -> Told:
+    def whole(self) -> JournalState:
         """What the whole journal adds up to: the folded state and the entries after it."""
-        told = self.folded
+        whole = self.folded
         for entry in self.tail():
-            told = told.after(entry)
-        return told
+            whole = whole.after(entry)
+        return whole
 
 
 def find_journal(folder: Path, config: ControlConfig) -> Found:
@@ -122,17 +122,17 @@ def find_journal(folder: Path, config: ControlConfig) -> Found:
     """
     newest = journal_reader.newest_state(folder)
     if newest is None:
-        return Found(folder=folder, folded=Told(state=blank_state(config)))
+        return Found(folder=folder, folded=JournalState(state=blank_state(config)))
     number, data = newest
     path = str(journal_reader.state_path(folder, number))
     if data.get("format") != journal_reader.FORMAT:
         reason = f"is of format {data.get('format')!r}; this version reads {journal_reader.FORMAT}"
         raise JournalError(path=path, reason=reason)
     try:
-        told, mark = Told.from_dict(data, config), Mark.from_dict(data["record"])
+        folded, mark = JournalState.from_dict(data, config), Mark.from_dict(data["record"])
     except (KeyError, TypeError, ValueError) as error:
         raise JournalError(path=path, reason=f"holds no state: {error}") from error
-    return Found(folder=folder, folded=told, number=number, mark=mark)
+    return Found(folder=folder, folded=folded, number=number, mark=mark)
 
 
 def mark_of_earlier_life(run_dir: Path, *, but: str) -> Mark | None:
@@ -158,11 +158,11 @@ class Folding:
 
     Args:
         folder: The journal's folder.
-        told: What the journal adds up to so far.
+        so_far: What the journal adds up to so far.
     """
 
-    def __init__(self, folder: Path, told: Told) -> None:
-        self._told = told
+    def __init__(self, folder: Path, so_far: JournalState) -> None:
+        self._so_far = so_far
         self._loads = LoadHistory(folder / journal_reader.LOADS)
         self._waiting: list[Entry] = []
         self._known: Known = {}
@@ -188,13 +188,13 @@ class Folding:
         self._waiting.clear()
         self._resumed = False
         self._loads.flush()
-        return self._told.to_json(mark, known=self._known)
+        return self._so_far.to_json(mark, known=self._known)
 
     def _work_through(self, entry: Entry) -> None:
-        before = self._told.state
+        before = self._so_far.state
         for commit in entry.get("commits", ()):
             if not self._loads.wants(int(commit["step"])):
                 continue
             lanes = np.frombuffer(vector_of(commit).lanes, dtype="<f8")
             self._loads.add(int(commit["step"]), counts_of(before, lanes))
-        self._told = self._told.after(entry)
+        self._so_far = self._so_far.after(entry)

@@ -91,8 +91,8 @@ class Controller:
     def __init__(self, spec: ControllerSpec, chronicle: Chronicle) -> None:
         self._spec = spec
         self._chronicle = chronicle
-        self._state = awakened(chronicle.told.state, now_s=now_s())
-        self._ended = chronicle.told.end  # the journal's last entry, if the run has ended
+        self._state = awakened(chronicle.journal_state.state, now_s=now_s())
+        self._ended = chronicle.journal_state.end  # the journal's last entry, if the run has ended
         self._events: queue.SimpleQueue[Heard | _Died] = queue.SimpleQueue()
         self._streams = Streams(spec.config, post=self._events.put, on_death=self._thread_died)
         self._done = False
@@ -304,7 +304,9 @@ def open_controller(spec: ControllerSpec) -> Controller:
         JournalError, RecordError: The existing journal or record is damaged.
     """
     chronicle = Chronicle(spec)
-    controller = Controller(replace(spec, port=spec.port or chronicle.told.port), chronicle)
+    controller = Controller(
+        replace(spec, port=spec.port or chronicle.journal_state.port), chronicle
+    )
     controller.begin()
     return controller
 
