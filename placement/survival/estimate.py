@@ -19,7 +19,7 @@ _BLOCK = 1 << 24
 
 
 def estimated_survival(
-    masks: Sequence[int], *, num_nodes: int, losses: int, seed: int, draws: int = DRAWS
+    masks: Sequence[int], *, num_nodes: int, losses: int, seed: int
 ) -> tuple[float, float, float]:
     """Estimate P(survive) after ``losses`` uniformly chosen losses, with a 4-sigma interval.
 
@@ -40,16 +40,16 @@ def estimated_survival(
     rng = np.random.default_rng([seed, losses, num_nodes])
     sets_MN = _matrix(masks, num_nodes)
     if total > 3.0:
-        dead = _random_dead(rng, draws, num_nodes, losses, None, sets_MN)
+        dead = _random_dead(rng, DRAWS, num_nodes, losses, None, sets_MN)
         failed = (_sets_inside(dead, sets_MN) > 0).mean()
-        return _interval(1.0 - float(failed), float(failed * (1 - failed)), draws, spare=1.0)
+        return _interval(1.0 - float(failed), float(failed * (1 - failed)), DRAWS, spare=1.0)
     if _at_most_one_fits(masks, losses):
         return 1.0 - total, 1.0 - total, 1.0 - total
-    chosen = rng.choice(len(masks), size=draws, p=np.array(weights) / total)
-    dead = _random_dead(rng, draws, num_nodes, losses, chosen, sets_MN)
+    chosen = rng.choice(len(masks), size=DRAWS, p=np.array(weights) / total)
+    dead = _random_dead(rng, DRAWS, num_nodes, losses, chosen, sets_MN)
     terms = 1.0 / np.maximum(_sets_inside(dead, sets_MN), 1)
     variance = float(terms.var()) * total * total
-    return _interval(1.0 - total * float(terms.mean()), variance, draws, spare=total)
+    return _interval(1.0 - total * float(terms.mean()), variance, DRAWS, spare=total)
 
 
 def _interval(

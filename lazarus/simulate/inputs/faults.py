@@ -9,8 +9,6 @@ import numpy as np
 from lazarus.errors import ConfigError
 from lazarus.simulate.inputs.traces import FleetEvent, FleetTrace
 
-START = "start"
-
 
 def names(count: int, *, first: int = 0) -> tuple[str, ...]:
     """Return ``count`` node names in join order, starting with number ``first``."""
