@@ -54,14 +54,19 @@ class Group:
 
     def end(self) -> None:
         """End everything, children included."""
-        for process in self.processes:
-            for pid in (*children_of(process.pid), process.pid):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-        for process in self.processes:
-            process.wait()
+        end_all(self.processes)
+
+
+def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill processes with their children, and wait for them."""
+    for process in processes:
+        for pid in (*children_of(process.pid), process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    for process in processes:
+        process.wait()
 
 
 def children_of(pid: int) -> list[int]:

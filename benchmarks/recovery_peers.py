@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from goodput_peers import end_all
 
 PEERS = Path(__file__).resolve().parent / "peers"
 
@@ -133,19 +135,4 @@ def follow(
             time.sleep(0.05)
         return None
     finally:
-        for process in processes:
-            for pid in (*children_of(process.pid), process.pid):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-        for process in processes:
-            process.wait()
-
-
-def children_of(pid: int) -> list[int]:
-    try:
-        own = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [child for word in own for child in (*children_of(int(word)), int(word))]
+        end_all(processes)

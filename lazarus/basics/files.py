@@ -1,4 +1,4 @@
-"""Replace files atomically."""
+"""Replace and create files atomically."""
 
 from __future__ import annotations
 
@@ -35,3 +35,26 @@ def synced(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def created(path: Path, data: bytes, *, draft: Path, is_durable: bool = False) -> bool:
+    """Create a file whole; returns False, and changes nothing, if it exists already.
+
+    Args:
+        path: The file.
+        data: Its content.
+        draft: Path in the same folder that is written first; no other writer may use it.
+        is_durable: Whether the content must survive a crash of the machine.
+    """
+    try:
+        with draft.open("wb") as out:
+            out.write(data)
+            if is_durable:
+                out.flush()
+                os.fsync(out.fileno())
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    return True

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from lazarus.basics.files import created
 from lazarus.basics.threads import spawn
 from lazarus.errors import ConfigError
 
@@ -228,14 +229,7 @@ def _read(path: Path) -> Owner:
 def _create(path: Path, owner: Owner) -> bool:
     """Create an owner's file atomically; return False if it exists already."""
     draft = path.with_name(f".owner-{os.getpid()}-{threading.get_ident()}")
-    try:
-        draft.write_text(json.dumps(asdict(owner)), encoding="utf-8")
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink(missing_ok=True)
-    return True
+    return created(path, json.dumps(asdict(owner)).encode(), draft=draft)
 
 
 def _remove_below(folder: Path, number: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lazarus.basics.files import synced
+from lazarus.basics.files import created, synced
 from lazarus.errors import JournalError, LazarusError
 from lazarus.record import journal_reader
 from lazarus.record.journal_reader import ARCHIVE, STATES, entry_path, state_path
@@ -73,7 +73,8 @@ class Journal:
         number = self._next
         final = entry_path(self._folder, number)
         data = journal_reader.sealed(number, "entry", entry)
-        if not self._create(final, data, is_durable=entry["kind"] in _DURABLE):
+        draft = self._folder / f".{final.stem}.{os.getpid()}"
+        if not created(final, data, draft=draft, is_durable=entry["kind"] in _DURABLE):
             raise JournalConflictError(number=number)
         # The file of an archived entry is gone, so its number can be created again: check that no
         # folded state covers the number.
@@ -85,22 +86,6 @@ class Journal:
         self._tail_bytes += len(data)
         self._lines[number] = archived_line(number, entry)
         return number
-
-    def _create(self, final: Path, data: bytes, *, is_durable: bool) -> bool:
-        """Create a file whole; returns False if it exists."""
-        draft = self._folder / f".{final.stem}.{os.getpid()}"
-        try:
-            with draft.open("wb") as out:
-                out.write(data)
-                if is_durable:
-                    out.flush()
-                    os.fsync(out.fileno())
-            os.link(draft, final)
-        except FileExistsError:
-            return False
-        finally:
-            draft.unlink(missing_ok=True)
-        return True
 
     def put_off(self) -> None:
         """After a failed fold: do not fold before the tail has grown by the same length again."""
