@@ -8,7 +8,7 @@ from typing import assert_never
 from lazarus.control.cluster import evidence
 from lazarus.control.cluster.poison import HUNG
 from lazarus.control.cluster.roster import candidates, leaving, node_of, staying
-from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale
 from lazarus.control.commit import commits, finalizing
 from lazarus.control.commit.unfired import names_a_node
 from lazarus.control.membership import blame, checks, members, patience, refusals, suspicion
@@ -109,7 +109,9 @@ def _react(state: Control, event: Event) -> Decision:
         case DriverSaid(body=body, at_s=at_s):
             return _driver_said(state, body, at_s=at_s)
         case ManifestDone(final=True, error=error) if error:
-            return finalizing.on_refused_manifest(replace(state, manifest_pending=False), event)
+            return finalizing.on_refused_manifest(
+                replace(state, ending=replace(state.ending, manifest_pending=False)), event
+            )
         case ManifestDone():
             return saves.on_manifest(state, event)
         case Garbled(worker=worker, reason=reason, message=message, at_s=at_s):
@@ -126,13 +128,14 @@ def _react(state: Control, event: Event) -> Decision:
 def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Decision:
     if isinstance(body, Hello):
         return members.on_hello(state, body, at_s=at_s)
-    known = state.workers.get(worker)
+    known = state.roster.workers.get(worker)
     if known is None:  # excluded or never admitted: its messages are dropped (rule 31)
-        return replace(state, stale=state.stale + 1), ()
-    state = replace(state, workers={**state.workers, worker: replace(known, heard_s=at_s)})
+        return one_more_stale(state), ()
+    workers = {**state.roster.workers, worker: replace(known, heard_s=at_s)}
+    state = replace(state, roster=replace(state.roster, workers=workers))
     if reason := checks.wrong_with(state, worker, body):
         return refusals.refuse(state, worker, type(body).__name__, reason, at_s=at_s)
-    if state.dropped:
+    if state.rejected.dropped:
         state = refusals.made_good(state, worker, type(body).__name__)
     match body:
         case Heartbeat():
@@ -150,9 +153,9 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Dec
         case Paused():
             steady = state.phase in (Phase.RUNNING, Phase.RECONNECTING)
             if body.generation != state.resumed or not steady:
-                return replace(state, stale=state.stale + 1), ()
-            paused = {**state.paused, worker: body.step}
-            return replace(state, paused=paused, paused_s=at_s), ()
+                return one_more_stale(state), ()
+            paused = {**state.pausing.paused, worker: body.step}
+            return replace(state, pausing=replace(state.pausing, paused=paused, paused_s=at_s)), ()
         case LeaveRequest():
             return members.on_leave(state, worker, body, at_s=at_s)
         case FaultFired():
@@ -160,7 +163,7 @@ def _worker_said(state: Control, worker: str, body: Body, *, at_s: float) -> Dec
         case DigestPart():
             return commits.on_digest_part(state, worker, body, at_s=at_s)
         case Finalized():
-            state = replace(state, finalized_s=at_s)
+            state = replace(state, ending=replace(state.ending, finalized_s=at_s))
             return finalizing.on_finalized(state, worker, body, at_s=at_s)
         case Healed():
             fields = {
@@ -208,31 +211,37 @@ def _on_stop(state: Control, body: StopRun, *, at_s: float) -> Decision:
     if body.failure is not None:
         return commits.end(state, status="failed", failure=body.failure, at_s=at_s)
     reason = body.reason or "stopped"
-    nothing_kept = state.phase is Phase.HOLDING and (state.broken or not state.members)
+    nothing_waits = state.waiting.broken or not state.standing.members
+    nothing_kept = state.phase is Phase.HOLDING and nothing_waits
     if body.now or state.phase is Phase.GATHERING or nothing_kept:
         return commits.end(state, status="short", failure=_stopped(reason), at_s=at_s)
-    preempted = state.preempted or body.preempted
-    return replace(state, stopping=state.stopping or reason, preempted=preempted), ()
+    preempted = state.ending.preempted or body.preempted
+    stopping = state.ending.stopping or reason
+    ending = replace(state.ending, stopping=stopping, preempted=preempted)
+    return replace(state, ending=ending), ()
 
 
 def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> Decision:
     go = Tell(worker=worker, body=Go(spec=body.spec))
     ends: tuple[Command, ...] = ()
     if body.kind in _ENDS_NODES and ",for=" not in body.spec:
-        key = state.nodes[state.workers[worker].node].key
+        key = state.roster.nodes[state.roster.workers[worker].node].key
         ends = (TellDriver(body=NodeEndsMachine(node_key=key)),)
-    if (worker, body.number) in state.struck:  # an earlier controller process handled it
+    if (worker, body.number) in state.injected.struck:  # an earlier controller process handled it
         return state, (*ends, go)
-    if body.spec in state.fired_specs and not names_a_node(body.spec):
+    if body.spec in state.injected.fired_specs and not names_a_node(body.spec):
         return state, (Tell(worker=worker, body=Go(spec=body.spec, is_done=True)),)
     struck = {"worker": worker, "number": body.number, "spec": body.spec}
     entry = {"kind": "fault", "term": state.term, **struck}
     state = replace(
         state,
-        struck=state.struck | {(worker, body.number)},
-        fired_specs=state.fired_specs | {body.spec},
+        injected=replace(
+            state.injected,
+            struck=state.injected.struck | {(worker, body.number)},
+            fired_specs=state.injected.fired_specs | {body.spec},
+        ),
     )
-    serial = state.workers[worker].node
+    serial = state.roster.workers[worker].node
     fields = {
         "generation": state.generation,
         "node": serial,
@@ -252,7 +261,8 @@ def _on_fault(state: Control, worker: str, body: FaultFired, *, at_s: float) -> 
     elif body.kind == "controller":
         commands.append(TellDriver(body=KillController()))
     elif body.kind in ("kill", "stop", "stall", "cut"):
-        state = replace(state, fired={**state.fired, serial: at_s})
+        fired = {**state.injected.fired, serial: at_s}
+        state = replace(state, injected=replace(state.injected, fired=fired))
     return state, (*ends, *commands)
 
 
@@ -273,23 +283,25 @@ def _on_injected(state: Control, body: Injected, *, at_s: float) -> Decision:
         "spec": body.spec,
     }
     event = Publish(t=at_s, event="fault_injected", fields=fields)
-    if found is None or serial not in state.members:
+    if found is None or serial not in state.standing.members:
         return state, (event,)
     if body.kind not in ("slow", "crash", "leave"):
-        state = replace(state, fired={**state.fired, found[0]: at_s})
+        fired = {**state.injected.fired, found[0]: at_s}
+        state = replace(state, injected=replace(state.injected, fired=fired))
     if body.kind not in ("stop", "stall", "slow", "crash"):
         return state, (event,)
     if body.kind == "crash":
-        state = replace(state, doomed=state.doomed | {found[0]})
+        doomed = state.injected.doomed | {found[0]}
+        state = replace(state, injected=replace(state.injected, doomed=doomed))
     order = InjectFault(kind=body.kind)
     return state, (event, *(Tell(worker=w, body=order) for w in found[1].workers if w))
 
 
 def _tick(state: Control, *, at_s: float) -> Decision:
     commands: tuple[Command, ...] = ()
-    if state.known and at_s - state.flushed_s >= state.config.timeouts.flush_s:
+    if state.committed.known and at_s - state.committed.flushed_s >= state.config.timeouts.flush_s:
         state, commands = commits.flush(state, at_s=at_s)
-    if state.saves:
+    if state.saving.saves:
         state, more = saves.order_manifests(state, at_s=at_s)
         commands += more
     for find, cause in (
@@ -316,7 +328,7 @@ def _settle(state: Control, *, at_s: float) -> Decision:
             return _settle_gathering(state, at_s=at_s)
         case Phase.HOLDING:
             return _settle_holding(state, at_s=at_s)
-        case Phase.RECONNECTING if state.members:
+        case Phase.RECONNECTING if state.standing.members:
             return members.settle_reconnecting(state, at_s=at_s)
         case Phase.RUNNING:
             return _settle_running(state, at_s=at_s)
@@ -325,19 +337,20 @@ def _settle(state: Control, *, at_s: float) -> Decision:
         case Phase.PREPARING if state.transition is not None and state.transition.awaits_word:
             return resuming.settle(state, at_s=at_s)
         case Phase.FINALIZING:
-            written = not (state.manifest_pending or saves.last_ones_awaited(state, at_s=at_s))
-            if set(state.finalized) >= set(state.seats) and state.digest and written:
+            ending, seats = state.ending, state.standing.seats
+            written = not (ending.manifest_pending or saves.last_ones_awaited(state, at_s=at_s))
+            if set(ending.finalized) >= set(seats) and ending.digest and written:
                 return finalizing.finish(state, at_s=at_s)
             if patience.manifest_too_long(state, at_s=at_s):
                 return patience.end_without_manifest(state, at_s=at_s)
-            if set(state.finalized) >= set(state.seats) and state.manifest_pending:
+            if set(ending.finalized) >= set(seats) and ending.manifest_pending:
                 return state, ()  # all shares are durable: the lost ranks are not needed any more
         case Phase.ALIGNING if change.waited_enough(state, at_s=at_s):
             return change.prepare(state, at_s=at_s)
         case _:
             pass
     restarting = state.transition is not None and state.transition.restarts
-    if state.resumed and not state.members and not restarting:
+    if state.resumed and not state.standing.members and not restarting:
         return _all_lost(state, at_s=at_s)
     return state, ()
 
@@ -348,8 +361,8 @@ def _settle_gathering(state: Control, *, at_s: float) -> Decision:
     if ready >= state.config.nodes or (enough and _waited_for_all(state, at_s=at_s)):
         return change.begin(state, reason="start", at_s=at_s)
     patience_s = state.config.timeouts.startup_s + state.config.quorum_timeout_s
-    if not enough and state.idle_s is not None:  # no node is being started
-        patience_s = state.idle_s - state.started_s + state.config.quorum_timeout_s
+    if not enough and state.waiting.idle_s is not None:  # no node is being started
+        patience_s = state.waiting.idle_s - state.started_s + state.config.quorum_timeout_s
     if at_s - state.started_s > patience_s:
         return _quorum_timeout(state, live=ready, at_s=at_s)
     return state, ()
@@ -363,38 +376,41 @@ def _waited_for_all(state: Control, *, at_s: float) -> bool:
     """
     if at_s - state.started_s > state.config.timeouts.startup_s:
         return True
-    awaited, idle_s = state.awaited, state.idle_s
+    awaited, idle_s = state.waiting.awaited, state.waiting.idle_s
     troubled = awaited is not None and awaited.is_troubled
     return troubled and idle_s is not None and at_s - idle_s > state.config.timeouts.gather_s
 
 
 def _settle_holding(state: Control, *, at_s: float) -> Decision:
-    if not state.members:
+    if not state.standing.members:
         return _settle_gone(state, at_s=at_s)
-    if state.stopping:
+    if state.ending.stopping:
         return change.begin(state, reason="stop", at_s=at_s, planned=True)
     there = staying(state)
-    if not state.broken and len(there) >= state.config.min_nodes and there != state.tried:
+    fresh = len(there) >= state.config.min_nodes and there != state.waiting.tried
+    if fresh and not state.waiting.broken:
         return change.begin(state, reason="quorum", at_s=at_s, planned=True)
     if at_s - state.phase_s > state.config.quorum_timeout_s:
-        return _quorum_timeout(state, live=len(state.members), at_s=at_s)
+        return _quorum_timeout(state, live=len(state.standing.members), at_s=at_s)
     return state, ()
 
 
 def _settle_running(state: Control, *, at_s: float) -> Decision:
-    if not state.members:
+    if not state.standing.members:
         return _all_lost(state, at_s=at_s)
     if suspicion.is_due(state, at_s=at_s):
         return suspicion.settle(state, at_s=at_s)
-    if state.undecided:
+    if state.agreement.undecided:
         return change.begin(state, reason="replica_mismatch", at_s=at_s)
     if (node := repair.suspect(state)) is not None:
         return _evict_suspect(state, node, at_s=at_s)
-    if len(state.paused) >= len(state.seats) and set(state.paused) >= set(state.seats):
+    paused, seats = state.pausing.paused, state.standing.seats
+    if len(paused) >= len(seats) and set(paused) >= set(seats):
         return _all_paused(state, at_s=at_s)
-    if not state.pause_sent and _pause_is_due(state, at_s=at_s):
+    if not state.pausing.pause_sent and _pause_is_due(state, at_s=at_s):
         order = Pause(generation=state.resumed)
-        return replace(state, pause_sent=True), (TellAll(workers=state.seats, body=order),)
+        state = replace(state, pausing=replace(state.pausing, pause_sent=True))
+        return state, (TellAll(workers=seats, body=order),)
     return state, ()
 
 
@@ -414,14 +430,14 @@ def _evict_suspect(state: Control, node: int, *, at_s: float) -> Decision:
 
 def _pause_is_due(state: Control, *, at_s: float) -> bool:
     """Whether the ranks must pause between two steps: to stop, to change members, or as wanted."""
-    if state.stopping or state.wants or leaving(state, state.members):
+    if state.ending.stopping or state.pausing.wants or leaving(state, state.standing.members):
         return True
     waiting = candidates(state)
     limit = state.config.max_nodes
-    room = limit is None or len(state.members) < limit
+    room = limit is None or len(state.standing.members) < limit
     if not waiting or not room:
         return False
-    newest = max(state.nodes[n].joined_s for n in waiting)
+    newest = max(state.roster.nodes[n].joined_s for n in waiting)
     return at_s - newest >= state.config.join_debounce_s
 
 
@@ -430,20 +446,20 @@ def _all_paused(state: Control, *, at_s: float) -> Decision:
     state, commands = commits.close_timeline(state, at_s=at_s)
     state, more = commits.flush(state, at_s=at_s)
     commands += more
-    if set(state.paused.values()) != {state.step}:
+    if set(state.pausing.paused.values()) != {state.step}:
         if not patience.has_lost_vectors(state, at_s=at_s):
             return state, commands  # some commit vectors have not arrived yet
         state, more = change.begin(state, reason="lost_vectors", at_s=at_s)  # reports have them
         return state, commands + more
-    if state.step >= state.config.steps or state.stopping:
+    if state.step >= state.config.steps or state.ending.stopping:
         state, more = finalizing.begin(state, at_s=at_s)
         return state, commands + more
-    if leaving(state, state.members):
+    if leaving(state, state.standing.members):
         reason = "leave"
     elif candidates(state):
         reason = "join"
     else:
-        reason = state.wants or "pause"
+        reason = state.pausing.wants or "pause"
     state, more = change.begin(state, reason=reason, at_s=at_s, planned=True)
     return state, commands + more
 
@@ -451,41 +467,46 @@ def _all_paused(state: Control, *, at_s: float) -> Decision:
 def _all_lost(state: Control, *, at_s: float) -> Decision:
     """Every member is lost: hold until new nodes can restart the run from a checkpoint."""
     message = f"every node is lost at step {state.step}"
-    if state.stopping:
+    if state.ending.stopping:
         failure = Failure(
             cause=Cause.NODE,
             error="StoppedError",
             message=f"{message}; resume from the newest checkpoint",
         )
         return commits.end(state, status="short", failure=failure, at_s=at_s)
-    since = at_s if state.gone_s is None else state.gone_s
-    state = replace(state, gone_s=since, broken=False, paused={}, pause_sent=False)
+    since = at_s if state.waiting.gone_s is None else state.waiting.gone_s
+    state = replace(
+        state,
+        waiting=replace(state.waiting, gone_s=since, broken=False),
+        pausing=replace(state.pausing, paused={}, pause_sent=False),
+    )
     return change.hold(state, reason=message, at_s=at_s)
 
 
 def _settle_gone(state: Control, *, at_s: float) -> Decision:
     """Restart from a checkpoint once enough nodes are ready and no manifest is being written."""
-    if state.gone_s is None:  # the last member was lost while the run was held
+    if state.waiting.gone_s is None:  # the last member was lost while the run was held
         return _all_lost(state, at_s=at_s)
     there, config = candidates(state), state.config
-    waited = at_s - state.gone_s
+    waited = at_s - state.waiting.gone_s
     if waited > config.quorum_timeout_s:
         return _quorum_timeout(state, live=len(there), at_s=at_s)
-    writing = state.writing and waited <= config.timeouts.in_flight_s
-    if len(there) < config.min_nodes or there == state.tried or writing:
+    writing = state.saving.writing and waited <= config.timeouts.in_flight_s
+    if len(there) < config.min_nodes or there == state.waiting.tried or writing:
         return state, ()
-    newest = max(state.nodes[node].joined_s for node in there)
+    newest = max(state.roster.nodes[node].joined_s for node in there)
     if len(there) < config.nodes and at_s - newest < config.timeouts.restart_debounce_s:
         return state, ()  # more nodes may be about to join
     return change.begin(state, reason="restart", at_s=at_s)
 
 
 def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Decision:
-    if state.broken:  # an invariant failed: more nodes would not help
-        text = f"the state was held for {state.config.quorum_timeout_s:.0f} s: {state.hold_reason}"
+    if state.waiting.broken:  # an invariant failed: more nodes would not help
+        held_s = state.config.quorum_timeout_s
+        text = f"the state was held for {held_s:.0f} s: {state.waiting.hold_reason}"
         broken = Failure(cause=Cause.INTERNAL, error="InternalError", message=text)
         return commits.end(state, status="failed", failure=broken, at_s=at_s)
-    awaited = state.awaited.reason if state.awaited is not None else ""
+    awaited = state.waiting.awaited.reason if state.waiting.awaited is not None else ""
     details = {
         "awaited": awaited,
         "live": live,
@@ -495,7 +516,7 @@ def _quorum_timeout(state: Control, *, live: int, at_s: float) -> Decision:
     failure = Failure(
         cause=Cause.NODE,
         error="QuorumTimeoutError",
-        message=state.hold_reason or awaited,
+        message=state.waiting.hold_reason or awaited,
         details=details,
     )
     return commits.end(state, status="short", failure=failure, at_s=at_s)

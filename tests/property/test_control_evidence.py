@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazarus.control.cluster import evidence
-from lazarus.control.cluster.state import Control, Phase
+from lazarus.control.cluster.state import Control, Phase, fields_of
 from lazarus.control.messages import (
     FaultFired,
     Hello,
@@ -43,10 +43,10 @@ def desk(*, nodes: int = 5, **config: Any) -> Flipped:
 def act(made: Flipped, kind: str, rng: Random) -> None:
     """One event, or a few, at a run that goes on."""
     state, config = made.state, made.state.config
-    worker = rng.choice(sorted(state.workers))
-    node = state.workers[worker].node
+    worker = rng.choice(sorted(state.roster.workers))
+    node = state.roster.workers[worker].node
     if kind in ("kill", "stop", "crash", "leave"):
-        body = Injected(kind=kind, node_key=state.nodes[node].key, spec=f"chaos:{kind}")
+        body = Injected(kind=kind, node_key=state.roster.nodes[node].key, spec=f"chaos:{kind}")
         made.feed(DriverSaid(body=body, at_s=made.now_s))
     match kind:
         case "commit" if state.phase is Phase.RUNNING and state.step < config.steps:
@@ -58,7 +58,7 @@ def act(made: Flipped, kind: str, rng: Random) -> None:
         case "expert":
             made.bad_expert = (worker,) if rng.random() < 0.7 else ()
         case "repaired":
-            ranks = (rng.randrange(len(state.seats) or 1),)
+            ranks = (rng.randrange(len(state.standing.seats) or 1),)
             fields: dict[str, Any] = {"layer": 0, "expert": 1, "ranks": ranks}
             made.say(worker, Repaired(generation=state.resumed, step=state.step, **fields))
         case "odd":
@@ -83,7 +83,8 @@ KINDS = (
 
 
 def odd_ones(live: Control, told: Control) -> list[str]:
-    return [name for name in evidence.FIELDS if getattr(live, name) != getattr(told, name)]
+    one, other = fields_of(live), fields_of(told)
+    return [name for name in evidence.FIELDS if one[name] != other[name]]
 
 
 @settings(max_examples=60)
@@ -91,7 +92,7 @@ def odd_ones(live: Control, told: Control) -> list[str]:
 def test_the_journal_tells_all_that_is_held_against_nodes(seed: int, kinds: list[str]) -> None:
     rng, made, told = Random(seed), desk(), None
     for kind in kinds:
-        if made.state.phase is Phase.ENDED or not made.state.workers:
+        if made.state.phase is Phase.ENDED or not made.state.roster.workers:
             break
         act(made, kind, rng)
         entries = journal_of(made)
@@ -112,7 +113,7 @@ def test_scripts_reach_every_field() -> None:
         rng, made = Random(seed), desk()
         blank = made.state
         for _ in range(30):
-            if made.state.phase is Phase.ENDED or not made.state.workers:
+            if made.state.phase is Phase.ENDED or not made.state.roster.workers:
                 break
             act(made, rng.choice(KINDS), rng)
             seen |= set(odd_ones(made.state, blank))
@@ -126,7 +127,7 @@ def restarted(made: Flipped, *, but_the_last: int = 0) -> None:
     entries = journal_of(made)
     entries = entries[: len(entries) - but_the_last]
     state = resumed_state(entries, made.state.config, now_s=made.now_s)
-    alive = sorted(made.state.workers)
+    alive = sorted(made.state.roster.workers)
     made.state = state
     for worker in alive:
         hello = Hello(
@@ -146,17 +147,21 @@ def test_what_is_outvoted_is_no_source_after_a_restart() -> None:
     made = desk(nodes=4, on_lost_expert="partial")
     made.bad_expert, made.deaf = ("w0",), {"Prepare"}
     made.lose("w3")
-    assert made.state.outvoted.copies == {("w0", 0, 1)}
+    assert made.state.agreement.outvoted.copies == {("w0", 0, 1)}
     made.deaf = set()
     lost = ("w1", "w2")
     made.state = replace(
-        made.state, workers={w: k for w, k in made.state.workers.items() if w not in lost}
+        made.state,
+        roster=replace(
+            made.state.roster,
+            workers={w: k for w, k in made.state.roster.workers.items() if w not in lost},
+        ),
     )
     restarted(made)
-    assert made.state.outvoted.copies == {("w0", 0, 1)}
+    assert made.state.agreement.outvoted.copies == {("w0", 0, 1)}
     for name in ("n1.0", "n2.0"):
         made.feed(DriverSaid(body=WorkerDied(worker=name, cause="SIGKILL"), at_s=made.now_s))
-    assert made.state.phase is Phase.RUNNING and made.state.members == (0,)
+    assert made.state.phase is Phase.RUNNING and made.state.standing.members == (0,)
     restored = [(r.expert, r.source) for r in made.told(Prepare)[-1].restores]
     assert restored == [(1, "init")], "the copy that is left is not taken for a sound one"
 
@@ -166,14 +171,14 @@ def test_a_repair_is_over_only_with_its_resume() -> None:
     made = desk(nodes=4)
     made.bad_expert = ("w0",)
     made.lose("w3")
-    assert made.state.phase is Phase.RUNNING and not made.state.outvoted
-    assert made.state.outvotes == {0: (1,)}
+    assert made.state.phase is Phase.RUNNING and not made.state.agreement.outvoted
+    assert made.state.agreement.outvotes == {0: (1,)}
     entries = journal_of(made)
     assert entries[-1]["kind"] == "resume"
     before = resumed_state(entries[:-1], made.state.config, now_s=0.0)
-    assert before.outvoted.copies == {("w0", 0, 1)} and not before.outvotes
+    assert before.agreement.outvoted.copies == {("w0", 0, 1)} and not before.agreement.outvotes
     after = resumed_state(entries, made.state.config, now_s=0.0)
-    assert not after.outvoted and after.outvotes == {0: (1,)}
+    assert not after.agreement.outvoted and after.agreement.outvotes == {0: (1,)}
 
 
 def test_a_suspect_is_remembered_with_the_claim_that_leaves_it_out() -> None:
@@ -183,12 +188,12 @@ def test_a_suspect_is_remembered_with_the_claim_that_leaves_it_out() -> None:
         if step > 1:
             made.commit(step)
         made.say("w0", Repaired(generation=1, step=step, **fields))
-    assert made.state.suspects == ((2, 3),) and 2 not in made.state.members
+    assert made.state.agreement.suspects == ((2, 3),) and 2 not in made.state.standing.members
     entries = journal_of(made)
     (claim,) = [e for e in entries if e["kind"] == "claim" and "suspects" in e.get("evidence", {})]
     assert claim["members"] == [0, 1, 3, 4]
     upto = resumed_state(entries[: entries.index(claim)], made.state.config, now_s=0.0)
-    assert not upto.suspects and 2 in upto.members
+    assert not upto.agreement.suspects and 2 in upto.standing.members
 
 
 def test_a_journal_without_evidence_is_read_as_before() -> None:

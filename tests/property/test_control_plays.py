@@ -184,19 +184,27 @@ def vectors_of_the_dead_are_forgotten(patch: Patch) -> None:
     def store(state: Control, body: Vector, *, at_s: float) -> Any:
         if body.generation != state.resumed or body.step <= state.step:
             return state, ()
-        return replace(state, known={**state.known, body.step: changed(body, at_s=at_s)}), ()
+        return replace(
+            state,
+            committed=replace(
+                state.committed,
+                known={**state.committed.known, body.step: changed(body, at_s=at_s)},
+            ),
+        ), ()
 
     patch.setattr(commits, "on_vector", store)
     patch.setattr(
         members,
         "lose",
-        lambda state, serials, **more: original(replace(state, known={}), serials, **more),
+        lambda state, serials, **more: original(
+            replace(state, committed=replace(state.committed, known={})), serials, **more
+        ),
     )
 
 
 @mutant("I7", "I3", faults=("sniper", "again", "again"))
 def the_newest_vector_is_not_kept(patch: Patch) -> None:
-    patch.setattr(reconfigure, "_evidence", lambda state: dict(state.known))
+    patch.setattr(reconfigure, "_evidence", lambda state: dict(state.committed.known))
 
 
 @mutant("I3", "I7", "I1", "I2", faults=("sniper",))
@@ -249,7 +257,11 @@ def a_vector_is_published_twice(patch: Patch) -> None:
     def keep(state: Control, body: Vector, *, at_s: float) -> Any:
         if body.generation != state.resumed:
             return state, ()
-        state = replace(state, known={**state.known, body.step: body}, step=body.step - 1)
+        state = replace(
+            state,
+            committed=replace(state.committed, known={**state.committed.known, body.step: body}),
+            step=body.step - 1,
+        )
         return commits.flush(state, at_s=at_s)
 
     patch.setattr(commits, "on_vector", keep)
@@ -318,10 +330,10 @@ def a_restarted_controller_adopts_what_was_fenced(patch: Patch) -> None:
 
     def hello(state: Control, body: Hello, *, at_s: float) -> Any:
         state, commands = original(state, body, at_s=at_s)
-        known = state.workers.get(body.worker)
+        known = state.roster.workers.get(body.worker)
         if known is not None:
-            workers = {**state.workers, body.worker: replace(known, undisturbed=True)}
-            state = replace(state, workers=workers)
+            workers = {**state.roster.workers, body.worker: replace(known, undisturbed=True)}
+            state = replace(state, roster=replace(state.roster, workers=workers))
         return state, commands
 
     patch.setattr(members, "on_hello", hello)
@@ -376,7 +388,7 @@ def the_excluded_are_still_heard(patch: Patch) -> None:
     original = machine._worker_said
 
     def said(state: Control, worker: str, body: Any, *, at_s: float) -> Any:
-        if worker not in state.workers and isinstance(body, Vector):
+        if worker not in state.roster.workers and isinstance(body, Vector):
             return commits.on_vector(state, body, at_s=at_s)
         return original(state, worker, body, at_s=at_s)
 

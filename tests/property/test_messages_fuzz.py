@@ -90,7 +90,7 @@ def carried_out(commands: Sequence[Any]) -> None:
 def said(rng: Random, state: Control, body: Body, at_s: float) -> Event:
     if rng.random() < 0.15:
         return DriverSaid(body=body, at_s=at_s)
-    worker = rng.choice([*state.workers, *state.workers, "stranger.0", ""])
+    worker = rng.choice([*state.roster.workers, *state.roster.workers, "stranger.0", ""])
     if isinstance(body, Hello) and rng.random() < 0.5:
         worker = body.worker
     return WorkerSaid(worker=worker, body=body, at_s=at_s)
@@ -107,7 +107,7 @@ def fuzz(
             body = rng.choice(heard) if rng.random() < 0.1 else odd_body(rng, state, heard)
             sent[type(body).__name__] += 1
             event = said(rng, state, body, at_s)
-            refused, phase = state.num_refused, state.phase
+            refused, phase = state.rejected.num_refused, state.phase
             try:
                 state, commands = machine.decide(state, event)
                 carried_out(commands)
@@ -119,7 +119,7 @@ def fuzz(
                 raise Broken(
                     "total", f"{type(problem).__name__}: {problem}\n{event}\nin {phase}"
                 ) from problem
-            sent["refused"] += state.num_refused - refused
+            sent["refused"] += state.rejected.num_refused - refused
     return sent
 
 
@@ -144,7 +144,9 @@ def test_no_message_of_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def spy(state: Control, event: Event) -> Any:
         after, commands = decide(state, event)
-        if after.num_refused > state.num_refused and isinstance(event, WorkerSaid):
+        if after.rejected.num_refused > state.rejected.num_refused and isinstance(
+            event, WorkerSaid
+        ):
             reason = checks.wrong_with(state, event.worker, event.body)
             if reason:
                 refusals.append(f"{event}: {reason}")

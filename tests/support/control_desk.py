@@ -131,7 +131,7 @@ class Desk:
                 ready = Ready(generation=generation, plan_digest=plan.digest, history=history)
                 self.say(worker, ready)
             case Resume(generation=generation, step=step):
-                rank = list(self.state.seats).index(worker)
+                rank = list(self.state.standing.seats).index(worker)
                 plan = self.plans[worker]
                 self.held[worker] = tuple(e for e in range(EXPERTS) if rank in plan.ranks_of(0, e))
                 self.committed[worker], self.entered[worker] = step, generation
@@ -157,7 +157,7 @@ class Desk:
 
     def vector(self, step: int, *, own_s: Mapping[int, float] | None = None) -> Vector:
         """What all ranks say of one step; ``own_s``: seconds of own compute of some ranks."""
-        seats = self.state.seats
+        seats = self.state.standing.seats
         layout = VectorLayout(world_size=len(seats), num_layers=1, num_experts=EXPERTS)
         lanes = sum(
             contribution(
@@ -187,15 +187,15 @@ class Desk:
 
     def commit(self, step: int, *, own_s: Mapping[int, float] | None = None) -> None:
         """Everybody commits one step."""
-        for worker in self.state.seats:
+        for worker in self.state.standing.seats:
             self.committed[worker] = step
-        self.say(self.state.seats[0], self.vector(step, own_s=own_s))
+        self.say(self.state.standing.seats[0], self.vector(step, own_s=own_s))
         self.tick()
 
     def pause(self) -> None:
         """All ranks stop after the newest step, as they were told."""
         order = self.told(Pause)[-1]
-        for worker in self.state.seats:
+        for worker in self.state.standing.seats:
             self.say(worker, Paused(generation=order.generation, step=self.state.step))
 
     def share(

@@ -22,7 +22,7 @@ from control_world import World
 
 from lazarus.config.timeouts import derive_timeouts
 from lazarus.control import machine
-from lazarus.control.cluster.state import ControlConfig, Phase
+from lazarus.control.cluster.state import ControlConfig, Phase, fields_of
 from lazarus.control.messages import (
     Aligned,
     Body,
@@ -150,7 +150,7 @@ def strike(world: World, kind: str) -> None:
 def flip(world: World) -> bool:
     """A bit flips in one copy of an expert, between two changes of members; an ambush."""
     state = world.state
-    seated = [world.workers[name] for name in state.seats]
+    seated = [world.workers[name] for name in state.standing.seats]
     calm = state.phase is Phase.RUNNING and all(
         w.alive and w.ledger.gen == w.ledger.fence == state.resumed for w in seated
     )
@@ -209,8 +209,12 @@ def kill_in_recovery(world: World) -> bool:
 def kill_before_the_commit(world: World) -> bool:
     """A second loss behind RESUME, before the new generation has committed anything."""
     state, members = world.state, world.voters()
-    fresh = state.phase is Phase.RUNNING and len(state.lineage) > 1 and not state.known
-    if not fresh or state.lineage[-1][1] != state.step or len(members) < 2:
+    fresh = (
+        state.phase is Phase.RUNNING
+        and len(state.standing.lineage) > 1
+        and not state.committed.known
+    )
+    if not fresh or state.standing.lineage[-1][1] != state.step or len(members) < 2:
         return False
     world.kill(world.rng.choice(members))
     return True
@@ -236,7 +240,7 @@ def rogue(world: World) -> None:
     generation = rng.choice([g for g in range(state.generation + 3) if g not in current])
     step = rng.randrange(world.config.steps + 2)
     worker = rng.choice([*world.workers, "stranger.0"])
-    if worker not in state.workers:  # whoever was left out is not read, whatever it says
+    if worker not in state.roster.workers:  # whoever was left out is not read, whatever it says
         generation = rng.choice([generation, *current])
     body = stale_body(rng, generation=generation, step=step)
     said = WorkerSaid(worker=worker, body=body, at_s=world.now)
@@ -263,7 +267,7 @@ def rogue(world: World) -> None:
         "digest",
         "lineage",
     ):
-        old, new = getattr(before, name), getattr(after, name)
+        old, new = fields_of(before)[name], fields_of(after)[name]
         need(old is new or old == new, "I11", f"{body} of generation {generation} changes {name}")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import fields, replace
 from random import Random
 from typing import Any
 
@@ -20,7 +19,7 @@ from record_checks import check_event
 
 from lazarus.control import machine
 from lazarus.control.cluster import evidence
-from lazarus.control.cluster.state import Control, ControlConfig, Phase
+from lazarus.control.cluster.state import Control, ControlConfig, Phase, fields_of
 from lazarus.control.commit.commits import last_words
 from lazarus.control.membership.suspicion import AGAIN
 from lazarus.control.messages import (
@@ -62,7 +61,7 @@ from lazarus.control.vector import start_history
 
 def alike(one: Control, other: Control, name: str) -> bool:
     """Whether two states have the same in a field."""
-    a, b = getattr(one, name), getattr(other, name)
+    a, b = fields_of(one)[name], fields_of(other)[name]
     if isinstance(a, np.ndarray):
         return np.array_equal(a, b)
     return bool(a == b)
@@ -139,7 +138,7 @@ class World:
         for entry in tail:
             again = replay.replayed(again, entry)
         again = awakened(again, now_s=self.now)
-        odd = [f.name for f in fields(Control) if not alike(again, self.state, f.name)]
+        odd = [name for name in fields_of(again) if not alike(again, self.state, name)]
         need(not odd, "folded", f"a folded journal tells {odd} differently")
         return base, tail
 
@@ -192,7 +191,7 @@ class World:
             need(not odd, "replayed", f"the journal tells {odd} differently")
 
     def _note_evidence(self, event: Event) -> None:
-        if not isinstance(event, WorkerSaid) or event.worker not in self.state.workers:
+        if not isinstance(event, WorkerSaid) or event.worker not in self.state.roster.workers:
             return
         match event.body:
             case Vector(generation=generation, step=step) if generation == self.state.resumed:
@@ -201,23 +200,23 @@ class World:
                 transition = self.state.transition
                 if transition is None or transition.generation != generation:
                     return
-                if self.state.workers[event.worker].node in transition.voters:
+                if self.state.roster.workers[event.worker].node in transition.voters:
                     self.evidence.update({v.step: "report" for v in vectors})
 
     def _check_decision(self, before: Control, event: Event) -> None:
         after = self.state
         need(after.generation >= before.generation, "I10", "the generation went back")
         need(after.resumed >= before.resumed, "I10", "the resumed generation went back")
-        restarted = after.rolled != before.rolled and not before.members
+        restarted = after.standing.rolled != before.standing.rolled and not before.standing.members
         need(after.step >= before.step or restarted, "I14", "the journaled commit went back")
-        need(not after.broken, "I7", f"the controller gave up: {after.hold_reason}")
-        need(set(after.members) <= set(after.nodes), "total", "a member is no node")
-        stranger = isinstance(event, WorkerSaid) and event.worker not in before.workers
+        need(not after.waiting.broken, "I7", f"the controller gave up: {after.waiting.hold_reason}")
+        need(set(after.standing.members) <= set(after.roster.nodes), "total", "a member is no node")
+        stranger = isinstance(event, WorkerSaid) and event.worker not in before.roster.workers
         if stranger and not isinstance(event.body, Hello) and before.phase is not Phase.ENDED:
-            said = replace(after, stale=before.stale)
             due, _ = machine.decide(before, Tick(at_s=event.at_s))
+            old, said, ticked = fields_of(before), fields_of(after), fields_of(due)
             same = all(
-                getattr(said, name) in (getattr(before, name), getattr(due, name))
+                said[name] in (old[name], ticked[name])
                 for name in ("members", "step", "generation", "phase", "known", "nodes")
             )
             need(same, "I13", f"{event.worker} is heard although it is no member: {event.body}")
@@ -313,15 +312,15 @@ class World:
                 resumes = {e["generation"] for e in self.entries if e["kind"] == "resume"}
                 need(generation in resumes, "I10", f"resume {generation} before its entry")
             case Align(step=step, reload=place) if place:
-                need(not self.state.members, "I12", f"state is thrown away at {step}")
+                need(not self.state.standing.members, "I12", f"state is thrown away at {step}")
                 need(step in self.stored, "I14", f"restarts at {step}, where nothing stands")
             case Align(step=step):
                 newest = max(self.evidence, default=0)
                 need(step >= newest, "I7", f"redo of {step + 1} although {newest} is decided")
                 need(step >= self.journaled(), "I14", f"aligns at {step}, before a commit")
                 need(step == 0 or self.decided.get(step), "I7", f"{step} was never decided")
-            case Prepare(restores=restores) if self.state.lineage:
-                members = [s.worker for s in body.feeders if s.worker in self.state.seats]
+            case Prepare(restores=restores) if self.state.standing.lineage:
+                members = [s.worker for s in body.feeders if s.worker in self.state.standing.seats]
                 for restore in restores:
                     key = (restore.layer, restore.expert)
                     holders = [name for name in members if key in self.workers[name].experts]
@@ -498,5 +497,5 @@ class World:
         raise Broken(
             "I15",
             f"no end in sight: {self.state.phase}, generation {self.state.generation}, "
-            f"step {self.state.step}, {self.state.hold_reason}",
+            f"step {self.state.step}, {self.state.waiting.hold_reason}",
         )

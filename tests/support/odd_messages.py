@@ -96,7 +96,9 @@ def _value(rng: Random, state: Control, name: str, hint: Any) -> Any:
             rng.randbytes(rng.choice([0, 1, 7, 8, 80, 800])) if rng.random() < 0.5 else _lanes(rng)
         )
     if hint is str:
-        return rng.choice([*_TEXTS, *state.workers, *state.bad_sources, nested_json(rng)])
+        return rng.choice(
+            [*_TEXTS, *state.roster.workers, *state.storage.bad_sources, nested_json(rng)]
+        )
     if hint in _HINTS:
         return hint(**{field: _value(rng, state, field, of) for field, of in _fields(hint)})
     if get_origin(hint) is Literal:

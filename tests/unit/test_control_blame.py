@@ -128,8 +128,8 @@ def test_two_deaths_from_outside_are_two_losses(cause: str) -> None:
 
 def hangs(desk: Desk, number: int, **note: Any) -> None:
     """One thread stands still while the others wait for it, until its process is ended."""
-    while f"w{number}" in desk.state.workers:
-        for worker in desk.state.seats:
+    while f"w{number}" in desk.state.roster.workers:
+        for worker in desk.state.standing.seats:
             waits = worker != f"w{number}"
             beat = Heartbeat(generation=desk.state.resumed, step=9, waiting=waits)
             desk.say(worker, beat)
@@ -172,18 +172,18 @@ def test_faults_on_purpose_poison_nothing() -> None:
         desk.feed(DriverSaid(body=body, at_s=desk.now_s))
         dies(desk, number, "SIGSEGV")
     assert desk.state.phase is Phase.RUNNING
-    assert not desk.state.deaths
+    assert not desk.state.blame.deaths
 
 
 def test_a_death_outside_the_users_functions_and_one_told_twice_count_for_nothing() -> None:
     desk = running(nodes=4)
     dies(desk, 3, phase="")
     dies(desk, 2, phase="")
-    assert not desk.state.deaths
+    assert not desk.state.blame.deaths
     dies(desk, 1)
     body = WorkerDied(worker="n1.0", cause="SIGSEGV", step=9, phase="forward", generation=3)
     desk.feed(DriverSaid(body=body, at_s=desk.now_s))
-    assert len(desk.state.deaths) == 1
+    assert len(desk.state.blame.deaths) == 1
 
 
 def test_what_the_driver_cannot_go_on_with_ends_the_run_as_that() -> None:
@@ -266,7 +266,7 @@ def test_a_launcher_that_never_speaks_holds_the_step_up_for_the_stall_and_no_lon
     desk.lose("w3")
     since, waited_s = desk.now_s, 0.0
     while desk.state.phase is Phase.PREPARING:
-        for worker in desk.state.workers:
+        for worker in desk.state.roster.workers:
             desk.say(worker, Heartbeat(generation=1, step=8))
         desk.tick(0.2)
         waited_s = desk.now_s - since
@@ -300,8 +300,10 @@ def test_the_launchers_word_on_a_death_is_awaited_unless_a_scripted_fault_struck
     None
 ):
     desk = running(nodes=4, slots_per_node=3, min_replicas=3)
-    desk.state = replace(desk.state, struck=frozenset({("n1.0", 1)}))
+    desk.state = replace(
+        desk.state, injected=replace(desk.state.injected, struck=frozenset({("n1.0", 1)}))
+    )
     desk.lose("w1")
-    assert not desk.state.unexplained
+    assert not desk.state.blame.unexplained
     desk.lose("w2")
-    assert [gone.worker for gone in desk.state.unexplained] == ["n2.0"]
+    assert [gone.worker for gone in desk.state.blame.unexplained] == ["n2.0"]

@@ -9,7 +9,7 @@ import pytest
 from control_desk import Desk, running
 from msgspec.structs import replace as changed
 
-from lazarus.control.cluster.state import Control, Phase
+from lazarus.control.cluster.state import Control, Phase, fields_of
 from lazarus.control.membership import checks
 from lazarus.control.messages import (
     Aligned,
@@ -40,10 +40,14 @@ def refusal(desk: Desk, worker: str, body: Body) -> str:
     before, said = desk.state, len(desk.log)
     desk.say(worker, body)
     after = desk.state
-    assert after.num_refused == before.num_refused + 1
-    assert after.dropped[worker][0] == type(body).__name__
-    quiet = replace(after, num_refused=before.num_refused, workers=before.workers)
-    quiet = replace(quiet, dropped=before.dropped)
+    assert after.rejected.num_refused == before.rejected.num_refused + 1
+    assert after.rejected.dropped[worker][0] == type(body).__name__
+    quiet = replace(
+        after,
+        rejected=replace(after.rejected, num_refused=before.rejected.num_refused),
+        roster=replace(after.roster, workers=before.roster.workers),
+    )
+    quiet = replace(quiet, rejected=replace(quiet.rejected, dropped=before.rejected.dropped))
     assert changes(before, quiet) == set()
     (event,) = desk.log[said:]
     assert isinstance(event, Publish) and event.event == "message_refused"
@@ -52,19 +56,21 @@ def refusal(desk: Desk, worker: str, body: Body) -> str:
 
 
 def changes(before: Control, after: Control) -> set[str]:
-    names = (name for name in Control.__slots__ if name != "config")
-    return {name for name in names if getattr(before, name) is not getattr(after, name)}
+    known = fields_of(after)
+    return {name for name, value in fields_of(before).items() if value is not known[name]} - {
+        "config"
+    }
 
 
 def test_a_hello_from_a_place_that_does_not_exist_is_sent_away() -> None:
     desk = running(nodes=3)
     desk.deaf = {"Fenced"}
-    nodes = desk.state.nodes
+    nodes = desk.state.roster.nodes
     desk.say("w9", Hello(worker="w9", node_key="n9", local_rank=7))
     told, gone = desk.log[-2:]
     assert isinstance(told, Tell) and told.body.reason == "local rank 7 of 1"  # type: ignore[attr-defined]
     assert gone == Disconnect(worker="w9")
-    assert desk.state.nodes == nodes and desk.state.num_refused == 1
+    assert desk.state.roster.nodes == nodes and desk.state.rejected.num_refused == 1
 
 
 @pytest.mark.parametrize(
@@ -84,15 +90,18 @@ def test_a_hello_that_takes_anothers_name_or_place_is_sent_away(hello: Hello, re
     before = desk.state
     desk.say(hello.worker, hello)
     assert desk.log[-2].body.reason.startswith(reason)  # type: ignore[union-attr]
-    assert changes(before, replace(desk.state, num_refused=0)) == set()
+    assert (
+        changes(before, replace(desk.state, rejected=replace(desk.state.rejected, num_refused=0)))
+        == set()
+    )
 
 
 def lanes(desk: Desk, step: int) -> Vector:
     """The vector of a step, as the workers of the desk would send it, without its effect."""
     other = running(nodes=3)
     other.commit(step)
-    assert other.state.newest is not None
-    return changed(other.state.newest, at_s=0.0)
+    assert other.state.committed.newest is not None
+    return changed(other.state.committed.newest, at_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,7 @@ def test_a_loss_that_is_no_number_is_news_and_no_nonsense() -> None:
     odd[6] = np.nan
     desk.say("w0", changed(vector, lanes=odd.tobytes()))
     desk.tick()
-    assert desk.state.step == 9 and desk.state.num_refused == 0
+    assert desk.state.step == 9 and desk.state.rejected.num_refused == 0
     assert desk.events("step_committed")[-1]["loss"] is None
 
 
@@ -205,7 +214,7 @@ def test_a_report_beyond_the_last_step_is_refused() -> None:
     desk.lose("w2")
     body = Report(generation=desk.state.generation, committed=10**9, prepared=10**9)
     assert refusal(desk, "w0", body) == "step 1000000000 of 100"
-    assert desk.state.phase is Phase.FENCING and not desk.state.broken
+    assert desk.state.phase is Phase.FENCING and not desk.state.waiting.broken
 
 
 def test_every_fault_that_can_be_asked_for_is_known() -> None:
@@ -216,7 +225,7 @@ def test_many_refusals_are_counted_and_the_first_are_on_record() -> None:
     desk = running(nodes=3)
     for _ in range(500):
         desk.feed(Garbled(worker="w1", reason="no FromWorker", at_s=desk.now_s))
-    assert desk.state.num_refused == 500
+    assert desk.state.rejected.num_refused == 500
     assert len(desk.events("message_refused")) == 20
     desk.lose("w0", "w1", "w2")
     desk.feed(DriverSaid(body=StopRun(now=True), at_s=desk.now_s))
@@ -242,7 +251,7 @@ def test_what_no_driver_says_is_refused(body: Body, reason: str) -> None:
     assert isinstance(event, Publish) and event.event == "message_refused"
     assert event.fields["worker"] == "driver"
     assert str(event.fields["reason"]).startswith(reason)
-    assert desk.state.num_refused == 1
+    assert desk.state.rejected.num_refused == 1
 
 
 @pytest.mark.parametrize(
@@ -261,7 +270,7 @@ def test_what_no_driver_says_is_refused(body: Body, reason: str) -> None:
 def test_the_least_and_the_most_that_can_be_are_taken(body: Body) -> None:
     desk = running(nodes=3)
     desk.say("w0", body)
-    assert desk.state.num_refused == 0
+    assert desk.state.rejected.num_refused == 0
 
 
 @pytest.mark.parametrize(
@@ -277,11 +286,11 @@ def test_the_least_and_the_most_that_can_be_are_taken(body: Body) -> None:
 def test_the_least_and_the_most_of_an_aligned_rank_are_taken(change: dict[str, object]) -> None:
     desk, generation = aligning()
     desk.say("w0", changed(desk.aligned("w0", generation), **change))
-    assert desk.state.num_refused == 0
+    assert desk.state.rejected.num_refused == 0
     assert list(desk.state.transition.aligned) == ["w0"]  # type: ignore[union-attr]
 
 
 def test_a_worker_that_says_hello_again_keeps_its_place() -> None:
     desk = running(nodes=3)
     desk.say("w1", desk.hello("w1"))
-    assert desk.state.num_refused == 0 and sorted(desk.state.nodes) == [0, 1, 2]
+    assert desk.state.rejected.num_refused == 0 and sorted(desk.state.roster.nodes) == [0, 1, 2]

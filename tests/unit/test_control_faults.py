@@ -94,7 +94,9 @@ def test_a_fault_said_again_to_a_restarted_controller_is_one_fault() -> None:
     fired(desk, "w1", "slow:1@9")
     entries = [json.loads(json.dumps(c.entry)) for c in desk.of(Journal)]
     again = resumed_state(entries, desk.state.config, now_s=0.0)
-    assert again.struck == desk.state.struck and again.fired_specs == {"slow:1@9"}
+    assert again.injected.struck == desk.state.injected.struck and again.injected.fired_specs == {
+        "slow:1@9"
+    }
     commands = fired(desk, "w1", "slow:1@9")
     assert [type(c) for c in commands] == [Tell] and commands[0].body == Go(spec="slow:1@9")
     assert len(desk.events("fault_injected")) == 1

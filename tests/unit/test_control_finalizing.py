@@ -29,7 +29,7 @@ SHARE = json.dumps({"files": [{"path": "step-00000008/a"}], "layers": []})
 
 def finalizing(**config: object) -> Desk:
     desk = running(**{"steps": 8, "rescue_url": "/run/rescue", **config})
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.say(worker, Paused(generation=desk.state.resumed, step=8))
     assert desk.state.phase is Phase.FINALIZING
     return desk
@@ -37,8 +37,8 @@ def finalizing(**config: object) -> Desk:
 
 def answer(desk: Desk, url: str = "", *, problem: StorageProblem | None = None) -> None:
     """Every rank's share is durable; that of the last one may not be."""
-    generation, last = desk.state.resumed, desk.state.seats[-1]
-    for worker in desk.state.seats:
+    generation, last = desk.state.resumed, desk.state.standing.seats[-1]
+    for worker in desk.state.standing.seats:
         if not url:
             items = (DigestItem(name=worker, sha256=b"x" * 32),)
             desk.say(worker, DigestPart(generation=generation, step=8, items=items))
@@ -79,7 +79,9 @@ def test_a_share_that_cannot_be_written_goes_to_the_rescue_folder() -> None:
     desk = finalizing()
     answer(desk, problem=FULL)
     orders = [body for body in desk.told(Finalize) if body.url]
-    assert {o.url for o in orders} == {"/run/rescue"} and len(orders) == len(desk.state.seats)
+    assert {o.url for o in orders} == {"/run/rescue"} and len(orders) == len(
+        desk.state.standing.seats
+    )
     assert desk.of(DropFiles)[0].paths == ("step-00000008/a",) * 2
     answer(desk, "/run/rescue")
     assert desk.of(WriteManifest)[-1].url == "/run/rescue"
@@ -111,7 +113,7 @@ def test_where_both_places_refuse_the_end_says_what_to_do() -> None:
 def test_with_a_checkpoint_that_stands_the_run_can_be_resumed() -> None:
     desk = running(steps=8, rescue_url="")
     desk.written(4)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.say(worker, Paused(generation=desk.state.resumed, step=8))
     answer(desk, problem=FULL)
     end = over(desk)
@@ -122,9 +124,11 @@ def test_with_a_checkpoint_that_stands_the_run_can_be_resumed() -> None:
 def test_a_late_answer_to_the_first_order_does_not_count_for_the_second() -> None:
     desk = finalizing()
     answer(desk, problem=FULL)
-    before = desk.state.stale
-    desk.say(desk.state.seats[0], Finalized(generation=desk.state.resumed, step=8, files=SHARE))
-    assert desk.state.stale == before + 1 and not desk.state.finalized
+    before = desk.state.rejected.stale
+    desk.say(
+        desk.state.standing.seats[0], Finalized(generation=desk.state.resumed, step=8, files=SHARE)
+    )
+    assert desk.state.rejected.stale == before + 1 and not desk.state.ending.finalized
 
 
 def test_a_place_that_a_node_cannot_use_ends_the_run_before_its_first_step() -> None:
@@ -174,7 +178,7 @@ def test_a_stop_below_quorum_saves_what_the_survivors_hold() -> None:
     desk.feed(DriverSaid(body=StopRun(reason="SIGTERM"), at_s=desk.now_s))
     assert desk.state.phase is Phase.RUNNING
     assert {order.halt for order in desk.told(type(desk.last_resume()))[-2:]} == {True}
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.say(worker, Paused(generation=desk.state.resumed, step=8))
     assert desk.state.phase is Phase.FINALIZING and desk.state.step == 8
 
@@ -186,7 +190,7 @@ def test_only_the_first_nodes_try_the_place() -> None:
     desk.held["w3"] = ()
     desk.say("w3", desk.hello("w3"))
     desk.commit(9)
-    for seat in desk.state.seats:
+    for seat in desk.state.standing.seats:
         desk.say(seat, Paused(generation=desk.state.resumed, step=9))
     orders = desk.told(Prepare)
     assert {order.probe for order in orders if order.generation == 1} == {True}

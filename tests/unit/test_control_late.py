@@ -49,7 +49,7 @@ LATE: dict[str, Callable[[Desk], Body]] = {
 def second_generation() -> Desk:
     desk = running(nodes=4, slots_per_node=2, min_replicas=2)
     desk.lose("w3")
-    assert desk.state.resumed == 2 and desk.state.stale == 0
+    assert desk.state.resumed == 2 and desk.state.rejected.stale == 0
     return desk
 
 
@@ -61,8 +61,8 @@ def test_what_comes_too_late_is_counted_and_changes_nothing(what: str) -> None:
         desk.say("w0", LATE[what](desk))
     after = desk.state
     assert (after.phase, after.step, after.generation) == (Phase.RUNNING, 8, 2)
-    assert (after.known, after.paused, after.suspicion_s) == ({}, {}, None)
-    assert after.digests == before.digests and not desk.events("replica_repaired")
+    assert (after.committed.known, after.pausing.paused, after.blame.suspicion_s) == ({}, {}, None)
+    assert after.ending.digests == before.ending.digests and not desk.events("replica_repaired")
     desk.feed(DriverSaid(body=StopRun(now=True), at_s=desk.now_s))
     (end,) = desk.events("run_finished")
     assert (end["stale_messages"], end["refused_messages"]) == (2, 0)
@@ -71,7 +71,7 @@ def test_what_comes_too_late_is_counted_and_changes_nothing(what: str) -> None:
 def test_who_is_no_member_is_not_heard() -> None:
     desk = second_generation()
     desk.say("w3", desk.vector(9))
-    assert (desk.state.stale, desk.state.step) == (1, 8)
+    assert (desk.state.rejected.stale, desk.state.step) == (1, 8)
 
 
 def test_a_message_in_time_is_not_counted_as_late() -> None:
@@ -79,7 +79,7 @@ def test_a_message_in_time_is_not_counted_as_late() -> None:
     desk.commit(9)
     desk.say("w0", Suspicion(generation=2, step=9))
     desk.tick(0.2)
-    assert desk.state.resumed == 3 and desk.state.stale == 0
+    assert desk.state.resumed == 3 and desk.state.rejected.stale == 0
 
 
 def test_further_suspicions_do_not_put_off_what_the_first_one_began() -> None:

@@ -36,20 +36,20 @@ def test_a_node_that_leaves_hands_its_experts_over_and_is_let_go() -> None:
     assert [seat.worker for seat in order.feeders] == ["w0", "w2", "w3", "w1"]
     assert farewells(desk) == [("w1", "left the run")]
     assert [event["node"] for event in desk.events("node_left")] == [1]
-    assert (desk.state.members, sorted(desk.state.nodes)) == ((0, 2, 3), [0, 2, 3])
-    assert {e for w in desk.state.seats for e in desk.held[w]} == set(range(EXPERTS))
+    assert (desk.state.standing.members, sorted(desk.state.roster.nodes)) == ((0, 2, 3), [0, 2, 3])
+    assert {e for w in desk.state.standing.seats for e in desk.held[w]} == set(range(EXPERTS))
     assert not desk.events("node_lost") and not desk.events("expert_restored")
 
 
 def test_an_expert_that_only_the_leaving_node_holds_comes_from_it() -> None:
     desk = running(nodes=4, slots_per_node=1, min_replicas=1)
-    held = [expert for worker in desk.state.seats for expert in desk.held[worker]]
-    leaver = next(w for w in desk.state.seats if held.count(desk.held[w][0]) == 1)
+    held = [expert for worker in desk.state.standing.seats for expert in desk.held[worker]]
+    leaver = next(w for w in desk.state.standing.seats if held.count(desk.held[w][0]) == 1)
     desk.say(leaver, LeaveRequest(generation=1))
     desk.pause()
     moves = desk.told(Prepare)[-1].moves
     assert desk.held[leaver][0] in {move.expert for move in moves if move.source == 3}
-    assert {e for w in desk.state.seats for e in desk.held[w]} == set(range(EXPERTS))
+    assert {e for w in desk.state.standing.seats for e in desk.held[w]} == set(range(EXPERTS))
     assert not desk.events("expert_restored")
 
 
@@ -71,7 +71,7 @@ def test_a_joiner_may_take_the_place_of_a_node_that_leaves() -> None:
     assert not desk.told(Pause)
     desk.say("w1", LeaveRequest(generation=1))
     desk.pause()
-    assert desk.state.members == (0, 2, 3)
+    assert desk.state.standing.members == (0, 2, 3)
     assert [event["node"] for event in desk.events("node_joined")] == [3]
 
 
@@ -80,7 +80,7 @@ def test_a_node_that_dies_before_it_was_taken_in_costs_nobody_anything() -> None
     desk.join("w3")
     desk.lose("w3")
     assert (desk.state.phase, desk.state.generation) == (Phase.RUNNING, 1)
-    assert sorted(desk.state.nodes) == [0, 1, 2] and not desk.events("node_lost")
+    assert sorted(desk.state.roster.nodes) == [0, 1, 2] and not desk.events("node_lost")
     killed = [c.body for c in desk.of(TellDriver) if isinstance(c.body, KillNode)]
     assert [body.node_key for body in killed] == ["n3"]
 
@@ -91,6 +91,6 @@ def test_a_loss_takes_waiting_nodes_in_only_where_too_few_are_left() -> None:
     desk = running(min_nodes=3, **options)
     desk.join("w4")
     desk.lose("w3")
-    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (0, 1, 2))
+    assert (desk.state.phase, desk.state.standing.members) == (Phase.RUNNING, (0, 1, 2))
     desk.lose("w2")
-    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (0, 1, 4))
+    assert (desk.state.phase, desk.state.standing.members) == (Phase.RUNNING, (0, 1, 4))

@@ -58,7 +58,7 @@ class Telling(Desk):
         """Every training thread sits in a collective and its heartbeats go on."""
         for _ in range(round(seconds)):
             self.now_s += 1.0
-            for worker in self.state.seats:
+            for worker in self.state.standing.seats:
                 progress = int(self.now_s) if worker == moving else 7
                 beat = Heartbeat(generation=1, step=9, progress=progress, waiting=True)
                 self.say(worker, beat)
@@ -161,7 +161,9 @@ def test_a_link_that_carries_nothing_again_and_again_costs_its_higher_serial() -
     desk.wait(STALL_S + 2)
     (lost,) = desk.events("node_lost")
     assert (lost["node"], lost["cause"]) == (2, AGAIN)
-    assert len(desk.state.excused) == 1, "the death of its process says nothing of the user's code"
+    assert len(desk.state.blame.excused) == 1, (
+        "the death of its process says nothing of the user's code"
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,24 +29,24 @@ def live(
     desk: Desk, seconds: float, *, moving: set[str] | None = None, waiting: set[str] | None = None
 ) -> float:
     """Everybody's control thread lives on; returns how long this phase lasted, at most so long."""
-    began, phase, nodes = desk.now_s, desk.state.phase, len(desk.state.nodes)
+    began, phase, nodes = desk.now_s, desk.state.phase, len(desk.state.roster.nodes)
     beat = 0
     while desk.now_s - began < seconds:
         beat += 1
-        for worker in tuple(desk.state.workers):
+        for worker in tuple(desk.state.roster.workers):
             progress = beat if worker in (moving or ()) else 0
             waits = worker in (waiting or ())
             body = Heartbeat(generation=1, step=0, progress=progress, waiting=waits)
             desk.say(worker, body)
         desk.tick(S / 5)
-        if desk.state.phase is not phase or len(desk.state.nodes) != nodes:
+        if desk.state.phase is not phase or len(desk.state.roster.nodes) != nodes:
             break
     return desk.now_s - began
 
 
 def paused_at_the_end(**config: Any) -> Desk:
     desk = running(**CONFIG, steps=8, **config)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.say(worker, Paused(generation=1, step=8))
     return desk
 
@@ -74,7 +74,7 @@ def test_ranks_that_all_wait_for_each_other_are_asked_again_and_again_but_not_fo
     desk = running(**CONFIG)
     desk.deaf = {"Prepare"}
     desk.lose("w2")
-    everybody = set(desk.state.seats)
+    everybody = set(desk.state.standing.seats)
     while desk.state.phase is not Phase.ENDED:
         generation, began = desk.state.generation, desk.now_s
         while desk.state.generation == generation and desk.state.phase is not Phase.ENDED:
@@ -96,7 +96,7 @@ def test_a_last_share_that_nobody_sends_costs_the_nodes_and_ends_the_run() -> No
     assert desk.state.phase is Phase.FINALIZING
     finalize(desk, "w0")
     assert 6 * S <= live(desk, 1e4) <= 6 * S + 5.0, "the bound derives from the tolerated stall"
-    assert "w0" in desk.state.workers and "w1" not in desk.state.workers
+    assert "w0" in desk.state.roster.workers and "w1" not in desk.state.roster.workers
     while desk.state.phase is not Phase.ENDED:
         assert live(desk, 1e4) <= QUORUM_S + STANDSTILL_S
     assert desk.now_s < 3600
@@ -106,7 +106,7 @@ def test_a_slow_last_share_that_moves_is_never_cut() -> None:
     desk = paused_at_the_end()
     finalize(desk, "w0", "w1")
     assert live(desk, 2000.0, moving={"w2"}) >= 2000.0
-    assert desk.state.phase is Phase.FINALIZING and len(desk.state.nodes) == 3
+    assert desk.state.phase is Phase.FINALIZING and len(desk.state.roster.nodes) == 3
 
 
 @pytest.mark.parametrize("standing", [True, False])
@@ -114,7 +114,7 @@ def test_a_last_manifest_that_never_comes_ends_the_run_without_it(standing: bool
     desk = running(**CONFIG, steps=8)
     if standing:
         desk.written(4)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.say(worker, Paused(generation=1, step=8))
     finalize(desk, "w0", "w1", "w2", files='{"files": []}')
     assert desk.of(WriteManifest)
@@ -126,7 +126,7 @@ def test_a_last_manifest_that_never_comes_ends_the_run_without_it(standing: bool
 
 def test_a_vector_that_was_lost_is_asked_for_after_the_stall() -> None:
     desk = running(**CONFIG)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.committed[worker] = 9  # but its vector never came
         desk.say(worker, Paused(generation=1, step=9))
     desk.deaf = {"Fence"}

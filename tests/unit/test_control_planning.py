@@ -63,8 +63,8 @@ def test_automatic_slots_stay_within_the_memory_of_the_smallest_node() -> None:
     assert spy.requests[0].slots_per_node == 3
     tight = ZonedDesk(placement=spy, min_replicas=3, memory_fraction=2.5 * slot / GIB)
     assert spy.requests[-1].slots_per_node == 2
-    assert tight.state.plan is not None and tight.state.plan.floor == 2
-    assert desk.state.plan is not None and desk.state.plan.floor == 3
+    assert tight.state.standing.plan is not None and tight.state.standing.plan.floor == 2
+    assert desk.state.standing.plan is not None and desk.state.standing.plan.floor == 3
 
 
 def test_experts_that_fit_in_no_memory_are_refused_with_the_numbers() -> None:
@@ -95,7 +95,7 @@ def losing(policy: RecoveryPolicy, **config: Any) -> Desk:
     """A run of eight steps that has a checkpoint of step 8, and loses a node with its expert."""
     checked = CheckedRecovery(policy, limit_s=None, on_lost_expert="partial")
     desk = running(recovery=checked, **config)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 8)
     desk.written(8)
     desk.commit(9)
@@ -157,4 +157,4 @@ def test_a_notice_for_a_node_that_has_not_said_hello_waits_for_it() -> None:
     assert (event["node"], event["notice_s"]) == (3, 30.0)
     for _ in range(30):
         desk.tick()
-    assert 3 not in desk.state.members
+    assert 3 not in desk.state.standing.members

@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.cluster.poison import (
-    HUNG,
-    Death,
-    common_samples,
-    poisoned,
-    signature_of,
-    still_open,
-)
+from lazarus.control.cluster.poison import HUNG, common_samples, poisoned, signature_of, still_open
+from lazarus.control.parts.blame import Death
 
 
 def death(node: int, signature: str, **more: Any) -> Death:

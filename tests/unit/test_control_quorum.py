@@ -37,7 +37,7 @@ def keep_alive(desk: Desk, seconds: float) -> None:
     """Time passes while everybody's process answers."""
     until_s = desk.now_s + seconds
     while desk.now_s < until_s and desk.state.phase is not Phase.ENDED:
-        for worker in desk.state.workers:
+        for worker in desk.state.roster.workers:
             desk.say(worker, desk.beat())
         desk.tick(1.0)
 
@@ -53,7 +53,7 @@ def test_too_few_nodes_hold_the_run_until_another_one_comes() -> None:
     assert desk.state.phase is Phase.HOLDING and len(desk.events("quorum_lost")) == 1
     desk.join("w3")
     assert desk.state.phase is Phase.RUNNING
-    assert (desk.state.members, desk.state.step) == ((0, 1, 3), 8)
+    assert (desk.state.standing.members, desk.state.step) == ((0, 1, 3), 8)
     assert desk.events("quorum_regained") == [{"generation": 3, "nodes": [0, 1, 3]}]
     assert not desk.events("run_restarted")
 
@@ -66,7 +66,7 @@ def test_where_no_plan_fits_the_same_nodes_are_not_asked_again() -> None:
     keep_alive(desk, 5.0)
     assert desk.state.generation == 2
     desk.join("w3")
-    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (0, 1, 3))
+    assert (desk.state.phase, desk.state.standing.members) == (Phase.RUNNING, (0, 1, 3))
 
 
 def test_a_plan_that_fits_no_nodes_at_the_start_is_the_users_to_change() -> None:
@@ -99,7 +99,7 @@ def test_a_stop_while_the_run_holds_names_the_experts_that_are_gone() -> None:
 def test_that_message_names_the_newest_checkpoint() -> None:
     desk = running(min_nodes=3)
     for step in (4, 6):
-        for worker in desk.state.seats:
+        for worker in desk.state.standing.seats:
             desk.share(worker, step)
         desk.written(step)
     desk.lose("w2")
@@ -113,7 +113,7 @@ def test_joiners_come_up_to_the_most_nodes() -> None:
     desk.join("w3", "w4")
     desk.tick()
     desk.pause()
-    assert desk.state.members == (0, 1, 2, 3)
+    assert desk.state.standing.members == (0, 1, 2, 3)
     before = len(desk.told(Pause))
     keep_alive(desk, 5.0)
     assert len(desk.told(Pause)) == before  # for whom there is no room nobody stops
@@ -128,13 +128,13 @@ def test_joiners_that_come_shortly_after_each_other_cost_one_pause() -> None:
     assert not desk.told(Pause)
     keep_alive(desk, 1.0)
     desk.pause()
-    assert desk.state.members == (0, 1, 2, 3, 4)
+    assert desk.state.standing.members == (0, 1, 2, 3, 4)
 
 
 def nobody_left(**config: Any) -> Desk:
     """All three nodes die after step 9; the newest checkpoint is of step 8."""
     desk = running(**(REPLICATED | config))
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 8)
     desk.written(8)
     desk.commit(9)
@@ -151,7 +151,7 @@ def test_fresh_nodes_go_on_from_the_newest_checkpoint() -> None:
     keep_alive(desk, 5.0)
     assert desk.state.phase is Phase.HOLDING  # a third one is on its way
     desk.join("w5")
-    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (3, 4, 5))
+    assert (desk.state.phase, desk.state.standing.members) == (Phase.RUNNING, (3, 4, 5))
     assert desk.state.step == 8
     assert {body.reload for body in desk.told(Align)[-3:]} == {"/ckpt 8"}
     (event,) = desk.events("run_restarted")
@@ -164,14 +164,14 @@ def test_fresh_nodes_do_not_wait_long_for_others() -> None:
     keep_alive(desk, 9.0)
     assert desk.state.phase is Phase.HOLDING
     keep_alive(desk, 2.0)
-    assert (desk.state.phase, desk.state.members) == (Phase.RUNNING, (3, 4))
+    assert (desk.state.phase, desk.state.standing.members) == (Phase.RUNNING, (3, 4))
 
 
 def test_fresh_nodes_wait_for_a_checkpoint_that_is_just_being_written() -> None:
     desk = running(**REPLICATED)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 8)
-    assert desk.state.writing
+    assert desk.state.saving.writing
     desk.lose("w0", "w1", "w2")
     desk.join("w3", "w4", "w5")
     assert desk.state.phase is Phase.HOLDING
@@ -181,7 +181,7 @@ def test_fresh_nodes_wait_for_a_checkpoint_that_is_just_being_written() -> None:
 
 def test_a_checkpoint_that_never_ends_keeps_fresh_nodes_no_longer_than_a_stall() -> None:
     desk = running(**REPLICATED, timeouts=derive_timeouts(10.0))
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 8)
     desk.lose("w0", "w1", "w2")
     desk.join("w3", "w4", "w5")

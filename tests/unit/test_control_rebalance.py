@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lazarus.control.cluster.state import Control, ControlConfig
+from lazarus.control.parts.committed import Committed
+from lazarus.control.parts.standing import Standing
 from lazarus.control.plans.tuning import REBALANCE_AFTER, REBALANCE_EVERY, _rebalance
 from placement import PlacementRequest, plan
 from placement.migration.migrate import transfers
@@ -23,11 +25,8 @@ def drifted(before: list[float], after: list[float], *, slots: int) -> tuple[Con
     load = np.array([[after]])
     state = Control(
         config=ControlConfig(steps=10**6, nodes=3),
-        plan=made,
-        members=(0, 1, 2),
-        lineage=((1, 0),),
-        step_s=1.0,
-        history=np.concatenate([load, load, load]),
+        standing=Standing(plan=made, members=(0, 1, 2), lineage=((1, 0),)),
+        committed=Committed(step_s=1.0, history=np.concatenate([load, load, load])),
     )
     return state, bool(transfers(made, better))
 
@@ -35,9 +34,9 @@ def drifted(before: list[float], after: list[float], *, slots: int) -> tuple[Con
 def wish_within(state: Control, looks: int) -> str:
     for look in range(looks):
         state = _rebalance(state, step=REBALANCE_AFTER + look * REBALANCE_EVERY)
-        if state.wants:
+        if state.pausing.wants:
             break
-    return state.wants
+    return state.pausing.wants
 
 
 def test_a_better_plan_that_moves_nothing_is_no_reason_to_pause() -> None:

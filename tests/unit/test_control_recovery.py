@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
-from lazarus.control.cluster.state import Control, ControlConfig, Node, Transition
+from lazarus.control.cluster.state import Control, ControlConfig
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.messages import Align, Aligned, DriverHello, Fence, Held, Report, Seat, Vector
+from lazarus.control.parts.roster import Node, Roster
+from lazarus.control.parts.standing import Standing
 from lazarus.control.plans.planning import plan_for
 from lazarus.control.plans.verdict import (
     Verdict,
@@ -70,7 +73,7 @@ def test_a_vector_of_an_attempt_that_is_over_commits_nothing(generation: int, st
     for worker in ("w0", "w1"):
         more = {"prepared": 9, "entered": 2, "vectors": (said,)}
         desk.say(worker, Report(generation=3, committed=8, **more))
-    assert desk.state.num_refused == 0
+    assert desk.state.rejected.num_refused == 0
     assert {body.step for body in desk.told(Align) if body.generation == 3} == {step}
 
 
@@ -198,9 +201,8 @@ def test_a_plan_grows_from_the_plan_of_the_last_committed_step() -> None:
     resumed = plan(PlacementRequest(load=np.ones(6), num_nodes=4, slots_per_node=3))
     state = Control(
         config=ControlConfig(steps=9, nodes=3, placement=policy),
-        nodes={node: Node(key=f"n{node}", workers=("w",)) for node in range(3)},
-        plan=resumed,
-        base_plan=committed,
+        roster=Roster(nodes={node: Node(key=f"n{node}", workers=("w",)) for node in range(3)}),
+        standing=Standing(plan=resumed, base_plan=committed),
     )
     history = start_history(1, 6).astype("<f8").tobytes()
     aligned = Aligned(generation=5, step=2, num_layers=1, num_experts=6, history=history)

@@ -17,7 +17,7 @@ from lazarus.failure import Cause, Failure
 def overdue(desk: Desk, *silent: str) -> None:
     """Time passes for longer than the tolerated stall; all but some are heard of meanwhile."""
     for _ in range(2 + int(desk.state.config.timeouts.report_s)):
-        for worker in desk.state.workers:
+        for worker in desk.state.roster.workers:
             if worker not in silent:
                 desk.say(worker, beat(desk, worker))
         desk.tick(1.0)
@@ -38,7 +38,7 @@ def fencing(*, nodes: int = 5, bad: tuple[str, ...] = ("w1",)) -> Desk:
     desk.lose(f"w{nodes - 1}")
     desk.deaf = set()
     generation = desk.state.generation
-    for worker in sorted(desk.state.workers):
+    for worker in sorted(desk.state.roster.workers):
         report = Report(generation=generation, committed=8, prepared=8, entered=1)
         odd = worker in bad
         desk.say(worker, changed(report, committed=1 << 40) if odd else report)
@@ -59,8 +59,8 @@ def test_a_member_whose_report_was_refused_is_lost_through_our_own_fault() -> No
     assert lost["cause"].startswith("Lazarus failed: Report of its worker was refused: step 1099")
     (event,) = desk.events("internal_error")
     assert (event["node"], event["rank"], event["step"], event["phase"]) == (1, 1, 9, "fencing")
-    assert desk.state.phase is Phase.RUNNING and desk.state.raised == ((1, 9),)
-    assert not desk.state.dropped, "a RESUME forgets it"
+    assert desk.state.phase is Phase.RUNNING and desk.state.blame.raised == ((1, 9),)
+    assert not desk.state.rejected.dropped, "a RESUME forgets it"
 
 
 def test_the_second_member_that_we_do_not_understand_ends_the_run_as_internal() -> None:
@@ -95,9 +95,9 @@ def test_who_says_it_properly_later_has_nothing_missing() -> None:
     desk = running(nodes=4)
     desk.stuck = set()  # type: ignore[attr-defined]
     desk.say("w2", Paused(generation=1, step=101))
-    assert desk.state.dropped == {"w2": ("Paused", "step 101 of 100")}
+    assert desk.state.rejected.dropped == {"w2": ("Paused", "step 101 of 100")}
     desk.say("w2", Paused(generation=1, step=8))
-    assert not desk.state.dropped
+    assert not desk.state.rejected.dropped
     overdue(desk, "w2")
     assert desk.events("node_lost")[0]["cause"] == "no heartbeat"
 
@@ -117,7 +117,7 @@ def test_a_member_that_is_sent_away_when_it_comes_back_was_sent_away_by_us() -> 
     entries = json.loads(json.dumps(journal_of(desk)).replace('"w1"', f'"{name}"'))
     desk.state = resumed_state(entries, desk.state.config, now_s=desk.now_s)
     desk.feed(Garbled(worker=name, reason="a number below 0", message="Hello", at_s=desk.now_s))
-    assert desk.state.dropped == {name: ("Hello", "a number below 0")}
+    assert desk.state.rejected.dropped == {name: ("Hello", "a number below 0")}
     desk.feed(DriverSaid(body=WorkerDied(worker=name, cause="exit code 1"), at_s=desk.now_s))
     (lost,) = desk.events("node_lost")
     assert lost["cause"] == "Lazarus failed: its hello was refused: a number below 0"

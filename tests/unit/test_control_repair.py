@@ -9,8 +9,9 @@ import pytest
 import torch
 from control_desk import EXPERTS, Flipped, running
 
-from lazarus.control.cluster.state import Outvoted, Phase
+from lazarus.control.cluster.state import Phase, with_fields
 from lazarus.control.messages import Aligned, Prepare, Repaired, ReplicaMismatch
+from lazarus.control.parts.agreement import Outvoted
 from lazarus.control.ports import TellDriver
 from lazarus.control.reconfiguration.repair import APART_STEPS, compare, on_suspect, suspect
 from lazarus.runtime.state.checksums import checksum_of, device_sum
@@ -54,7 +55,7 @@ def test_an_outvoted_rank_takes_dense_state_and_numbers_of_the_majority() -> Non
     (seen,), (healed,) = made.events("replica_mismatch"), made.events("replica_repaired")
     assert (seen["nodes"], seen["majority"], seen["layer"]) == ([0], True, -1)
     assert (healed["node"], healed["source"], healed["step"]) == (0, "peer", 8)
-    assert not made.state.outvoted and made.state.outvotes == {0: (8,)}
+    assert not made.state.agreement.outvoted and made.state.agreement.outvotes == {0: (8,)}
 
 
 def test_an_outvoted_copy_is_refilled_and_feeds_nobody() -> None:
@@ -72,7 +73,7 @@ def test_what_was_outvoted_stays_so_when_those_who_outvoted_it_die() -> None:
     made = desk(on_lost_expert="partial")
     made.bad_expert, made.deaf = ("w0",), {"Prepare"}
     made.lose("w3")
-    assert made.state.outvoted.copies == {("w0", 0, 1)}
+    assert made.state.agreement.outvoted.copies == {("w0", 0, 1)}
     made.lose("w1")
     made.deaf = set()
     made.lose("w2")
@@ -129,8 +130,8 @@ def test_a_node_that_is_outvoted_three_times_is_suspect_and_the_second_one_ends_
 
     def outvote(rank: int, step: int) -> None:
         body = Repaired(generation=made.state.resumed, step=step, ranks=(rank,))
-        made.say(made.state.seats[0], body)
-        made.say(made.state.seats[0], body)  # said twice, it is one
+        made.say(made.state.standing.seats[0], body)
+        made.say(made.state.standing.seats[0], body)  # said twice, it is one
 
     for step in (2, 4, 6):
         outvote(1, step)
@@ -149,8 +150,15 @@ def test_a_word_of_repair_from_an_older_generation_or_of_no_rank_changes_nothing
     before = made.state
     made.say("w0", Repaired(generation=0, step=3, ranks=(1,)))
     made.say("w0", Repaired(generation=1, step=3, ranks=(-1, 77)))
-    assert made.state.outvotes == before.outvotes
-    assert replace(made.state, stale=before.stale, workers=before.workers) == before
+    assert made.state.agreement.outvotes == before.agreement.outvotes
+    assert (
+        replace(
+            made.state,
+            rejected=replace(made.state.rejected, stale=before.rejected.stale),
+            roster=replace(made.state.roster, workers=before.roster.workers),
+        )
+        == before
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -170,16 +178,18 @@ def test_checksums_see_every_single_bit_on_any_device(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(("members", "found"), [((0, 1, 2), 1), ((0, 1), 1), ((1,), None)])
 def test_the_last_node_is_never_suspect(members: tuple[int, ...], found: int | None) -> None:
-    state = replace(running().state, members=members, outvotes={1: (2, 4, 6), 0: (4,)})
+    outvotes = {1: (2, 4, 6), 0: (4,)}
+    state = with_fields(running().state, {"members": members, "outvotes": outvotes})
     assert suspect(state) == found
 
 
 def test_a_second_suspect_long_after_the_first_is_only_another_machine() -> None:
     far = APART_STEPS + 6
-    state = replace(running().state, suspects=((1, 6),), outvotes={2: (2, 4, far)})
+    outvotes = {2: (2, 4, far)}
+    state = with_fields(running().state, {"suspects": ((1, 6),), "outvotes": outvotes})
     after, event = on_suspect(state, 2, at_s=1.0)
     assert event is None and after is state  # no later than that, it is what runs on them
-    state = replace(state, outvotes={2: (2, 4, far + 1)})
+    state = replace(state, agreement=replace(state.agreement, outvotes={2: (2, 4, far + 1)}))
     after, event = on_suspect(state, 2, at_s=1.0)
     assert event is not None and event.fields["node"] == 2
-    assert after.suspects == ((1, 6), (2, far + 1))
+    assert after.agreement.suspects == ((1, 6), (2, far + 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 
 import pytest
 from control_desk import running
@@ -11,7 +10,7 @@ from control_play import play
 from control_world import World, alike
 
 from lazarus.control import machine
-from lazarus.control.cluster.state import Control, Phase
+from lazarus.control.cluster.state import Control, Phase, fields_of
 from lazarus.control.messages import Fence, Fenced, Heartbeat, Hello, Welcome
 from lazarus.control.ports import Journal, Tell, Tick, WorkerSaid
 from lazarus.control.restart.folded import folded_text, unfolded
@@ -41,10 +40,10 @@ def restarted(world: World, *more: dict[str, object]) -> Control:
 def test_the_journal_alone_gives_members_plan_lineage_and_step(world: World) -> None:
     state = restarted(world)
     assert state.phase is Phase.RECONNECTING
-    assert (state.members, state.step, state.term) == ((0, 1, 2), 4, 2)
-    assert state.lineage == ((1, 0),)
-    assert state.plan is not None and state.base_plan is not None
-    assert state.newest is not None and state.newest.step == 4
+    assert (state.standing.members, state.step, state.term) == ((0, 1, 2), 4, 2)
+    assert state.standing.lineage == ((1, 0),)
+    assert state.standing.plan is not None and state.standing.base_plan is not None
+    assert state.committed.newest is not None and state.committed.newest.step == 4
 
 
 def test_an_undisturbed_generation_is_adopted(world: World) -> None:
@@ -73,10 +72,10 @@ def test_the_next_claim_is_above_every_journaled_one(world: World) -> None:
 def test_whom_the_newest_claim_left_out_stays_out(world: World) -> None:
     claim: dict[str, object] = {"kind": "claim", "generation": 2, "members": [0, 1]}
     state = restarted(world, claim)
-    assert state.members == (0, 1)
+    assert state.standing.members == (0, 1)
     state, commands = machine.decide(state, hello(key_of(world, 2), generation=1, fence=1))
     assert isinstance(commands[0], Tell) and isinstance(commands[0].body, Fenced)
-    assert not state.workers
+    assert not state.roster.workers
 
 
 def test_a_member_that_does_not_come_back_is_lost(world: World) -> None:
@@ -91,10 +90,10 @@ def test_a_member_that_does_not_come_back_is_lost(world: World) -> None:
         beat = Heartbeat(generation=1, step=4)
         said = WorkerSaid(worker=f"{key_of(world, serial)}.0", body=beat, at_s=late - 0.2)
         state, _ = machine.decide(state, said)
-    assert state.members == (0, 1, 2)
+    assert state.standing.members == (0, 1, 2)
     for _ in range(2):
         state, _ = machine.decide(state, Tick(at_s=late))
-    assert state.phase is Phase.FENCING and state.members == (0, 1)
+    assert state.phase is Phase.FENCING and state.standing.members == (0, 1)
 
 
 def test_what_kept_everybody_away_costs_nobody(world: World) -> None:
@@ -104,7 +103,7 @@ def test_what_kept_everybody_away_costs_nobody(world: World) -> None:
         at_s = late + number * world.config.timeouts.reconnect_s / 3
         said = hello(key_of(world, serial), generation=1, fence=1, at_s=at_s)
         state, _ = machine.decide(state, said)
-    assert state.phase is Phase.RUNNING and state.members == (0, 1, 2)
+    assert state.phase is Phase.RUNNING and state.standing.members == (0, 1, 2)
 
 
 def test_one_that_comes_back_again_and_again_holds_nobody_up_for_ever(world: World) -> None:
@@ -115,7 +114,7 @@ def test_one_that_comes_back_again_and_again_holds_nobody_up_for_ever(world: Wor
         said = hello(key_of(world, 0), generation=1, fence=1, at_s=at_s)
         state, _ = machine.decide(state, said)
     assert at_s <= 100.0 + config.timeouts.comeback_s + 2 * config.timeouts.reconnect_s
-    assert state.members == (0,)
+    assert state.standing.members == (0,)
 
 
 def test_where_nobody_came_back_the_wait_is_longer(world: World) -> None:
@@ -123,10 +122,10 @@ def test_where_nobody_came_back_the_wait_is_longer(world: World) -> None:
     state, _ = machine.decide(
         restarted(world), Tick(at_s=100.0 + world.config.timeouts.reconnect_s + 0.1)
     )
-    assert state.phase is Phase.RECONNECTING and state.members == (0, 1, 2)
+    assert state.phase is Phase.RECONNECTING and state.standing.members == (0, 1, 2)
     for _ in range(2):
         state, _ = machine.decide(state, Tick(at_s=100.0 + world.config.timeouts.comeback_s + 0.1))
-    assert state.phase is Phase.HOLDING and not state.members and state.step == 4
+    assert state.phase is Phase.HOLDING and not state.standing.members and state.step == 4
 
 
 def test_commits_that_were_journaled_but_not_said_are_said(world: World) -> None:
@@ -147,9 +146,14 @@ def test_a_folded_state_is_written_and_read_as_it_was(world: World) -> None:
     for entry in world.entries:
         state = replayed(state, entry)
     again = unfolded(json.loads(folded_text(state, known={})), world.config)
-    assert again.plan is not None and again.plan is again.base_plan
-    assert all(alike(again, state, field.name) for field in fields(Control))
-    assert again.history.any() and again.lineage and again.seats and again.newest
+    assert again.standing.plan is not None and again.standing.plan is again.standing.base_plan
+    assert all(alike(again, state, name) for name in fields_of(state))
+    assert (
+        again.committed.history.any()
+        and again.standing.lineage
+        and again.standing.seats
+        and again.committed.newest
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,11 +173,14 @@ def test_what_is_no_folded_state_is_refused(world: World, data: dict[str, object
 def test_the_journal_gives_the_plan_of_the_last_committed_step() -> None:
     """Two losses before the next commit: what is held is still what that plan gave out."""
     desk = running(nodes=4, slots_per_node=3, min_replicas=3)
-    committed = desk.state.plan
+    committed = desk.state.standing.plan
     desk.lose("w3")
     desk.lose("w2")
-    assert committed is not None and desk.state.plan is not None
-    assert desk.state.plan.digest != committed.digest
+    assert committed is not None and desk.state.standing.plan is not None
+    assert desk.state.standing.plan.digest != committed.digest
     again = resumed_state([c.entry for c in desk.of(Journal)], desk.state.config, now_s=0.0)
     for state in (desk.state, again):
-        assert state.base_plan is not None and state.base_plan.digest == committed.digest
+        assert (
+            state.standing.base_plan is not None
+            and state.standing.base_plan.digest == committed.digest
+        )

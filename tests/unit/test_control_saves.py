@@ -10,8 +10,9 @@ from control_desk import EXPERTS, Desk, running
 
 from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
 from lazarus.checkpoint.selection.adaptive import SaveSettings
-from lazarus.control.cluster.state import Phase, Save
+from lazarus.control.cluster.state import Phase, with_fields
 from lazarus.control.messages import Pause, Paused, Prepare, Resume, SnapshotHeld, Suspicion
+from lazarus.control.parts.saving import Save
 from lazarus.control.ports import Journal, ManifestDone, WriteManifest
 from lazarus.control.restart.replay import resumed_state
 from lazarus.control.saving import saves
@@ -34,7 +35,7 @@ def test_the_manifest_follows_the_last_share_once() -> None:
 
 def test_shares_of_a_step_that_is_not_published_wait_for_it() -> None:
     desk = running()
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 9)
     assert not desk.of(WriteManifest)
     desk.commit(9)
@@ -70,29 +71,29 @@ def test_after_a_failed_first_checkpoint_all_ranks_pause_to_make_a_whole_one() -
     desk = running(partial_checkpoints=True)
     desk.share("w1", 8, ok=False)
     assert desk.events("checkpoint_failed")[0]["reason"] == "disk full"
-    assert desk.state.wants == "checkpoint"
+    assert desk.state.pausing.wants == "checkpoint"
 
 
 def test_with_a_checkpoint_that_stands_a_failed_one_needs_no_pause() -> None:
     desk = running(partial_checkpoints=True)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 4)
     desk.written(4)
     desk.share("w1", 8, ok=False)
-    assert desk.state.wants == ""
+    assert desk.state.pausing.wants == ""
 
 
 def test_where_the_files_it_points_to_are_gone_the_next_checkpoint_is_whole() -> None:
     """Somebody removed them: nothing stands, also for a controller that reads the journal."""
     desk = running(partial_checkpoints=True)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 4)
     desk.written(4)
     gone = ManifestDone(
         generation=1, step=8, at_s=desk.now_s, error="lacks L0/E0", is_rootless=True
     )
     desk.feed(gone)
-    assert desk.state.checkpoints == () and desk.state.wants == "checkpoint"
+    assert desk.state.storage.checkpoints == () and desk.state.pausing.wants == "checkpoint"
     noted = [c.entry for c in desk.of(Journal) if c.entry["kind"] == "manifest"]
     assert noted[-1]["standing"] == []
     count = len(desk.of(Journal))
@@ -109,22 +110,22 @@ def test_while_checkpoints_fail_again_and_again_each_pause_for_a_whole_one_comes
         state, _ = saves.on_manifest(
             desk.state, ManifestDone(generation=1, step=count, at_s=desk.now_s, error="no answer")
         )
-        if state.wants:
+        if state.pausing.wants:
             asked.append(desk.now_s)
-        desk.state = replace(state, wants="")  # the pause has been
+        desk.state = replace(state, pausing=replace(state.pausing, wants=""))  # the pause has been
     gaps = [later - before for before, later in pairwise(asked)]
     assert 3 <= len(gaps) <= 6 and gaps == sorted(gaps) and gaps[-1] >= 4 * gaps[0]
     desk.written(8)
-    assert desk.state.whole_asked == 0
+    assert desk.state.pausing.whole_asked == 0
 
 
 def test_what_stands_is_what_retention_left() -> None:
     desk = running()
     for step in (4, 8):
-        for worker in desk.state.seats:
+        for worker in desk.state.standing.seats:
             desk.share(worker, step)
         desk.written(step)
-    assert [c.step for c in desk.state.checkpoints] == [8]
+    assert [c.step for c in desk.state.storage.checkpoints] == [8]
 
 
 def _rolling_back(**config: Any) -> Desk:
@@ -146,7 +147,7 @@ def test_a_rollback_waits_for_a_checkpoint_that_the_survivors_still_write() -> N
     assert desk.state.phase is Phase.RUNNING
     assert desk.told(Prepare)[-1].reload == "/ckpt 8"
     assert desk.events("rolled_back") == [{"generation": desk.state.resumed, "step": 8}]
-    assert desk.state.history[1].sum() == 8.0 * 8 * EXPERTS  # counts went back too
+    assert desk.state.committed.history[1].sum() == 8.0 * 8 * EXPERTS  # counts went back too
 
 
 def test_a_restore_waits_too_where_an_expert_would_start_afresh() -> None:
@@ -169,7 +170,7 @@ def test_it_does_not_wait_for_ever() -> None:
     desk = _rolling_back()
     for _ in range(int(desk.state.config.timeouts.in_flight_s / 5) + 2):
         desk.now_s += 5.0
-        for worker in desk.state.workers:  # heartbeats: nobody is lost meanwhile
+        for worker in desk.state.roster.workers:  # heartbeats: nobody is lost meanwhile
             desk.say(worker, Suspicion(generation=0, step=0))
         desk.tick()
     assert desk.events("rolled_back")[0]["step"] == 0
@@ -187,7 +188,7 @@ def test_it_does_not_wait_where_the_dead_had_not_written_theirs() -> None:
 
 def test_a_checkpoint_that_cannot_be_read_is_not_chosen_again() -> None:
     desk = running(on_lost_expert="rollback")
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 8)
     desk.written(8)
     desk.deaf.add("Prepare")
@@ -204,7 +205,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_chosen_again() -> None:
 def test_a_damaged_copy_in_memory_is_followed_by_the_next_best_source() -> None:
     desk = running()
     (lost,) = desk.held["w2"]
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 4)
     desk.written(4)
     held = SnapshotHeld(layer=0, expert=lost, generation=1, step=6, routed=48)
@@ -221,13 +222,13 @@ def test_a_damaged_copy_in_memory_is_followed_by_the_next_best_source() -> None:
     assert places == ["keeper:w0:1", "keeper:w1:1"]
     (restore,) = desk.told(Prepare)[-1].restores
     assert (restore.source, restore.step) == ("storage:/ckpt 4", 4)
-    assert desk.state.members == (0, 1)  # a damaged copy is nobody's fault
+    assert desk.state.standing.members == (0, 1)  # a damaged copy is nobody's fault
 
 
 def test_a_rank_that_missed_the_rollback_is_taken_along_at_the_next_align() -> None:
     """A loss just after RESUME: some ranks stand at the step gone back to, one does not yet."""
     desk = running(on_lost_expert="rollback", nodes=4, slots_per_node=2, min_replicas=2)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.share(worker, 8)
     desk.written(8)
     desk.commit(9)
@@ -235,7 +236,8 @@ def test_a_rank_that_missed_the_rollback_is_taken_along_at_the_next_align() -> N
         pair
         for pair in (("w0", "w1"), ("w0", "w2"), ("w0", "w3"), ("w1", "w2"))
         if any(
-            {w for w in desk.state.seats if e in desk.held[w]} <= set(pair) for e in range(EXPERTS)
+            {w for w in desk.state.standing.seats if e in desk.held[w]} <= set(pair)
+            for e in range(EXPERTS)
         )
     )
     desk.deaf.add("Resume")
@@ -246,7 +248,7 @@ def test_a_rank_that_missed_the_rollback_is_taken_along_at_the_next_align() -> N
     desk.deaf.clear()
     desk.say(left[0], Suspicion(generation=desk.state.resumed, step=9))
     desk.tick(0.3)
-    assert not desk.state.broken and desk.state.phase is Phase.RUNNING
+    assert not desk.state.waiting.broken and desk.state.phase is Phase.RUNNING
     assert {desk.committed[w] for w in left} == {8}
 
 
@@ -265,37 +267,37 @@ def _measuring(
 
 def test_measured_rates_change_the_schedule_at_one_pause_and_go_on_record() -> None:
     desk = _measuring(every=None)  # 200 steps; the slowest rank writes a byte a second
-    assert desk.state.wants == WANTED
+    assert desk.state.pausing.wants == WANTED
     desk.tick()
     (pause,) = {type(body): body for body in desk.told(Pause)}.values()
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.say(worker, Paused(generation=pause.generation, step=8))
     resume = desk.told(Resume)[-1]
     (event,) = desk.events("checkpoint_adapted")
     assert resume.persist_every == event["persist_every"] < 100
     assert event["write_rate"] == 1.0  # the slowest rank decides
     desk.share("w0", 9, generation=2, measured=SLOW)
-    assert desk.state.wants == ""  # later changes come with RESUMEs that happen anyway
+    assert desk.state.pausing.wants == ""  # later changes come with RESUMEs that happen anyway
     entries = [c.entry for c in desk.of(Journal)]
     again = resumed_state(entries, desk.state.config, now_s=0.0)
-    assert again.adapted == desk.state.adapted is not None
+    assert again.saving.adapted == desk.state.saving.adapted is not None
 
 
 def test_the_schedule_stays_until_all_ranks_have_measured() -> None:
     desk = _measuring(every=None, ranks=("w0", "w1"))
-    assert desk.state.wants == "" and desk.state.adapted is None
+    assert desk.state.pausing.wants == "" and desk.state.saving.adapted is None
 
 
 def test_nothing_pauses_where_the_user_fixed_the_schedule() -> None:
     desk = _measuring(every=10, k_snapshot=1)
-    assert desk.state.wants == "" and desk.state.measured == {}
+    assert desk.state.pausing.wants == "" and desk.state.saving.measured == {}
 
 
 def test_a_schedule_that_hardly_differs_is_worth_no_pause() -> None:
     desk = _measuring(
         every=10, slowest=FAST
     )  # all three experts are snapshotted by default already
-    assert desk.state.wants == "" and desk.state.adapted is not None
+    assert desk.state.pausing.wants == "" and desk.state.saving.adapted is not None
 
 
 def test_the_start_of_a_run_is_where_it_started() -> None:
@@ -314,15 +316,17 @@ def test_a_partial_checkpoint_points_to_nothing_in_the_place_it_was_resumed_from
     standing = (StoredCheckpoint(generation=1, step=40, is_full=True),)
     for resume, is_there in ((None, True), ("/ckpt", True), ("s3://old", False)):
         config = replace(fresh.config, resume=resume, start_step=40)
-        state = replace(fresh, config=config, checkpoints=standing)
+        state = with_fields(fresh, {"config": config, "checkpoints": standing})
         assert saves.none_stands(state) is not is_there
-        later = replace(state, checkpoints=(replace(standing[0], step=41),))
+        later = replace(
+            state, storage=replace(state.storage, checkpoints=(replace(standing[0], step=41),))
+        )
         assert not saves.none_stands(later)  # the resumed run has written that one itself
 
 
 def test_a_share_of_whoever_may_be_on_the_way_back_is_waited_for() -> None:
     save = Save(generation=1, seats=("w0", "w1"), shares={"w0": "{}"})
-    gone = replace(running().state, workers={})
+    gone = with_fields(running().state, {"workers": {}})
     assert saves.is_hopeless(gone, save)
     assert not saves.is_hopeless(replace(gone, phase=Phase.RECONNECTING), save)
     assert not saves.is_hopeless(running().state, save)

@@ -9,7 +9,8 @@ import pytest
 from control_desk import Desk, running
 
 from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
-from lazarus.control.cluster.state import Control, Transition
+from lazarus.control.cluster.state import Control, with_fields
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.messages import Align, Fence, Ready, Restore, Seat, SnapshotHeld
 from lazarus.control.saving.losses import (
     differently_read,
@@ -26,7 +27,7 @@ PLAN = plan(PlacementRequest(load=np.ones((1, 2)), num_nodes=2, slots_per_node=2
 
 def standing(*checkpoints: StoredCheckpoint, mode: str = "partial", **more: object) -> Control:
     state = running(on_lost_expert=mode).state
-    return replace(state, checkpoints=checkpoints, **more)
+    return with_fields(state, {"checkpoints": checkpoints, **more})
 
 
 def recovering(*ready: tuple[int, ...]) -> Transition:

@@ -83,6 +83,6 @@ def test_less_than_twice_as_slow_is_not_slow() -> None:
 
 def test_the_samples_of_a_stream_follow_its_shards_whatever_the_speeds() -> None:
     desk = running()
-    desk.state = replace(desk.state, num_samples=-1)
+    desk.state = replace(desk.state, standing=replace(desk.state.standing, num_samples=-1))
     slow_for(desk, 2 * STREAK)
     assert not desk.events("rank_slow")

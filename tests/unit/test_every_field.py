@@ -54,7 +54,7 @@ def course(options: Options) -> str:
             desk.commit(desk.state.step + 1)
         if step == 2 and desk.state.resumed and "resume" not in options:
             desk.written(2)
-    if "w2" in desk.state.seats:
+    if "w2" in desk.state.standing.seats:
         desk.lose("w2")
     for _ in range(4):
         desk.tick(0.5)
@@ -71,9 +71,9 @@ def ending(options: Options) -> str:
     desk = Desk(**{"steps": 3, **options})
     for step in range(1, 4):
         desk.commit(step)
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         desk.say(worker, Paused(generation=desk.state.resumed, step=3))
-    for worker in desk.state.seats:
+    for worker in desk.state.standing.seats:
         items = (DigestItem(name=worker, sha256=b"x" * 32),)
         desk.say(worker, DigestPart(generation=desk.state.resumed, step=3, items=items))
         desk.say(worker, Finalized(generation=desk.state.resumed, step=3, files="{}"))

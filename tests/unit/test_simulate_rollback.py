@@ -116,7 +116,7 @@ def test_no_count_falls_below_that_of_a_stored_copy() -> None:
     run = VirtualRun(bare(load=moving_load(), checkpoint_every=100), policy=BARE, seed=0)
     run.run()
     training: Training = run.training
-    training.start_again(run.state.plt)
+    training.start_again(run.state.saving.plt)
     stored = np.array(training.copies.counts_on_storage())
     assert (stored <= training.history[1].astype(np.int64)).all()
     exact = np.array([row.routed for row in training.copies.on_storage()[0]])

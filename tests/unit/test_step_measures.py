@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazarus.control.cluster.state import Control, ControlConfig, Node, Phase, Worker
+from lazarus.control.cluster.state import Control, ControlConfig, Phase
 from lazarus.control.commit.exactly_once import ids_of_step, ledger_event, num_samples_in
 from lazarus.control.commit.measures import measures_of, with_measures
 from lazarus.control.machine import decide
 from lazarus.control.messages import Evaluated, ReplicaMismatch, Vector
+from lazarus.control.parts.committed import Committed
+from lazarus.control.parts.roster import Node, Roster, Worker
+from lazarus.control.parts.standing import Standing
 from lazarus.control.ports import Journal, Publish, WorkerSaid
 from lazarus.control.vector import VectorLayout, contribution, decode, sample_hash
 from lazarus.errors import BrokenInvariantError
@@ -82,14 +85,18 @@ def running(*, ledger: bool = True, num_samples: int = 50) -> Control:
         phase=Phase.RUNNING,
         resumed=1,
         generation=1,
-        members=(0, 1),
-        seats=("a", "b"),
-        seat_nodes=(0, 1),
-        shape=(1, 3),
-        history=np.zeros((3, 1, 3)),
-        num_samples=num_samples,
-        nodes={i: Node(key=name, workers=(name,)) for i, name in enumerate("ab")},
-        workers={name: Worker(node=i, local_rank=0, host="") for i, name in enumerate("ab")},
+        standing=Standing(
+            members=(0, 1),
+            seats=("a", "b"),
+            seat_nodes=(0, 1),
+            shape=(1, 3),
+            num_samples=num_samples,
+        ),
+        committed=Committed(history=np.zeros((3, 1, 3))),
+        roster=Roster(
+            nodes={i: Node(key=name, workers=(name,)) for i, name in enumerate("ab")},
+            workers={name: Worker(node=i, local_rank=0, host="") for i, name in enumerate("ab")},
+        ),
     )
 
 

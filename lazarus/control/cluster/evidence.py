@@ -11,18 +11,21 @@ own entry, ahead of all other commands.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
-from lazarus.control.cluster.state import Control, Outvoted
+from lazarus.control.cluster.state import Control, with_fields
+from lazarus.control.parts.agreement import Outvoted
 from lazarus.control.ports import Command, Journal
 
 KIND = "evidence"
 _CARRIERS = frozenset({"claim", "resume"})
-FIELDS = (
-    *("outvoted", "outvotes", "suspects", "ties", "undecided", "raised"),
-    *("fired", "doomed", "excused"),
-)
+FIELDS = {  # field -> the part of the state that has it
+    **dict.fromkeys(("outvoted", "outvotes", "suspects", "ties", "undecided"), "agreement"),
+    "raised": "blame",
+    **dict.fromkeys(("fired", "doomed"), "injected"),
+    "excused": "blame",
+}
+_PARTS = frozenset(FIELDS.values())
 
 
 def journaled(
@@ -51,8 +54,10 @@ def journaled(
 def _changes(before: Control, after: Control) -> dict[str, Any]:
     """The changed fields: of ``fired``, ``doomed`` and ``excused`` only the new items."""
     found: dict[str, Any] = {}
-    for name in FIELDS:
-        old, new = getattr(before, name), getattr(after, name)
+    if all(getattr(before, part) is getattr(after, part) for part in _PARTS):
+        return found
+    for name, part in FIELDS.items():
+        old, new = getattr(getattr(before, part), name), getattr(getattr(after, part), name)
         if new is old or new == old:
             continue
         match name:
@@ -90,12 +95,15 @@ def recalled(state: Control, entry: Mapping[str, Any]) -> Control:
     if "undecided" in entry:
         changes["undecided"] = bool(entry["undecided"])
     if "fired" in entry:
-        changes["fired"] = {**state.fired, **{int(n): float(at_s) for n, at_s in entry["fired"]}}
+        changes["fired"] = {
+            **state.injected.fired,
+            **{int(n): float(at_s) for n, at_s in entry["fired"]},
+        }
     if "doomed" in entry:
-        changes["doomed"] = state.doomed | frozenset(map(int, entry["doomed"]))
+        changes["doomed"] = state.injected.doomed | frozenset(map(int, entry["doomed"]))
     if "excused" in entry:
-        changes["excused"] = state.excused | frozenset(map(str, entry["excused"]))
-    return replace(state, **changes)
+        changes["excused"] = state.blame.excused | frozenset(map(str, entry["excused"]))
+    return with_fields(state, changes)
 
 
 def _steps(steps: Collection[Any]) -> tuple[int, ...]:

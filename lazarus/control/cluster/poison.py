@@ -22,51 +22,13 @@ limits this wait.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-# Signals that a process brings upon itself; SIGKILL, SIGTERM and the like come from elsewhere.
-OWN_SIGNALS = frozenset({"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"})
+from lazarus.control.parts.blame import EXITED, OWN_SIGNALS, Death, Gone
+
 ATTEMPTS = 3  # deaths with an outside cause that show a bug
 HUNG_ATTEMPTS = 2  # the same for threads without progress
 HUNG = "no progress"  # signature of a process that was ended because its thread made no progress
-_EXITED = "exit code "
 _AFTER_COMMIT = frozenset({"on_commit", "evaluate"})  # phases after the commit of their step
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Death:
-    """A process that died inside a user function."""
-
-    worker: str
-    node: str  # node key
-    generation: int
-    step: int
-    phase: str
-    signature: str  # "exit code 3", "SIGSEGV"; empty: not known
-    sample_ids: tuple[int, ...] = ()
-    place: str = ""  # line of the user's code
-    crash: str = ""  # what the process wrote while it crashed
-    shown: str = ""  # the part of ``crash`` that is user code
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the process ended by itself: by an exit code or a signal it raised."""
-        return self.signature.startswith(_EXITED) or self.signature in OWN_SIGNALS
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gone:
-    """A process whose stream has closed and whose launcher has not yet reported how it ended."""
-
-    worker: str
-    generation: int  # in which the process computed
-    step: int  # that the process computed, or waited to compute
-    at_s: float
-
-    @property
-    def node(self) -> str:
-        """Key of the process's node."""
-        return self.worker.rpartition(".")[0]
 
 
 def signature_of(cause: str, crash: str) -> str:
@@ -78,7 +40,7 @@ def signature_of(cause: str, crash: str) -> str:
     """
     if cause in OWN_SIGNALS:
         return cause
-    if cause.startswith(f"process {_EXITED}"):
+    if cause.startswith(f"process {EXITED}"):
         return cause.removeprefix("process ")
     for words, name in _CRASHES:
         if words in crash:

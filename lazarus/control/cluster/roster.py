@@ -7,12 +7,13 @@ from itertools import chain
 from typing import Any
 
 from lazarus.control.cluster.remembered import remembered
-from lazarus.control.cluster.state import Control, Node
+from lazarus.control.cluster.state import Control
+from lazarus.control.parts.roster import Node
 
 
 def workers_of(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
     """The workers of the given nodes, in rank order."""
-    return _workers_of(state.nodes, nodes)
+    return _workers_of(state.roster.nodes, nodes)
 
 
 @remembered
@@ -29,7 +30,7 @@ def all_in(state: Control, nodes: tuple[int, ...], answers: Mapping[str, Any]) -
 
 def leaving(state: Control, nodes: tuple[int, ...]) -> tuple[int, ...]:
     """The given nodes that are marked as leaving, in the same order."""
-    return _leaving(state.nodes, nodes)
+    return _leaving(state.roster.nodes, nodes)
 
 
 @remembered
@@ -39,22 +40,22 @@ def _leaving(known: Mapping[int, Node], nodes: tuple[int, ...]) -> tuple[int, ..
 
 def candidates(state: Control) -> tuple[int, ...]:
     """Complete nodes that are not members and are not leaving, by ascending serial."""
-    if len(state.nodes) == len(state.members):  # every node is a member
+    if len(state.roster.nodes) == len(state.standing.members):  # every node is a member
         return ()
-    fresh = sorted(state.nodes.keys() - set(state.members))
-    nodes = ((serial, state.nodes[serial]) for serial in fresh)
+    fresh = sorted(state.roster.nodes.keys() - set(state.standing.members))
+    nodes = ((serial, state.roster.nodes[serial]) for serial in fresh)
     return tuple(serial for serial, node in nodes if node.complete and not node.leaving)
 
 
 def staying(state: Control) -> tuple[int, ...]:
     """Complete nodes, members or not, that are not leaving, by ascending serial."""
-    there = (n for n, node in state.nodes.items() if node.complete and not node.leaving)
+    there = (n for n, node in state.roster.nodes.items() if node.complete and not node.leaving)
     return tuple(sorted(there))
 
 
 def node_of(state: Control, key: str) -> tuple[int, Node] | None:
     """The serial and the node with this key; None if no such node is alive."""
-    for serial, node in state.nodes.items():
+    for serial, node in state.roster.nodes.items():
         if node.key == key:
             return serial, node
     return None

@@ -14,7 +14,8 @@ from msgspec.structs import replace as changed
 from numpy.typing import NDArray
 
 from lazarus.checkpoint.restoring.plt import portion_lost
-from lazarus.control.cluster.state import Control, Decision, Phase, Timeline
+from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale
+from lazarus.control.cluster.transition import Timeline
 from lazarus.control.commit.exactly_once import ledger_event
 from lazarus.control.commit.measures import measures_of
 from lazarus.control.commit.unfired import unfired
@@ -37,12 +38,13 @@ from lazarus.failure import Cause, Failure, Status
 def on_vector(state: Control, body: Vector, *, at_s: float) -> Decision:
     """Keep the first vector of a step; it is journaled and published within ``flush_s``."""
     if body.generation != state.resumed or body.step <= state.step:
-        return replace(state, stale=state.stale + 1), ()
-    if body.step in state.known:
+        return one_more_stale(state), ()
+    if body.step in state.committed.known:
         return state, ()
-    state = replace(state, known={**state.known, body.step: changed(body, at_s=at_s)})
+    known = {**state.committed.known, body.step: changed(body, at_s=at_s)}
+    state = replace(state, committed=replace(state.committed, known=known))
     state, commands = close_timeline(state, at_s=at_s)
-    if at_s - state.flushed_s >= state.config.timeouts.flush_s:
+    if at_s - state.committed.flushed_s >= state.config.timeouts.flush_s:
         state, more = flush(state, at_s=at_s)
         commands += more
     return state, commands
@@ -51,7 +53,7 @@ def on_vector(state: Control, body: Vector, *, at_s: float) -> Decision:
 def flush(state: Control, *, at_s: float) -> Decision:
     """Journal all commits that directly follow the last one, then publish them (rule 28)."""
     ready: list[Vector] = []
-    while (vector := state.known.get(state.step + len(ready) + 1)) is not None:
+    while (vector := state.committed.known.get(state.step + len(ready) + 1)) is not None:
         ready.append(vector)
     if not ready:
         return state, ()
@@ -71,21 +73,24 @@ def flush(state: Control, *, at_s: float) -> Decision:
     }
     published = tuple(event for vector in ready for event in commit_events(state, vector))
     sums = [sums_of(state, vector) for vector in ready]
-    history = state.history
+    history = state.committed.history
     for one in sums:
         history = advance_history(history, one.counts)
     last = ready[-1]
     state = replace(
         state,
         step=last.step,
-        history=history,
-        step_s=last.wall_s,
-        flushed_s=at_s,
-        known={step: vector for step, vector in state.known.items() if step > last.step},
-        newest=last,
-        base_plan=state.plan,
-        errors=(),
-        gone_s=None,
+        committed=replace(
+            state.committed,
+            history=history,
+            step_s=last.wall_s,
+            flushed_s=at_s,
+            known={step: v for step, v in state.committed.known.items() if step > last.step},
+            newest=last,
+        ),
+        standing=replace(state.standing, base_plan=state.standing.plan),
+        blame=replace(state.blame, errors=()),
+        waiting=replace(state.waiting, gone_s=None),
     )
     state, events = learned(state, sums, at_s=at_s)
     return state, (Journal(entry=entry), *published, *events)
@@ -94,15 +99,18 @@ def flush(state: Control, *, at_s: float) -> Decision:
 def sums_of(state: Control, vector: Vector) -> StepSums:
     """Decode a vector of the newest RESUMEd generation."""
     layout = VectorLayout(
-        world_size=len(state.seats), num_layers=state.shape[0], num_experts=state.shape[1]
+        world_size=len(state.standing.seats),
+        num_layers=state.standing.shape[0],
+        num_experts=state.standing.shape[1],
     )
     return decode(layout, np.frombuffer(vector.lanes, dtype="<f8"))
 
 
 def counts_of(state: Control, lanes: NDArray[np.float64]) -> NDArray[np.float64]:
     """Routed copies, float64 [L, E], of a step of the newest RESUMEd generation."""
-    layers, experts = state.shape
-    layout = VectorLayout(world_size=len(state.seats), num_layers=layers, num_experts=experts)
+    layers, experts = state.standing.shape
+    world = len(state.standing.seats)
+    layout = VectorLayout(world_size=world, num_layers=layers, num_experts=experts)
     return lanes[layout.counts].reshape(layers, experts)
 
 
@@ -124,8 +132,9 @@ def _skipped(vector: Vector, sums: StepSums) -> tuple[Publish, ...]:
 
 
 def _step_committed(state: Control, vector: Vector, sums: StepSums) -> Publish:
-    layers, experts = state.shape
-    layout = VectorLayout(world_size=len(state.seats), num_layers=layers, num_experts=experts)
+    layers, experts = state.standing.shape
+    world = len(state.standing.seats)
+    layout = VectorLayout(world_size=world, num_layers=layers, num_experts=experts)
     measures = measures_of(layout, np.frombuffer(vector.lanes, dtype="<f8"))
     logged = {
         "metrics": {name: mean for name, (mean, _) in measures.items()},
@@ -140,7 +149,7 @@ def _step_committed(state: Control, vector: Vector, sums: StepSums) -> Publish:
             "loss": None if not np.isfinite(sums.loss) else sums.loss,
             "tokens": int(sums.count),
             "samples": sums.samples,
-            "num_nodes": len(state.seats) // state.config.ranks_per_node,
+            "num_nodes": len(state.standing.seats) // state.config.ranks_per_node,
             "wall_s": vector.wall_s,
             **(logged if measures else {}),
         },
@@ -149,9 +158,10 @@ def _step_committed(state: Control, vector: Vector, sums: StepSums) -> Publish:
 
 def on_evaluated(state: Control, body: Evaluated, *, at_s: float) -> Decision:
     """Publish the held-out loss after a step, once per step."""
-    if body.generation != state.resumed or body.step == state.evaluated:
-        return replace(state, stale=state.stale + 1), ()
-    state, commands = flush(replace(state, evaluated=body.step), at_s=at_s)
+    if body.generation != state.resumed or body.step == state.committed.evaluated:
+        return one_more_stale(state), ()
+    state = replace(state, committed=replace(state.committed, evaluated=body.step))
+    state, commands = flush(state, at_s=at_s)
     fields = {
         "generation": body.generation,
         "step": body.step,
@@ -182,20 +192,20 @@ def _timeline_fields(
         "reason": timeline.reason,
         "wall_s": max(0.0, end_s - timeline.trigger_s),
         "phases": {name: round(seconds, 6) for name, seconds in marks.items()},
-        "num_nodes": len(state.members),
+        "num_nodes": len(state.standing.members),
         "moves": timeline.moves,
         "moves_behind": timeline.behind,
         "bytes_moved": timeline.bytes_moved,
         "attempts": timeline.attempts,
         "lost": list(timeline.lost),
         "joined": list(timeline.joined),
-        "step": state.lineage[-1][1] if state.lineage else 0,
+        "step": state.standing.lineage[-1][1] if state.standing.lineage else 0,
     }
 
 
 def on_heartbeat(state: Control, worker: str, body: Heartbeat, *, at_s: float) -> Decision:
     """Note the worker's progress, and acknowledge journaled commits to the worker."""
-    known = state.workers[worker]
+    known = state.roster.workers[worker]
     moved = body.progress != known.progress
     known = replace(
         known,
@@ -204,7 +214,8 @@ def on_heartbeat(state: Control, worker: str, body: Heartbeat, *, at_s: float) -
         waiting=body.waiting,
         step=body.step,
     )
-    state = replace(state, workers={**state.workers, worker: known})
+    workers = {**state.roster.workers, worker: known}
+    state = replace(state, roster=replace(state.roster, workers=workers))
     if body.acked < state.step:
         return state, (Tell(worker=worker, body=Ack(step=state.step)),)
     return state, ()
@@ -223,14 +234,15 @@ def combine_digests(items: Iterable[DigestItem]) -> str:
 
 def on_digest_part(state: Control, worker: str, body: DigestPart, *, at_s: float) -> Decision:
     """Store one rank's items; the last rank's items complete the digest, which is published."""
-    if body.generation != state.resumed or worker not in state.seats:
-        return replace(state, stale=state.stale + 1), ()
-    parts = {**state.digests.get(body.step, {}), worker: body.items}
-    if set(parts) < set(state.seats):
-        return replace(state, digests={**state.digests, body.step: parts}), ()
+    if body.generation != state.resumed or worker not in state.standing.seats:
+        return one_more_stale(state), ()
+    parts = {**state.ending.digests.get(body.step, {}), worker: body.items}
+    if set(parts) < set(state.standing.seats):
+        digests = {**state.ending.digests, body.step: parts}
+        return replace(state, ending=replace(state.ending, digests=digests)), ()
     digest = combine_digests(item for items in parts.values() for item in items)
-    digests = {step: part for step, part in state.digests.items() if step > body.step}
-    state = replace(state, digests=digests, digest=digest)
+    digests = {step: part for step, part in state.ending.digests.items() if step > body.step}
+    state = replace(state, ending=replace(state.ending, digests=digests, digest=digest))
     fields = {"generation": state.resumed, "step": body.step, "digest": digest}
     return state, (Publish(t=at_s, event="state_digest", fields=fields),)
 
@@ -251,13 +263,15 @@ def end(state: Control, *, status: Status, failure: Failure | None, at_s: float)
         "cause": _cause(status, failure),
         "steps": state.step,
         "wall_s": at_s - state.started_s,
-        "state_digest": state.digest,
-        "plt": portion_lost(state.plt.lost_by_expert(), routed=state.routed.tolist()),
+        "state_digest": state.ending.digest,
+        "plt": portion_lost(
+            state.saving.plt.lost_by_expert(), routed=state.committed.routed.tolist()
+        ),
         "error": "" if failure is None else failure.message,
-        "stale_messages": state.stale,
-        "refused_messages": state.num_refused,
+        "stale_messages": state.rejected.stale,
+        "refused_messages": state.rejected.num_refused,
     }
-    result = {"steps": state.step, "state_digest": state.digest}
+    result = {"steps": state.step, "state_digest": state.ending.digest}
     entry = {
         "kind": "end",
         "term": state.term,
@@ -268,7 +282,7 @@ def end(state: Control, *, status: Status, failure: Failure | None, at_s: float)
         "result": json.dumps(result),
     }
     state = replace(state, phase=Phase.ENDED, phase_s=at_s)
-    left = tuple(Tell(worker=w, body=Depart(reason=status)) for w in state.workers)
+    left = tuple(Tell(worker=w, body=Depart(reason=status)) for w in state.roster.workers)
     commands += unfired(state, at_s=at_s)
     return state, (*commands, Journal(entry=entry), *last_words(entry), *left, Exit())
 

@@ -16,7 +16,7 @@ from lazarus.data.stream import step_sample_numbers
 
 
 def num_samples_in(scalars: str) -> int:
-    """Size of the data, from the ``scalars`` of an aligned rank; see ``Control.num_samples``."""
+    """Size of the data, from the ``scalars`` of an aligned rank; see ``Standing.num_samples``."""
     data = json.loads(scalars or "{}").get("data") or {}
     return int(data.get("num_samples", 0))
 
@@ -38,7 +38,7 @@ def ledger_event(state: Control, vector: Vector, sums: StepSums) -> Publish:
         sums.step,
         seed=config.seed,
         global_batch=config.global_batch,
-        num_samples=state.num_samples,
+        num_samples=state.standing.num_samples,
     )
     fields = {"generation": vector.generation, "step": sums.step}
     wanted = (len(ids), sample_hash(ids, step=sums.step))

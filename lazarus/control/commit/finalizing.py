@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lazarus.basics.format import bytes_text
 from lazarus.checkpoint.format.lineage import is_valid
-from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale
 from lazarus.control.commit import commits
 from lazarus.control.messages import Finalize, Finalized, StorageProblem
 from lazarus.control.ports import Command, DropFiles, ManifestDone, Publish, TellAll, WriteManifest
@@ -31,24 +31,23 @@ def begin(state: Control, *, at_s: float) -> Decision:
         state,
         phase=Phase.FINALIZING,
         phase_s=at_s,
-        finalized={},
-        digest="",
-        final_url="",
-        final_problem=None,
+        ending=replace(state.ending, finalized={}, digest="", final_url="", final_problem=None),
     )
-    return state, (TellAll(workers=state.seats, body=order),)
+    return state, (TellAll(workers=state.standing.seats, body=order),)
 
 
 def on_finalized(state: Control, worker: str, body: Finalized, *, at_s: float) -> Decision:
     """Store one rank's share of the last checkpoint; the last share leads to the manifest."""
-    wanted = (state.resumed, state.final_url)
+    wanted = (state.resumed, state.ending.final_url)
     if state.phase is not Phase.FINALIZING or (body.generation, body.url) != wanted:
-        return replace(state, stale=state.stale + 1), ()
-    state = replace(state, finalized={**state.finalized, worker: body})
-    if not set(state.finalized) >= set(state.seats):
+        return one_more_stale(state), ()
+    finalized = {**state.ending.finalized, worker: body}
+    state = replace(state, ending=replace(state.ending, finalized=finalized))
+    if not set(state.ending.finalized) >= set(state.standing.seats):
         return state, ()
-    bodies = [state.finalized[seat] for seat in state.seats]
-    state = replace(state, final_bytes=sum(body.num_bytes for body in bodies))
+    bodies = [state.ending.finalized[seat] for seat in state.standing.seats]
+    size = sum(body.num_bytes for body in bodies)
+    state = replace(state, ending=replace(state.ending, final_bytes=size))
     problem = next((body.problem for body in bodies if body.problem is not None), None)
     if problem is not None:
         return _refused(state, problem, at_s=at_s)
@@ -61,17 +60,21 @@ def on_finalized(state: Control, worker: str, body: Finalized, *, at_s: float) -
         parts=parts,
         meta=saves.meta_of(state, wall_s=max(body.wall_s for body in bodies)),
         final=True,
-        url=state.final_url,
+        url=state.ending.final_url,
     )
     # No older manifest may follow: it would point to versions newer than itself.
-    return replace(state, manifest_pending=True, ordered=body.step), (order,)
+    return replace(
+        state,
+        ending=replace(state.ending, manifest_pending=True),
+        saving=replace(state.saving, ordered=body.step),
+    ), (order,)
 
 
 def on_refused_manifest(state: Control, event: ManifestDone) -> Decision:
     """Handle a failure to write the last manifest, although all shares are durable."""
     if state.phase is not Phase.FINALIZING or event.generation != state.resumed:
         return state, ()
-    url = state.final_url or state.config.checkpoint_url
+    url = state.ending.final_url or state.config.checkpoint_url
     problem = event.problem or StorageProblem(url=url, operation="commit", reason=event.error)
     return _refused(state, problem, at_s=event.at_s)
 
@@ -83,33 +86,34 @@ def _refused(state: Control, problem: StorageProblem, *, at_s: float) -> Decisio
     fields = {"generation": state.resumed, "step": state.step, "reason": what}
     events: tuple[Command, ...] = (Publish(t=at_s, event="checkpoint_failed", fields=fields),)
     events += _left_behind(state)
-    if state.final_url or not rescue:
+    if state.ending.final_url or not rescue:
         state, over = _end(state, problem, at_s=at_s)
         return state, (*events, *over)
-    state = replace(state, final_url=rescue, final_problem=problem, finalized={})
+    ending = replace(state.ending, final_url=rescue, final_problem=problem, finalized={})
+    state = replace(state, ending=ending)
     order = Finalize(
         generation=state.resumed, step=state.step, checkpoint=True, term=state.term, url=rescue
     )
-    return state, (*events, TellAll(workers=state.seats, body=order))
+    return state, (*events, TellAll(workers=state.standing.seats, body=order))
 
 
 def _left_behind(state: Control) -> tuple[DropFiles, ...]:
     """Commands that delete the shares written to the first place."""
-    if state.final_url:
+    if state.ending.final_url:
         return ()
-    shares = {worker: body.files for worker, body in state.finalized.items()}
+    shares = {worker: body.files for worker, body in state.ending.finalized.items()}
     return saves.dropped(shares)
 
 
 def _end(state: Control, problem: StorageProblem, *, at_s: float) -> Decision:
-    first = state.final_problem or problem
-    tried = f"; nor to {state.final_url}: {problem.reason}" if state.final_url else ""
+    first = state.ending.final_problem or problem
+    tried = f"; nor to {state.ending.final_url}: {problem.reason}" if state.ending.final_url else ""
     newest = newest_standing(state)
     failure = Failure(
         cause=Cause.STORAGE,
         error="StorageError",
         message=f"the checkpoint of step {state.step} cannot be written to {first.url}: "
-        f"{first.reason}{tried}; it needs {bytes_text(state.final_bytes)}",
+        f"{first.reason}{tried}; it needs {bytes_text(state.ending.final_bytes)}",
         way_out=_way_out(state, newest),
         step=state.step,
         url=first.url,
@@ -132,8 +136,10 @@ def newest_standing(state: Control) -> int | None:
     """The newest step from which the run could be resumed; None if there is none."""
     standing = [
         c.step
-        for c in state.checkpoints
-        if is_valid(generation=c.generation, step=c.step, lineage=state.lineage, resume_step=c.step)
+        for c in state.storage.checkpoints
+        if is_valid(
+            generation=c.generation, step=c.step, lineage=state.standing.lineage, resume_step=c.step
+        )
     ]
     if state.config.resume is not None:
         standing.append(state.config.start_step)
@@ -142,14 +148,14 @@ def newest_standing(state: Control) -> int | None:
 
 def finish(state: Control, *, at_s: float) -> Decision:
     """End the run after its last checkpoint; a checkpoint in the rescue folder is a failure."""
-    problem = state.final_problem
+    problem = state.ending.final_problem
     if problem is None:
         return _good_end(state, at_s=at_s)
     failure = Failure(
         cause=Cause.STORAGE,
         error="StorageError",
         message=f"the checkpoint of step {state.step} cannot be written to {problem.url}: "
-        f"{problem.reason}; it is in {state.final_url}",
+        f"{problem.reason}; it is in {state.ending.final_url}",
         way_out="resume the run's folder once there is room: it goes on from there",
         step=state.step,
         url=problem.url,
@@ -161,8 +167,8 @@ def finish(state: Control, *, at_s: float) -> Decision:
 def _good_end(state: Control, *, at_s: float) -> Decision:
     if state.step >= state.config.steps:
         return commits.end(state, status="finished", failure=None, at_s=at_s)
-    if state.preempted:
-        message = f"stopped by {state.stopping}"
+    if state.ending.preempted:
+        message = f"stopped by {state.ending.stopping}"
         reason = Failure(cause=Cause.REQUEST, error="StoppedError", message=message)
         return commits.end(state, status="short", failure=reason, at_s=at_s)
     return commits.end(state, status="stopped", failure=None, at_s=at_s)

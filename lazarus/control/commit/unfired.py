@@ -17,7 +17,7 @@ def names_a_node(spec: str) -> bool:
 
 def unfired(state: Control, *, at_s: float) -> tuple[Publish, ...]:
     """One event for each scripted fault that has not fired, with the reason."""
-    left = [text for text in state.config.faults if text not in state.fired_specs]
+    left = [text for text in state.config.faults if text not in state.injected.fired_specs]
     return tuple(
         Publish(
             t=at_s,
@@ -40,9 +40,9 @@ def _reason(state: Control, spec: str) -> str:
     node = -1 if found["node"] is None else int(found["node"])
     if step > state.step + 1 or (step == state.step + 1 and found["kind"] != "leave"):
         return f"the run ended after step {state.step}"
-    if node >= state.next_serial:
+    if node >= state.roster.next_serial:
         return f"there never was a node {node}"
-    if node >= 0 and node not in state.members:
+    if node >= 0 and node not in state.standing.members:
         return f"node {node} was gone before"
     if phase in ("reconfigure", "transfer"):
         return f"no {phase} came after step {step}"

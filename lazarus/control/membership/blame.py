@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lazarus.control.cluster.poison import (
-    HUNG,
-    Death,
-    common_samples,
-    poisoned,
-    signature_of,
-    still_open,
-)
+from lazarus.control.cluster.poison import HUNG, common_samples, poisoned, signature_of, still_open
 from lazarus.control.cluster.state import Control, Decision
 from lazarus.control.commit import commits
 from lazarus.control.membership import members
 from lazarus.control.messages import UserError, WorkerDied
+from lazarus.control.parts.blame import Death
 from lazarus.control.ports import Command, Publish
 from lazarus.failure import Cause, Failure
 
@@ -29,7 +23,7 @@ def on_user_error(state: Control, worker: str, body: UserError, *, at_s: float) 
     An error of Lazarus counts against its node until a second node has one in the same step, or too
     few members would be left; then the run ends.
     """
-    serial = state.workers[worker].node
+    serial = state.roster.workers[worker].node
     failure = _said(serial, body)
     is_ours = failure.cause is not Cause.USER_CODE
     state, flushed = commits.flush(state, at_s=at_s)
@@ -37,12 +31,14 @@ def on_user_error(state: Control, worker: str, body: UserError, *, at_s: float) 
         _blamed(state, failure, at_s=at_s), event="internal_error" if is_ours else "user_error"
     )
     commands: tuple[Command, ...] = (*flushed, told)
-    joining = bool(state.resumed and state.members) and serial not in state.members
-    doomed = (body.on_purpose or serial in state.doomed) and len(state.members) > 1
+    present = state.standing.members
+    joining = bool(state.resumed and present) and serial not in present
+    doomed = (body.on_purpose or serial in state.injected.doomed) and len(present) > 1
     if joining or doomed or (is_ours and is_alone(state, serial, step=body.step)):
         what = f"Lazarus failed: {body.error}" if is_ours else "user code raised"
         if is_ours:
-            state = replace(state, raised=(*state.raised, (serial, body.step)))
+            raised = (*state.blame.raised, (serial, body.step))
+            state = replace(state, blame=replace(state.blame, raised=raised))
         state, more = members.lose(state, (serial,), cause=what, at_s=at_s)
     else:
         state, more = commits.end(state, status="failed", failure=failure, at_s=at_s)
@@ -67,8 +63,8 @@ def _said(serial: int, body: UserError) -> Failure:
 
 def is_alone(state: Control, serial: int, *, step: int) -> bool:
     """Whether no other node raised in this step, and enough members are left without this node."""
-    others = {node for node, at in state.raised if at == step and node != serial}
-    enough = len(state.members) > max(1, state.config.min_nodes)
+    others = {node for node, at in state.blame.raised if at == step and node != serial}
+    enough = len(state.standing.members) > max(1, state.config.min_nodes)
     return bool(state.resumed) and not others and enough
 
 
@@ -78,11 +74,11 @@ def on_death(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
     The node may already be lost. See ``poison`` for when deaths are blamed on user code.
     """
     state, commands = members.on_died(state, body, at_s=at_s)
-    if any(gone.worker == body.worker for gone in state.unexplained):
-        left = tuple(gone for gone in state.unexplained if gone.worker != body.worker)
-        state = replace(state, unexplained=left)
+    if any(gone.worker == body.worker for gone in state.blame.unexplained):
+        left = tuple(gone for gone in state.blame.unexplained if gone.worker != body.worker)
+        state = replace(state, blame=replace(state.blame, unexplained=left))
     node = body.worker.rpartition(".")[0]
-    is_hung = node in state.hung
+    is_hung = node in state.blame.hung
     death = Death(
         worker=body.worker,
         node=node,
@@ -97,11 +93,11 @@ def on_death(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
     )
     if not _counts(state, death):
         return state, commands
-    open_ones = still_open(state.deaths, step=state.step)
-    state = replace(state, deaths=(*open_ones, death))
+    open_ones = still_open(state.blame.deaths, step=state.step)
+    state = replace(state, blame=replace(state.blame, deaths=(*open_ones, death)))
     if death.is_own:
         commands = (*commands, _told(state, body, death, at_s=at_s))
-    guilty = poisoned(state.deaths)
+    guilty = poisoned(state.blame.deaths)
     if not guilty:
         return state, commands
     failure = _failure(guilty)
@@ -116,11 +112,11 @@ def _counts(state: Control, death: Death) -> bool:
     It must have happened inside a user function, at an uncommitted step, not because of an injected
     fault, and must not be counted already.
     """
-    known = any(other.worker == death.worker for other in state.deaths)
-    struck = any(worker.rpartition(".")[0] == death.node for worker, _ in state.struck)
+    known = any(other.worker == death.worker for other in state.blame.deaths)
+    struck = any(worker.rpartition(".")[0] == death.node for worker, _ in state.injected.struck)
     inside = death.phase or (death.crash and death.place)
     fresh = inside and still_open((death,), step=state.step)
-    return bool(fresh) and not (known or struck or death.node in state.excused)
+    return bool(fresh) and not (known or struck or death.node in state.blame.excused)
 
 
 def _told(state: Control, body: WorkerDied, death: Death, *, at_s: float) -> Publish:

@@ -20,7 +20,8 @@ import numpy as np
 from lazarus.checkpoint.selection.adaptive import Measured
 from lazarus.control import messages as m
 from lazarus.control.cluster.roster import node_of
-from lazarus.control.cluster.state import Control, ControlConfig, Phase, Transition
+from lazarus.control.cluster.state import Control, ControlConfig, Phase
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.commit.measures import measures_of
 from lazarus.control.vector import VectorLayout, decode
 from lazarus.errors import BrokenInvariantError
@@ -188,14 +189,14 @@ def misplaced_hello(state: Control, body: m.Hello) -> str:
     if reason := wrong_hello(state.config, body):
         return reason
     found = node_of(state, body.node_key)
-    known = state.workers.get(body.worker)
+    known = state.roster.workers.get(body.worker)
     if known is not None and (found is None or known.node != found[0]):
         return f"{body.worker} belongs to another node"
     if known is not None and known.local_rank != body.local_rank:
         return f"{body.worker} has local rank {known.local_rank}, not {body.local_rank}"
     if found is not None and body.local_rank < len(found[1].workers):
         seated = found[1].workers[body.local_rank]
-        if seated not in ("", body.worker) and seated in state.workers:
+        if seated not in ("", body.worker) and seated in state.roster.workers:
             return f"local rank {body.local_rank} of {body.node_key} is {seated}"
     return ""
 
@@ -215,8 +216,9 @@ def _vector(state: Control, body: m.Vector) -> str:
 
 def wrong_lanes(state: Control, body: m.Vector) -> str:
     """Why a vector does not belong to the newest RESUMEd generation; empty if it does."""
-    layers, experts = state.shape
-    layout = VectorLayout(world_size=len(state.seats), num_layers=layers, num_experts=experts)
+    layers, experts = state.standing.shape
+    world = len(state.standing.seats)
+    layout = VectorLayout(world_size=world, num_layers=layers, num_experts=experts)
     if len(body.lanes) % 8 or len(body.lanes) < 8 * layout.num_lanes or not layout.world_size:
         return f"a vector of {len(body.lanes)} bytes, not {8 * layout.num_lanes}"
     lanes = np.frombuffer(body.lanes, dtype="<f8")
@@ -282,13 +284,14 @@ def _aligned(state: Control, worker: str, body: m.Aligned) -> str:
     transition = _asked_in(state, Phase.ALIGNING, body.generation)
     if transition is None:
         return ""
-    if worker in state.workers and state.workers[worker].node not in transition.voters:
+    known = state.roster.workers.get(worker)
+    if known is not None and known.node not in transition.voters:
         return "its node has no vote"
     layers, experts = body.num_layers, body.num_experts
     if not (0 < layers <= _LARGEST_SHAPE and 0 < experts <= _LARGEST_SHAPE // layers):
         return f"{layers} layers of {experts} experts"
-    if state.resumed and state.shape != (0, 0) and state.shape != (layers, experts):
-        return f"{layers} layers of {experts} experts, not {state.shape}"
+    if state.resumed and state.standing.shape not in ((0, 0), (layers, experts)):
+        return f"{layers} layers of {experts} experts, not {state.standing.shape}"
     if not 0 <= body.top_k <= experts:
         return f"top {body.top_k} of {experts} experts"
     if min(body.dense_bytes, body.expert_bytes) < 0:
@@ -348,8 +351,8 @@ def _ready(state: Control, worker: str, body: m.Ready) -> str:
         return ""
     if worker not in {seat.worker for seat in transition.feeders}:
         return "it was not asked"
-    layers, experts = state.shape
-    if body.history and (reason := wrong_history(body.history, state.shape)):
+    layers, experts = state.standing.shape
+    if body.history and (reason := wrong_history(body.history, state.standing.shape)):
         return reason
     if transition.rollback and not transition.restarts and not body.history:
         return "no load history, though all state came from a checkpoint"

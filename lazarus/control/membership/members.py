@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lazarus.control.cluster.poison import HUNG, Gone
+from lazarus.control.cluster.poison import HUNG
 from lazarus.control.cluster.roster import node_of, staying
-from lazarus.control.cluster.state import (
-    TRANSITION_PHASES,
-    Control,
-    Decision,
-    Node,
-    Phase,
-    Worker,
-    without,
-)
+from lazarus.control.cluster.state import TRANSITION_PHASES, Control, Decision, Phase, without
 from lazarus.control.commit import commits
 from lazarus.control.membership import checks
 from lazarus.control.messages import (
@@ -30,6 +22,8 @@ from lazarus.control.messages import (
     Welcome,
     WorkerDied,
 )
+from lazarus.control.parts.blame import Gone
+from lazarus.control.parts.roster import Node, Worker
 from lazarus.control.ports import Command, Disconnect, Journal, Publish, Tell, TellDriver
 from lazarus.control.reconfiguration import reconfigure as change
 from lazarus.failure import Cause, Failure, Status
@@ -43,20 +37,23 @@ def on_hello(state: Control, body: Hello, *, at_s: float) -> Decision:
     The first process of a node gives the node the next serial, journaled before Welcome (rule 1).
     """
     if refusal := _refusal(state, body):
-        if body.worker in state.seats and body.worker not in state.workers:
-            state = replace(state, dropped={**state.dropped, body.worker: ("Hello", refusal)})
-        return replace(state, num_refused=state.num_refused + 1), (
+        if body.worker in state.standing.seats and body.worker not in state.roster.workers:
+            dropped = {**state.rejected.dropped, body.worker: ("Hello", refusal)}
+            state = replace(state, rejected=replace(state.rejected, dropped=dropped))
+        return replace(
+            state, rejected=replace(state.rejected, num_refused=state.rejected.num_refused + 1)
+        ), (
             Tell(worker=body.worker, body=Fenced(reason=refusal)),
             Disconnect(worker=body.worker),
         )
     commands: tuple[Command, ...] = ()
     found = node_of(state, body.node_key)
     if found is None:
-        serial = state.next_serial
+        serial = state.roster.next_serial
         node = Node(key=body.node_key, workers=("",) * body.ranks_per_node)
         entry = {"kind": "serial", "term": state.term, "node": serial, "key": body.node_key}
         commands = (Journal(entry=entry),)
-        state = replace(state, next_serial=serial + 1)
+        state = replace(state, roster=replace(state.roster, next_serial=serial + 1))
     else:
         serial, node = found
     workers = list(node.workers)
@@ -75,13 +72,16 @@ def on_hello(state: Control, body: Hello, *, at_s: float) -> Decision:
     )
     state = replace(
         state,
-        nodes={**state.nodes, serial: node},
-        workers={**state.workers, body.worker: known},
+        roster=replace(
+            state.roster,
+            nodes={**state.roster.nodes, serial: node},
+            workers={**state.roster.workers, body.worker: known},
+        ),
     )
     commands = (*commands, Tell(worker=body.worker, body=Welcome(node=serial)))
     if node.complete:
         commands = (*commands, TellDriver(body=NodeUp(node_key=body.node_key)))
-    if (early := state.notices.get(body.node_key)) is None:
+    if (early := state.roster.notices.get(body.node_key)) is None:
         return state, commands
     state, told = on_notice(state, early, at_s=at_s)
     return state, (*commands, *told)
@@ -95,11 +95,11 @@ def _refusal(state: Control, body: Hello) -> str:
             f"node {body.node_key} has {body.ranks_per_node} ranks, "
             f"the run {state.config.ranks_per_node} a node"
         )
-    if state.phase is Phase.ENDED or (state.stopping and not body.generation):
+    if state.phase is Phase.ENDED or (state.ending.stopping and not body.generation):
         return "the run is ending"
     there = node_of(state, body.node_key) is not None
-    expected = state.phase is Phase.RECONNECTING and body.worker in state.seats and there
-    if body.generation and body.worker not in state.workers and not expected:
+    expected = state.phase is Phase.RECONNECTING and body.worker in state.standing.seats and there
+    if body.generation and body.worker not in state.roster.workers and not expected:
         return f"worker {body.worker} is not a member of generation {state.generation}"
     return checks.misplaced_hello(state, body)
 
@@ -109,7 +109,7 @@ def on_died(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
 
     The driver always gets an order to kill the rest of the node, even if the node is unknown here.
     """
-    known = state.workers.get(body.worker)
+    known = state.roster.workers.get(body.worker)
     state, commands = on_closed(state, body.worker, at_s=at_s, cause=body.cause)
     if known is not None or commands:
         return state, commands
@@ -119,24 +119,25 @@ def on_died(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
 
 def on_closed(state: Control, worker: str, *, at_s: float, cause: str) -> Decision:
     """Handle the end of a stream or process: its node is lost."""
-    known = state.workers.get(worker)
+    known = state.roster.workers.get(worker)
     if known is None:
         if state.phase is not Phase.RECONNECTING:
             return state, ()
-        if worker in state.dropped:  # a refused worker ends its process
-            cause = f"Lazarus failed: its hello was refused: {state.dropped[worker][1]}"
-        missing = tuple(n for n in state.members if _key_of(worker) == state.nodes[n].key)
+        if worker in state.rejected.dropped:  # a refused worker ends its process
+            cause = f"Lazarus failed: its hello was refused: {state.rejected.dropped[worker][1]}"
+        nodes = state.roster.nodes
+        missing = tuple(n for n in state.standing.members if _key_of(worker) == nodes[n].key)
         return lose(state, missing, cause=cause, at_s=at_s)
-    if cause == STREAM_CLOSED and known.node in state.members:
+    if cause == STREAM_CLOSED and known.node in state.standing.members:
         state = _unexplained(state, known, at_s=at_s)
     return lose(state, (known.node,), cause=cause, at_s=at_s)
 
 
 def _unexplained(state: Control, known: Worker, *, at_s: float) -> Control:
     """Note that the launcher still has to report how the process ended, unless a fault ended it."""
-    key = state.nodes[known.node].key
-    struck = any(_key_of(worker) == key for worker, _ in state.struck)
-    if struck or known.node in state.fired or known.node in state.doomed:
+    key = state.roster.nodes[known.node].key
+    struck = any(_key_of(worker) == key for worker, _ in state.injected.struck)
+    if struck or known.node in state.injected.fired or known.node in state.injected.doomed:
         return state
     gone = Gone(
         worker=f"{key}.{known.local_rank}",
@@ -144,8 +145,8 @@ def _unexplained(state: Control, known: Worker, *, at_s: float) -> Control:
         step=state.step + 1,
         at_s=at_s,
     )
-    kept = (one for one in state.unexplained if one.step > state.step)
-    return replace(state, unexplained=(*kept, gone))
+    kept = (one for one in state.blame.unexplained if one.step > state.step)
+    return replace(state, blame=replace(state.blame, unexplained=(*kept, gone)))
 
 
 def _key_of(worker: str) -> str:
@@ -174,14 +175,14 @@ def lose(
         is_silent: Whether the nodes were not seen to end, but are silent or make no progress.
         is_excused: Whether the deaths of their processes must not count against user code.
     """
-    serials = tuple(serial for serial in serials if serial in state.nodes)
+    serials = tuple(serial for serial in serials if serial in state.roster.nodes)
     if not serials:
         return state, ()
     taking_part = _taking_part(state)
     state, flushed = commits.flush(state, at_s=at_s)
     commands: list[Command] = [*flushed]
     for serial in serials:
-        node = state.nodes[serial]
+        node = state.roster.nodes[serial]
         for worker in node.workers:
             if worker:
                 commands.append(Tell(worker=worker, body=Fenced(reason=f"node lost: {cause}")))
@@ -190,21 +191,34 @@ def lose(
         if serial in taking_part:
             fields = {"generation": state.generation, "node": serial, "cause": cause}
             commands.append(Publish(t=at_s, event="node_lost", fields=fields))
-    gone = {worker for serial in serials for worker in state.nodes[serial].workers}
+    gone = {worker for serial in serials for worker in state.roster.nodes[serial].workers}
     matters = taking_part & set(serials)
     on_purpose = {
-        state.nodes[n].key for n in serials if is_excused or n in state.fired or n in state.doomed
+        state.roster.nodes[n].key
+        for n in serials
+        if is_excused or n in state.injected.fired or n in state.injected.doomed
     }
-    hung = {state.nodes[n].key for n in serials} if cause == HUNG else set()
+    hung = {state.roster.nodes[n].key for n in serials} if cause == HUNG else set()
     state = replace(
         state,
-        excused=state.excused | on_purpose,
-        hung=state.hung | hung,
-        nodes=without(state.nodes, serials),
-        workers=without(state.workers, gone),
-        members=tuple(n for n in state.members if n not in serials),
-        paused={w: step for w, step in state.paused.items() if w not in gone},
-        errors=(),
+        blame=replace(
+            state.blame,
+            excused=state.blame.excused | on_purpose,
+            hung=state.blame.hung | hung,
+            errors=(),
+        ),
+        roster=replace(
+            state.roster,
+            nodes=without(state.roster.nodes, serials),
+            workers=without(state.roster.workers, gone),
+        ),
+        standing=replace(
+            state.standing, members=tuple(n for n in state.standing.members if n not in serials)
+        ),
+        pausing=replace(
+            state.pausing,
+            paused={w: step for w, step in state.pausing.paused.items() if w not in gone},
+        ),
     )
     if matters:
         state, more = _recover(state, tuple(sorted(matters)), at_s=at_s)
@@ -214,7 +228,7 @@ def lose(
 
 def _taking_part(state: Control) -> set[int]:
     """Members, and nodes that take part in the transition under way."""
-    part = set(state.members)
+    part = set(state.standing.members)
     if state.transition is not None:
         part |= set(state.transition.voters) | set(state.transition.joiners)
     return part
@@ -224,11 +238,11 @@ def _recover(state: Control, lost: tuple[int, ...], *, at_s: float) -> Decision:
     active = {Phase.RUNNING, Phase.FINALIZING} | TRANSITION_PHASES
     if state.phase not in active:
         return state, ()
-    if state.resumed and not state.members:  # the last member is lost
+    if state.resumed and not state.standing.members:  # the last member is lost
         return replace(state, transition=None), ()
     if not state.resumed:
         return replace(state, phase=Phase.GATHERING, phase_s=at_s, transition=None), ()
-    fired = [state.fired[node] for node in lost if node in state.fired]
+    fired = [state.injected.fired[node] for node in lost if node in state.injected.fired]
     state, commands = change.begin(state, reason="node_lost", at_s=at_s)
     line = state.timeline
     assert line is not None
@@ -240,7 +254,7 @@ def _recover(state: Control, lost: tuple[int, ...], *, at_s: float) -> Decision:
 
 def on_leave(state: Control, worker: str, body: LeaveRequest, *, at_s: float) -> Decision:
     """Mark a node as leaving at its own request; it leaves at the next pause (rule 33)."""
-    serial = state.workers[worker].node
+    serial = state.roster.workers[worker].node
     return _mark_leaving(
         state, serial, cause=body.cause or "leave", notice_s=body.notice_s, at_s=at_s
     )
@@ -253,7 +267,8 @@ def on_notice(state: Control, body: NodeNotice, *, at_s: float) -> Decision:
     """
     found = node_of(state, body.node_key)
     if found is None:  # the node may still be starting
-        return replace(state, notices={**state.notices, body.node_key: body}), ()
+        notices = {**state.roster.notices, body.node_key: body}
+        return replace(state, roster=replace(state.roster, notices=notices)), ()
     cause = body.cause or "drain"
     return _mark_leaving(state, found[0], cause=cause, notice_s=body.notice_s, at_s=at_s)
 
@@ -264,9 +279,11 @@ def on_awaited(state: Control, body: NodesAwaited, *, at_s: float) -> Decision:
     Published when more nodes are missing than before. If no node is left and none can be started
     any more, the run ends.
     """
-    idle_s = None if body.coming else at_s if state.idle_s is None else state.idle_s
-    told = state.awaited_told if body.missing or body.coming else 0
-    state = replace(state, awaited=body, idle_s=idle_s, awaited_told=max(told, body.missing))
+    idle_s = None if body.coming else at_s if state.waiting.idle_s is None else state.waiting.idle_s
+    told = state.waiting.awaited_told if body.missing or body.coming else 0
+    highest = max(told, body.missing)
+    waiting = replace(state.waiting, awaited=body, idle_s=idle_s, awaited_told=highest)
+    state = replace(state, waiting=waiting)
     if body.is_hopeless and not staying(state):
         return _nobody_starts(state, body.reason, at_s=at_s)
     if body.missing <= told:
@@ -296,7 +313,7 @@ def on_judged(state: Control, body: MachineJudged, *, at_s: float) -> Decision:
 def _mark_leaving(
     state: Control, serial: int, *, cause: str, notice_s: float, at_s: float
 ) -> Decision:
-    node = state.nodes[serial]
+    node = state.roster.nodes[serial]
     if node.leaving:
         return state, ()
     fields = {
@@ -305,8 +322,8 @@ def _mark_leaving(
         "cause": cause,
         "notice_s": notice_s,
     }
-    nodes = {**state.nodes, serial: replace(node, leaving=cause)}
-    return replace(state, nodes=nodes), (
+    nodes = {**state.roster.nodes, serial: replace(node, leaving=cause)}
+    return replace(state, roster=replace(state.roster, nodes=nodes)), (
         Publish(t=at_s, event="drain_notice", fields=fields),
         TellDriver(body=NodeEndsMachine(node_key=node.key)),
     )
@@ -318,15 +335,16 @@ def settle_reconnecting(state: Control, *, at_s: float) -> Decision:
     If every worker of the newest generation is back and undisturbed, training goes on as it is.
     Otherwise a new generation is claimed.
     """
-    missing = tuple(n for n in state.members if not state.nodes[n].complete)
+    missing = tuple(n for n in state.standing.members if not state.roster.nodes[n].complete)
     if missing:
         if at_s <= _back_by_s(state, missing):
             return state, ()
         return lose(state, missing, cause="did not come back to the controller", at_s=at_s)
-    fields = {"generation": state.resumed, "term": state.term, "nodes": list(state.members)}
+    nodes = list(state.standing.members)
+    fields = {"generation": state.resumed, "term": state.term, "nodes": nodes}
     event = Publish(t=at_s, event="controller_restarted", fields=fields)
-    whole = all(worker in state.workers for worker in state.seats)
-    if whole and all(state.workers[worker].undisturbed for worker in state.seats):
+    whole = all(worker in state.roster.workers for worker in state.standing.seats)
+    if whole and all(state.roster.workers[worker].undisturbed for worker in state.standing.seats):
         return replace(state, phase=Phase.RUNNING, phase_s=at_s), (event,)
     state, commands = change.begin(state, reason="controller", at_s=at_s)
     return state, (event, *commands)
@@ -340,7 +358,7 @@ def _back_by_s(state: Control, missing: tuple[int, ...]) -> float:
     first one has ``comeback_s``.
     """
     timeouts = state.config.timeouts
-    back = [state.nodes[n].joined_s for n in state.members if n not in missing]
+    back = [state.roster.nodes[n].joined_s for n in state.standing.members if n not in missing]
     if not back:
         return state.phase_s + timeouts.comeback_s
     first_s = min(min(back), state.phase_s + timeouts.comeback_s)
@@ -351,18 +369,23 @@ def excuse(state: Control, *, slept_s: float) -> Control:
     """Shift all deadlines by ``slept_s`` seconds, in which the controller itself stood still."""
     workers = {
         name: replace(w, heard_s=w.heard_s + slept_s, progress_s=w.progress_s + slept_s)
-        for name, w in state.workers.items()
+        for name, w in state.roster.workers.items()
     }
     transition = state.transition
     if transition is not None:
         transition = replace(transition, phase_s=transition.phase_s + slept_s)
-    return replace(state, workers=workers, transition=transition, phase_s=state.phase_s + slept_s)
+    return replace(
+        state,
+        roster=replace(state.roster, workers=workers),
+        transition=transition,
+        phase_s=state.phase_s + slept_s,
+    )
 
 
 def silent(state: Control, *, at_s: float) -> tuple[int, ...]:
     """Nodes with a worker that sent nothing for ``heartbeat_timeout_s``, by serial."""
     limit_s = state.config.timeouts.heartbeat_timeout_s
-    late = {known.node for known in state.workers.values() if at_s - known.heard_s > limit_s}
+    late = {known.node for known in state.roster.workers.values() if at_s - known.heard_s > limit_s}
     return tuple(sorted(late))
 
 
@@ -376,14 +399,15 @@ def stuck(state: Control, *, at_s: float) -> tuple[int, ...]:
     """
     if state.phase is not Phase.RUNNING:
         return ()
-    seated = [w for w in state.seats if w in state.workers and w not in state.paused]
-    awaited = state.paused or any(state.workers[w].waiting for w in seated)
+    workers, paused = state.roster.workers, state.pausing.paused
+    seated = [w for w in state.standing.seats if w in workers and w not in paused]
+    awaited = paused or any(workers[w].waiting for w in seated)
     timeouts = state.config.timeouts
     limit = timeouts.no_progress_s if awaited else timeouts.standstill_s
     late = {
-        state.workers[w].node
+        state.roster.workers[w].node
         for w in seated
-        if not state.workers[w].waiting
-        and at_s - max(state.phase_s, state.workers[w].progress_s) > limit
+        if not state.roster.workers[w].waiting
+        and at_s - max(state.phase_s, state.roster.workers[w].progress_s) > limit
     }
     return tuple(sorted(late))

@@ -40,36 +40,38 @@ def finalizing_too_long(state: Control, *, at_s: float) -> tuple[int, ...]:
     """
     if state.phase is not Phase.FINALIZING:
         return ()
-    digested = () if state.digest else state.digests.get(state.step, {})
+    digested = () if state.ending.digest else state.ending.digests.get(state.step, {})
     owing = [
         w
-        for w in state.seats
-        if w in state.workers
-        and (w not in state.finalized or (not state.digest and w not in digested))
+        for w in state.standing.seats
+        if w in state.roster.workers
+        and (w not in state.ending.finalized or (not state.ending.digest and w not in digested))
     ]
     limit = state.config.timeouts.final_s
     late = {
-        state.workers[w].node
+        state.roster.workers[w].node
         for w in owing
-        if at_s - max(state.phase_s, state.workers[w].progress_s) > limit
+        if at_s - max(state.phase_s, state.roster.workers[w].progress_s) > limit
     }
     return tuple(sorted(late))
 
 
 def has_lost_vectors(state: Control, *, at_s: float) -> bool:
     """Whether commit vectors are overdue although all ranks have paused; the caller checks that."""
-    return at_s - max(state.paused_s, state.flushed_s) > state.config.timeouts.report_s
+    since_s = max(state.pausing.paused_s, state.committed.flushed_s)
+    return at_s - since_s > state.config.timeouts.report_s
 
 
 def manifest_too_long(state: Control, *, at_s: float) -> bool:
     """Whether the last manifest has been pending for longer than ``standstill_s``."""
-    pending = state.phase is Phase.FINALIZING and state.manifest_pending
-    return pending and at_s - state.finalized_s > state.config.timeouts.standstill_s
+    pending = state.phase is Phase.FINALIZING and state.ending.manifest_pending
+    return pending and at_s - state.ending.finalized_s > state.config.timeouts.standstill_s
 
 
 def end_without_manifest(state: Control, *, at_s: float) -> Decision:
     """End the run without its last checkpoint, because the storage does not answer."""
-    waited_s, newest = at_s - state.finalized_s, max((c.step for c in state.checkpoints), default=0)
+    waited_s = at_s - state.ending.finalized_s
+    newest = max((c.step for c in state.storage.checkpoints), default=0)
     stands = f"the newest is of step {newest}" if newest else "there is none"
     failure = Failure(
         cause=Cause.STORAGE,

@@ -24,12 +24,15 @@ _REASON_CHARS = 300
 
 def refuse(state: Control, worker: str, message: str, reason: str, *, at_s: float) -> Decision:
     """Drop a malformed message: count it, and publish the first ``_SAID`` of them."""
-    state = replace(state, num_refused=state.num_refused + 1)
+    state = replace(
+        state, rejected=replace(state.rejected, num_refused=state.rejected.num_refused + 1)
+    )
     reason = reason[:_REASON_CHARS]
-    there = worker in state.workers
-    if (not there and worker in state.seats) if message == "Hello" else there:
-        state = replace(state, dropped={**state.dropped, worker: (message, reason)})
-    if state.num_refused > _SAID:
+    there = worker in state.roster.workers
+    if (not there and worker in state.standing.seats) if message == "Hello" else there:
+        dropped = {**state.rejected.dropped, worker: (message, reason)}
+        state = replace(state, rejected=replace(state.rejected, dropped=dropped))
+    if state.rejected.num_refused > _SAID:
         return state, ()
     fields = {
         "generation": state.generation,
@@ -42,9 +45,10 @@ def refuse(state: Control, worker: str, message: str, reason: str, *, at_s: floa
 
 def made_good(state: Control, worker: str, message: str) -> Control:
     """Forget a dropped message once the worker has sent a good message of the same kind."""
-    if state.dropped.get(worker, ("", ""))[0] != message:
+    if state.rejected.dropped.get(worker, ("", ""))[0] != message:
         return state
-    return replace(state, dropped=without(state.dropped, (worker,)))
+    dropped = without(state.rejected.dropped, (worker,))
+    return replace(state, rejected=replace(state.rejected, dropped=dropped))
 
 
 def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> Decision:
@@ -57,16 +61,18 @@ def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> D
     others = tuple(node for node in late if node not in ours)
     commands: tuple[Command, ...] = ()
     for node, why in ours.items():
-        if node not in state.nodes:
+        if node not in state.roster.nodes:
             continue
         failure = _failure(state, node, why)
         state, flushed = commits.flush(state, at_s=at_s)
         commands = (*commands, *flushed, _told(state, failure, at_s=at_s))
-        joining = bool(state.resumed and state.members) and node not in state.members
+        standing = state.standing
+        joining = bool(state.resumed and standing.members) and node not in standing.members
         if not joining and not is_alone(state, node, step=failure.step):
             state, over = commits.end(state, status="failed", failure=failure, at_s=at_s)
             return state, (*commands, *over)
-        state = replace(state, raised=(*state.raised, (node, failure.step)))
+        raised = (*state.blame.raised, (node, failure.step))
+        state = replace(state, blame=replace(state.blame, raised=raised))
         what = f"Lazarus failed: {why}"
         state, more = members.lose(state, (node,), cause=what, at_s=at_s, is_silent=True)
         commands += more
@@ -76,19 +82,23 @@ def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> D
 
 def _why(state: Control, node: int) -> str:
     """Which message of the node's workers was refused, and why; empty if none was."""
-    known = state.nodes.get(node)
-    found = [state.dropped[w] for w in (known.workers if known else ()) if w in state.dropped]
+    known = state.roster.nodes.get(node)
+    found = [
+        state.rejected.dropped[w]
+        for w in (known.workers if known else ())
+        if w in state.rejected.dropped
+    ]
     return "" if not found else f"{found[0][0]} of its worker was refused: {found[0][1]}"
 
 
 def _failure(state: Control, node: int, why: str) -> Failure:
-    (worker,) = [w for w in state.nodes[node].workers if w in state.dropped][:1]
+    (worker,) = [w for w in state.roster.nodes[node].workers if w in state.rejected.dropped][:1]
     return Failure(
         cause=Cause.INTERNAL,
         error="InternalError",
         message=f"node {node} waits for an answer to what was thrown away: {why}",
         node=node,
-        rank=state.seats.index(worker) if worker in state.seats else -1,
+        rank=state.standing.seats.index(worker) if worker in state.standing.seats else -1,
         step=state.step + 1,
         phase=state.phase.value,
     )

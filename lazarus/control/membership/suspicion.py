@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale
 from lazarus.control.commit import commits
 from lazarus.control.membership import members
 from lazarus.control.messages import Suspicion
@@ -31,12 +31,13 @@ def on_suspicion(state: Control, worker: str, body: Suspicion, *, at_s: float) -
     steady = state.phase in (Phase.RUNNING, Phase.RECONNECTING)
     current = state.resumed if steady else state.generation
     if not (steady or state.phase is Phase.PREPARING) or body.generation != current:
-        return replace(state, stale=state.stale + 1), ()
-    node = state.workers[worker].node
-    if node not in state.complaints and not body.store:
-        state = replace(state, complaints=(*state.complaints, node))
-    if state.suspicion_s is None:
-        state = replace(state, suspicion_s=at_s)
+        return one_more_stale(state), ()
+    node = state.roster.workers[worker].node
+    if node not in state.blame.complaints and not body.store:
+        complaints = (*state.blame.complaints, node)
+        state = replace(state, blame=replace(state.blame, complaints=complaints))
+    if state.blame.suspicion_s is None:
+        state = replace(state, blame=replace(state.blame, suspicion_s=at_s))
     return state, ()
 
 
@@ -44,15 +45,22 @@ def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Decision:
     """Exclude a copy that cannot be read, and begin again if a restore was using the copy."""
     if body.storage_url:
         refusal = (body.storage_url, body.operation, body.error)
-        state = replace(state, refused=state.refused | {body.bad_source}, refusal=refusal)
+        refused = state.storage.refused | {body.bad_source}
+        state = replace(state, storage=replace(state.storage, refused=refused, refusal=refusal))
     if not state.resumed:
         failure = change.storage_failure(
-            replace(state, refusal=(body.storage_url, body.operation, body.error)),
+            replace(
+                state,
+                storage=replace(
+                    state.storage, refusal=(body.storage_url, body.operation, body.error)
+                ),
+            ),
             what="cannot start",
         )
         status: Status = "failed" if state.config.resume is None else "short"
         return commits.end(state, status=status, failure=failure, at_s=at_s)
-    state = replace(state, bad_sources=state.bad_sources | {body.bad_source})
+    bad = state.storage.bad_sources | {body.bad_source}
+    state = replace(state, storage=replace(state.storage, bad_sources=bad))
     reading = state.phase in (Phase.ALIGNING, Phase.PREPARING)
     if not reading or body.generation != state.generation:
         return state, ()
@@ -62,7 +70,7 @@ def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Decision:
 def is_due(state: Control, *, at_s: float) -> bool:
     """Whether the grace period since the first failed collective is over."""
     grace = state.config.timeouts.suspicion_grace_s
-    return state.suspicion_s is not None and at_s - state.suspicion_s >= grace
+    return state.blame.suspicion_s is not None and at_s - state.blame.suspicion_s >= grace
 
 
 def all_wait(state: Control, *, at_s: float) -> bool:
@@ -74,7 +82,7 @@ def all_wait(state: Control, *, at_s: float) -> bool:
     """
     timeouts = state.config.timeouts
     if state.phase is Phase.RUNNING:
-        awaited = [w for w in state.seats if w not in state.paused]
+        awaited = [w for w in state.standing.seats if w not in state.pausing.paused]
         limit_s = timeouts.no_progress_s
     elif state.phase is Phase.PREPARING and state.transition is not None:
         transition = state.transition
@@ -82,7 +90,7 @@ def all_wait(state: Control, *, at_s: float) -> bool:
         limit_s = timeouts.group_wait_s
     else:
         return False
-    known = [state.workers.get(worker) for worker in awaited]
+    known = [state.roster.workers.get(worker) for worker in awaited]
     return bool(known) and all(
         w is not None and w.waiting and at_s - max(state.phase_s, w.progress_s) > limit_s
         for w in known
@@ -91,7 +99,8 @@ def all_wait(state: Control, *, at_s: float) -> bool:
 
 def on_stall(state: Control, *, at_s: float) -> Decision:
     """Fence the stalled generation: each rank reports where it waits, and groups are rebuilt."""
-    return settle(replace(state, complaints=()), at_s=at_s, reason=STALLED)
+    state = replace(state, blame=replace(state.blame, complaints=()))
+    return settle(state, at_s=at_s, reason=STALLED)
 
 
 def settle(state: Control, *, at_s: float, reason: str = "collective_error") -> Decision:
@@ -101,9 +110,9 @@ def settle(state: Control, *, at_s: float, reason: str = "collective_error") -> 
     fail only after these two give up. After ``MAX_ERRORS`` such generations the higher serial of
     the pair named most often is lost. After ``MAX_ATTEMPTS`` generations the run ends.
     """
-    errors = (*state.errors, state.complaints[:2])
-    state = replace(state, errors=errors, complaints=())
-    taking_part = set(state.members)
+    errors = (*state.blame.errors, state.blame.complaints[:2])
+    state = replace(state, blame=replace(state.blame, errors=errors, complaints=()))
+    taking_part = set(state.standing.members)
     if state.transition is not None:
         taking_part |= set(state.transition.next_nodes)
     telling = tuple(pair for pair in errors if pair)

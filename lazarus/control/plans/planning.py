@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.control.cluster.state import Control, Transition
+from lazarus.control.cluster.state import Control
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.messages import Aligned
 from lazarus.control.plans.verdict import SlotMemory, slots_for
 from lazarus.control.ports import Publish
@@ -38,7 +39,7 @@ def plan_for(state: Control, transition: Transition) -> Plan:
         memory=_memory(state, nodes, aligned),
     )
     request = request_for(state, load=history_of(aligned)[0], nodes=nodes, slots=slots)
-    base = state.base_plan
+    base = state.standing.base_plan
     gone = frozenset(base.node_ids) - set(nodes) if base else frozenset()
     if transition.reason == "rebalance" and config.placement is replan:
         return replan(request, previous=base, lost=gone, rebalance=True)
@@ -81,7 +82,7 @@ def _domains(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
 
     A node without a zone gets a domain of its own.
     """
-    zones = [state.nodes[node].zone for node in nodes]
+    zones = [state.roster.nodes[node].zone for node in nodes]
     if not any(zones):
         return ()
     return tuple(zone or f"node {node}" for zone, node in zip(zones, nodes, strict=True))
@@ -89,7 +90,7 @@ def _domains(state: Control, nodes: tuple[int, ...]) -> tuple[str, ...]:
 
 def _memory(state: Control, nodes: tuple[int, ...], aligned: Aligned) -> SlotMemory | None:
     """Memory per slot and per node; None if a node does not know its memory."""
-    least = min(state.nodes[node].memory_bytes for node in nodes)
+    least = min(state.roster.nodes[node].memory_bytes for node in nodes)
     if least <= 0 or not aligned.expert_bytes:
         return None
     room = state.config.memory_fraction * least

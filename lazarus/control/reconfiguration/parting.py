@@ -137,11 +137,11 @@ def judge_stall(
 ) -> tuple[Control, Publish]:
     """Publish where all ranks were waiting, with the nodes of the broken link if one is found.
 
-    A broken link takes the place of the newest entry of ``state.errors``.
+    A broken link takes the place of the newest entry of ``state.blame.errors``.
     """
-    pair = broken_pair(reports, state.seat_nodes)
-    if pair and state.errors:
-        state = replace(state, errors=(*state.errors[:-1], pair))
+    pair = broken_pair(reports, state.standing.seat_nodes)
+    if pair and state.blame.errors:
+        state = replace(state, blame=replace(state.blame, errors=(*state.blame.errors[:-1], pair)))
     labels = [r.tail.labels[-1] for r in reports.values() if r.tail.labels]
     fields = {
         "generation": state.resumed,

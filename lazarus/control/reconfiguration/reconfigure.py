@@ -11,7 +11,8 @@ from msgspec.structs import replace as changed
 from lazarus.checkpoint.restoring.policy import Hold
 from lazarus.checkpoint.restoring.restore_choice import Fail
 from lazarus.control.cluster.roster import all_in, candidates, leaving, workers_of
-from lazarus.control.cluster.state import Control, Decision, Phase, Transition
+from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.commit import commits
 from lazarus.control.commit.exactly_once import num_samples_in
 from lazarus.control.messages import (
@@ -58,12 +59,12 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         planned: Whether all ranks have paused for this, or the run was holding.
     """
     state, commands = commits.flush(state, at_s=at_s)
-    voters = tuple(sorted(state.members))
+    voters = tuple(sorted(state.standing.members))
     waiting = candidates(state)
     restarts = bool(state.resumed and not voters)
     if not state.resumed or restarts:
         voters, joiners = waiting, waiting[:0]
-    elif state.stopping:
+    elif state.ending.stopping:
         joiners = ()
     elif planned or len(voters) < state.config.min_nodes:
         joiners = waiting[: _room(state, voters)]
@@ -89,19 +90,17 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         "leavers": list(leavers),
         "reason": reason,
     }
+    state = with_timeline(state, reason=reason, at_s=at_s)
     state = replace(
-        with_timeline(state, reason=reason, at_s=at_s),
+        state,
         generation=generation,
         phase=Phase.FENCING,
         phase_s=at_s,
         transition=transition,
-        paused={},
-        pause_sent=False,
-        suspicion_s=None,
-        complaints=(),
-        finalized={},
-        digests={},
-        undecided=False,
+        pausing=replace(state.pausing, paused={}, pause_sent=False),
+        blame=replace(state.blame, suspicion_s=None, complaints=()),
+        ending=replace(state.ending, finalized={}, digests={}),
+        agreement=replace(state.agreement, undecided=False),
     )
     order = Fence(generation=generation)
     told = TellAll(workers=workers_of(state, voters + joiners), body=order)
@@ -111,7 +110,7 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
 def _room(state: Control, voters: tuple[int, ...]) -> int:
     limit = state.config.max_nodes
     if limit is None:
-        return len(state.nodes)
+        return len(state.roster.nodes)
     return max(0, limit - len(voters) + len(leaving(state, voters)))
 
 
@@ -123,14 +122,16 @@ def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Deci
         or transition is None
         or body.generation != transition.generation
     ):
-        return replace(state, stale=state.stale + 1), ()
+        return one_more_stale(state), ()
     body = _on_history(state, _of_now(state, body))
     transition = replace(transition, reports={**transition.reports, worker: body})
     state = replace(state, transition=transition)
-    if state.workers[worker].node in transition.voters:
+    if state.roster.workers[worker].node in transition.voters:
         # Vectors stay known even if this attempt or the reporting rank is lost (rules 19, 21).
         fresh = {v.step: changed(v, at_s=at_s) for v in body.vectors if v.step > state.step}
-        state = replace(state, known={**fresh, **state.known})
+        state = replace(
+            state, committed=replace(state.committed, known={**fresh, **state.committed.known})
+        )
     asked = transition.voters + transition.joiners
     if not all_in(state, asked, transition.reports):
         return state, ()
@@ -150,7 +151,7 @@ def _on_history(state: Control, body: Report) -> Report:
     takes it at ALIGN, so its report is changed to the step of the rollback. Reports need no
     correction once a later generation has resumed.
     """
-    generation, step = state.rolled
+    generation, step = state.standing.rolled
     if body.entered >= generation or state.resumed > generation:
         return body
     return changed(body, committed=step, prepared=step, vectors=())
@@ -161,7 +162,7 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
         return _restart(state, transition, at_s=at_s)
     voting = workers_of(state, transition.voters)
     reports = {worker: transition.reports[worker] for worker in voting}
-    if failure := parting.ranks_parted(reports, state.seats):
+    if failure := parting.ranks_parted(reports, state.standing.seats):
         return commits.end(state, status="failed", failure=failure, at_s=at_s)
     told: tuple[Command, ...] = ()
     if transition.reason == parting.STALLED:
@@ -200,8 +201,12 @@ def _restart(state: Control, transition: Transition, *, at_s: float) -> Decision
 
 def _evidence(state: Control) -> dict[int, Vector]:
     """Vectors that a verdict may need, by step, with that of the newest journaled commit."""
-    newest = {} if state.newest is None else {state.newest.step: state.newest}
-    return newest | dict(state.known)
+    newest = (
+        {}
+        if state.committed.newest is None
+        else {state.committed.newest.step: state.committed.newest}
+    )
+    return newest | dict(state.committed.known)
 
 
 def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Decision:
@@ -212,7 +217,7 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> De
         or transition is None
         or body.generation != transition.generation
     ):
-        return replace(state, stale=state.stale + 1), ()
+        return one_more_stale(state), ()
     transition = replace(transition, aligned={**transition.aligned, worker: body})
     state = replace(state, transition=transition)
     if not all_in(state, transition.voters, transition.aligned):
@@ -232,11 +237,14 @@ def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> De
     state = mark(state, "align", at_s - transition.phase_s)
     state = replace(
         state,
-        shape=(body.num_layers, body.num_experts),
-        top_k=body.top_k,
-        history=history_of(body),
-        num_samples=num_samples_in(body.scalars),
-        record_bytes=(body.dense_bytes, body.expert_bytes),
+        standing=replace(
+            state.standing,
+            shape=(body.num_layers, body.num_experts),
+            top_k=body.top_k,
+            num_samples=num_samples_in(body.scalars),
+            record_bytes=(body.dense_bytes, body.expert_bytes),
+        ),
+        committed=replace(state.committed, history=history_of(body)),
     )
     state, more = prepare(state, at_s=at_s)
     return state, commands + more
@@ -247,7 +255,7 @@ def prepare(state: Control, *, at_s: float) -> Decision:
     transition = state.transition
     assert transition is not None
     nodes = transition.next_nodes
-    if len(nodes) < state.config.min_nodes and not state.stopping:
+    if len(nodes) < state.config.min_nodes and not state.ending.stopping:
         reason = f"{len(nodes)} of at least {state.config.min_nodes} nodes"
         return hold(state, reason=reason, at_s=at_s)
     try:
@@ -267,7 +275,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
     owners = holders(transition.aligned, feeders)
     wanted = needs(plan, num_seats=len(seats))
     moves, lost = schedule_moves(wanted, owners)
-    if lost and state.stopping and len(nodes) < state.config.min_nodes:
+    if lost and state.ending.stopping and len(nodes) < state.config.min_nodes:
         return _cannot_save(state, transition, lost, at_s=at_s)
     restarts = transition.restarts
     if lost and not restarts and checkpoint_awaited(state, transition, plan, lost, at_s=at_s):
@@ -285,12 +293,12 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
     elif not transition.leavers and heals_behind(
         moves,
         mode=state.config.heal,
-        record_bytes=state.record_bytes[1],
+        record_bytes=state.standing.record_bytes[1],
         before_bytes=_HEAL_BEFORE_BYTES,
     ):
         moves, behind = split_moves(moves, owners=owners, wanted=wanted)
     fed = _fed(state, transition, seats=seats, feeders=feeders)
-    moved = len(moves) * state.record_bytes[1] + len(fed) * state.record_bytes[0]
+    moved = len(moves) * state.standing.record_bytes[1] + len(fed) * state.standing.record_bytes[0]
     transition = replace(
         transition,
         plan=plan,
@@ -340,7 +348,7 @@ def _told_to_prepare(
         history=any_aligned.history,
         restores=transition.restores,
         speeds=_speeds(state, nodes),
-        lineage=lineage_text(state.lineage),
+        lineage=lineage_text(state.standing.lineage),
         reload="" if back is None or transition.restarts else place_of_checkpoint(state, back),
         # Only at the start: later, a joiner waiting for slow storage would delay all ranks.
         probe=state.config.probes_place and not state.resumed,
@@ -363,7 +371,7 @@ def waited_enough(state: Control, *, at_s: float) -> bool:
 
 
 def _seats(state: Control, workers: tuple[str, ...]) -> tuple[Seat, ...]:
-    known = state.workers
+    known = state.roster.workers
     return tuple([_seat(w, k.node, k.host, k.keeper) for w in workers for k in (known[w],)])
 
 
@@ -373,7 +381,7 @@ def _seat(worker: str, node: int, host: str, keeper: str) -> Seat:
 
 
 def _speeds(state: Control, nodes: tuple[int, ...]) -> tuple[float, ...]:
-    weights = [state.next_speeds.get(node, 1.0) for node in nodes]
+    weights = [state.tuning.next_speeds.get(node, 1.0) for node in nodes]
     if all(weight == 1.0 for weight in weights):
         return ()
     return tuple(w for w in weights for _ in range(state.config.ranks_per_node))
@@ -388,10 +396,12 @@ def _cannot_save(
     state: Control, transition: Transition, lost: tuple[tuple[int, int], ...], *, at_s: float
 ) -> Decision:
     """End a run that is stopped while holding and cannot be saved, because experts are lost."""
-    standing = max((c.step for c in state.checkpoints), default=None)
+    standing = max((c.step for c in state.storage.checkpoints), default=None)
     newest = "no checkpoint stands" if standing is None else f"the newest is of step {standing}"
     experts = f"{len(lost)} experts of it have no live replica"
-    message = f"{state.stopping}; step {transition.step} cannot be saved: {experts}; {newest}"
+    message = (
+        f"{state.ending.stopping}; step {transition.step} cannot be saved: {experts}; {newest}"
+    )
     failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=message)
     return commits.end(state, status="short", failure=failure, at_s=at_s)
 
@@ -406,7 +416,7 @@ def give_up(state: Control, decision: Fail, *, at_s: float) -> Decision:
         way_out="resume from a checkpoint",
         details=details,
     )
-    if state.refused:
+    if state.storage.refused:
         failure = replace(
             storage_failure(state, what=decision.reason), error="LostExpertError", details=details
         )
@@ -415,7 +425,7 @@ def give_up(state: Control, decision: Fail, *, at_s: float) -> Decision:
 
 def storage_failure(state: Control, *, what: str = "the run cannot go on") -> Failure:
     """The failure for a copy that storage does not return and that has no other source."""
-    url, operation, said = state.refusal
+    url, operation, said = state.storage.refusal
     return Failure(
         cause=Cause.STORAGE,
         error="CheckpointError",
@@ -438,29 +448,32 @@ def hold(state: Control, *, reason: str, at_s: float, broken: bool = False) -> D
         broken: Whether an invariant failed. New nodes then do not end the hold; only a stop, the
             loss of all members or the quorum timeout does.
     """
-    if state.stopping:  # a stopping run needs no more nodes
-        failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=state.stopping)
+    if state.ending.stopping:  # a stopping run needs no more nodes
+        failure = Failure(cause=Cause.REQUEST, error="StoppedError", message=state.ending.stopping)
         return commits.end(state, status="short", failure=failure, at_s=at_s)
     events: tuple[Command, ...] = ()
-    if state.hold_reason != reason:
+    if state.waiting.hold_reason != reason:
         fields = {
             "generation": state.generation,
             "reason": reason,
-            "nodes": sorted(state.members),
+            "nodes": sorted(state.standing.members),
             "needed": state.config.min_nodes,
             "broken": broken,
         }
         events = (Publish(t=at_s, event="quorum_lost", fields=fields),)
-        if state.config.nodes > len(state.nodes):
+        if state.config.nodes > len(state.roster.nodes):
             events += (TellDriver(body=StartNode(reason=reason)),)
     since = state.phase_s if state.phase is Phase.HOLDING else at_s
     state = replace(
         state,
         phase=Phase.HOLDING,
         phase_s=since,
-        hold_reason=reason,
-        tried=state.transition.next_nodes if state.transition else (),
-        broken=state.broken or broken,
+        waiting=replace(
+            state.waiting,
+            hold_reason=reason,
+            tried=state.transition.next_nodes if state.transition else (),
+            broken=state.waiting.broken or broken,
+        ),
         transition=None,
     )
     return state, events
@@ -483,14 +496,14 @@ def overdue(state: Control, *, at_s: float) -> tuple[int, ...]:
         waited_for = tuple(
             s.worker
             for s in transition.feeders
-            if s.worker not in transition.ready and not state.workers[s.worker].waiting
+            if s.worker not in transition.ready and not state.roster.workers[s.worker].waiting
         )
     else:
         return ()
     limit_s = state.config.timeouts.report_s
     late = (
-        state.workers[w].node
+        state.roster.workers[w].node
         for w in waited_for
-        if at_s - max(transition.phase_s, state.workers[w].progress_s) > limit_s
+        if at_s - max(transition.phase_s, state.roster.workers[w].progress_s) > limit_s
     )
     return tuple(sorted(set(late)))

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from lazarus.control.cluster.state import Control, Decision, Outvoted, Phase, Transition
+from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.commit import commits
 from lazarus.control.messages import Aligned, Held, Repaired, ReplicaMismatch
+from lazarus.control.parts.agreement import Outvoted
 from lazarus.control.ports import Publish
 from lazarus.failure import Cause, Failure, Status
 
@@ -144,15 +146,15 @@ def judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
     The run ends instead if ``on_mismatch`` is "stop", or if there was no majority at the start or
     too often.
     """
-    found = compare(transition.aligned, state.outvoted)
+    found = compare(transition.aligned, state.agreement.outvoted)
     if not (found.outvoted or found.is_tied):
-        return replace(state, outvoted=Outvoted()), ()
+        return replace(state, agreement=replace(state.agreement, outvoted=Outvoted())), ()
     events = _mismatches(state, transition, found, at_s=at_s)
     if state.config.on_mismatch == "stop":
         state, commands = stop(state, what=str(events[0].fields["what"]), at_s=at_s)
         return state, (*events, *commands)
     is_tied = found.is_tied or bool(found.tied)
-    recent = [step for step in state.ties if transition.step - step <= APART_STEPS]
+    recent = [step for step in state.agreement.ties if transition.step - step <= APART_STEPS]
     if is_tied and (not state.resumed or len(recent) + 1 >= STRIKES):
         state, commands = _give_up_on_ties(state, at_s=at_s)
         return state, (*events, *commands)
@@ -164,14 +166,15 @@ def judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
         goes_back=found.is_tied,
         is_tied=is_tied,
     )
-    return replace(state, transition=transition, outvoted=found.outvoted), events
+    agreement = replace(state.agreement, outvoted=found.outvoted)
+    return replace(state, transition=transition, agreement=agreement), events
 
 
 def _mismatches(
     state: Control, transition: Transition, found: Comparison, *, at_s: float
 ) -> tuple[Publish, ...]:
     """Events for the differences that are not published yet."""
-    fresh = found.outvoted.less(state.outvoted)
+    fresh = found.outvoted.less(state.agreement.outvoted)
     places: list[tuple[Expert, list[str], bool]] = []
     if found.is_tied:
         places.append(((-1, -1), sorted(transition.aligned), False))
@@ -191,8 +194,8 @@ def _mismatches(
                 "layer": layer,
                 "expert": expert,
                 "what": _sentence(state, (layer, expert), who, majority, step=transition.step),
-                "ranks": [state.seats.index(w) for w in who if w in state.seats],
-                "nodes": sorted({state.workers[w].node for w in who}),
+                "ranks": [state.standing.seats.index(w) for w in who if w in state.standing.seats],
+                "nodes": sorted({state.roster.workers[w].node for w in who}),
                 "majority": majority,
             },
         )
@@ -208,14 +211,14 @@ def place_name(layer: int, expert: int) -> str:
 def _sentence(
     state: Control, expert: Expert, workers: Iterable[str], majority: bool, *, step: int
 ) -> str:
-    nodes = ", ".join(str(node) for node in sorted({state.workers[w].node for w in workers}))
+    nodes = ", ".join(str(node) for node in sorted({state.roster.workers[w].node for w in workers}))
     verb = "differs on" if majority else "differs between"
     return f"{place_name(*expert)} {verb} node {nodes} after step {step}"
 
 
 def stop(state: Control, *, what: str, at_s: float) -> Decision:
     """End the run at the first difference, as ``recovery.on_mismatch = "stop"`` demands."""
-    resumable = bool(state.checkpoints) or state.config.resume is not None
+    resumable = bool(state.storage.checkpoints) or state.config.resume is not None
     failure = Failure(
         cause=Cause.NODE,
         error="StoppedError" if resumable else "LazarusError",
@@ -257,16 +260,16 @@ def on_odd(state: Control, body: ReplicaMismatch, *, at_s: float) -> Decision:
         state, commands = stop(state, what=str(fields.get("what", "")), at_s=at_s)
         return state, (event, *commands)
     if not fields.get("majority") and body.generation == state.resumed:
-        state = replace(state, undecided=True)
+        state = replace(state, agreement=replace(state.agreement, undecided=True))
     return state, (event,)
 
 
 def on_repaired(state: Control, worker: str, body: Repaired, *, at_s: float) -> Decision:
     """Publish a repair during training, and count a strike against the outvoted nodes."""
-    if body.generation != state.resumed or worker not in state.seats:
-        return replace(state, stale=state.stale + 1), ()
-    ranks = [rank for rank in body.ranks if 0 <= rank < len(state.seat_nodes)]
-    nodes = [state.seat_nodes[rank] for rank in ranks]
+    if body.generation != state.resumed or worker not in state.standing.seats:
+        return one_more_stale(state), ()
+    ranks = [rank for rank in body.ranks if 0 <= rank < len(state.standing.seat_nodes)]
+    nodes = [state.standing.seat_nodes[rank] for rank in ranks]
     state = with_strikes(state, nodes, step=body.step)
     place = (body.layer, body.expert)
     events = (
@@ -278,11 +281,11 @@ def on_repaired(state: Control, worker: str, body: Repaired, *, at_s: float) -> 
 
 def with_strikes(state: Control, nodes: Iterable[int], *, step: int) -> Control:
     """Note that these nodes were outvoted after ``step``; each step counts once."""
-    known = dict(state.outvotes)
+    known = dict(state.agreement.outvotes)
     for node in set(nodes):
         if step not in known.get(node, ()):
             known[node] = (*known.get(node, ()), step)
-    return replace(state, outvotes=known)
+    return replace(state, agreement=replace(state.agreement, outvotes=known))
 
 
 def at_resume(
@@ -290,8 +293,9 @@ def at_resume(
 ) -> tuple[Control, tuple[Publish, ...]]:
     """Publish the repairs that a RESUME completes, and count strikes against outvoted nodes."""
     if transition.is_tied:  # once for all attempts at this RESUME
-        state = replace(state, ties=(*state.ties, transition.step)[-STRIKES:])
-    bad = state.outvoted
+        ties = (*state.agreement.ties, transition.step)[-STRIKES:]
+        state = replace(state, agreement=replace(state.agreement, ties=ties))
+    bad = state.agreement.outvoted
     step, seats = transition.step, [seat.worker for seat in transition.seats]
     source = "checkpoint" if transition.goes_back else "peer"
     places: list[tuple[Expert, str, str]] = [((-1, -1), w, source) for w in sorted(bad.workers)]
@@ -302,14 +306,14 @@ def at_resume(
         known = "checkpoint" if (layer, expert) in restored else "peer"
         places.append(((layer, expert), worker, known))
     outvoted = [w for _, w, known in places if known == "peer"]
-    blamed = [state.workers[w].node for w in outvoted if w in state.workers]
+    blamed = [state.roster.workers[w].node for w in outvoted if w in state.roster.workers]
     state = with_strikes(state, blamed, step=step)
     events = tuple(
         _repaired(
             state,
             place,
             rank=seats.index(worker),
-            node=state.workers[worker].node,
+            node=state.roster.workers[worker].node,
             step=step,
             source=known,
             at_s=at_s,
@@ -317,7 +321,7 @@ def at_resume(
         for place, worker, known in places[:MOST_REPORTED]
         if worker in seats and _is_planned(transition, place, seats.index(worker))
     )
-    return replace(state, outvoted=Outvoted()), events
+    return replace(state, agreement=replace(state.agreement, outvoted=Outvoted())), events
 
 
 def _is_planned(transition: Transition, place: Expert, rank: int) -> bool:
@@ -346,9 +350,10 @@ def _repaired(
 
 def suspect(state: Control) -> int | None:
     """The first member that was outvoted after ``STRIKES`` or more steps; None if there is none."""
-    if state.phase is not Phase.RUNNING or len(state.members) < 2:
+    if state.phase is not Phase.RUNNING or len(state.standing.members) < 2:
         return None
-    often = (n for n in state.members if len(state.outvotes.get(n, ())) >= STRIKES)
+    known = state.agreement.outvotes
+    often = (n for n in state.standing.members if len(known.get(n, ())) >= STRIKES)
     return next(often, None)
 
 
@@ -359,7 +364,7 @@ def on_suspect(state: Control, node: int, *, at_s: float) -> tuple[Control, Publ
         The next state and the event. The event is None if another node was suspect within the last
         ``APART_STEPS`` steps; the caller then ends the run with ``end_by_user_code``.
     """
-    steps = state.outvotes[node]
+    steps = state.agreement.outvotes[node]
     fields = {
         "generation": state.resumed,
         "node": node,
@@ -368,16 +373,17 @@ def on_suspect(state: Control, node: int, *, at_s: float) -> tuple[Control, Publ
         "reason": f"outvoted by the other ranks after steps {', '.join(map(str, steps))}",
     }
     event = Publish(t=at_s, event="node_suspect", fields=fields)
-    before = [step for _, step in state.suspects if steps[-1] - step <= APART_STEPS]
+    before = [step for _, step in state.agreement.suspects if steps[-1] - step <= APART_STEPS]
     if before:
         return state, None
-    state = replace(state, suspects=(*state.suspects, (node, steps[-1])))
+    suspects = (*state.agreement.suspects, (node, steps[-1]))
+    state = replace(state, agreement=replace(state.agreement, suspects=suspects))
     return state, event
 
 
 def end_by_user_code(state: Control, node: int, *, at_s: float) -> Decision:
     """End the run because a second node is outvoted too often, which points to user code."""
-    first = state.suspects[-1][0]
+    first = state.agreement.suspects[-1][0]
     failure = Failure(
         cause=Cause.USER_CODE,
         error="LazarusError",

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lazarus.control.cluster.poison import awaited
 from lazarus.control.cluster.roster import workers_of
-from lazarus.control.cluster.state import Control, Decision, Phase, Transition, without
+from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale, without
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.commit import commits
 from lazarus.control.messages import Depart, Ready, Resume, StorageProblem
 from lazarus.control.plans.planning import adoption
@@ -42,7 +43,7 @@ def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Decisi
         or transition is None
         or body.generation != transition.generation
     ):
-        return replace(state, stale=state.stale + 1), ()
+        return one_more_stale(state), ()
     plan = transition.plan
     assert plan is not None
     if body.plan_digest != plan.digest:
@@ -65,7 +66,9 @@ def settle(state: Control, *, at_s: float) -> Decision:
     if troubled := _cannot_store(state, transition):
         return _without_place(state, transition, troubled, at_s=at_s)
     if odd := differently_read(transition):
-        state = replace(state, readable={**state.readable, **odd})
+        state = replace(
+            state, storage=replace(state.storage, readable={**state.storage.readable, **odd})
+        )
         return begin(state, reason="damaged_copy", at_s=at_s)
     if _awaits_word(state, at_s=at_s):
         return replace(state, transition=replace(transition, awaits_word=True)), ()
@@ -77,7 +80,7 @@ def settle(state: Control, *, at_s: float) -> Decision:
 
 def _awaits_word(state: Control, *, at_s: float) -> bool:
     """Whether to wait for a launcher's report that may show that the next step is poisoned."""
-    unsure = awaited(state.deaths, state.unexplained, step=state.step)
+    unsure = awaited(state.blame.deaths, state.blame.unexplained, step=state.step)
     return any(at_s - gone.at_s <= state.config.timeouts.news_s for gone in unsure)
 
 
@@ -86,7 +89,7 @@ def _cannot_store(state: Control, transition: Transition) -> dict[int, StoragePr
     if state.resumed:
         return {}
     return {
-        state.workers[worker].node: body.place
+        state.roster.workers[worker].node: body.place
         for worker, body in transition.ready.items()
         if body.place is not None
     }
@@ -116,8 +119,13 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     entry = _entry(state, transition, plan)
     if transition.rollback:
         if not transition.restarts:  # else ALIGNED had the history
-            state = replace(state, history=_reloaded_history(state, transition))
-        entry["history"] = base64.b64encode(state.history.astype("<f8").tobytes()).decode()
+            state = replace(
+                state,
+                committed=replace(state.committed, history=_reloaded_history(state, transition)),
+            )
+        entry["history"] = base64.b64encode(
+            state.committed.history.astype("<f8").tobytes()
+        ).decode()
     state = mark_resume(state, transition, at_s=at_s)
     adapted = adapting.at_resume(state, plan)
     entry["adapted"] = [] if adapted is None else list(astuple(adapted))
@@ -126,10 +134,11 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     state, repaired = repair.at_resume(state, transition, at_s=at_s)
     over = bool(bills) and over_budget(state)
     if over:
-        state = replace(state, plt_spent=plt_of(state))
-    double = over or (state.doubling and not _has_committed(state, transition))
+        state = replace(state, saving=replace(state.saving, plt_spent=plt_of(state)))
+    double = over or (state.saving.doubling and not _has_committed(state, transition))
     entry["double_k"] = double
-    state = replace(_resumed(state, transition, plan, at_s=at_s), adapted=adapted, doubling=double)
+    state = _resumed(state, transition, plan, at_s=at_s)
+    state = replace(state, saving=replace(state.saving, adapted=adapted, doubling=double))
     told = _told_to_resume(before, state, transition, plan)
     events = _resume_events(before, state, transition, plan, at_s=at_s)
     return state, (Journal(entry=entry), *told, *events, *bills, *repaired)
@@ -138,34 +147,47 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
 def _resumed(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Control:
     """The controller's state after RESUME, in phase RUNNING."""
     nodes = transition.next_nodes
-    lineage = (*state.lineage, (transition.generation, transition.step))
+    lineage = (*state.standing.lineage, (transition.generation, transition.step))
     return replace(
         state,
         phase=Phase.RUNNING,
         phase_s=at_s,
         resumed=transition.generation,
         step=transition.step if transition.rollback else max(state.step, transition.step),
-        saves=saves.after_resume(state, lineage),
-        past_seats=saves.seats_remembered(state),
-        ordered=min(state.ordered, transition.step),
-        members=nodes,
-        seats=tuple([seat.worker for seat in transition.seats]),
-        seat_nodes=tuple([seat.node for seat in transition.seats]),
-        rolled=(transition.generation, transition.step) if transition.rollback else state.rolled,
-        speeds=_weights(state, nodes),
-        wants="",
-        streaks={},
-        plan=plan,
-        base_plan=plan if state.base_plan is None else state.base_plan,
-        lineage=lineage,
-        known={},
-        dropped={},
-        readable={},
-        newest=None if transition.rollback else state.newest,
+        saving=replace(
+            state.saving,
+            saves=saves.after_resume(state, lineage),
+            ordered=min(state.saving.ordered, transition.step),
+        ),
+        standing=replace(
+            state.standing,
+            past_seats=saves.seats_remembered(state),
+            members=nodes,
+            seats=tuple([seat.worker for seat in transition.seats]),
+            seat_nodes=tuple([seat.node for seat in transition.seats]),
+            rolled=(transition.generation, transition.step)
+            if transition.rollback
+            else state.standing.rolled,
+            plan=plan,
+            base_plan=plan if state.standing.base_plan is None else state.standing.base_plan,
+            lineage=lineage,
+        ),
+        tuning=replace(state.tuning, speeds=_weights(state, nodes), streaks={}),
+        pausing=replace(state.pausing, wants=""),
+        committed=replace(
+            state.committed,
+            known={},
+            newest=None if transition.rollback else state.committed.newest,
+        ),
+        rejected=replace(state.rejected, dropped={}),
+        storage=replace(state.storage, readable={}),
         transition=None,
-        hold_reason="",
-        nodes=without(state.nodes, transition.leavers),
-        workers=without(state.workers, workers_of(state, transition.leavers)),
+        waiting=replace(state.waiting, hold_reason=""),
+        roster=replace(
+            state.roster,
+            nodes=without(state.roster.nodes, transition.leavers),
+            workers=without(state.roster.workers, workers_of(state, transition.leavers)),
+        ),
     )
 
 
@@ -177,13 +199,13 @@ def _told_to_resume(
         generation=transition.generation,
         step=transition.step,
         plan_digest=plan.digest,
-        lineage=lineage_text(state.lineage),
-        double_k=state.doubling,
+        lineage=lineage_text(state.standing.lineage),
+        double_k=state.saving.doubling,
         save_all=saves.none_stands(state),
-        halt=bool(state.stopping),
-        **({} if state.adapted is None else asdict(state.adapted)),
+        halt=bool(state.ending.stopping),
+        **({} if state.saving.adapted is None else asdict(state.saving.adapted)),
     )
-    told: list[Command] = [TellAll(workers=state.seats, body=order)]
+    told: list[Command] = [TellAll(workers=state.standing.seats, body=order)]
     if departed := workers_of(before, transition.leavers):
         told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
     return told
@@ -191,7 +213,7 @@ def _told_to_resume(
 
 def _has_committed(state: Control, transition: Transition) -> bool:
     """Whether a step was committed since the previous RESUME, so that its orders are in force."""
-    return not state.lineage or transition.step > state.lineage[-1][1]
+    return not state.standing.lineage or transition.step > state.standing.lineage[-1][1]
 
 
 def _entry(state: Control, transition: Transition, plan: Plan) -> dict[str, Any]:
@@ -207,25 +229,27 @@ def _entry(state: Control, transition: Transition, plan: Plan) -> dict[str, Any]
         "seat_nodes": [seat.node for seat in transition.seats],
         "speeds": [[n, w] for n, w in sorted(_weights(state, nodes).items())],
         "plan": plan.to_dict(),
-        "shape": list(state.shape),
-        "record_bytes": list(state.record_bytes),
+        "shape": list(state.standing.shape),
+        "record_bytes": list(state.standing.record_bytes),
         "restores": [restored_entry(restore) for restore in transition.restores],
         "rollback": transition.rollback,
-        "top_k": state.top_k,
-        "num_samples": state.num_samples,
+        "top_k": state.standing.top_k,
+        "num_samples": state.standing.num_samples,
     }
 
 
 def _weights(state: Control, nodes: tuple[int, ...]) -> dict[int, float]:
     """The share weights of these nodes from now on; only weights below 1 are listed."""
-    found = [(node, state.next_speeds[node]) for node in nodes if node in state.next_speeds]
+    found = [
+        (node, state.tuning.next_speeds[node]) for node in nodes if node in state.tuning.next_speeds
+    ]
     return {node: weight for node, weight in found if weight < 1.0}
 
 
 def _reloaded_history(state: Control, transition: Transition) -> NDArray[np.float64]:
     """The load history that the ranks read from the checkpoint, float64 [3, L, E]."""
     body = next(iter(transition.ready.values()))
-    return np.frombuffer(body.history, dtype="<f8").reshape((3, *state.shape))
+    return np.frombuffer(body.history, dtype="<f8").reshape((3, *state.standing.shape))
 
 
 def _resume_events(
@@ -241,21 +265,21 @@ def _resume_events(
             "checkpoint": place_of_checkpoint(state, transition.step).rpartition(" ")[0],
         }
         events.append(Publish(t=at_s, event="run_restarted", fields=fields))
-    if before.hold_reason:
-        fields = {"generation": generation, "nodes": list(state.members)}
+    if before.waiting.hold_reason:
+        fields = {"generation": generation, "nodes": list(state.standing.members)}
         events.append(Publish(t=at_s, event="quorum_regained", fields=fields))
     if not before.resumed:
         fields = {
             "schema": 1,
             "run": state.config.run_id,
-            "num_nodes": len(state.members),
-            "world_size": len(state.seats),
+            "num_nodes": len(state.standing.members),
+            "world_size": len(state.standing.seats),
             "steps": state.config.steps,
             "start_step": transition.step,
-            "nodes": list(state.members),
-            "num_layers": state.shape[0],
-            "num_experts": state.shape[1],
-            "top_k": state.top_k,
+            "nodes": list(state.standing.members),
+            "num_layers": state.standing.shape[0],
+            "num_experts": state.standing.shape[1],
+            "top_k": state.standing.top_k,
         }
         fields = {"generation": generation, **fields}
         events.append(Publish(t=at_s, event="run_started", fields=fields))
@@ -271,4 +295,4 @@ def _resume_events(
             Publish(t=at_s, event="node_left", fields={"generation": generation, "node": node})
         )
     events += adoption(state, transition, plan, at_s=at_s)
-    return (*events, *adapting.adapted_events(state, before.adapted, at_s=at_s))
+    return (*events, *adapting.adapted_events(state, before.saving.adapted, at_s=at_s))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lazarus.control.cluster.state import Control, Timeline, Transition
+from lazarus.control.cluster.state import Control
+from lazarus.control.cluster.transition import Timeline, Transition
 
 
 def with_timeline(state: Control, *, reason: str, at_s: float) -> Control:

@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -20,12 +19,15 @@ import numpy as np
 from lazarus.checkpoint.restoring import plt, restore_choice
 from lazarus.checkpoint.selection import adaptive
 from lazarus.control import messages, ports
-from lazarus.control.cluster import state
-from lazarus.control.cluster.state import Control, ControlConfig
+from lazarus.control.cluster.state import Control, ControlConfig, fields_of, with_fields
+from lazarus.control.parts import agreement, roster, saving
 from lazarus.control.restart.replay import blank_state
 from placement import Plan, rebalance
 
-_ROOMS: tuple[ModuleType, ...] = (state, messages, ports, restore_choice, adaptive, plt, rebalance)
+_ROOMS: tuple[ModuleType, ...] = (
+    *(roster, saving, agreement),
+    *(messages, ports, restore_choice, adaptive, plt, rebalance),
+)
 _KIND = "~"  # marks a JSON object that stands for something else
 _AS_PLAN = "as plan"  # stands for ``base_plan`` if it is the same object as ``plan``
 
@@ -41,13 +43,12 @@ def folded_text(replayed: Control, *, known: Known) -> str:
         known: A cache, filled by earlier calls. A field that is still the same object is not
             encoded again, for example the plan of a thousand ranks.
     """
-    blank = blank_state(replayed.config)
+    blank = fields_of(blank_state(replayed.config))
     parts = []
-    for field in dataclasses.fields(Control):
-        name, value = field.name, getattr(replayed, field.name)
-        if name == "config" or _same(value, getattr(blank, name)):
+    for name, value in fields_of(replayed).items():
+        if name == "config" or _same(value, blank[name]):
             continue
-        if name == "base_plan" and value is replayed.plan:
+        if name == "base_plan" and value is replayed.standing.plan:
             text = json.dumps(_AS_PLAN)
         elif name in known and known[name][0] is value:
             text = known[name][1]
@@ -68,7 +69,7 @@ def unfolded(data: Mapping[str, Any], config: ControlConfig) -> Control:
         fields = {name: _get(item) for name, item in data.items()}
         if data.get("base_plan") == _AS_PLAN:
             fields["base_plan"] = fields["plan"]
-        return replace(blank_state(config), **fields)
+        return with_fields(blank_state(config), fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no folded state: {type(error).__name__}: {error}") from error
 

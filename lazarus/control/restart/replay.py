@@ -13,9 +13,13 @@ from lazarus.checkpoint.restoring.plt import PltLedger
 from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
 from lazarus.checkpoint.selection.adaptive import Adapted
 from lazarus.control.cluster import evidence
-from lazarus.control.cluster.state import Control, ControlConfig, Node, Phase
+from lazarus.control.cluster.state import Control, ControlConfig, Phase
 from lazarus.control.commit.commits import commit_events, counts_of
 from lazarus.control.messages import Vector
+from lazarus.control.parts.roster import Node
+from lazarus.control.parts.saving import Saving
+from lazarus.control.parts.standing import Standing
+from lazarus.control.parts.storage import Storage
 from lazarus.control.ports import Publish, Stored
 from lazarus.control.saving.saves import seats_remembered
 from lazarus.control.vector import advance_history, start_history
@@ -31,11 +35,9 @@ def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
         phase_s=now_s,
         step=config.start_step,
         generation=config.start_generation,
-        lineage=config.start_lineage,
-        checkpoints=config.checkpoints,
-        stored=config.stored,
-        plt=config.start_plt,
-        plt_spent=config.start_plt_spent,
+        standing=Standing(lineage=config.start_lineage),
+        storage=Storage(checkpoints=config.checkpoints, stored=config.stored),
+        saving=Saving(plt=config.start_plt, plt_spent=config.start_plt_spent),
     )
 
 
@@ -66,12 +68,16 @@ def awakened(state: Control, *, now_s: float) -> Control:
     """
     state = replace(state, term=state.term + 1, started_s=now_s, phase_s=now_s)
     if not state.resumed:
-        return replace(state, nodes={}, next_serial=state.next_serial)
-    wanted = set(state.members)
+        return replace(
+            state, roster=replace(state.roster, nodes={}, next_serial=state.roster.next_serial)
+        )
+    wanted = set(state.standing.members)
     return replace(
         state,
         phase=Phase.RECONNECTING,
-        nodes={n: node for n, node in state.nodes.items() if n in wanted},
+        roster=replace(
+            state.roster, nodes={n: node for n, node in state.roster.nodes.items() if n in wanted}
+        ),
     )
 
 
@@ -100,7 +106,7 @@ def missing_commits(
             found = []  # events of void commits are not published
             fields = {"generation": int(entry["generation"]), "step": int(entry["step"])}
             if not said("rolled_back", fields["generation"], fields["step"]):
-                at_s = 0.0 if state.newest is None else state.newest.at_s
+                at_s = 0.0 if state.committed.newest is None else state.committed.newest.at_s
                 found.append(Publish(t=at_s, event="rolled_back", fields=fields))
         state = replayed(state, entry)
     return iter(found)
@@ -129,29 +135,52 @@ def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
             empty = Node(key=str(entry["key"]), workers=("",) * state.config.ranks_per_node)
             return replace(
                 state,
-                next_serial=max(state.next_serial, serial + 1),
-                nodes={**state.nodes, serial: empty},
+                roster=replace(
+                    state.roster,
+                    next_serial=max(state.roster.next_serial, serial + 1),
+                    nodes={**state.roster.nodes, serial: empty},
+                ),
             )
         case "claim":
             voters = set(entry["members"])  # members without a vote are lost (rule 38)
-            members = tuple(n for n in state.members if n in voters)
-            return replace(state, generation=int(entry["generation"]), members=members)
+            members = tuple(n for n in state.standing.members if n in voters)
+            return replace(
+                state,
+                generation=int(entry["generation"]),
+                standing=replace(state.standing, members=members),
+            )
         case "commits":
             vectors = [vector_of(commit) for commit in entry["commits"]]
-            history, last = state.history, vectors[-1]
+            history, last = state.committed.history, vectors[-1]
             for vector in vectors:
                 lanes = np.frombuffer(vector.lanes, dtype="<f8")
                 history = advance_history(history, counts_of(state, lanes))
-            base = state.plan if last.generation == state.resumed else state.base_plan
-            return replace(state, step=last.step, base_plan=base, history=history, newest=last)
+            base = (
+                state.standing.plan
+                if last.generation == state.resumed
+                else state.standing.base_plan
+            )
+            return replace(
+                state,
+                step=last.step,
+                standing=replace(state.standing, base_plan=base),
+                committed=replace(state.committed, history=history, newest=last),
+            )
         case "resume":
             return _resumed(state, entry)
         case "fault":
             key = (str(entry["worker"]), int(entry["number"]))
-            specs = state.fired_specs | ({str(entry["spec"])} if "spec" in entry else set())
-            return replace(state, struck=state.struck | {key}, fired_specs=specs)
+            specs = state.injected.fired_specs | (
+                {str(entry["spec"])} if "spec" in entry else set()
+            )
+            return replace(
+                state,
+                injected=replace(
+                    state.injected, struck=state.injected.struck | {key}, fired_specs=specs
+                ),
+            )
         case "evaluated":
-            return replace(state, evaluated=int(entry["step"]))
+            return replace(state, committed=replace(state.committed, evaluated=int(entry["step"])))
         case "manifest":
             stored = tuple(
                 Stored(layer=x, expert=e, generation=g, step=t, routed=r)
@@ -161,19 +190,23 @@ def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
                 StoredCheckpoint(generation=g, step=t, is_full=full)
                 for g, t, full in entry["standing"]
             )
-            return replace(state, checkpoints=standing, stored=stored, ordered=int(entry["step"]))
+            return replace(
+                state,
+                storage=replace(state.storage, checkpoints=standing, stored=stored),
+                saving=replace(state.saving, ordered=int(entry["step"])),
+            )
     return state
 
 
 def _ledger(state: Control, entry: Mapping[str, Any]) -> PltLedger:
     """The ledger of lost tokens after a RESUME entry; ``state`` has the entry's load history."""
-    ledger = state.plt
+    ledger = state.saving.plt
     if entry["rollback"]:
-        ledger = ledger.rolled_back(state.routed.tolist())
+        ledger = ledger.rolled_back(state.committed.routed.tolist())
     for restore in entry["restores"]:
         if restore["detail"]:
             layer, expert = int(restore["layer"]), int(restore["expert"])
-            routed = int(state.routed[layer, expert])
+            routed = int(state.committed.routed[layer, expert])
             ledger, _ = ledger.restored(
                 layer=layer,
                 expert=expert,
@@ -194,7 +227,7 @@ def _adapted(figures: Sequence[int]) -> Adapted | None:
 def _resumed(state: Control, entry: Mapping[str, Any]) -> Control:
     plan = Plan.from_dict(entry["plan"])
     layers, experts = int(entry["shape"][0]), int(entry["shape"][1])
-    history = state.history
+    history = state.committed.history
     if history.shape != (3, layers, experts):
         history = start_history(layers, experts)
     if entry["rollback"]:
@@ -204,26 +237,38 @@ def _resumed(state: Control, entry: Mapping[str, Any]) -> Control:
     return replace(
         state,
         generation=generation,
-        past_seats=seats_remembered(state) if state.resumed else {},
-        ordered=min(state.ordered, step),
+        standing=replace(
+            state.standing,
+            past_seats=seats_remembered(state) if state.resumed else {},
+            top_k=int(entry["top_k"]),
+            num_samples=int(entry.get("num_samples", 0)),
+            members=tuple(int(n) for n in entry["nodes"]),
+            seats=tuple(str(w) for w in entry["seats"]),
+            seat_nodes=tuple(int(n) for n in entry["seat_nodes"]),
+            rolled=(generation, step) if entry["rollback"] else state.standing.rolled,
+            plan=plan,
+            base_plan=plan if state.standing.base_plan is None else state.standing.base_plan,
+            lineage=(*state.standing.lineage, (generation, step)),
+            shape=(layers, experts),
+            record_bytes=(int(entry["record_bytes"][0]), int(entry["record_bytes"][1])),
+        ),
+        saving=replace(
+            state.saving,
+            ordered=min(state.saving.ordered, step),
+            adapted=_adapted(entry["adapted"]),
+            doubling=bool(entry.get("double_k", False)),
+            plt=_ledger(replace(state, committed=replace(state.committed, history=history)), entry),
+        ),
         resumed=generation,
         step=step if entry["rollback"] else max(state.step, step),
-        newest=None if entry["rollback"] else state.newest,
-        top_k=int(entry["top_k"]),
-        num_samples=int(entry.get("num_samples", 0)),
-        members=tuple(int(n) for n in entry["nodes"]),
-        seats=tuple(str(w) for w in entry["seats"]),
-        seat_nodes=tuple(int(n) for n in entry["seat_nodes"]),
-        rolled=(generation, step) if entry["rollback"] else state.rolled,
-        adapted=_adapted(entry["adapted"]),
-        doubling=bool(entry.get("double_k", False)),
-        speeds={int(n): float(w) for n, w in entry["speeds"]},
-        next_speeds={int(n): float(w) for n, w in entry["speeds"]},
-        plan=plan,
-        base_plan=plan if state.base_plan is None else state.base_plan,
-        lineage=(*state.lineage, (generation, step)),
-        shape=(layers, experts),
-        plt=_ledger(replace(state, history=history), entry),
-        history=history,
-        record_bytes=(int(entry["record_bytes"][0]), int(entry["record_bytes"][1])),
+        committed=replace(
+            state.committed,
+            newest=None if entry["rollback"] else state.committed.newest,
+            history=history,
+        ),
+        tuning=replace(
+            state.tuning,
+            speeds={int(n): float(w) for n, w in entry["speeds"]},
+            next_speeds={int(n): float(w) for n, w in entry["speeds"]},
+        ),
     )

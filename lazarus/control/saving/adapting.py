@@ -25,55 +25,65 @@ def on_measured(state: Control, worker: str, record: Mapping[str, Any]) -> Contr
     if figures is None or not state.config.saves.is_adaptive:
         return state
     found = Measured(**{name: float(value) for name, value in figures.items()})
-    state = replace(state, measured={**state.measured, worker: found})
-    if state.adapted is not None or not set(state.measured) >= set(state.seats) or state.wants:
+    state = replace(
+        state, saving=replace(state.saving, measured={**state.saving.measured, worker: found})
+    )
+    if (
+        state.saving.adapted is not None
+        or not set(state.saving.measured) >= set(state.standing.seats)
+        or state.pausing.wants
+    ):
         return state
-    plan = state.plan
+    plan = state.standing.plan
     assert plan is not None
     chosen = chosen_for(state, plan)
-    layers, experts = state.shape
+    layers, experts = state.standing.shape
     default = default_of(state.config.saves, num_layers=layers, num_experts=experts)
     if chosen is not None and chosen.is_far_from(default):
-        return replace(state, wants=WANTED)
-    return replace(state, adapted=default)
+        return replace(state, pausing=replace(state.pausing, wants=WANTED))
+    return replace(state, saving=replace(state.saving, adapted=default))
 
 
 def chosen_for(state: Control, plan: Plan) -> Adapted | None:
     """The adapted schedule under a plan; None if not adaptive or nothing is measured yet."""
-    known = [state.measured[worker] for worker in state.seats if worker in state.measured]
-    if not known or not state.config.saves.is_adaptive or state.step_s <= 0:
+    known = [
+        state.saving.measured[worker]
+        for worker in state.standing.seats
+        if worker in state.saving.measured
+    ]
+    if not known or not state.config.saves.is_adaptive or state.committed.step_s <= 0:
         return None
-    layers, experts = state.shape
+    layers, experts = state.standing.shape
     busiest = partial(
         busiest_rank,
         ranks_of=plan.ranks_of,
         num_ranks=plan.num_nodes * state.config.ranks_per_node,
         num_layers=layers,
         num_experts=experts,
-        expert_bytes=state.record_bytes[1],
-        dense_bytes=state.record_bytes[0],
+        expert_bytes=state.standing.record_bytes[1],
+        dense_bytes=state.standing.record_bytes[0],
     )
     return adapt(
         state.config.saves,
         known,
         num_layers=layers,
         num_experts=experts,
-        step_s=state.step_s,
+        step_s=state.committed.step_s,
         busiest=busiest,
     )
 
 
 def at_resume(state: Control, plan: Plan) -> Adapted | None:
     """The schedule in force from the RESUME of ``plan`` on; None: as configured."""
-    return chosen_for(state, plan) or state.adapted
+    return chosen_for(state, plan) or state.saving.adapted
 
 
 def adapted_events(state: Control, before: Adapted | None, *, at_s: float) -> tuple[Publish, ...]:
     """An event if the schedule changed, with the rates it is based on."""
-    now = state.adapted
+    now = state.saving.adapted
     if now is None or now == before:
         return ()
-    known = [m for worker, m in state.measured.items() if worker in state.seats]
+    known = [m for worker, m in state.saving.measured.items() if worker in state.standing.seats]
     fields = {
         "generation": state.resumed,
         "step": state.step,

@@ -21,7 +21,8 @@ from lazarus.checkpoint.restoring.restore_choice import (
     Source,
 )
 from lazarus.checkpoint.restoring.restore_choice import Restore as CheckpointRestore
-from lazarus.control.cluster.state import Control, Transition
+from lazarus.control.cluster.state import Control
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.messages import Ready, Restore, SnapshotHeld
 from lazarus.control.ports import Publish
 from lazarus.control.saving.saves import in_flight, worth_waiting
@@ -65,7 +66,7 @@ def restores_for(
     if isinstance(decision, Fail | Hold):
         return decision
     if isinstance(decision, Rollback):
-        if (place := place_of_checkpoint(state, decision.step)) in state.bad_sources:
+        if (place := place_of_checkpoint(state, decision.step)) in state.storage.bad_sources:
             reason = f"{decision.reason}; but it cannot be read: {place}"
             return Fail(reason=reason, experts=tuple(lost))
         everything = _everything_from(state, decision.step, is_exact=True)
@@ -90,12 +91,14 @@ def _decide(
 
 def _view(state: Control, transition: Transition, *, at_s: float) -> ClusterView:
     readable = (
-        c for c in state.checkpoints if place_of_checkpoint(state, c.step) not in state.bad_sources
+        c
+        for c in state.storage.checkpoints
+        if place_of_checkpoint(state, c.step) not in state.storage.bad_sources
     )
     return ClusterView(
         step=transition.step,
         nodes=transition.next_nodes,
-        lineage=state.lineage,
+        lineage=state.standing.lineage,
         checkpoints=tuple(readable),
         start_step=state.config.start_step,
         in_flight=in_flight(state, upto=transition.step),
@@ -151,7 +154,7 @@ def _at_start(state: Control, transition: Transition, expert: Expert) -> Restore
 
 def _everything_from(state: Control, step: int, *, is_exact: bool) -> tuple[Restore, ...]:
     """Restores of all experts from a checkpoint; see ``_from_checkpoint``."""
-    layers, experts = state.shape
+    layers, experts = state.standing.shape
     place = place_of_checkpoint(state, step)
     return tuple(
         _from_checkpoint(state, (layer, expert), place, step=step, is_exact=is_exact)
@@ -171,7 +174,7 @@ def _from_checkpoint(
     layer, name = expert
     kind = "storage" if is_exact else "newest"
     source = place if place == "init" else f"{kind}:{place}"
-    upto = min(step, state.readable.get(expert, step))
+    upto = min(step, state.storage.readable.get(expert, step))
     return Restore(layer=layer, expert=name, source=source, generation=0, step=upto)
 
 
@@ -190,25 +193,25 @@ def restart_step(state: Control) -> int | None:
         is "partial"; else the step at which the run started. None if that cannot be read either.
     """
     wants_full = state.config.on_lost_expert != "partial"
+    lineage = state.standing.lineage
     standing = [
         c
-        for c in state.checkpoints
-        if is_valid(
-            generation=c.generation, step=c.step, lineage=state.lineage, resume_step=state.step
-        )
-        and place_of_checkpoint(state, c.step) not in state.bad_sources
+        for c in state.storage.checkpoints
+        if is_valid(generation=c.generation, step=c.step, lineage=lineage, resume_step=state.step)
+        and place_of_checkpoint(state, c.step) not in state.storage.bad_sources
     ]
     best = max(standing, key=lambda c: (c.is_full and wants_full, c.step), default=None)
     if best is not None:
         return best.step
     first = place_of_checkpoint(state, state.config.start_step)
-    return None if first in state.bad_sources else state.config.start_step
+    return None if first in state.storage.bad_sources else state.config.start_step
 
 
 def _loss(state: Control, transition: Transition, plan: Plan, expert: Expert) -> Loss:
     layer, name = expert
     known = [*_in_memory(state, transition, expert), *_on_storage(state, expert)]
-    copies = [c for c in known if bad_source_of(_restore_from(state, c)) not in state.bad_sources]
+    bad = state.storage.bad_sources
+    copies = [c for c in known if bad_source_of(_restore_from(state, c)) not in bad]
     first = Copy(layer=layer, expert=name, generation=0, step=0, source=Source.INITIAL)
     # No initial weights while storage holds a copy that it refuses to read for now.
     if not state.config.resume and not any(_is_refused(state, copy) for copy in known):
@@ -219,19 +222,19 @@ def _loss(state: Control, transition: Transition, plan: Plan, expert: Expert) ->
         layer=layer,
         expert=name,
         targets=tuple(sorted(targets)),
-        routed=int(state.routed[layer, name]),
+        routed=int(state.committed.routed[layer, name]),
         copies=tuple(copies),
     )
 
 
 def _is_refused(state: Control, copy: Copy) -> bool:
-    return bad_source_of(_restore_from(state, copy)) in state.refused
+    return bad_source_of(_restore_from(state, copy)) in state.storage.refused
 
 
 def _in_memory(state: Control, transition: Transition, expert: Expert) -> list[Copy]:
     found = []
     for worker, body in transition.aligned.items():
-        node = state.workers[worker].node
+        node = state.roster.workers[worker].node
         for snap in body.snapshots:
             if (snap.layer, snap.expert) == expert:
                 found.append(
@@ -255,11 +258,11 @@ def _on_storage(state: Control, expert: Expert) -> list[Copy]:
             layer=stored.layer,
             expert=stored.expert,
             generation=stored.generation,
-            step=min(stored.step, state.readable.get(expert, stored.step)),
+            step=min(stored.step, state.storage.readable.get(expert, stored.step)),
             source=Source.STORAGE,
             routed=stored.routed,
         )
-        for stored in state.stored
+        for stored in state.storage.stored
         if (stored.layer, stored.expert) == expert
     ]
 
@@ -271,8 +274,8 @@ def _restore(state: Control, choice: RestoredExpert) -> Restore:
 
 def _restore_from(state: Control, copy: Copy) -> Restore:
     if copy.source in (Source.OWN_NODE, Source.OTHER_NODE):
-        worker = state.nodes[copy.node].workers[0]
-        place = f"keeper:{state.workers[worker].keeper}"
+        worker = state.roster.nodes[copy.node].workers[0]
+        place = f"keeper:{state.roster.workers[worker].keeper}"
     elif copy.source is Source.STORAGE:
         place = f"storage:{place_of_checkpoint(state, max(copy.step, 1))}"
     else:
@@ -350,12 +353,12 @@ def _version_of(body: Ready, expert: Expert) -> tuple[int, int, int] | None:
 
 def over_budget(state: Control) -> bool:
     """Whether PLT has grown by more than the budget since K was last doubled (Dynamic-K)."""
-    return plt_of(state) - state.plt_spent > state.config.plt_budget
+    return plt_of(state) - state.saving.plt_spent > state.config.plt_budget
 
 
 def plt_of(state: Control) -> float:
     """The portion of lost tokens (PLT) of the run so far, as the paper defines it."""
-    return portion_lost(state.plt.lost_by_expert(), routed=state.routed.tolist())
+    return portion_lost(state.saving.plt.lost_by_expert(), routed=state.committed.routed.tolist())
 
 
 def bill_restores(
@@ -364,21 +367,22 @@ def bill_restores(
     """Add the lost tokens of a RESUME to the ledger; one event per rollback and restored expert."""
     events: list[Publish] = []
     if transition.rollback:
-        state = replace(state, plt=state.plt.rolled_back(state.routed.tolist()))
+        ledger = state.saving.plt.rolled_back(state.committed.routed.tolist())
+        state = replace(state, saving=replace(state.saving, plt=ledger))
         fields: dict[str, Any] = {"generation": transition.generation, "step": transition.step}
         events.append(Publish(t=at_s, event="rolled_back", fields=fields))
     for restore in transition.restores:
         if not restore.detail:
             continue  # the start of a run loses nothing
         label, behind, version = restore.detail.split(",")
-        routed = int(state.routed[restore.layer, restore.expert])
-        ledger, lost = state.plt.restored(
+        routed = int(state.committed.routed[restore.layer, restore.expert])
+        ledger, lost = state.saving.plt.restored(
             layer=restore.layer,
             expert=restore.expert,
             version_routed=min(int(version), routed),
             routed=routed,
         )
-        state = replace(state, plt=ledger)
+        state = replace(state, saving=replace(state.saving, plt=ledger))
         fields = {
             "generation": transition.generation,
             "layer": restore.layer,

@@ -15,8 +15,10 @@ from typing import Any
 
 from lazarus.checkpoint.format.lineage import Lineage, is_valid
 from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
-from lazarus.control.cluster.state import Control, Decision, Phase, Save, Transition
+from lazarus.control.cluster.state import Control, Decision, Phase
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.messages import ShareReported
+from lazarus.control.parts.saving import Save
 from lazarus.control.ports import Command, DropFiles, Journal, ManifestDone, Publish, WriteManifest
 from lazarus.control.saving.adapting import on_measured
 
@@ -35,7 +37,7 @@ def on_snapshotted(state: Control, worker: str, body: ShareReported, *, at_s: fl
     if record["kind"] == "copy":
         return state, ()
     if not record["ok"]:
-        node = state.workers[worker].node
+        node = state.roster.workers[worker].node
         fields = {"step": body.step, "reason": str(record.get("error", "")), "node": node}
         commands = (_failed(body.generation, fields, at_s=at_s),)
     save = _save_of(state, body)
@@ -44,15 +46,21 @@ def on_snapshotted(state: Control, worker: str, body: ShareReported, *, at_s: fl
     if not record["ok"]:
         commands = (*commands, *dropped(save.shares))
         save = replace(save, shares=dict.fromkeys((*save.shares, worker), ""), failed=True)
-        state = replace(state, saves={**state.saves, body.step: save})
+        state = replace(
+            state, saving=replace(state.saving, saves={**state.saving.saves, body.step: save})
+        )
         return _want_all(state, at_s=at_s), commands
     if save.failed:  # this share is of no use any more
         save = replace(save, shares={**save.shares, worker: ""})
-        state = replace(state, saves={**state.saves, body.step: save})
+        state = replace(
+            state, saving=replace(state.saving, saves={**state.saving.saves, body.step: save})
+        )
         return state, (*commands, *dropped({worker: body.record}))
     state = on_measured(state, worker, record)
     save = replace(save, shares={**save.shares, worker: body.record})
-    state = replace(state, saves={**state.saves, body.step: save})
+    state = replace(
+        state, saving=replace(state.saving, saves={**state.saving.saves, body.step: save})
+    )
     state, more = order_manifests(state, at_s=at_s)
     return state, commands + more
 
@@ -72,13 +80,20 @@ def _failed(generation: int, fields: dict[str, Any], *, at_s: float) -> Publish:
 def _save_of(state: Control, body: ShareReported) -> Save | None:
     """The checkpoint that a share belongs to; None if it can no longer be completed."""
     generation, step = body.generation, body.step
-    seats = state.seats if generation == state.resumed else state.past_seats.get(generation)
-    on_history = is_valid(
-        generation=generation, step=step, lineage=state.lineage, resume_step=max(step, state.step)
+    seats = (
+        state.standing.seats
+        if generation == state.resumed
+        else state.standing.past_seats.get(generation)
     )
-    if seats is None or not on_history or step <= state.ordered:
+    on_history = is_valid(
+        generation=generation,
+        step=step,
+        lineage=state.standing.lineage,
+        resume_step=max(step, state.step),
+    )
+    if seats is None or not on_history or step <= state.saving.ordered:
         return None
-    save = state.saves.get(step)
+    save = state.saving.saves.get(step)
     if save is None or save.generation < generation:
         return Save(generation=generation, seats=seats)
     return save if save.generation == generation else None
@@ -90,23 +105,31 @@ def order_manifests(state: Control, *, at_s: float) -> Decision:
     Checkpoints that cannot be completed are published as failed and their files deleted.
     """
     commands: list[Command] = []
-    for step, save in sorted(state.saves.items()):
+    for step, save in sorted(state.saving.saves.items()):
         if step > state.step:
             continue
         answered = set(save.shares) >= set(save.seats)
         whole = answered and not save.failed
-        if whole and step > state.ordered:
+        if whole and step > state.saving.ordered:
             commands.append(_order(state, step, save))
-            state = replace(state, ordered=step, writing=(*state.writing, step))
+            state = replace(
+                state,
+                saving=replace(state.saving, ordered=step, writing=(*state.saving.writing, step)),
+            )
         elif not answered and not is_hopeless(state, save):
             continue
         elif not save.failed and not whole:
-            gone = [w for w in save.seats if w not in save.shares and w not in state.workers]
+            gone = [w for w in save.seats if w not in save.shares and w not in state.roster.workers]
             reason = f"{len(gone)} of {len(save.seats)} ranks were lost before they had written"
             commands.append(_failed(save.generation, {"step": step, "reason": reason}, at_s=at_s))
             commands.extend(dropped(save.shares))
             state = _want_all(state, at_s=at_s)
-        state = replace(state, saves={s: v for s, v in state.saves.items() if s != step})
+        state = replace(
+            state,
+            saving=replace(
+                state.saving, saves={s: v for s, v in state.saving.saves.items() if s != step}
+            ),
+        )
     return state, tuple(commands)
 
 
@@ -120,9 +143,9 @@ def meta_of(state: Control, *, wall_s: float) -> dict[str, Any]:
     """The run's data in a manifest: term, lineage, time, and the lost tokens up to this state."""
     return {
         "term": state.term,
-        "lineage": [list(pair) for pair in state.lineage],
+        "lineage": [list(pair) for pair in state.standing.lineage],
         "wall_s": wall_s,
-        "plt": {"lost": state.plt.to_json(), "spent": state.plt_spent},
+        "plt": {"lost": state.saving.plt.to_json(), "spent": state.saving.plt_spent},
     }
 
 
@@ -130,41 +153,41 @@ def is_hopeless(state: Control, save: Save) -> bool:
     """Whether a missing share will never come, because its worker is lost."""
     if state.phase is Phase.RECONNECTING:
         return False  # missing workers may come back
-    return any(w not in save.shares and w not in state.workers for w in save.seats)
+    return any(w not in save.shares and w not in state.roster.workers for w in save.seats)
 
 
 def in_flight(state: Control, *, upto: int) -> int:
     """Newest step <= ``upto`` whose checkpoint may still be completed; -1 if there is none."""
     hoped = [
         step
-        for step, save in state.saves.items()
-        if step > state.ordered and not save.failed and not is_hopeless(state, save)
+        for step, save in state.saving.saves.items()
+        if step > state.saving.ordered and not save.failed and not is_hopeless(state, save)
     ]
-    return max((step for step in (*hoped, *state.writing) if step <= upto), default=-1)
+    return max((step for step in (*hoped, *state.saving.writing) if step <= upto), default=-1)
 
 
 def after_resume(state: Control, lineage: Lineage) -> Mapping[int, Save]:
     """The incomplete checkpoints, by step, that are still valid after a RESUME."""
     return {
         step: save
-        for step, save in state.saves.items()
+        for step, save in state.saving.saves.items()
         if is_valid(generation=save.generation, step=step, lineage=lineage, resume_step=step)
     }
 
 
 def seats_remembered(state: Control) -> Mapping[int, tuple[str, ...]]:
     """Seats of the generation that ends now and of a few before it, by generation."""
-    known = {**state.past_seats, state.resumed: state.seats}
+    known = {**state.standing.past_seats, state.resumed: state.standing.seats}
     return {generation: known[generation] for generation in sorted(known)[-_GENERATIONS:]}
 
 
 def _uprooted(state: Control) -> Decision:
     """Forget all checkpoints at the run's own place, whose files were removed or damaged."""
-    standing = tuple(c for c in state.checkpoints if c.step < _first_own(state))
-    if standing == state.checkpoints:
+    standing = tuple(c for c in state.storage.checkpoints if c.step < _first_own(state))
+    if standing == state.storage.checkpoints:
         return state, ()
-    state = replace(state, checkpoints=standing)
-    return state, (Journal(entry=_standing_entry(state, step=state.ordered)),)
+    state = replace(state, storage=replace(state.storage, checkpoints=standing))
+    return state, (Journal(entry=_standing_entry(state, step=state.saving.ordered)),)
 
 
 def _standing_entry(state: Control, *, step: int) -> dict[str, Any]:
@@ -173,8 +196,10 @@ def _standing_entry(state: Control, *, step: int) -> dict[str, Any]:
         "kind": "manifest",
         "term": state.term,
         "step": step,
-        "standing": [[c.generation, c.step, c.is_full] for c in state.checkpoints],
-        "stored": [[s.layer, s.expert, s.generation, s.step, s.routed] for s in state.stored],
+        "standing": [[c.generation, c.step, c.is_full] for c in state.storage.checkpoints],
+        "stored": [
+            [s.layer, s.expert, s.generation, s.step, s.routed] for s in state.storage.stored
+        ],
     }
 
 
@@ -193,9 +218,9 @@ def none_stands(state: Control) -> bool:
     return not any(
         c.step >= first
         and is_valid(
-            generation=c.generation, step=c.step, lineage=state.lineage, resume_step=c.step
+            generation=c.generation, step=c.step, lineage=state.standing.lineage, resume_step=c.step
         )
-        for c in state.checkpoints
+        for c in state.storage.checkpoints
     )
 
 
@@ -205,20 +230,25 @@ def _want_all(state: Control, *, at_s: float) -> Control:
     While checkpoints keep failing, the time to the next such pause doubles.
     """
     needed = none_stands(state) and state.config.partial_checkpoints
-    if not needed or state.wants or at_s < state.whole_again_s:
+    if not needed or state.pausing.wants or at_s < state.pausing.whole_again_s:
         return state
-    pause_s = state.config.timeouts.whole_pause_s * 2 ** min(state.whole_asked, _DOUBLINGS)
+    pause_s = state.config.timeouts.whole_pause_s * 2 ** min(state.pausing.whole_asked, _DOUBLINGS)
     return replace(
         state,
-        wants="checkpoint",
-        whole_asked=state.whole_asked + 1,
-        whole_again_s=at_s + pause_s,
+        pausing=replace(
+            state.pausing,
+            wants="checkpoint",
+            whole_asked=state.pausing.whole_asked + 1,
+            whole_again_s=at_s + pause_s,
+        ),
     )
 
 
 def worth_waiting(state: Control, transition: Transition, *, at_s: float) -> bool:
     """Whether a checkpoint newer than all usable ones may still be completed within the limit."""
-    usable = max((c.step for c in state.checkpoints if c.step <= transition.step), default=-1)
+    usable = max(
+        (c.step for c in state.storage.checkpoints if c.step <= transition.step), default=-1
+    )
     waited = at_s - transition.phase_s
     newest = in_flight(state, upto=transition.step)
     return waited <= state.config.timeouts.in_flight_s and newest > usable
@@ -237,9 +267,14 @@ def last_ones_awaited(state: Control, *, at_s: float) -> bool:
 def on_manifest(state: Control, event: ManifestDone) -> Decision:
     """Handle a manifest that was written, or could not be."""
     if event.final:
-        state = replace(state, manifest_pending=False)
+        state = replace(state, ending=replace(state.ending, manifest_pending=False))
     else:
-        state = replace(state, writing=tuple(s for s in state.writing if s != event.step))
+        state = replace(
+            state,
+            saving=replace(
+                state.saving, writing=tuple(s for s in state.saving.writing if s != event.step)
+            ),
+        )
     if event.error:
         fields = {"step": event.step, "reason": event.error}
         failed = _failed(event.generation, fields, at_s=event.at_s)
@@ -249,7 +284,9 @@ def on_manifest(state: Control, event: ManifestDone) -> Decision:
         StoredCheckpoint(generation=g, step=t, is_full=full) for g, t, full in event.standing
     )
     state = replace(
-        state, checkpoints=standing, stored=event.stored, whole_asked=0, whole_again_s=0.0
+        state,
+        storage=replace(state.storage, checkpoints=standing, stored=event.stored),
+        pausing=replace(state.pausing, whole_asked=0, whole_again_s=0.0),
     )
     entry = {
         **_standing_entry(state, step=event.step),

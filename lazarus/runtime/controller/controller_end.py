@@ -63,7 +63,7 @@ def unrecorded_end(state: Control, problem: UnrecordedError) -> tuple[Status, Fa
 
     The status is "short" if a checkpoint exists, else "failed".
     """
-    newest = max((c.step for c in state.checkpoints), default=None)
+    newest = max((c.step for c in state.storage.checkpoints), default=None)
     folder, place = problem.folder, state.config.checkpoint_url
     mend = "make room there" if problem.is_full else "make it writable"
     resume, said = str(folder), f"{problem}; step {state.step} is on record"

@@ -249,7 +249,7 @@ class Controller:
         self._reserve.release()
         self._streams.driver_there.wait(self._timeouts.driver_away_s)
         status, failure = unrecorded_end(self._state, problem)
-        state = replace(self._state, known={})
+        state = replace(self._state, committed=replace(self._state.committed, known={}))
         self._state, commands = end(state, status=status, failure=failure, at_s=now_s())
         for command in commands:
             with suppress(UnrecordedError):

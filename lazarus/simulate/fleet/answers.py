@@ -31,7 +31,9 @@ def with_early(state: Control, name: str, early: Mapping[str, Body]) -> Control:
     """
     if name == "paused":
         steps = {worker: body.step for worker, body in early.items() if isinstance(body, Paused)}
-        return replace(state, paused={**state.paused, **steps})
+        return replace(
+            state, pausing=replace(state.pausing, paused={**state.pausing.paused, **steps})
+        )
     assert state.transition is not None
     before = getattr(state.transition, name)
     known = {**before, **early} if before else early
@@ -41,13 +43,16 @@ def with_early(state: Control, name: str, early: Mapping[str, Body]) -> Control:
 
 def with_nodes(state: Control, hellos: Sequence[Hello]) -> Control:
     """Return the state after these nodes said hello; the first has done so already, as node 0."""
-    node, worker = state.nodes[0], state.workers[hellos[0].worker]
+    node, worker = state.roster.nodes[0], state.roster.workers[hellos[0].worker]
     many = list(enumerate(hellos))
     return replace(
         state,
-        nodes={i: replace(node, key=b.node_key, workers=(b.worker,)) for i, b in many},
-        workers={b.worker: replace(worker, node=i, host=b.host) for i, b in many},
-        next_serial=len(many),
+        roster=replace(
+            state.roster,
+            nodes={i: replace(node, key=b.node_key, workers=(b.worker,)) for i, b in many},
+            workers={b.worker: replace(worker, node=i, host=b.host) for i, b in many},
+            next_serial=len(many),
+        ),
     )
 
 
@@ -55,9 +60,9 @@ def with_time(state: Control, *, now_s: float) -> Control:
     """Return the state in which every worker's latest heartbeat is from ``now_s``."""
     workers = {
         name: replace(known, heard_s=now_s, progress_s=now_s)
-        for name, known in state.workers.items()
+        for name, known in state.roster.workers.items()
     }
-    return replace(state, workers=workers)
+    return replace(state, roster=replace(state.roster, workers=workers))
 
 
 def control_config(

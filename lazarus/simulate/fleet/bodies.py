@@ -27,10 +27,12 @@ def vector(
 ) -> Vector:
     """Return the commit vector of a step in the running generation."""
     layout = VectorLayout(
-        world_size=len(state.seats), num_layers=state.shape[0], num_experts=state.shape[1]
+        world_size=len(state.standing.seats),
+        num_layers=state.standing.shape[0],
+        num_experts=state.standing.shape[1],
     )
     lanes = np.zeros(layout.num_lanes)
-    world = len(state.seats)
+    world = len(state.standing.seats)
     lanes[:5] = (world, world * state.resumed, world * step, 1, tokens)
     lanes[layout.times] = wall_s
     lanes[layout.counts] = np.rint(counts_LE).reshape(-1)

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from lazarus.control.cluster.roster import workers_of
-from lazarus.control.cluster.state import Control, ControlConfig, Phase, Transition
+from lazarus.control.cluster.state import Control, ControlConfig, Phase
+from lazarus.control.cluster.transition import Transition
 from lazarus.control.machine import decide, decide_at_once
 from lazarus.control.messages import (
     Align,
@@ -28,6 +29,7 @@ from lazarus.control.messages import (
     Resume,
     RunOver,
 )
+from lazarus.control.parts.saving import Saving
 from lazarus.control.ports import (
     Command,
     DriverSaid,
@@ -226,11 +228,11 @@ class VirtualRun:
             worker = f"{key}.0"
             self._live.discard(key)
             self._dead.add(worker)
-            if worker in self.state.seats:
+            if worker in self.state.standing.seats:
                 self.tally.losses += 1
                 self.training.stop(self._now)
                 self._downtime.begins(RECOVERY, now_s=self._now)
-            if worker in self.state.workers:
+            if worker in self.state.roster.workers:
                 self._push(self._now + self._costs.detect_s, "closed", worker)
 
     def _on_closed(self, worker: str) -> None:
@@ -279,12 +281,14 @@ class VirtualRun:
             return
         snapped = self.training.copies.snapped(alive=set(transition.voters))
         stored, known = self.training.copies.on_storage()
-        self.state = replace(self.state, stored=stored, checkpoints=known)
+        self.state = replace(
+            self.state, storage=replace(self.state.storage, stored=stored, checkpoints=known)
+        )
         shape = self._setting.shape
         answers = bodies.all_aligned(
             self._alive(workers_of(self.state, transition.voters)),
             held=self.training.held,
-            snapshots={self.state.nodes[n].workers[0]: rows for n, rows in snapped.items()},
+            snapshots={self.state.roster.nodes[n].workers[0]: rows for n, rows in snapped.items()},
             generation=generation, step=transition.step, history=self.training.history,
             dense_bytes=shape.dense_bytes, expert_bytes=shape.expert_bytes,
         )  # fmt: skip
@@ -314,13 +318,14 @@ class VirtualRun:
             self._absorb("ready", dict.fromkeys(asked, answer))
 
     def _resumed(self, generation: int) -> None:
-        whole = len(self._alive(self.state.seats)) == len(self.state.seats)
-        if self.state.rolled == (generation, self.state.step):
-            ledger = self.training.go_back(self.state.step, self.state.plt)
-            self.state = replace(self.state, plt=ledger)
-        assert self.state.plan is not None
+        whole = len(self._alive(self.state.standing.seats)) == len(self.state.standing.seats)
+        if self.state.standing.rolled == (generation, self.state.step):
+            ledger = self.training.go_back(self.state.step, self.state.saving.plt)
+            self.state = replace(self.state, saving=replace(self.state.saving, plt=ledger))
+        standing = self.state.standing
+        assert standing.plan is not None
         self.training.resume(
-            self._now, plan=self.state.plan, seats=self.state.seats, step=self.state.step,
+            self._now, plan=standing.plan, seats=standing.seats, step=self.state.step,
             generation=generation, run=whole,
         )  # fmt: skip
         if whole:
@@ -353,7 +358,10 @@ class VirtualRun:
         first = self.state.step + 1
         if not self._exact and step > first:
             self.state = replace(
-                self.state, step=step - 1, base_plan=self.state.plan, history=self.training.history
+                self.state,
+                step=step - 1,
+                standing=replace(self.state.standing, base_plan=self.state.standing.plan),
+                committed=replace(self.state.committed, history=self.training.history),
             )
             first = step
         for number in range(first, step + 1):
@@ -361,7 +369,7 @@ class VirtualRun:
                 self.state, step=number, tokens=self._setting.tokens_per_step,
                 wall_s=self.training.step_s, at_s=self._now, counts_LE=self.training.history[2],
             )  # fmt: skip
-            self._say(self.state.seats[0], body)
+            self._say(self.state.standing.seats[0], body)
 
     def _on_pause(self, generation: int) -> None:
         """Every rank has stopped at the end of a step, as the controller asked."""
@@ -372,7 +380,7 @@ class VirtualRun:
         self._downtime.begins(PLANNED, now_s=self._now)
         self._commit(self.training.step)
         answer = Paused(generation=generation, step=self.training.step)
-        self._absorb("paused", dict.fromkeys(self.state.seats, answer))
+        self._absorb("paused", dict.fromkeys(self.state.standing.seats, answer))
 
     # ---- after the loss of everything ------------------------------------------------------------
 
@@ -392,9 +400,9 @@ class VirtualRun:
             self._over = True
             return
         self.tally.restarts += 1
-        ledger = self.training.start_again(self.state.plt)
+        ledger = self.training.start_again(self.state.saving.plt)
         self._told.clear()
         config = self._config(len(self._live), start_step=self.training.step)
-        self.state = Control(config=config, started_s=self._now, plt=ledger)
+        self.state = Control(config=config, started_s=self._now, saving=Saving(plt=ledger))
         for key in sorted(self._live, key=by_number):
             self._say(f"{key}.0", bodies.hello(key))
