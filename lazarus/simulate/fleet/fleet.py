@@ -7,7 +7,6 @@ A test compares the result with ``exact=True``, where every answer does.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -43,6 +42,7 @@ from lazarus.control.ports import (
     WorkerSaid,
 )
 from lazarus.simulate.fleet import bodies
+from lazarus.simulate.fleet.agenda import Agenda
 from lazarus.simulate.fleet.answers import control_config, with_early, with_nodes, with_time
 from lazarus.simulate.fleet.downtime import PLANNED, RECOVERY, RESTART, WAITING, Downtime
 from lazarus.simulate.fleet.training import Training
@@ -72,8 +72,7 @@ class VirtualRun:
         costs = setting.costs.changed(policy.overrides or {})
         self._setting, self._policy, self._seed = replace(setting, costs=costs), policy, seed
         self._exact, self._costs, self._on_event, self._on_clock = exact, costs, on_event, on_clock
-        self._heap: list[tuple[float, int, str, Any]] = []
-        self._serial, self._now = 0, 0.0
+        self._agenda, self._now = Agenda(), 0.0
         self._start_s = 0.0  # when the first generation resumed
         self._live: set[str] = set()  # nodes
         self._dead: set[str] = set()  # workers of nodes that are gone
@@ -97,7 +96,7 @@ class VirtualRun:
         self.state = Control(config=self._config(len(start), start_step=0))
         self._seat(sorted(start, key=by_number))
         for event in script:
-            self._push(event.at_s + self._start_s, event.kind, event.nodes)
+            self._agenda.add(event.at_s + self._start_s, event.kind, event.nodes)
         self._loop(setting.horizon_s + self._start_s)
         return self.tally.row(
             setting, policy=self._policy.name, seed=self._seed, wall_s=self._now - self._start_s,
@@ -106,8 +105,8 @@ class VirtualRun:
         )  # fmt: skip
 
     def _loop(self, end_s: float) -> None:
-        while self._heap and self._heap[0][0] <= end_s:
-            if (done_s := self.training.done_at()) is not None and done_s <= self._heap[0][0]:
+        while self._agenda and (next_s := self._agenda.next_s) <= end_s:
+            if (done_s := self.training.done_at()) is not None and done_s <= next_s:
                 break
             self._next()
             if self._on_clock is not None:
@@ -118,12 +117,8 @@ class VirtualRun:
         self._downtime.run_ends(now_s=self._now)
 
     def _next(self) -> None:
-        self._now, _, kind, payload = heapq.heappop(self._heap)
+        self._now, kind, payload = self._agenda.pop()
         getattr(self, f"_on_{kind}")(payload)
-
-    def _push(self, at_s: float, kind: str, payload: Any) -> None:
-        self._serial += 1
-        heapq.heappush(self._heap, (at_s, self._serial, kind, payload))
 
     def _config(self, nodes: int, *, start_step: int) -> ControlConfig:
         return control_config(self._setting, self._policy, nodes=nodes, start_step=start_step)
@@ -138,7 +133,7 @@ class VirtualRun:
             self._carry_out(command)
         transition = self.state.transition
         if transition is not None and transition.held_until_s > self._now:  # by a recovery policy
-            self._push(transition.held_until_s + _WITHIN_S, "tick", None)
+            self._agenda.add(transition.held_until_s + _WITHIN_S, "tick", None)
 
     def _say(self, worker: str, body: Body) -> None:
         self._feed(WorkerSaid(worker=worker, body=body, at_s=self._now))
@@ -147,15 +142,15 @@ class VirtualRun:
         size = len(change.next_nodes) if (change := self.state.transition) else 0
         match command:
             case Tell(body=Fence(generation=g)) | TellAll(body=Fence(generation=g)):
-                self._push(self._now + self._costs.releasing_s(size), "report", g)
+                self._agenda.add(self._now + self._costs.releasing_s(size), "report", g)
             case Tell(body=Align(generation=g)) | TellAll(body=Align(generation=g)):
-                self._push(self._now + self._costs.aligning_s(size), "align", g)
+                self._agenda.add(self._now + self._costs.aligning_s(size), "align", g)
             case Tell(body=Prepare() as order) | TellAll(body=Prepare() as order):
                 self._prepare(order)
             case Tell(body=Resume(generation=g)) | TellAll(body=Resume(generation=g)):
                 self._resumed(g)
             case Tell(body=Pause(generation=g)) | TellAll(body=Pause(generation=g)):
-                self._push(self.training.boundary(self._now), "pause", g)
+                self._agenda.add(self.training.boundary(self._now), "pause", g)
             case TellDriver(body=RunOver()):
                 self._over = True
                 self._reborn_if_possible()
@@ -192,7 +187,7 @@ class VirtualRun:
             self._say(hellos[0].worker, hellos[0])
             self.state = with_nodes(self.state, hellos[:-1])
             self._say(hellos[-1].worker, hellos[-1])
-        while not self.training.running and self._heap:
+        while not self.training.running and self._agenda:
             self._next()
         self._start_s = self._now if not self._start_s else self._start_s
 
@@ -200,7 +195,7 @@ class VirtualRun:
         for key in nodes:
             self._live.add(key)
             self._dead.discard(f"{key}.0")
-            self._push(self._now + self._costs.start_s, "hello", key)
+            self._agenda.add(self._now + self._costs.start_s, "hello", key)
 
     def _on_hello(self, key: str) -> None:
         if key not in self._live:
@@ -210,7 +205,7 @@ class VirtualRun:
             return
         self.tally.joins += 1
         self._say(f"{key}.0", bodies.hello(key))
-        self._push(self._now + self._setting.join_debounce_s + _WITHIN_S, "tick", None)
+        self._agenda.add(self._now + self._setting.join_debounce_s + _WITHIN_S, "tick", None)
 
     def _on_tick(self, _: None) -> None:
         """Let the controller act on the time; all live workers have sent heartbeats meanwhile."""
@@ -233,7 +228,7 @@ class VirtualRun:
                 self.training.stop(self._now)
                 self._downtime.begins(RECOVERY, now_s=self._now)
             if worker in self.state.roster.workers:
-                self._push(self._now + self._costs.detect_s, "closed", worker)
+                self._agenda.add(self._now + self._costs.detect_s, "closed", worker)
 
     def _on_closed(self, worker: str) -> None:
         self._feed(StreamClosed(worker=worker, at_s=self._now))
@@ -299,7 +294,7 @@ class VirtualRun:
     def _prepare(self, order: Prepare) -> None:
         work = self.training.prepare(order)
         plan_s = self._costs.planning_s(self._setting.shape, len(order.seats))
-        self._push(self._now + plan_s + work.total_s, "ready", (order.generation, work))
+        self._agenda.add(self._now + plan_s + work.total_s, "ready", (order.generation, work))
 
     def _on_ready(self, payload: Any) -> None:
         generation, work = payload
@@ -329,8 +324,8 @@ class VirtualRun:
             generation=generation, run=whole,
         )  # fmt: skip
         if whole:
-            self._push(self.training.boundary(self._now), "commit", generation)
-        self._push(self._now + self._setting.join_debounce_s + _WITHIN_S, "tick", None)
+            self._agenda.add(self.training.boundary(self._now), "commit", generation)
+        self._agenda.add(self._now + self._setting.join_debounce_s + _WITHIN_S, "tick", None)
 
     def _on_commit(self, generation: int) -> None:
         """The first step after a change is committed, which ends the recovery."""
@@ -344,7 +339,7 @@ class VirtualRun:
     def _drift(self) -> None:
         """Schedule the next update of loads and step time."""
         if (at_s := self.training.next_drift(self._now)) is not None:
-            self._push(at_s, "drift", self.state.resumed)
+            self._agenda.add(at_s, "drift", self.state.resumed)
 
     def _on_drift(self, generation: int) -> None:
         if generation == self.state.resumed and self.training.running:
@@ -392,7 +387,7 @@ class VirtualRun:
             return
         delay_s = self._costs.start_s + self._costs.checkpoint_s(self._setting.shape.total_bytes)
         self._over = False
-        self._push(self._now + delay_s, "reborn", None)
+        self._agenda.add(self._now + delay_s, "reborn", None)
 
     def _on_reborn(self, _: None) -> None:
         slots = self._policy.slots_per_node or self._setting.slots_per_node
