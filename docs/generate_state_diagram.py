@@ -3,8 +3,8 @@
     python docs/generate_state_diagram.py            # rewrites docs/control_states.md and .svg
     python docs/generate_state_diagram.py --check    # exit code 1 if they are not current
 
-Seeded random runs of the simulated cluster (tests/support) feed ``decide``; every change of phase
-that happens is an arrow, labelled with the events that caused it.
+Seeded random runs of the simulated cluster (tests/support) feed ``decide``. What it answers to
+each event in each state is a row of the table; every change of state is an arrow of the picture.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ import control_world  # noqa: E402
 from lazarus.control import machine  # noqa: E402
 from lazarus.control.cluster.state import Control, Phase  # noqa: E402
 from lazarus.control.messages import Body, StopRun  # noqa: E402
-from lazarus.control.ports import DriverSaid, WorkerSaid  # noqa: E402
+from lazarus.control.ports import (  # noqa: E402
+    Command,
+    DriverSaid,
+    Journal,
+    Publish,
+    Tell,
+    TellDriver,
+    WorkerSaid,
+)
 
 MEANING = {
     Phase.GATHERING: "waits for the first nodes",
@@ -44,27 +52,35 @@ MEANING = {
 }
 
 Arrow = tuple[Phase, Phase]
+Row = tuple[Phase, str, Phase]  # state, event, next state
+Table = dict[Row, set[str]]  # with the commands that were seen
 
 
-def arrows(seeds: Iterable[int] = SEEDS) -> dict[Arrow, set[str]]:
-    """Every change of phase in the seeded runs, and the events that caused it."""
-    found: dict[Arrow, set[str]] = {}
+def observed(seeds: Iterable[int] = SEEDS) -> Table:
+    """Every answer of ``decide`` in the seeded runs: state, event, next state, and the commands."""
+    found: Table = {}
     original = machine.decide
 
     def watching(state: Control, event: Any) -> Any:
         after, commands = original(state, event)
-        if after.phase is not state.phase:
-            found.setdefault((state.phase, after.phase), set()).add(name_of(event))
+        row = (state.phase, name_of(event), after.phase)
+        found.setdefault(row, set()).update(map(name_of_command, commands))
         return after, commands
 
     machine.decide = watching
     try:
         for seed in seeds:
-            dense = {"num_faults": 5, "turns": 250, "min_nodes": 1 + seed % 3}
+            dense = {"num_faults": 5, "turns": 250, "min_nodes": 1 + seed % 3, "flips": seed % 2}
             stopped_early(control_play.play(seed, **dense), seed)
     finally:
         machine.decide = original
-    return found
+    found = {row: found[row] for row in found if row[0] is not Phase.ENDED and row[1] != "Body"}
+    return found  # ``Body`` alone is no message that exists
+
+
+def arrows(table: Iterable[Row]) -> set[Arrow]:
+    """The changes of state in a table."""
+    return {(before, after) for before, _, after in table if after is not before}
 
 
 def stopped_early(world: control_world.World, seed: int) -> None:
@@ -83,26 +99,76 @@ def name_of(event: Any) -> str:
     return type(event).__name__
 
 
-def page(found: dict[Arrow, set[str]]) -> str:
+def name_of_command(command: Command) -> str:
+    match command:
+        case Tell(body=body):
+            return type(body).__name__
+        case TellDriver(body=body):
+            return f"driver: {type(body).__name__}"
+        case Journal(entry=entry):
+            return f"journal: {entry['kind']}"
+        case Publish(event=event):
+            return f"`{event}`"
+    return type(command).__name__
+
+
+def page(table: Table) -> str:
+    """The page in Markdown."""
     lines = [
         "# States of the controller",
         "",
         "Made by `python docs/generate_state_diagram.py` from the machine itself; do not edit.",
-        "Each arrow was seen in seeded runs of the simulated cluster and names the events that",
-        "caused it. `decide` has an answer to every event in every state; what is not an arrow",
-        "changes counters, or nothing.",
         "",
         "![States from top to bottom; arrows back are on the left](control_states.svg)",
         "",
         "A run begins in `gathering`; a controller that was restarted begins in `reconnecting`.",
         "",
+        "| State | Meaning |",
+        "|---|---|",
+        *(f"| {phase.value} | {MEANING[phase]} |" for phase in Phase),
+        "",
+        "## Every answer that was seen",
+        "",
+        "A row says what an event in a state led to in seeded runs of the simulated cluster: the",
+        "next state, and the commands that were seen with it; one event calls for some of them.",
+        "Messages to workers have their names, `names_like_this` are events of the run's record.",
+        "The last row of a state has the events that only change what the controller knows.",
+        "`ended` answers nothing. Events that these runs do not have (errors of user code,",
+        "evaluations, faults on purpose) are not in the table.",
+        "",
+        "| State | Event | Next state | Commands |",
+        "|---|---|---|---|",
     ]
-    pairs = in_order(found)
-    lines += ["| State | Meaning |", "|---|---|"]
-    lines += [f"| {phase.value} | {MEANING[phase]} |" for phase in Phase]
-    lines += ["", "| From | To | On |", "|---|---|---|"]
-    lines += [f"| {a.value} | {b.value} | {on(found[(a, b)])} |" for a, b in pairs]
+    for phase in Phase:
+        here = sorted((row for row in table if row[0] is phase), key=place)
+        loud = [row for row in here if table[row] or row[2] is not phase]
+        lines += [line(phase, row[1], row[2], table[row]) for row in loud]
+        if quiet := [row[1] for row in here if row not in loud]:
+            lines.append(line(phase, ", ".join(quiet), phase, ()))
     return "\n".join(lines) + "\n"
+
+
+def place(row: Row) -> tuple[bool, int, str]:
+    """Where a row stands among those of its state: changes of state first, by next state."""
+    before, event, after = row
+    return after is before, list(Phase).index(after), event
+
+
+def line(phase: Phase, events: str, after: Phase, commands: Iterable[str]) -> str:
+    return f"| {phase.value} | {events} | {after.value} | {', '.join(sorted(commands))} |"
+
+
+def rows(text: str) -> Table:
+    """The table on the page."""
+    found: Table = {}
+    for row in text.splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if len(cells) != 4 or cells[0] not in {phase.value for phase in Phase}:
+            continue
+        commands = set(cells[3].split(", ")) - {""}
+        for event in cells[1].split(", "):
+            found[(Phase(cells[0]), event, Phase(cells[2]))] = commands
+    return found
 
 
 def in_order(found: Iterable[Arrow]) -> list[Arrow]:
@@ -140,16 +206,12 @@ def picture(found: Iterable[Arrow]) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def on(events: Iterable[str]) -> str:
-    return ", ".join(sorted(events))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     args = parser.parse_args()
-    found = arrows()
-    for path, text in ((PAGE, page(found)), (PICTURE, picture(found))):
+    table = observed()
+    for path, text in ((PAGE, page(table)), (PICTURE, picture(arrows(table)))):
         if not args.check:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
