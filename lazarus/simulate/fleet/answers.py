@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
 from lazarus.config.timeouts import derive_timeouts
 from lazarus.control.cluster.state import Control, ControlConfig
 from lazarus.control.messages import Body, Hello, Paused
+from lazarus.control.ports import Stored
 from lazarus.simulate.fleet import bodies
 from lazarus.simulate.rows import FleetPolicy, Setting
+from placement.request import Floats
 
 FOREVER_S = 1e15
 
@@ -63,6 +66,24 @@ def with_time(state: Control, *, now_s: float) -> Control:
         for name, known in state.roster.workers.items()
     }
     return replace(state, roster=replace(state.roster, workers=workers))
+
+
+def with_storage(
+    state: Control, *, stored: tuple[Stored, ...], checkpoints: tuple[StoredCheckpoint, ...]
+) -> Control:
+    """Return the state that knows these experts and checkpoints on storage."""
+    known = replace(state.storage, stored=stored, checkpoints=checkpoints)
+    return replace(state, storage=known)
+
+
+def with_commits(state: Control, *, step: int, history: Floats) -> Control:
+    """Return the state after commits up to ``step``, with the load history after them."""
+    return replace(
+        state,
+        step=step,
+        standing=replace(state.standing, base_plan=state.standing.plan),
+        committed=replace(state.committed, history=history),
+    )
 
 
 def control_config(

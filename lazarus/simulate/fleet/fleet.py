@@ -41,9 +41,8 @@ from lazarus.control.ports import (
     Tick,
     WorkerSaid,
 )
-from lazarus.simulate.fleet import bodies
+from lazarus.simulate.fleet import answers, bodies
 from lazarus.simulate.fleet.agenda import Agenda
-from lazarus.simulate.fleet.answers import control_config, with_early, with_nodes, with_time
 from lazarus.simulate.fleet.downtime import PLANNED, RECOVERY, RESTART, WAITING, Downtime
 from lazarus.simulate.fleet.training import Training
 from lazarus.simulate.inputs.faults import by_number, fleet_of
@@ -121,7 +120,9 @@ class VirtualRun:
         getattr(self, f"_on_{kind}")(payload)
 
     def _config(self, nodes: int, *, start_step: int) -> ControlConfig:
-        return control_config(self._setting, self._policy, nodes=nodes, start_step=start_step)
+        return answers.control_config(
+            self._setting, self._policy, nodes=nodes, start_step=start_step
+        )
 
     # ---- the controller's shell ------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class VirtualRun:
                 self._say(body.worker, body)
         else:
             self._say(hellos[0].worker, hellos[0])
-            self.state = with_nodes(self.state, hellos[:-1])
+            self.state = answers.with_nodes(self.state, hellos[:-1])
             self._say(hellos[-1].worker, hellos[-1])
         while not self.training.running and self._agenda:
             self._next()
@@ -213,7 +214,7 @@ class VirtualRun:
         if not self._exact:  # any event makes ``decide`` start what is due
             self._feed(DriverSaid(body=DriverHello(run=""), at_s=now))
             return
-        self.state = with_time(self.state, now_s=now)
+        self.state = answers.with_time(self.state, now_s=now)
         self._feed(Tick(at_s=now))
 
     def _on_remove(self, nodes: tuple[str, ...]) -> None:
@@ -240,15 +241,15 @@ class VirtualRun:
 
     # ---- answers ---------------------------------------------------------------------------------
 
-    def _absorb(self, name: str, answers: Mapping[str, Body]) -> None:
+    def _absorb(self, name: str, replies: Mapping[str, Body]) -> None:
         """Enter all answers of one phase: the last through ``decide``, the others directly."""
         if self._exact:
-            for worker in answers:
-                self._say(worker, answers[worker])
+            for worker in replies:
+                self._say(worker, replies[worker])
             return
-        early = dict(answers)
+        early = dict(replies)
         last = early.popitem()
-        self.state = with_early(self.state, name, early)
+        self.state = answers.with_early(self.state, name, early)
         self._say(*last)
 
     def _due(self, generation: int, phase: Phase) -> Transition | None:
@@ -276,19 +277,17 @@ class VirtualRun:
             return
         snapped = self.training.copies.snapped(alive=set(transition.voters))
         stored, known = self.training.copies.on_storage()
-        self.state = replace(
-            self.state, storage=replace(self.state.storage, stored=stored, checkpoints=known)
-        )
+        self.state = answers.with_storage(self.state, stored=stored, checkpoints=known)
         shape = self._setting.shape
-        answers = bodies.all_aligned(
+        replies = bodies.all_aligned(
             self._alive(workers_of(self.state, transition.voters)),
             held=self.training.held,
             snapshots={self.state.roster.nodes[n].workers[0]: rows for n, rows in snapped.items()},
             generation=generation, step=transition.step, history=self.training.history,
             dense_bytes=shape.dense_bytes, expert_bytes=shape.expert_bytes,
         )  # fmt: skip
-        if answers:
-            self._absorb("aligned", answers)
+        if replies:
+            self._absorb("aligned", replies)
         self._note_waiting()
 
     def _prepare(self, order: Prepare) -> None:
@@ -352,11 +351,8 @@ class VirtualRun:
         """Report commits up to ``step``; all but the last are entered into the state directly."""
         first = self.state.step + 1
         if not self._exact and step > first:
-            self.state = replace(
-                self.state,
-                step=step - 1,
-                standing=replace(self.state.standing, base_plan=self.state.standing.plan),
-                committed=replace(self.state.committed, history=self.training.history),
+            self.state = answers.with_commits(
+                self.state, step=step - 1, history=self.training.history
             )
             first = step
         for number in range(first, step + 1):
