@@ -6,9 +6,9 @@ torch. The shell around it (``runtime/controller/``) turns what happens into eve
 
 **One decision.** An event is a message of a worker or of the driver, a stream that closed, a
 manifest that was written, or a tick of the clock. ``machine.decide`` first lets the module of the
-event's subject react to it, then starts whatever the new state calls for (``_settle``), and adds
-what was found out about nodes to the journal. A message of an older generation is counted and
-changes nothing else; a message that contradicts the state is refused.
+event's subject react to it; then ``settling.py`` starts whatever the new state calls for; last,
+what was found out about nodes is added to the journal. A message of an older generation is counted
+and changes nothing else; a message that contradicts the state is refused.
 
 **Phases.** The run is in one phase at a time (``cluster/state.py: Phase``)::
 

@@ -2,7 +2,8 @@
 
 ``runtime/rpc/codec.py`` encodes these classes as msgpack, field by field. A reader refuses a value
 of the wrong type and ignores a field that is not declared here. The module does not depend on
-streams, clocks or processes.
+streams, clocks or processes. It is longer than other files because it is nothing but declarations,
+one for each message, which are read side by side.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from lazarus.control.messages import (
 )
 from lazarus.control.plans import verdict
 from lazarus.control.ports import Journal, Publish, StreamClosed, TellAll, Tick, WorkerSaid
-from lazarus.control.reconfiguration import reconfigure
+from lazarus.control.reconfiguration import preparing, reconfigure
 from lazarus.control.restart import replay
 from lazarus.runtime.fence.ledger import StepLedger
 
@@ -292,23 +292,23 @@ def plan_and_prepare_do_not_wait_for_everybody(patch: Patch) -> None:
 
 @mutant("I12")
 def a_holder_is_overlooked(patch: Patch) -> None:
-    original = reconfigure.holders
+    original = preparing.holders
 
     def some(aligned: Any, feeders: Any) -> Any:
         return {e: at for e, at in original(aligned, feeders).items() if e != (0, 1)}
 
-    patch.setattr(reconfigure, "holders", some)
+    patch.setattr(preparing, "holders", some)
 
 
 @mutant("I12", "I5")
 def anybody_is_asked_for_any_expert(patch: Patch) -> None:
-    original = reconfigure.schedule_moves
+    original = preparing.schedule_moves
 
     def moves(wanted: Any, owners: Any) -> Any:
         found, lost = original(wanted, owners)
         return tuple(changed(m, source=(m.source + 1) % 2) for m in found), lost
 
-    patch.setattr(reconfigure, "schedule_moves", moves)
+    patch.setattr(preparing, "schedule_moves", moves)
 
 
 @mutant("I10")

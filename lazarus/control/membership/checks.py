@@ -9,7 +9,6 @@ Every check returns the reason why a message is refused, or an empty string.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
@@ -23,6 +22,7 @@ from lazarus.control.cluster.roster import node_of
 from lazarus.control.cluster.state import Control, ControlConfig, Phase
 from lazarus.control.cluster.transition import Transition
 from lazarus.control.commit.measures import measures_of
+from lazarus.control.membership.json_text import parsed
 from lazarus.control.vector import VectorLayout, decode
 from lazarus.errors import BrokenInvariantError
 
@@ -31,7 +31,6 @@ _LARGEST_SHAPE = 1 << 24  # layers times experts
 _AHEAD = 1 << 16  # steps above the last commit whose vectors are accepted
 _NAME_CHARS = 1 << 14
 _SOURCE_CHARS = 1 << 16
-_DEEPEST = 16  # nesting of JSON in a message
 _MOST_STARTED = 1024  # nodes that one injected fault may add
 # Fields, of any message, that count something; other numbers (checksums, losses) may be any.
 _COUNTS = frozenset(
@@ -136,35 +135,6 @@ def _odd_field(name: str, item: Any) -> str:
 
 def _step(state: Control, step: int) -> str:
     return "" if 0 <= step <= state.config.steps else f"step {step} of {state.config.steps}"
-
-
-def parsed(text: str, *, what: str) -> tuple[Mapping[str, Any], str]:
-    """Parse a JSON object that a message carries as text.
-
-    Args:
-        text: The text; empty stands for an empty object.
-        what: What the text is, for the reason.
-
-    Returns:
-        The object, and why it is refused (the object is then empty) or an empty string.
-    """
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError) as problem:
-        return {}, f"{what} is no JSON: {type(problem).__name__}"
-    if not isinstance(found, dict):
-        return {}, f"{what} is no JSON object"
-    if not _is_shallow(found, _DEEPEST):
-        return {}, f"{what} is nested deeper than {_DEEPEST}"
-    return found, ""
-
-
-def _is_shallow(value: Any, depth: int) -> bool:
-    if isinstance(value, dict):
-        return depth > 0 and all(_is_shallow(item, depth - 1) for item in value.values())
-    if isinstance(value, list):
-        return depth > 0 and all(_is_shallow(item, depth - 1) for item in value)
-    return True
 
 
 # ---- hellos ------------------------------------------------------------------------------------

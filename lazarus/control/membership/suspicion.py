@@ -10,6 +10,7 @@ from lazarus.control.commit import commits
 from lazarus.control.membership import members
 from lazarus.control.messages import Suspicion
 from lazarus.control.reconfiguration import reconfigure as change
+from lazarus.control.reconfiguration.holding import storage_failure
 from lazarus.control.reconfiguration.parting import STALLED
 from lazarus.failure import Cause, Failure, Status
 
@@ -48,7 +49,7 @@ def _on_bad_source(state: Control, body: Suspicion, *, at_s: float) -> Decision:
         refused = state.storage.refused | {body.bad_source}
         state = replace(state, storage=replace(state.storage, refused=refused, refusal=refusal))
     if not state.resumed:
-        failure = change.storage_failure(
+        failure = storage_failure(
             replace(
                 state,
                 storage=replace(

@@ -19,7 +19,9 @@ from lazarus.control.messages import Depart, Ready, Resume, StorageProblem
 from lazarus.control.plans.planning import adoption
 from lazarus.control.ports import Command, Journal, Publish, TellAll
 from lazarus.control.reconfiguration import repair
-from lazarus.control.reconfiguration.reconfigure import begin, hold, lineage_text
+from lazarus.control.reconfiguration.holding import hold
+from lazarus.control.reconfiguration.preparing import lineage_text
+from lazarus.control.reconfiguration.reconfigure import begin
 from lazarus.control.reconfiguration.timeline import mark_resume
 from lazarus.control.saving import adapting, saves
 from lazarus.control.saving.losses import (
