@@ -486,9 +486,11 @@ class AskStacks(Body, frozen=True, kw_only=True):
 
 
 class DriverHello(Body, frozen=True, kw_only=True):
-    """The driver opens its stream."""
+    """The driver opens its stream, and says which message of the controller it heard last."""
 
     run: str
+    term: Int = 0  # of the controller that sent the message
+    heard: Int = 0  # number of the message in that term; 0: none
 
 
 class WorkerDied(Body, frozen=True, kw_only=True):
@@ -670,7 +672,10 @@ class FromDriver(Struct, frozen=True):
 
 
 class ToDriver(Struct, frozen=True):
-    """One message of the controller to the driver."""
+    """One message of the controller to the driver; messages of a term are numbered from 1.
+
+    Pulses have no number: they are never sent again.
+    """
 
     body: (
         Record
@@ -683,6 +688,8 @@ class ToDriver(Struct, frozen=True):
         | Pulse
         | ControllerFailed
     )
+    term: Int = 0
+    number: Int = 0
 
 
 Envelope = FromWorker | ToWorker | FromDriver | ToDriver

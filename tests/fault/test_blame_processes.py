@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from fault_runs import Watched, at_step, watch
 from lazarus.errors import LazarusError
 from lazarus.record.events import read_events
 from lazarus.record.journal_reader import read_journal
+from lazarus.runtime.host.sockets import connections, peer_of
 
 STALL_S = 2.0
 QUICK = (f"recovery.tolerated_stall_s={STALL_S}", "metrics.report=false")
@@ -63,6 +65,36 @@ def test_a_stopped_controller_is_replaced_and_training_goes_on(tmp_path: Path) -
     back = next(i for i, e in enumerate(run.events) if e["event"] == "controller_restarted")
     before = sum(e["event"] == "step_committed" for e in run.events[:back])
     assert len(run.steps) > before + 5  # the steps of the silence, said at once, and a few more
+
+
+@pytest.mark.slow
+def test_a_driver_whose_stream_breaks_is_back_and_has_missed_nothing(tmp_path: Path) -> None:
+    """Both processes live: the run goes on, and every line of the record reaches the driver."""
+    broken: list[int] = []
+    heard: list[Any] = []
+
+    def cut(run: Watched) -> None:
+        """Break this process's connections to the controller, as a reset on the way does."""
+        (port,) = {e["port"] for e in run.journal() if e["kind"] == "term"}
+        for _, copy in connections(besides=set()):
+            with copy:
+                if (peer_of(copy) or ("", 0))[1] == port:
+                    copy.shutdown(socket.SHUT_RDWR)
+                    broken.append(port)
+
+    run = watch(
+        tmp_path,
+        nodes=2,
+        steps=16,
+        settings=QUICK,
+        acts=[at_step(step, cut) for step in (3, 6, 9, 12)],
+        on_event=lambda _, event: heard.append(event),
+    )
+    assert len(broken) >= 2, "each cut at a connection that was there"
+    assert run.status == "finished" and terms(tmp_path) == [1]
+    assert run.steps == list(range(1, 17))
+    assert_in_order(run)
+    assert heard == list(run.events)
 
 
 @pytest.mark.slow

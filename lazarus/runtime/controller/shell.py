@@ -48,7 +48,8 @@ from lazarus.control.ports import (
     WriteManifest,
 )
 from lazarus.control.restart.replay import awakened
-from lazarus.errors import LazarusError
+from lazarus.errors import ConfigError, LazarusError
+from lazarus.record.ownership import owner_of
 from lazarus.runtime.controller.chronicle import Chronicle
 from lazarus.runtime.controller.controller_end import (
     Reserve,
@@ -94,7 +95,13 @@ class Controller:
         self._state = awakened(chronicle.journal_state.state, now_s=now_s())
         self._ended = chronicle.journal_state.end  # the journal's last entry, if the run has ended
         self._events: queue.SimpleQueue[Heard | _Died] = queue.SimpleQueue()
-        self._streams = Streams(spec.config, post=self._events.put, on_death=self._thread_died)
+        self._streams = Streams(
+            spec.config,
+            term=self._state.term,
+            post=self._events.put,
+            on_death=self._thread_died,
+            is_driver_dead=self._is_driver_dead,
+        )
         self._done = False
         self._next_tick_s = self._next_pulse_s = now_s()
         self._waiting: int | None = None  # events to handle before a tick that is due
@@ -115,6 +122,14 @@ class Controller:
 
     def _thread_died(self, name: str, problem: BaseException) -> None:
         self._events.put(_Died(name, problem))
+
+    def _is_driver_dead(self) -> bool:
+        """Whether the run's folder belongs to a process of this machine that has ended."""
+        try:
+            owner = owner_of(self._spec.run_dir)
+        except (ConfigError, OSError):
+            return False
+        return owner is not None and owner.state == "gone"
 
     def orphaned(self) -> None:
         """Record the end of the run because the driver was killed.

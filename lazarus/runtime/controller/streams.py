@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -30,13 +31,20 @@ from lazarus.control.messages import (
 from lazarus.control.ports import DriverGone, DriverSaid, Event, Garbled, StreamClosed, WorkerSaid
 from lazarus.runtime.rpc import codec
 
+_KEPT = 4096  # newest messages to the driver, sent again where a broken stream lost them
+_LOOK_S = 0.1  # between two looks whether the driver's process is still there
+
 
 class Peer:
-    """One stream: its outgoing messages, and whether its incoming messages are accepted."""
+    """One stream: its outgoing messages, and whether its incoming messages are accepted.
+
+    ``is_broken`` means that the stream ended without a word of the peer.
+    """
 
     def __init__(self) -> None:
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.is_closed = False
+        self.is_broken = False
         self.is_heard = False
 
     def messages(self) -> Iterator[bytes]:
@@ -55,21 +63,34 @@ Heard = tuple[Event, Peer | None]  # an event, and the stream of a worker's mess
 class Streams:
     """The streams of the workers, one each, and of the driver. Any thread may send.
 
+    A driver whose stream breaks is expected back, and then hears what the broken stream lost.
+    ``driver_there`` is clear before the first stream of the driver, and while it is expected back.
+
     Args:
         config: The controller's configuration, which a worker's hello must match.
+        term: The controller's term.
         post: Called with each event, from the threads of the streams.
         on_death: Called if one of these threads dies.
+        is_driver_dead: Whether the driver's process is known to have ended.
     """
 
     def __init__(
-        self, config: ControlConfig, *, post: Callable[[Heard], None], on_death: OnDeath
+        self,
+        config: ControlConfig,
+        *,
+        term: int,
+        post: Callable[[Heard], None],
+        on_death: OnDeath,
+        is_driver_dead: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._config = config
+        self._config, self._term = config, term
         self._post, self._on_death = post, on_death
+        self._is_driver_dead = is_driver_dead
         self._lock = threading.Lock()
         self._peers: dict[str, Peer] = {}
         self._driver: Peer | None = None
-        self._for_driver: list[bytes] = []  # messages for a driver that is not connected yet
+        self._number = 0  # of the newest message to the driver
+        self._told: deque[tuple[int, bytes]] = deque(maxlen=_KEPT)
         self.driver_there = threading.Event()
 
     # ---- in ------------------------------------------------------------------------------------
@@ -93,12 +114,15 @@ class Streams:
         """Serve the driver's stream."""
         first = self._first(FromDriver, DriverHello, requests, context)
         peer = Peer()
+        heard = first.heard if first.term == self._term else 0
         with self._lock:
-            self._driver = peer
-            for message in self._for_driver:
-                peer.outbox.put(message)
-            self._for_driver.clear()
-        self.driver_there.set()
+            older, self._driver = self._driver, peer
+            for number, message in self._told:
+                if number > heard:
+                    peer.outbox.put(message)
+            self.driver_there.set()
+        if older is not None:
+            older.close()
         _close_with(context, peer)
         self._post((DriverSaid(body=first, at_s=now_s()), None))
         spawn("read-driver", self._read_driver, requests, peer, on_death=self._on_death)
@@ -122,7 +146,7 @@ class Streams:
         self._post((garbled, None))
 
     def _read_worker(self, requests: Iterator[bytes], name: str, peer: Peer) -> None:
-        for body in self._bodies(FromWorker, requests, name):
+        for body in self._bodies(FromWorker, requests, name, peer):
             self._post((WorkerSaid(worker=name, body=body, at_s=now_s()), peer))
         peer.close()
         with self._lock:
@@ -134,13 +158,32 @@ class Streams:
             self._post((StreamClosed(worker=name, at_s=now_s()), None))
 
     def _read_driver(self, requests: Iterator[bytes], peer: Peer) -> None:
-        for body in self._bodies(FromDriver, requests, "driver"):
+        for body in self._bodies(FromDriver, requests, "driver", peer):
             self._post((DriverSaid(body=body, at_s=now_s()), None))
         peer.close()
-        if self._driver is peer:
+        with self._lock:
+            if self._driver is not peer:
+                return
+            self._driver = None
+            if peer.is_broken:
+                self.driver_there.clear()
+        if not peer.is_broken or not self._driver_returns():
             self._post((DriverGone(at_s=now_s()), None))
 
-    def _bodies(self, kind: Any, requests: Iterator[bytes], name: str) -> Iterator[Body]:
+    def _driver_returns(self) -> bool:
+        """Wait for the driver's next stream; False if its process is gone or it stays away."""
+        until_s = now_s() + self._config.timeouts.driver_away_s
+        while not self.driver_there.wait(_LOOK_S):
+            if now_s() < until_s and not self._is_driver_dead():
+                continue
+            with self._lock:
+                self.driver_there.set()  # nobody waits for it from now on
+                return self._driver is not None
+        return True
+
+    def _bodies(
+        self, kind: Any, requests: Iterator[bytes], name: str, peer: Peer
+    ) -> Iterator[Body]:
         """The messages of a stream, until it breaks or ends."""
         try:
             for data in requests:
@@ -151,7 +194,7 @@ class Streams:
                     continue
                 yield body
         except grpc.RpcError:
-            return  # the peer is gone; the caller reports the end of the stream
+            peer.is_broken = True  # the caller reports the end of the stream
 
     # ---- who is heard --------------------------------------------------------------------------
 
@@ -186,16 +229,17 @@ class Streams:
             peer.close()
 
     def tell_driver(self, body: Body) -> None:
-        """Send to the driver, or keep the message until the driver first connects."""
-        message = codec.encode(ToDriver(cast(Any, body)))
+        """Send to the driver, at once or when it connects; again if a stream breaks meanwhile."""
         with self._lock:
+            self._number += 1
+            said = ToDriver(cast(Any, body), term=self._term, number=self._number)
+            message = codec.encode(said)
+            self._told.append((self._number, message))
             if self._driver is not None:
                 self._driver.outbox.put(message)
-            else:
-                self._for_driver.append(message)
 
     def pulse(self, message: bytes) -> None:
-        """Send a pulse to the driver; dropped if the driver has not connected."""
+        """Send a pulse to the driver; dropped if the driver is not connected."""
         with self._lock:
             if self._driver is not None:
                 self._driver.outbox.put(message)

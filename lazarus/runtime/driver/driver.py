@@ -121,7 +121,7 @@ class Driver:
             self._address,
             credentials=spec.credentials,
             speaker=FromDriver,
-            hello=lambda: DriverHello(run=spec.control.run_id),
+            hello=self._hello,
             on_connect=self._connected,
             on_message=lambda term, body: self._hear(body),
             on_dead=self._controller_lost,
@@ -179,6 +179,10 @@ class Driver:
                 self._life.strike()
             case _:
                 raise errors.LazarusError(f"the controller sent {type(body).__name__}")
+
+    def _hello(self) -> DriverHello:
+        term, number = (0, 0) if self._link is None else self._link.heard
+        return DriverHello(run=self._spec.control.run_id, term=term, heard=number)
 
     def _connected(self) -> None:
         """Resend what a restarted controller cannot know; called whenever the stream opens."""

@@ -27,7 +27,7 @@ class Link:
         credentials: The job's credentials.
         speaker: ``FromWorker`` or ``FromDriver``: the class that wraps outgoing messages.
         hello: Makes the first message of each stream.
-        on_message: Called with the controller's term (0 in the driver) and each message.
+        on_message: Called with the controller's term and each message.
         on_dead: Called with the reason when the link gives up.
         allowance_s: Time without an answering controller after which the link gives up.
         on_connect: Called each time before a stream is opened; may call ``send``.
@@ -58,6 +58,7 @@ class Link:
         self._closed = threading.Event()
         self._alone_since: float | None = None  # monotonic s; None while a controller answers
         self._thread: threading.Thread | None = None
+        self.heard = (0, 0)  # term and number of the newest numbered message
 
     def start(self) -> None:
         """Begin to connect, in a thread of its own."""
@@ -136,5 +137,8 @@ class Link:
         if self._speaker is FromWorker:
             ordered = codec.decode(ToWorker, data)
             self._on_message(ordered.term, ordered.body)
-        else:
-            self._on_message(0, codec.decode(ToDriver, data).body)
+            return
+        said = codec.decode(ToDriver, data)
+        self._on_message(said.term, said.body)
+        if said.number:
+            self.heard = (said.term, said.number)
