@@ -45,7 +45,7 @@ def expected_fractions(counts_E: Tensor) -> Tensor:
     """Fractions f32 [E] for the next step's loss, from the counts of a committed step."""
     total = int(counts_E.sum())
     if total == 0:
-        return torch.full((counts_E.numel(),), 1 / counts_E.numel())
+        return torch.full((counts_E.numel(),), 1 / counts_E.numel(), dtype=torch.float32)
     return (counts_E.double() / total).float()
 
 

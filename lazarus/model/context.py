@@ -62,7 +62,9 @@ class LayerContext:
         experts = table.num_experts
         self.layer, self.exchange, self.table = layer, exchange, table
         self.rule = rule or SplitRule()
-        self.expected_E = torch.full((experts,), 1 / experts) if expected_E is None else expected_E
+        if expected_E is None:
+            expected_E = torch.full((experts,), 1 / experts, dtype=torch.float32)
+        self.expected_E = expected_E
         self.counts_E = torch.zeros(experts, dtype=torch.int64) if counts_E is None else counts_E
         shape = table.holds_ER.shape
         self.served_ER = np.zeros(shape, dtype=np.bool_) if served_ER is None else served_ER

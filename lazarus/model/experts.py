@@ -76,8 +76,8 @@ class ExpertBank(nn.Module):
     def allocate(self, *, num_slots: int, device: torch.device | str) -> None:
         """Replace weight and gradient by ``num_slots`` rows of zeros, all slots empty."""
         shape = (num_slots, self.layout.row_numel)
-        self.weight = nn.Parameter(torch.zeros(shape, device=device))
-        self.weight.grad = torch.zeros(shape, device=device)
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+        self.weight.grad = torch.zeros_like(self.weight)
         self.expert_of_slot = [-1] * num_slots
 
     def assign(self, slot: int, expert: int) -> None:
@@ -107,7 +107,7 @@ class ExpertBank(nn.Module):
         if expert < 0:
             raise ValueError(f"slot {slot} is empty; assign an expert first")
         generator = torch.Generator(device="cpu").manual_seed(_mixed(self.key, expert))
-        row_P = torch.zeros(self.layout.row_numel, device="cpu")
+        row_P = torch.zeros(self.layout.row_numel, dtype=self.weight.dtype, device="cpu")
         for name, view in self.layout.views(row_P).items():
             if name.startswith("w_"):
                 std = view.shape[0] ** -0.5 if self.init_std is None else self.init_std

@@ -172,7 +172,7 @@ class MoELayer(nn.Module):
         if self.balance != "aux" or not self.training:
             return None
         return auxiliary_sum(
-            score_TE, self.context.expected_E.to(score_TE.device), coefficient=self.aux_coef,
+            score_TE, self.context.expected_E.to(score_TE), coefficient=self.aux_coef,
             score=self.score, mask_T=mask_T,
         )  # fmt: skip
 

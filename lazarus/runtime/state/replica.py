@@ -425,7 +425,8 @@ class Replica:
         total = last.sum()
         if total > 0:
             return torch.from_numpy((last / total).astype(np.float32)).to(self.device)
-        return torch.full((self.num_experts,), 1.0 / self.num_experts, device=self.device)
+        uniform = (self.num_experts,), 1.0 / self.num_experts
+        return torch.full(*uniform, dtype=torch.float32, device=self.device)
 
     # ---- names ---------------------------------------------------------------------------------
 
