@@ -118,7 +118,7 @@ def place_of(function: Any) -> str:
         return ""
     code = getattr(function, "__code__", None)
     if code is None:
-        for name in ("__call__", "__getitem__", "forward", "__init__"):
+        for name in ("__call__", "__getitem__", "__iter__", "forward", "__init__"):
             code = getattr(getattr(type(function), name, None), "__code__", None)
             if code is not None:
                 break

@@ -61,15 +61,23 @@ class Whereabouts:
         with path.open("r+b") as opened:
             return cls(mmap.mmap(opened.fileno(), _SIZE))
 
-    def enter(self, phase: str, sample_ids: Sequence[int] | NDArray[np.int64] = ()) -> None:
-        """Note that the training thread is about to call the user function of ``phase``."""
+    def enter(
+        self, phase: str, sample_ids: Sequence[int] | NDArray[np.int64] = (), *, of: str = ""
+    ) -> None:
+        """Note that the training thread is about to call a user function.
+
+        Args:
+            phase: What the rank does.
+            sample_ids: Of the micro-batch.
+            of: The phase whose user function is called; empty: ``phase``.
+        """
         self.now = Note(
             generation=self.generation,
             rank=self.rank,
             step=self.step,
             phase=phase,
             sample_ids=tuple(np.asarray(sample_ids[:_MOST_IDS], dtype=np.int64).tolist()),
-            place=self.places.get(phase, ""),
+            place=self.places.get(of or phase, ""),
         )
         self._write()
 

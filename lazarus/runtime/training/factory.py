@@ -38,9 +38,10 @@ class Workshop:
 
     def reading(self, context: WorkerContext) -> Reading:
         """The training data, at its beginning."""
-        config, data = self._config, self._user.data
+        config, data, where = self._config, self._user.data, self._observer.where
+        where.enter("build", of="data")
         opened = defaults.training_data(config) if data is None else _opened(data, context)
-        return open_reading(
+        reading = open_reading(
             opened,
             collate=self._user.collate or defaults.collate,
             seed=config.run.seed,
@@ -49,6 +50,8 @@ class Workshop:
             shuffle_shards=config.data.shuffle_shards,
             prefetch_steps=defaults.prefetch_steps(config, opened),
         )
+        where.enter("build")
+        return reading
 
     def boundary(self, replica: Replica, hooks: Hooks, context: WorkerContext) -> BetweenSteps:
         """The work between two steps."""
