@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def broken(self, event):
         raise AssertionError("a bug of ours")
 Driver._recorded = broken
 """
+NO_MACHINE = """
+from lazarus.runtime.launch.launcher import ProcessLauncher
+free, taken = ProcessLauncher.machines, []
+ProcessLauncher.machines = lambda self: () if taken else free(self)
+class Watch:
+    def on_event(self, event):
+        if event["event"] == "run_started":
+            taken.append("all")
+options["callbacks"] = [Watch()]
+"""
 ENDS = {
     "finished": End(
         status="finished", cause="", code=0, said="status finished steps 8", settings=()
@@ -124,6 +135,15 @@ ENDS = {
     "ctrl-c twice": End(
         status="short", cause="request", code=-signal.SIGINT, said="stopped by Ctrl-C at step",
         act=ask_twice, body=NO_NEXT_STEP,
+    ),
+    "quorum": End(
+        status="short", cause="node", code=1, said="QuorumTimeoutError: ", body=NO_MACHINE,
+        settings=(
+            *FOREVER,
+            'faults.specs=["kill:1@3"]',
+            "cluster.min_nodes=2",
+            "cluster.quorum_timeout_s=3",
+        ),
     ),
     "user": End(
         status="failed", cause="user_code", code=1, said="ZeroDivisionError",
@@ -209,6 +229,9 @@ def test_a_killed_driver_is_found_out_by_the_next_status(tmp_path: Path, control
     until = time.monotonic() + 60.0
     while (status := of_command("status", str(folder), "--json"))["phase"] != "ENDED":
         assert time.monotonic() < until
+    if controller == "dies first":  # its workers would train on until they miss a controller
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
     assert (status["ended"], status["cause"]) == ("short", "node")
     written = [e for e in read_events(folder) if e["event"] == "run_finished"]
     assert len(written) == (1 if controller == "lives" else 0)

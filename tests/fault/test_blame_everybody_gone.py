@@ -76,6 +76,38 @@ def test_a_run_whose_nodes_are_all_gone_restarts_from_its_newest_checkpoint(
 
 
 @pytest.mark.slow
+def test_a_rollback_goes_back_to_the_newest_checkpoint_with_every_expert(tmp_path: Path) -> None:
+    """D15 with ``recovery.on_lost_expert=rollback``: a newer one of some experts is passed over."""
+    run = watch(
+        tmp_path / "run",
+        nodes=2,
+        steps=STEPS,
+        settings=(
+            "recovery.on_lost_expert=rollback",
+            "checkpoint.every=4",
+            "checkpoint.k_snapshot=2",
+            "checkpoint.k_persist=2",
+            "checkpoint.keep=20",
+            *SETTINGS[3:],
+        ),
+        acts=[(when_persisted(8), kill_all)],
+    )
+    assert {e["node"] for e in run.of("node_lost")} == {0, 1}
+    saved = {e["step"]: e["kind"] for e in run.of("checkpoint_persisted")}
+    assert saved[4] == "full" and saved[8] != "full"
+    (again,) = run.of("run_restarted")
+    assert again["step"] == 4 and again["from_step"] >= 8
+    assert run.status == "finished" and not run.of("expert_restored")
+    (end,) = run.of("run_finished")
+    assert end["plt"] == 0.0
+    first: dict[int, Event] = {}
+    for event in run.of("step_committed"):
+        before = first.setdefault(event["step"], event)
+        assert event["loss"] == pytest.approx(before["loss"], rel=1e-4)
+    assert sorted(first) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
 def test_without_a_checkpoint_the_run_begins_again_from_its_seed(tmp_path: Path) -> None:
     """D15: and says so plainly."""
     acts = [(lambda e: e["event"] == "step_committed" and e["step"] >= 3, kill_all)]

@@ -186,6 +186,50 @@ def test_whatever_leaves_the_loss_at_one_sample_names_line_step_rank_and_samples
             'raise ArithmeticError("no der',
             "backward",
         ),
+        (
+            """
+            def seen(module, given, made):
+                raise BufferError("from a forward hook")
+            def model(ctx):
+                made = Model()
+                made.head.register_forward_hook(seen)
+                return made
+            """,
+            "raise BufferError",
+            "forward",
+        ),
+        (
+            """
+            def seen(gradient):
+                raise BufferError("from a gradient hook")
+            def model(ctx):
+                made = Model()
+                made.head.weight.register_hook(seen)
+                return made
+            """,
+            "raise BufferError",
+            "backward",
+        ),
+        (
+            """
+            class Data(Data):
+                def __getitem__(self, i):
+                    self.left = getattr(self, "left", None) or (n for n in range(9))
+                    next(self.left)
+                    return super().__getitem__(i)
+            """,
+            "next(self.left)",
+            "data",
+        ),
+        (
+            """
+            class Data:
+                def __iter__(self):
+                    yield {"id": torch.tensor(0), "x": torch.zeros(4, 8)}
+            """,
+            "def __iter__(self):",
+            "build",
+        ),
     ],
     ids=[
         "optimizer",
@@ -196,22 +240,28 @@ def test_whatever_leaves_the_loss_at_one_sample_names_line_step_rank_and_samples
         "eval",
         "builder",
         "backward",
+        "forward-hook",
+        "gradient-hook",
+        "generator-ends",
+        "no-source",
     ],
 )
 def test_every_function_of_the_users_may_raise(
     tmp_path: Path, body: str, line: str, phase: str
 ) -> None:
-    """C3: an exception in optimizer, data, collate, hooks, evaluation, builder and backward."""
+    """C3: exceptions in optimizer, data, collate, hooks, evaluation, builder and backward."""
     left = run_script(tmp_path, textwrap.dedent(body))
     assert_user_error(left, line=line, phase=phase)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "number"), [("ctypes.string_at(0)", "SIGSEGV")])
+@pytest.mark.parametrize(
+    ("what", "number"), [("ctypes.string_at(0)", "SIGSEGV"), ("os.abort()", "SIGABRT")]
+)
 def test_a_native_crash_is_a_poisoned_step_at_the_second_death(
     tmp_path: Path, what: str, number: str
 ) -> None:
-    """C3: a segmentation fault at one sample costs two nodes of four, and names line and sample."""
+    """C3: SIGSEGV or SIGABRT at one sample costs two nodes of four, and names line and sample."""
     left = run_script(tmp_path, at_one_sample(what), nodes=4)
     assert left.code == 1
     deaths = left.of("worker_died")

@@ -112,12 +112,16 @@ class RayHead:
     folder: Path
     books: Books
     num_cpus: int
-    ports: list[int] = field(default_factory=lambda: free_ports(5))
+    ports: list[int] = field(default_factory=lambda: free_ports(6))
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.ports[0]}"
+
+    @property
+    def metrics_page(self) -> str:
+        return f"http://127.0.0.1:{self.ports[5]}/metrics"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -133,7 +137,7 @@ class RayHead:
         token = self.folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        gcs, dashboard, client, agent, agent_grpc = self.ports
+        gcs, dashboard, client, agent, agent_grpc, metrics = self.ports
         self._ray(
             "--head",
             f"--port={gcs}",
@@ -143,6 +147,7 @@ class RayHead:
             f"--ray-client-server-port={client}",
             f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={agent_grpc}",
+            f"--metrics-export-port={metrics}",
         )
 
     def add_node(self, num_cpus: int) -> subprocess.Popen[bytes]:
