@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def test_a_submitted_job_trains_and_survives_its_controllers_death(
 ) -> None:
     record = ray_head.folder / "record"
     faults = ("--fault", "controller@3", "--fault", "kill:1@6")
+    submitted_s = time.time()
     done = submit(
         ray_head, *quick, "--nodes", "3", "--steps", "9", *faults, "--run-dir", str(record)
     )
@@ -69,6 +72,21 @@ def test_a_submitted_job_trains_and_survives_its_controllers_death(
     assert len(terms) >= 2
     assert len({entry["port"] for entry in terms}) == 1  # it came back where workers look for it
     assert len({entry["pid"] for entry in terms}) == len(terms)
+    assert_lines_are_ours(done.stdout)
+    first = next(e["t"] for e in events if e["event"] == "step_committed")
+    print(f"the first step {first - submitted_s:.0f} s after the job was submitted")
+
+
+# A process in brackets, a time stamp with a file of Ray's, a dump of the raylet.
+RAYS_LINE = re.compile(r"^\(\w+.*\) |^\[?\d{4}-\d\d-\d\d \S+.*\.(?:py|cc):\d+|state-dump")
+
+
+def assert_lines_are_ours(said: str) -> None:
+    """R12: the job's log says what is waited for, and Ray adds nothing, not even after a loss."""
+    lines = said.partition("Running entrypoint for job")[2].splitlines()[1:]
+    lines = [line for line in lines if " cli.py:" not in line]  # of the command that shows the log
+    assert "3 nodes are up" in lines and any("node 1 lost" in line for line in lines), said
+    assert [line for line in lines if RAYS_LINE.search(line)] == []
 
 
 def test_too_few_cpus_are_waited_for_with_numbers_and_a_wrong_address_is_refused(
