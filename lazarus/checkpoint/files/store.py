@@ -243,9 +243,9 @@ def commit_manifest(
         probe: Called with ``manifest.open``, ``.written``, ``.synced``, ``.renamed``.
 
     Returns:
-        The manifest of this step that is now on storage. An undamaged checkpoint of the same
-        generation with more freshly saved experts is kept instead of the new one (a periodic save
-        may end after a full one).
+        The manifest of this step that is now on storage. If storage holds an
+        undamaged checkpoint of this step and generation with more freshly saved experts, that one
+        is kept (a periodic save may end after a full one).
 
     Raises:
         IncompleteCheckpointError: There is no file for an expert or a dense tensor.

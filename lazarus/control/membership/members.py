@@ -167,7 +167,7 @@ def lose(
         cause: Why they are lost, for the record.
         at_s: Time of the event in seconds.
         is_silent: Whether the nodes were not seen to end, but are silent or make no progress.
-        is_excused: Whether the deaths of their processes must not count against user code.
+        is_excused: True if user code must not be blamed for the deaths of their processes.
     """
     serials = tuple(serial for serial in serials if serial in state.roster.nodes)
     if not serials:

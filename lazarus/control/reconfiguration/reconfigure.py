@@ -42,7 +42,8 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         state: The controller's state.
         reason: Why the run is reconfigured, for journal and record.
         at_s: Time of the event in seconds.
-        planned: Whether all ranks have paused for this, or the run was holding.
+        planned: True if all ranks have paused for this, or the run was holding; False after a
+            loss.
     """
     state, commands = commits.flush(state, at_s=at_s)
     voters = tuple(sorted(state.standing.members))
@@ -133,8 +134,8 @@ def _of_now(state: Control, body: Report) -> Report:
 def _on_history(state: Control, body: Report) -> Report:
     """Correct the report of a rank that missed the RESUME of the last rollback.
 
-    The steps that such a rank reports are void. It has already read the state of the rollback, and
-    takes it at ALIGN, so its report is changed to the step of the rollback. Reports need no
+    The steps that such a rank reports are void. It holds the rolled-back state in memory and
+    switches to it at ALIGN, so its report must name the step of the rollback. Reports need no
     correction once a later generation has resumed.
     """
     generation, step = state.standing.rolled

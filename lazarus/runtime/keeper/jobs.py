@@ -45,8 +45,9 @@ class Persisting:
 class KeeperWork:
     """One thread that copies and one that persists, each with a bounded queue.
 
-    The caller pins every version once for a persist and once for each address of a copy. Each pin
-    is released by ``unpin``, whether the work succeeds, fails or is refused.
+    Before the caller queues work it pins each version: once if it is persisted, and once for each
+    address that it is copied to. Each pin is released by ``unpin``, whether the work succeeds,
+    fails or is refused.
     """
 
     def __init__(
