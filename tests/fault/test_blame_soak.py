@@ -35,6 +35,7 @@ SECONDS = float(os.environ.get("LAZARUS_SOAK_S", "90"))
 NODES, BATCH, STALL_S = 4, 11, 5.0
 OUTAGE_S = 30.0  # of the checkpoint place
 CALM_STEPS = 15  # committed by all nodes between two faults
+LOADED_KB = 48 << 10  # more in a controller that has written to the checkpoint place
 PATIENCE_S = 120.0  # until all nodes are back after a fault, on a loaded machine
 KINDS = ("kill", "stop", "pause", "controller", "frozen controller", "keeper")
 SETTINGS = (
@@ -232,12 +233,16 @@ class Storm:
             raise
 
     def assert_flat(self) -> None:
-        """The last third of the measurements is where the first one was."""
+        """The last third of the measurements is where the first one was.
+
+        Controllers come and go. One that has written a checkpoint has loaded what reaches the
+        place, and holds about 40 MB more than one that has just begun.
+        """
         for name, measured in self.rss_kb.items():
             third = len(measured) // 3
             assert third >= 1, f"too few measurements of the {name}"
             before, now = median(measured[:third]), median(measured[-third:])
-            assert now <= 1.1 * before + 4096, f"{name}: {before} kB -> {now} kB"
+            assert now <= 1.1 * before + LOADED_KB, f"{name}: {before} kB -> {now} kB"
 
     def assert_nothing_left(self) -> None:
         mark = f"TMPDIR={self.folder / 'tmp'}".encode()
