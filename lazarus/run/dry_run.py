@@ -24,7 +24,11 @@ from lazarus.run.run_place import RunPlace
 from lazarus.run.run_spec import prepared, scratch_folder
 from lazarus.run.trainer import ElasticTrainer
 from lazarus.runtime.host.memory import visible_bytes
-from lazarus.runtime.launch.choose_launcher import joins_cluster, own_hosts
+from lazarus.runtime.launch.choose_launcher import (
+    joins_cluster,
+    own_hosts,
+    require_own_address,
+)
 from lazarus.runtime.rpc.credentials import check_certificate
 from lazarus.runtime.saving.rollback_state import read_base
 from lazarus.runtime.spec import RunSpec, UserCode
@@ -51,6 +55,7 @@ def first_plan(trainer: ElasticTrainer, place: RunPlace) -> Plan:
             user=trainer.user,
             scratch=scratch,
         )
+        require_own_address(spec.config.security.bind)
         if not joins_cluster(spec.config):
             check_certificate(spec.credentials, host=own_hosts(spec.config)[0])
         return _ordered(spec, _aligned(spec))

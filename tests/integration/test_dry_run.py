@@ -126,6 +126,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         (["recovery.policy=dry_policies:Skewed"], "a RecoveryPolicy is called with"),
         (["checkpoint.url=gs://bucket/x", "checkpoint.every=5"], "checkpoint.url = gs://bucket/x"),
         (["checkpoint.url=file:///proc/here", "checkpoint.every=5"], "/proc/here cannot be used"),
+        (["security.bind=300.1.2.3"], "security.bind = '300.1.2.3': nothing on this machine can"),
+        (["security.bind=192.0.2.7"], "security.bind = '192.0.2.7': nothing on this machine can"),
+        (["security.bind=a..b"], "security.bind = 'a..b': nothing on this machine can"),
         (["metrics.wandb_project=x"], "needs the package wandb"),
     ],
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 from lazarus.config.train_config import TrainConfig
+from lazarus.errors import ConfigError
 from lazarus.runtime.launch.launcher import LOOPBACK, Launcher, OnExit, ProcessLauncher, hosts_of
 from lazarus.runtime.launch.ray_home import PrivateHome
 
@@ -14,8 +16,10 @@ def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
     """Create the run's launcher: plain processes, or Ray on an embedded or a joined cluster.
 
     Raises:
-        ConfigError: The Ray cluster to join does not answer.
+        ConfigError: The Ray cluster to join does not answer, or nothing on this machine can listen
+            on ``security.bind``.
     """
+    require_own_address(config.security.bind)
     if config.cluster.launcher != "ray":
         host, bind_host = own_hosts(config)
         return ProcessLauncher(
@@ -39,6 +43,25 @@ def launcher_of(config: TrainConfig, on_exit: OnExit) -> Launcher:
 def own_hosts(config: TrainConfig) -> tuple[str, str]:
     """Addresses for a run on this machine alone: to connect to, and to listen on."""
     return hosts_of(config.security.bind, own=LOOPBACK)
+
+
+def require_own_address(bind: str) -> None:
+    """Check that this machine, where the controller runs, has the address ``security.bind``.
+
+    Raises:
+        ConfigError: Nothing can listen there.
+    """
+    if bind == "auto":
+        return
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((bind, 0))
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"security.bind = {bind!r}: nothing on this machine can listen there: {error}; "
+            'set it to an address of this machine, or to "auto"'
+        ) from error
 
 
 def joins_cluster(config: TrainConfig) -> bool:
