@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -250,13 +251,29 @@ def test_ranks_that_cannot_share_memory_all_keep_the_exchange_they_have(why: str
     assert run_processes(elsewhere, size=3, args=(why,)) == [True] * 3
 
 
+def identity(fd: int) -> tuple[int, int]:
+    """What no other open file has, whatever its descriptor's number."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def open_files() -> set[tuple[int, int]]:
+    """All open files of this process. Other tests' files may close at any time."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.add(identity(int(name)))
+    return found
+
+
 def test_a_standing_buffer_is_found_by_its_parts_and_goes_with_its_last_view() -> None:
-    files = len(os.listdir("/proc/self/fd"))
     buffer = shared_zeros((3, 5))
     part = buffer[1]
     found = standing(part.view(torch.uint8))
     assert found is not None
     assert found[1] == 20
+    file = identity(found[0].fd)
+    assert file in open_files()
     assert standing(torch.zeros(5).view(torch.uint8)) is None
     del buffer, found
     gc.collect()
@@ -264,7 +281,7 @@ def test_a_standing_buffer_is_found_by_its_parts_and_goes_with_its_last_view() -
     address = part.data_ptr()
     del part
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert file not in open_files()
     assert address not in dispatcher.local.blocks._standing
 
 
