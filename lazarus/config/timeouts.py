@@ -2,8 +2,9 @@
 
 Only this module decides how long a process, a node, a machine or storage may be silent before
 anything happens. Constants of seconds in other modules are polling intervals, intervals of messages
-to people, pauses between attempts within a wait that is bounded here, and the time that a closing
-process gives its threads.
+to people, pauses between attempts within a wait that is bounded here, the time that a closing
+process gives its threads, and how long Ray may take to start an actor or to accept a connection
+before another machine is tried; the start as a whole is bounded here.
 """
 
 from __future__ import annotations
