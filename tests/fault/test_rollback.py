@@ -119,3 +119,59 @@ def test_a_checkpoint_that_rots_before_the_rollback_is_passed_over(tmp_path: Pat
     assert back == sound or back in later  # one written after the rot may stand by then
     plain = watch(tmp_path / "plain", nodes=4, steps=after[-1], settings=settings)
     _same_losses(watched, plain, after)
+
+
+@pytest.mark.slow
+def test_nodes_that_join_with_a_rollback_of_a_resumed_run_keep_its_state(
+    tmp_path: Path,
+) -> None:
+    """The next change of members does not bring them back to where the run was resumed.
+
+    The two wait until too few nodes are left, and so come in with the generation that rolls back.
+    """
+    settings = (*SETTINGS, "checkpoint.every=4", "checkpoint.select=full", "checkpoint.keep=20")
+    first = (*settings, "checkpoint.full_at_end=true")
+    watch(tmp_path / "first", nodes=4, steps=4, settings=first)
+    persisted: set[int] = set()
+
+    def joined(watched: Watched) -> bool:
+        return sum(e["kind"] == "serial" for e in watched.journal()) == 6
+
+    def strike(event: Event) -> bool:
+        if event["event"] == "checkpoint_persisted":
+            persisted.add(int(event["step"]))
+        committed = event["event"] == "step_committed"
+        return committed and max(persisted, default=0) > 4 and joined(holder[0])
+
+    def notice(watched: Watched) -> None:
+        watched.signal(watched.name_of(2), signal.SIGTERM)
+
+    holder: list[Watched] = []
+
+    def start_nodes(watched: Watched) -> None:
+        holder.append(watched)
+        watched.start_node()
+        watched.start_node()
+
+    run = watch(
+        tmp_path / "second",
+        nodes=4,
+        steps=STEPS,
+        settings=(*settings, "cluster.min_nodes=3", "cluster.join_debounce_s=200"),
+        resume=tmp_path / "first",
+        acts=[
+            at_step(6, start_nodes),
+            (lambda e: bool(holder) and strike(e), _kill_pair),
+            (_some_steps_after("rolled_back", 3), notice),
+            (_some_steps_after("node_left", 3), Watched.stop),
+        ],
+    )
+    (back,) = run.of("rolled_back")
+    assert back["step"] > 4
+    joins = [(e["node"], e["generation"]) for e in run.of("node_joined")]
+    assert joins == [(4, back["generation"]), (5, back["generation"])]
+    assert [e["node"] for e in run.of("node_left")] == [2]
+    changes = [e for e in run.events if e["event"] in ("rolled_back", "step_committed")]
+    after = [e["step"] for e in changes[changes.index(back) + 1 :]]
+    assert after == list(range(back["step"] + 1, back["step"] + 1 + len(after)))
+    assert not run.of("state_repaired", "replica_repaired", "expert_restored")

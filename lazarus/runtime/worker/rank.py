@@ -322,6 +322,7 @@ class Rank:
         self.common.stand_still()
         if pending.base is not None:
             self.common.take_base(pending.base)
+        self._loaded = True  # a rank may join with a rollback, and then never reads spec.resume
         replica.ensure_slots(plan.expert_of_slot.shape[2])
         if self.saver is not None:
             self.saver.schedule.adapt(order)
