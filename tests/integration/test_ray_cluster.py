@@ -160,8 +160,8 @@ def test_a_ray_node_that_comes_is_noticed_and_one_that_drains_is_left(
     joined = [e["node"] for e in read_events(record) if e["event"] == "node_joined"]
 
     drain(ray_head)
-    assert poll(lambda: happened("drain_notice", node=max(joined)), timeout_s=60)
-    assert poll(lambda: happened("node_left", node=max(joined)), timeout_s=60)
+    assert poll(lambda: happened("drain_notice", node=max(joined)), timeout_s=180)
+    assert poll(lambda: happened("node_left", node=max(joined)), timeout_s=180)
     run.send_signal(2)
     assert run.wait(120) == 130, (tmp_path / "err").read_text()
     steps = steps_of(record)
