@@ -150,22 +150,7 @@ def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
                 standing=replace(state.standing, members=members),
             )
         case "commits":
-            vectors = [vector_of(commit) for commit in entry["commits"]]
-            history, last = state.committed.history, vectors[-1]
-            for vector in vectors:
-                lanes = np.frombuffer(vector.lanes, dtype="<f8")
-                history = advance_history(history, counts_of(state, lanes))
-            base = (
-                state.standing.plan
-                if last.generation == state.resumed
-                else state.standing.base_plan
-            )
-            return replace(
-                state,
-                step=last.step,
-                standing=replace(state.standing, base_plan=base),
-                committed=replace(state.committed, history=history, newest=last),
-            )
+            return _committed(state, entry)
         case "resume":
             return _resumed(state, entry)
         case "fault":
@@ -182,20 +167,41 @@ def replayed(state: Control, entry: Mapping[str, Any]) -> Control:
         case "evaluated":
             return replace(state, committed=replace(state.committed, evaluated=int(entry["step"])))
         case "manifest":
-            stored = tuple(
-                Stored(layer=x, expert=e, generation=g, step=t, routed=r)
-                for x, e, g, t, r in entry["stored"]
-            )
-            standing = tuple(
-                StoredCheckpoint(generation=g, step=t, is_full=full)
-                for g, t, full in entry["standing"]
-            )
-            return replace(
-                state,
-                storage=replace(state.storage, checkpoints=standing, stored=stored),
-                saving=replace(state.saving, ordered=int(entry["step"])),
-            )
+            return _stored(state, entry)
     return state
+
+
+def _committed(state: Control, entry: Mapping[str, Any]) -> Control:
+    """The state after an entry of committed steps, which has their vectors."""
+    vectors = [vector_of(commit) for commit in entry["commits"]]
+    history, last = state.committed.history, vectors[-1]
+    for vector in vectors:
+        lanes = np.frombuffer(vector.lanes, dtype="<f8")
+        history = advance_history(history, counts_of(state, lanes))
+    standing = state.standing
+    base = standing.plan if last.generation == state.resumed else standing.base_plan
+    return replace(
+        state,
+        step=last.step,
+        standing=replace(standing, base_plan=base),
+        committed=replace(state.committed, history=history, newest=last),
+    )
+
+
+def _stored(state: Control, entry: Mapping[str, Any]) -> Control:
+    """The state after an entry of a written manifest, which lists what storage holds."""
+    stored = tuple(
+        Stored(layer=x, expert=e, generation=g, step=t, routed=r)
+        for x, e, g, t, r in entry["stored"]
+    )
+    standing = tuple(
+        StoredCheckpoint(generation=g, step=t, is_full=full) for g, t, full in entry["standing"]
+    )
+    return replace(
+        state,
+        storage=replace(state.storage, checkpoints=standing, stored=stored),
+        saving=replace(state.saving, ordered=int(entry["step"])),
+    )
 
 
 def _ledger(state: Control, entry: Mapping[str, Any]) -> PltLedger:
