@@ -18,6 +18,7 @@ from lazarus.config.train_config import TrainConfig
 from lazarus.model import gpt
 from lazarus.runtime.comm.groups import Group
 from lazarus.runtime.comm.guarded_exchange import GuardedExchange
+from lazarus.runtime.comm.standing import Standing
 from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.observer import Observer
 from lazarus.runtime.input.reader import open_reading
@@ -124,9 +125,8 @@ def make_step(
     for layer in range(shape[0]):
         held = [int(e) for e in adopted.expert_of_slot[layer, exchange.rank] if e >= 0]
         replica.place(layer, held, {})
-    world = World(
-        replica, adopted, exchange, generation=1, rule=SplitRule(mode=mode, rows_per_replica=1.0)
-    )
+    standing = Standing(generation=1, term=1, step=0, plan=adopted, exchange=exchange)
+    world = World(replica, adopted, standing, rule=SplitRule(mode=mode, rows_per_replica=1.0))
     reading = open_reading(
         Tokens(),
         collate=defaults.collate,

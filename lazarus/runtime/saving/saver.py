@@ -23,6 +23,7 @@ from lazarus.checkpoint.selection.saving import RankShare, plan_save
 from lazarus.checkpoint.selection.schedule import ScheduleConfig, Selection, default_schedule
 from lazarus.config.train_config import TrainConfig
 from lazarus.control.messages import ShareReported, SnapshotHeld
+from lazarus.runtime.comm.standing import Standing
 from lazarus.runtime.keeper.client import KeeperClient
 from lazarus.runtime.keeper.trainer_link import RemoteKeeperLink
 from lazarus.runtime.rpc.credentials import Credentials
@@ -107,32 +108,25 @@ class Saver:
     def after_commit(
         self,
         step: int,
+        standing: Standing,
         *,
         plan: Plan,
-        rank: int,
-        nodes: Sequence[int],
-        keepers: Sequence[str],
-        generation: int,
-        term: int,
         published: int,
     ) -> None:
         """Begin the snapshot scheduled for the state after ``step``; returns at once.
 
         Args:
             step: The committed step.
+            standing: This rank's place in the current generation.
             plan: The plan in force.
-            rank: This rank.
-            nodes: Node of each rank.
-            keepers: Address of each rank's keeper.
-            generation: The current generation.
-            term: The controller's term.
             published: The last step that the controller has journaled.
         """
         selection = self.schedule.take_due(step)
         if selection is None:
             return
-        share = self._share(selection, plan, rank=rank, nodes=nodes)
-        keeper_of = dict(zip(nodes, keepers, strict=True))
+        rank, generation = standing.rank, standing.generation
+        share = self._share(selection, plan, rank=rank, nodes=standing.nodes)
+        keeper_of = dict(zip(standing.nodes, standing.keepers, strict=True))
         items = self._items(share, step=step, rank=rank, generation=generation, keepers=keeper_of)
         if selection.persists and rank == 0:
             head = self._head()
@@ -144,7 +138,7 @@ class Saver:
                 self._report({**base, "ok": True, "files": []})
             return
         request = SnapshotRequest(
-            tag=Tag(job=self._job, term=term, generation=generation),
+            tag=Tag(job=self._job, term=standing.term, generation=generation),
             step=step,
             items=items,
             url=self._url,

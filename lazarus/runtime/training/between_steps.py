@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lazarus.control.messages import Body, Evaluated, ReplicaMismatch
@@ -72,7 +72,6 @@ class BetweenSteps:
         send: Send,
         *,
         context: WorkerContext,
-        nodes: Sequence[int],
         common: InCommon,
     ) -> None:
         """Call the commit hooks for ``step``, and compare replicas if that is due.
@@ -84,7 +83,6 @@ class BetweenSteps:
             world: The generation.
             send: Sends a message to the controller.
             context: The context for hooks.
-            nodes: The node of each rank.
             common: State that all ranks have in common.
         """
         self._has_trained = True
@@ -96,7 +94,7 @@ class BetweenSteps:
         found = compare(self._replica, world.exchange, common=common.checksum())
         is_speaker = world.exchange.rank == 0
         for difference in found[:MOST_REPORTED] if is_speaker else ():
-            what = difference.to_json(step=step, nodes=nodes)
+            what = difference.to_json(step=step, nodes=world.standing.nodes)
             send(ReplicaMismatch(generation=world.generation, step=step, what=what))
         clear = [difference for difference in found if difference.is_majority]
         if not (clear and self._repairs):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dispatcher.errors import RanksPartedError
-from dispatcher.exchange import Exchange
 from dispatcher.gradients import slots_for_exchange
 from dispatcher.layer.dispatch import meet
 from dispatcher.layer.places import Meeting, place_code
@@ -19,31 +16,32 @@ from lazarus.control.vector import VectorLayout
 from lazarus.model.context import LayerContext
 from lazarus.runtime.comm.gathering import gather_texts
 from lazarus.runtime.comm.guarded_exchange import in_layer, trail_of
+from lazarus.runtime.comm.standing import Standing
 from lazarus.runtime.state.banks import arrange
 from lazarus.runtime.state.replica import Replica
 from placement import Plan
 
 
 class World:
-    """What a step computes in. Made for each generation, and anew when replicas are added."""
+    """What a step computes in. Made for each generation, and anew when replicas are added.
+
+    Args:
+        replica: This rank's state; its layers are attached to this world.
+        plan: The plan in force: that of ``standing`` without replicas that have yet to arrive.
+        standing: This rank's place in the generation.
+        rule: How token copies are split over replicas.
+    """
 
     def __init__(
-        self,
-        replica: Replica,
-        plan: Plan,
-        exchange: Exchange,
-        *,
-        generation: int,
-        speeds: Sequence[float] = (),
-        rule: SplitRule | None = None,
+        self, replica: Replica, plan: Plan, standing: Standing, *, rule: SplitRule | None = None
     ) -> None:
-        self.generation = generation
+        self.standing = standing
+        self.generation = generation = standing.generation
+        self.exchange = exchange = standing.exchange
         self.plan = plan
-        self.exchange = exchange
         self.trail = trail_of(exchange)
         self.step = self.round = -1
         self.device = replica.device
-        self.speeds = tuple(speeds) or None
         self.layout = VectorLayout(
             world_size=exchange.size,
             num_layers=len(replica.layers),

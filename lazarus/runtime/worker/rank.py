@@ -37,6 +37,7 @@ from lazarus.control.vector import Lanes, StepSums, VectorLayout, decode
 from lazarus.errors import FencedError
 from lazarus.runtime.comm.guarded_exchange import GuardedExchange
 from lazarus.runtime.comm.rank_groups import RankGroups
+from lazarus.runtime.comm.standing import Standing
 from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.observer import Observer
 from lazarus.runtime.healing.background import Refill
@@ -327,9 +328,16 @@ class Rank:
         if self.saver is not None:
             self.saver.schedule.adapt(order)
         self._refill = Refill(pending.order, pending.plan, pending.feed, replica)
-        self._exchange = exchange
-        self._speeds = pending.order.speeds
         self._plan = plan
+        standing = Standing(
+            generation=order.generation,
+            term=self._term,
+            step=order.step,
+            plan=plan,
+            exchange=exchange,
+            seats=pending.order.seats,
+            speeds=pending.order.speeds,
+        )
         plan = self._refill.plan
         for restore in pending.order.restores:
             replica.drop(restore.layer, restore.expert)
@@ -338,36 +346,33 @@ class Rank:
         for layer in range(len(replica.layers)):
             experts = [int(e) for e in plan.expert_of_slot[layer, exchange.rank] if e >= 0]
             replica.place(layer, experts, pending.feed.staged)
-        self._seats = pending.order.seats
         if self.saver is not None and self._spec.local_rank == 0:
             lineage = [(int(g), int(b)) for g, b in json.loads(order.lineage)]
             self.saver.tell_resumed(
-                lineage, order.step, term=self._term, generation=order.generation
+                lineage, order.step, term=standing.term, generation=standing.generation
             )
         self.reading.seat(
             RankPlace(
-                rank=exchange.rank,
-                size=exchange.size,
-                committed=order.step,
-                speeds=tuple(self._speeds) or None,
+                rank=standing.rank,
+                size=standing.size,
+                committed=standing.step,
+                speeds=standing.speeds or None,
             )
         )
         self.context = dataclasses.replace(
             self.context,
-            rank=exchange.rank,
-            world_size=exchange.size,
-            generation=order.generation,
+            rank=standing.rank,
+            world_size=standing.size,
+            generation=standing.generation,
         )
-        self._enter(plan, exchange, order.generation)
+        self._enter(plan, standing)
 
-    def _enter(self, plan: Plan, exchange: GuardedExchange, generation: int) -> None:
+    def _enter(self, plan: Plan, standing: Standing) -> None:
         """Compute with the replicas of ``plan`` from the next step on."""
         self._world = World(
             self.replica,
             plan,
-            exchange,
-            generation=generation,
-            speeds=self._speeds,
+            standing,
             rule=split_rule(self._config.dispatch, self.device),
         )
         self._step = Step(
@@ -387,7 +392,7 @@ class Rank:
         assert world is not None
         rank = world.exchange.rank
         refill.run_round(rank)
-        self._enter(refill.plan, self._exchange, world.generation)
+        self._enter(refill.plan, world.standing)
         if refill.is_over and rank == 0:
             done = Healed(generation=world.generation, step=step, bytes_received=refill.num_bytes)
             send(done)
@@ -462,19 +467,9 @@ class Rank:
             self._heal_on(self._refill, step, send)
         world, boundary = self._world, self._boundary
         assert world is not None
-        nodes = [seat.node for seat in self._seats]
-        boundary.check(step, world, send, context=self.context, nodes=nodes, common=self.common)
+        boundary.check(step, world, send, context=self.context, common=self.common)
         if saves and self.saver is not None:
-            self.saver.after_commit(
-                step,
-                plan=world.plan,
-                rank=world.exchange.rank,
-                nodes=nodes,
-                keepers=[seat.keeper for seat in self._seats],
-                generation=world.generation,
-                term=self._term,
-                published=published,
-            )
+            self.saver.after_commit(step, world.standing, plan=world.plan, published=published)
         boundary.evaluate(step, world, send)
         every = self._config.run.digest_every
         if every and step % every == 0:
