@@ -2,13 +2,18 @@
 
     python tools/mutate.py --package control --seed 1 --count 100
 
-Each change is made in a copy of the tree. The fast tests that run the changed function run until
-the first one fails, and the change is reported as noticed or survived. A survivor is a line that no
+Each change is made in a copy of the tree. The fast tests that run the changed lines run until the
+first one fails, and the change is reported as noticed or survived. A survivor is a line that no
 fast test explains: it wants a test, it can go, or it does the same either way. The exit code is 0
 whatever survives.
 
-The tests run in a process forked from this one, which has loaded the large libraries already, with
-a bound on processor time, memory and wall time. They see the same examples every time.
+One run without a change comes first. It is traced, which makes it slow, and says which test runs
+which line. A change of a line that no test runs survives at once.
+
+The tests run in a process forked from this one, which has loaded the large libraries already, and
+see the same examples every time. A change after which they need many times the processor time that
+they needed before counts as noticed: it made a loop endless. On a machine with other work the wall
+time says little, so a change that reaches the bound of the wall time is reported as undecided.
 """
 
 from __future__ import annotations
@@ -22,20 +27,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from mutate_changes import Change, drawn
+from mutate_watch import Lines, Watcher
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_BYTES = 12 << 30
-WALL_S = 1800.0
+CPU_BOUND = 4  # how much more processor time than without the change, beyond MARGIN_S
+WALL_BOUND = 40
+MARGIN_S = 30.0
+ELSEWHERE = 99  # exit code of tests that loaded another package than the copy
+UNCHANGED_S = 600.0  # what all fast tests of a package may take, traced
+UNDECIDED = "no end within the bound of the wall time"
 LIBRARIES = (
     "pytest", "hypothesis", "hypothesis.strategies", "msgspec", "numpy", "scipy.optimize",
     "highspy", "pulp", "xxhash", "safetensors.torch", "fsspec", "torch",
@@ -91,57 +99,8 @@ SUITES = {
 # ---- the tests, in a process of their own ------------------------------------------------------
 
 
-class Watcher:
-    """A pytest plugin: runs the chosen tests, the quick ones first, and says which one failed.
-
-    Told to watch a folder, it notes which of its functions each test calls and how long that takes.
-    """
-
-    def __init__(self, pipe: int, *, without: Sequence[str], seconds: dict[str, float]) -> None:
-        self.pipe = pipe
-        self.without = without
-        self.seconds = seconds
-        self.folder = ""
-        self.called: dict[str, set[str]] = defaultdict(set)
-        self._test = ""
-
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [i for i in items if not any(word in i.nodeid for word in self.without)]
-        if self.seconds:
-            items[:] = [i for i in items if i.nodeid in self.seconds]
-            items.sort(key=lambda i: self.seconds[i.nodeid])
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._test = nodeid
-        if self.folder:
-            threading.setprofile(self._profile)
-            sys.setprofile(self._profile)
-
-    def pytest_runtest_logfinish(self) -> None:
-        threading.setprofile(None)
-        sys.setprofile(None)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if self.folder and report.when == "call":
-            self.seconds[report.nodeid] = report.duration
-        self._tell(report)
-
-    def pytest_collectreport(self, report: Any) -> None:
-        self._tell(report)
-
-    def _tell(self, report: Any) -> None:
-        if self.pipe >= 0 and report.failed:
-            os.write(self.pipe, report.nodeid.encode())
-            self.pipe = -1
-
-    def _profile(self, frame: FrameType, event: str, arg: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(self.folder):
-            code = frame.f_code
-            self.called[f"{code.co_filename}:{code.co_firstlineno}"].add(self._test)
-
-
 def _tests(tree: Path, suite: Suite, rounds: list[dict[str, float]], pipe: int) -> int:
-    """Runs each round's tests, or without rounds all of them, and notes what they call."""
+    """Runs each round's tests, or without rounds all of them, and notes what they run."""
     import pytest
 
     os.chdir(tree)
@@ -149,18 +108,18 @@ def _tests(tree: Path, suite: Suite, rounds: list[dict[str, float]], pipe: int) 
     os.environ |= {"PYTHONPATH": str(tree), "CI": "1"}
     for out in (1, 2):
         os.dup2(os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), out)
-    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=0"]
     for chosen in rounds or [{}]:
         files = sorted({name.split("::")[0] for name in chosen}) or _files(tree, suite)
         watcher = Watcher(pipe, without=suite.without, seconds=chosen)
-        watcher.folder = "" if rounds else str(tree / suite.sources)
+        watcher.lines = None if rounds else Lines(str(tree / suite.sources))
         code = int(pytest.main([*options, *files], plugins=[watcher]))
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return code
         if not rounds:
             _keep(tree, watcher)
     package = sys.modules.get(suite.sources.replace("/", "."))
-    return 0 if package and Path(str(package.__file__)).is_relative_to(tree) else 99
+    return 0 if package and Path(str(package.__file__)).is_relative_to(tree) else ELSEWHERE
 
 
 def _files(tree: Path, suite: Suite) -> list[str]:
@@ -169,9 +128,8 @@ def _files(tree: Path, suite: Suite) -> list[str]:
 
 
 def _keep(tree: Path, watcher: Watcher) -> None:
-    called = {Path(at).relative_to(tree): sorted(tests) for at, tests in watcher.called.items()}
-    known = {"seconds": watcher.seconds, "called": {str(at): t for at, t in called.items()}}
-    (tree / "known.json").write_text(json.dumps(known))
+    lines = {f"{Path(at).relative_to(tree)}:{n}": t for (at, n), t in watcher.run_by.items()}
+    (tree / "known.json").write_text(json.dumps({"seconds": watcher.seconds, "run_by": lines}))
 
 
 @dataclass(kw_only=True)
@@ -181,20 +139,29 @@ class Run:
     tree: Path
     pid: int
     pipe: int
+    wall_s: float
     started_s: float = field(default_factory=time.monotonic)
 
-    def result(self, *, wall_s: float) -> tuple[int, str, float] | None:
+    def result(self) -> tuple[int, str, float] | None:
         """Exit status, first failed test and CPU seconds; None while it runs."""
+        late = False
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid == 0:
-            if time.monotonic() - self.started_s < wall_s:
+            if time.monotonic() - self.started_s < self.wall_s:
                 return None
+            late = True
             end_group(self.pid)
             _, status, usage = os.wait4(self.pid, 0)
         end_group(self.pid)
         with open(self.pipe, "rb") as pipe:
             failed = pipe.read().decode()
         code = os.waitstatus_to_exitcode(status)
+        if code == -signal.SIGXCPU:
+            failed = f"no end within {usage.ru_utime:.0f} s of CPU"
+        elif late:
+            failed = failed or UNDECIDED
+        elif code == ELSEWHERE:
+            sys.exit("the tests did not load the copy of the package")
         return code, failed or ("" if code == 0 else f"stopped, {code}"), usage.ru_utime
 
 
@@ -206,8 +173,10 @@ def end_group(pid: int) -> None:
         return
 
 
-def started(tree: Path, suite: Suite, rounds: list[dict[str, float]], *, cpu_s: int) -> Run:
+def started(tree: Path, suite: Suite, rounds: list[dict[str, float]]) -> Run:
     """Without rounds nothing has changed, and compiled files are kept."""
+    before_s = sum(sum(seconds.values()) for seconds in rounds) if rounds else UNCHANGED_S
+    cpu_s = int(MARGIN_S + CPU_BOUND * before_s)
     reading, writing = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -220,7 +189,7 @@ def started(tree: Path, suite: Suite, rounds: list[dict[str, float]], *, cpu_s: 
         sys.dont_write_bytecode = bool(rounds)
         os._exit(_tests(tree, suite, rounds, writing))
     os.close(writing)
-    return Run(tree=tree, pid=pid, pipe=reading)
+    return Run(tree=tree, pid=pid, pipe=reading, wall_s=WALL_BOUND * (MARGIN_S + before_s))
 
 
 # ---- one change after the other ----------------------------------------------------------------
@@ -241,15 +210,16 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the tests do without a change: seconds of each, and which call which function."""
+    """What the tests do without a change: seconds of each, and which run which line."""
 
     seconds: dict[str, float]
-    called: dict[str, list[str]]
+    run_by: dict[str, list[str]]
     cpu_s: float
 
     def rounds(self, change: Change) -> list[dict[str, float]]:
         """The tests that run a change, file by file: named for the module, then the quick ones."""
-        names = self.called.get(f"{change.file}:{change.function}", [])
+        spans = range(change.line, change.line + change.old.count("\n") + 1)
+        names = {name for n in spans for name in self.run_by.get(f"{change.file}:{n}", [])}
         files: dict[str, dict[str, float]] = defaultdict(dict)
         for name in names if change.function else self.seconds:
             files[name.split("::")[0]][name] = self.seconds.get(name, 0.0)
@@ -261,8 +231,8 @@ class Known:
 def unchanged(suite: Suite, trees: list[Path]) -> Known:
     """The tests without a change; they have to pass."""
     for tree in trees:
-        run = started(tree, suite, [], cpu_s=1200)
-        while (result := run.result(wall_s=3600)) is None:
+        run = started(tree, suite, [])
+        while (result := run.result()) is None:
             time.sleep(0.05)
         code, failed, cpu_s = result
         if code != 0:
@@ -300,12 +270,11 @@ def results(
                     continue
                 tree = free.pop()
                 before = changed(change, tree)
-                cpu_s = 20 + int(2 * sum(sum(seconds.values()) for seconds in rounds))
-                going.append((change, before, started(tree, suite, rounds, cpu_s=cpu_s)))
+                going.append((change, before, started(tree, suite, rounds)))
             time.sleep(0.05)
             for entry in list(going):
                 change, before, run = entry
-                if (result := run.result(wall_s=WALL_S)) is not None:
+                if (result := run.result()) is not None:
                     going.remove(entry)
                     _write(run.tree / change.file, before)
                     free.append(run.tree)
@@ -331,25 +300,26 @@ def main() -> None:
         suite = SUITES[options.package]
         if options.tests:
             suite = Suite(sources=suite.sources, tests=tuple(options.tests), without=suite.without)
-        survived = _tried(changes, suite, trees)
+        found = _tried(changes, suite, trees)
         for kind, number in sorted(Counter(c.kind for c in changes).items()):
-            print(f"{kind:12} {number - survived[kind]:4} of {number:4} noticed")
-        noticed = f"{len(changes) - survived.total()} of {len(changes)} noticed"
-        print(f"{options.package}, seed {options.seed}: {noticed}")
+            print(f"{kind:12} {found['noticed', kind]:4} of {number:4} noticed")
+        noticed = sum(n for (word, _), n in found.items() if word == "noticed")
+        print(f"{options.package}, seed {options.seed}: {noticed} of {len(changes)} noticed")
 
 
-def _tried(changes: dict[Change, int], suite: Suite, trees: list[Path]) -> Counter[str]:
-    """Prints each change's result as it comes; returns how many of each kind survived."""
+def _tried(changes: dict[Change, int], suite: Suite, trees: list[Path]) -> Counter[tuple[str, str]]:
+    """Prints each change's result as it comes; returns how many of each result and kind."""
     for name in LIBRARIES:
         __import__(name)
     known = unchanged(suite, trees)
     print(f"without a change: {known.cpu_s:.0f} s of CPU", flush=True)
-    survived: Counter[str] = Counter()
+    found: Counter[tuple[str, str]] = Counter()
     for change, noticed_by, spent_s in results(list(changes), suite, trees, known):
-        survived[change.kind] += not noticed_by
-        word = "noticed " if noticed_by else "SURVIVED"
-        print(f"{changes[change]:4} {word} {spent_s:4.1f} s  {change}  {noticed_by}", flush=True)
-    return survived
+        word = "noticed" if noticed_by else "SURVIVED"
+        word = "undecided" if noticed_by == UNDECIDED else word
+        found[word, change.kind] += 1
+        print(f"{changes[change]:4} {word:9} {spent_s:4.1f} s  {change}  {noticed_by}", flush=True)
+    return found
 
 
 def _options() -> argparse.Namespace:

@@ -1,11 +1,16 @@
-"""Changes for ``tools/mutate.py`` are single, valid, and the same for the same seed."""
+"""``tools/mutate.py``: its changes are single and valid, and only what a change did is noticed."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
+import importlib
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import pytest
@@ -30,14 +35,16 @@ def late(a, b=3 - 2):
 '''
 
 
-@pytest.fixture(scope="module")
-def changes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutate_changes", TOOLS / "mutate_changes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def changes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("mutate_changes")
+
+
+@pytest.fixture
+def mutate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("mutate")
 
 
 def test_every_change_is_another_valid_program_of_as_many_lines(
@@ -70,3 +77,58 @@ def test_the_same_seed_draws_the_same_changes(changes: ModuleType, tmp_path: Pat
     draws = [changes.drawn(tmp_path, root=tmp_path, seed=s, count=5) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len({*draws[0]}) == 5
+
+
+def test_a_run_notes_the_lines_of_the_folder_that_it_ran(
+    mutate: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "late.py"
+    text = "def late(a):\n    if a:\n        return 1\n    return [\n        b for b in (a, a)]\n"
+    names: dict[str, Callable[[int], object]] = {}
+    exec(compile(text, str(path), "exec"), names)
+    lines = mutate.Lines(str(tmp_path))
+    found = []
+    for value in (1, 1, 0):
+        lines.start()
+        thread = Thread(target=names["late"], args=(value,))
+        thread.start()
+        thread.join()
+        found.append({line for file, line in lines.stop() if file == str(path)})
+    assert found == [{2, 3}, {2, 3}, {2, 4, 5}]
+
+
+def test_only_tests_that_run_a_changed_line_are_run_and_the_nearest_file_first(
+    mutate: ModuleType, changes: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "late.py"
+    path.write_text(SOURCE)
+    found = {c.old: c for c in changes.changes_of(path, tmp_path)}
+    seconds = {"test_early.py::b": 0.1, "test_late.py::c": 9.0, "test_late.py::d": 9.0}
+    run_by = {"late.py:8": ["test_late.py::c", "test_early.py::b"], "late.py:14": []}
+    known = mutate.Known(seconds=seconds, run_by=run_by, cpu_s=1.0)
+    near_first = [{"test_late.py::c": 9.0}, {"test_early.py::b": 0.1}]
+    assert known.rounds(found["a < LIMIT"]) == near_first
+    assert known.rounds(found["a == b"]) == []
+    assert sum(map(len, known.rounds(found["-1"]))) == 3  # it runs where it is imported
+
+
+def _end_of(mutate: ModuleType, work: Callable[[], object], *, wall_s: float) -> str:
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (1, 5))
+        work()
+        os._exit(0)
+    os.close(writing)
+    run = mutate.Run(tree=Path(), pid=pid, pipe=reading, wall_s=wall_s)
+    while (result := run.result()) is None:
+        time.sleep(0.01)
+    return str(result[1])
+
+
+def test_a_busy_machine_decides_nothing_and_a_loop_without_end_is_noticed(
+    mutate: ModuleType,
+) -> None:
+    assert _end_of(mutate, lambda: None, wall_s=60.0) == ""
+    assert _end_of(mutate, signal.pause, wall_s=0.1) == mutate.UNDECIDED
+    assert "s of CPU" in _end_of(mutate, lambda: all(iter(lambda: 1, 0)), wall_s=60.0)
