@@ -40,14 +40,6 @@ class ConfigError(LazarusError, ValueError):
         self.problems: tuple[Problem, ...] = found
 
 
-class StaleGenerationError(LazarusError):
-    """A message belongs to a generation that is over. Drop the message; do not retry it."""
-
-    def __init__(self, *, got: int, current: int) -> None:
-        super().__init__(f"message for generation {got}, but the cluster is at {current}")
-        self.got, self.current = got, current
-
-
 class FencedError(LazarusError):
     """The generation in which this process computes was fenced. Unwind and wait; report nothing."""
 

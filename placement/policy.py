@@ -5,8 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Protocol
 
-from placement.assignment.build import plan_of
-from placement.assignment.select import Choice, best_template, failure_score, price_of
+from placement.assignment.select import (
+    Choice,
+    best_template,
+    failure_score,
+    plan_of_choice,
+    price_of,
+)
 from placement.balance.shares import balance_of
 from placement.errors import InfeasiblePlacementError, InvalidRequestError
 from placement.exact.program import by_program, is_small
@@ -98,17 +103,9 @@ def plan(request: PlacementRequest) -> Plan:
 def _plan(request: PlacementRequest, *, program: bool) -> Plan:
     floor, notes = lowered_floor(request)
     choice = best_template(request, floor)
-    assert choice.draft is not None, "the choice is placed"
     if program:
         return by_program(request, choice, floor=floor, notes=notes)
-    return plan_of(
-        request,
-        choice.draft,
-        template=choice.template,
-        block=choice.block,
-        method=choice.name,
-        notes=notes,
-    )
+    return plan_of_choice(request, choice, notes=notes)
 
 
 def lowered_floor(request: PlacementRequest) -> tuple[int, tuple[str, ...]]:

@@ -100,7 +100,7 @@ def _plan(args: argparse.Namespace) -> int:
     print(found.table())
     print(f"method               {made.method}, {wall_ms:.1f} ms")
     print()
-    print(_comparison(request, made, found, bold=bold))
+    print(_comparison(request, found, bold=bold))
     return 0
 
 
@@ -151,7 +151,7 @@ def as_object(made: Plan, found: Certificate, *, method: str, wall_ms: float) ->
     }
 
 
-def _comparison(request: PlacementRequest, made: Plan, found: Certificate, *, bold: bool) -> str:
+def _comparison(request: PlacementRequest, found: Certificate, *, bold: bool) -> str:
     rows = [("this plan", found)]
     if request.num_layers * request.num_nodes * request.slots_per_node > _COMPARE_UP_TO:
         print("note: too large for the baselines, which plan slot by slot", file=sys.stderr)

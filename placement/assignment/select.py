@@ -11,10 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from placement.assignment.build import Draft, draft_of, frame_of, place, place_frame
+from placement.assignment.build import Draft, draft_of, frame_of, place, place_frame, plan_of
 from placement.balance.allocate import allocate_replicas
 from placement.balance.level import ROUNDS
 from placement.balance.shares import balance_of
+from placement.plan import Plan
 from placement.request import Floats, Ints, PlacementRequest
 from placement.survival.resilience import survival
 from placement.survival.truth import level_tables, surviving_counts
@@ -85,6 +86,19 @@ def price_of(request: PlacementRequest, choice: Choice) -> float:
     """Price of a candidate: excess load, priced failure score, and slots bound by floors."""
     tied = _PER_CORE * max(0.0, choice.core - _FREE_CORE)
     return choice.excess + request.failure_price * choice.failure + tied
+
+
+def plan_of_choice(request: PlacementRequest, choice: Choice, *, notes: tuple[str, ...]) -> Plan:
+    """Make the plan of a candidate with all layers placed."""
+    assert choice.draft is not None, "the choice is placed"
+    return plan_of(
+        request,
+        choice.draft,
+        template=choice.template,
+        block=choice.block,
+        method=choice.name,
+        notes=notes,
+    )
 
 
 def best_template(request: PlacementRequest, floor: int) -> Choice:

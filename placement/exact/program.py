@@ -13,7 +13,7 @@ from math import comb
 import numpy as np
 
 from placement.assignment.build import draft_of, plan_of
-from placement.assignment.select import Choice
+from placement.assignment.select import Choice, plan_of_choice
 from placement.balance.shares import balance_of
 from placement.exact.exact import ExactProblem, ExactResult, solve_exact, weighted_survival
 from placement.migration.migrate import relabelled_member
@@ -66,14 +66,7 @@ def by_program(
             notes=notes,
         )
     said = f"ilp: {_outcome(result)}; {choice.name} kept"
-    return plan_of(
-        request,
-        choice.draft,
-        template=choice.template,
-        block=choice.block,
-        method=choice.name,
-        notes=(*notes, said),
-    )
+    return plan_of_choice(request, choice, notes=(*notes, said))
 
 
 def _problem(request: PlacementRequest, start: Bools, floor: int) -> ExactProblem:

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from placement.survival.resilience import survival
-from placement.templates.template import Block, Template, masks, wrap
+from placement.templates.template import Block, Template, wrap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,17 +203,3 @@ def merged(blocks: Template) -> Template:
         else:
             joined.append((nodes, width))
     return tuple(joined)
-
-
-def summed_survival(template: Template, *, num_nodes: int) -> float:
-    """Return the sum over k of P(survive k losses): the score that ranks candidates."""
-    return sum(survival(masks(template), num_nodes=num_nodes).probability)
-
-
-def best_of_family(
-    replicas: Sequence[int], *, num_nodes: int, slots_per_node: int, keep: int = 1
-) -> tuple[Candidate, ...]:
-    """Return the ``keep`` best candidates by summed survival, best first; ties in family order."""
-    found = family(tuple(replicas), num_nodes=num_nodes, slots_per_node=slots_per_node)
-    scored = [(-summed_survival(c.blocks, num_nodes=num_nodes), i) for i, c in enumerate(found)]
-    return tuple(found[i] for _, i in sorted(scored)[:keep])

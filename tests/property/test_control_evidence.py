@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from control_desk import EXPERTS, Flipped, journal_of
+from control_journal import resumed_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from lazarus.control.messages import (
 )
 from lazarus.control.ports import DriverSaid, WorkerSaid
 from lazarus.control.restart.folded import folded_text, unfolded
-from lazarus.control.restart.replay import blank_state, replayed, resumed_state
+from lazarus.control.restart.replay import blank_state, replayed
 from lazarus.failure import Cause
 
 

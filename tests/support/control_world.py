@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from control_journal import resumed_state
 from control_worker import CLOSED, EXPERTS, LAYERS, Barrier, Broken, SimWorker, digest, need
 from record_checks import check_event
 
@@ -55,7 +56,7 @@ from lazarus.control.ports import (
 )
 from lazarus.control.restart import replay
 from lazarus.control.restart.folded import folded_text, unfolded
-from lazarus.control.restart.replay import awakened, blank_state, missing_commits, resumed_state
+from lazarus.control.restart.replay import awakened, blank_state, missing_commits
 from lazarus.control.vector import start_history
 
 

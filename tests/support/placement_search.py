@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.survival.bitmasks import minimal_masks
+from placement.survival.resilience import survival
 from placement.survival.truth import MAX_NODES, surviving_counts
-from placement.templates.family import Candidate, best_of_family
+from placement.templates.family import Candidate, family
 from placement.templates.template import Template, masks
 from placement.testing import Dice
 
@@ -24,6 +25,20 @@ _LEVEL_MOVES = 20
 class _State:
     sets: list[int]
     used: list[int]
+
+
+def summed_survival(template: Template, *, num_nodes: int) -> float:
+    """Return the sum over k of P(survive k losses): the score that ranks candidates."""
+    return sum(survival(masks(template), num_nodes=num_nodes).probability)
+
+
+def best_of_family(
+    replicas: Sequence[int], *, num_nodes: int, slots_per_node: int, keep: int = 1
+) -> tuple[Candidate, ...]:
+    """Return the ``keep`` best candidates by summed survival, best first; ties in family order."""
+    found = family(tuple(replicas), num_nodes=num_nodes, slots_per_node=slots_per_node)
+    scored = [(-summed_survival(c.blocks, num_nodes=num_nodes), i) for i, c in enumerate(found)]
+    return tuple(found[i] for _, i in sorted(scored)[:keep])
 
 
 def searched(

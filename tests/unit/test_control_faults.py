@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from control_desk import Desk, running
+from control_journal import resumed_state
 
 from lazarus.control.messages import (
     FaultFired,
@@ -18,7 +19,6 @@ from lazarus.control.messages import (
     StopRun,
 )
 from lazarus.control.ports import DriverSaid, Journal, Publish, Tell, TellDriver
-from lazarus.control.restart.replay import resumed_state
 
 
 def fired(desk: Desk, worker: str, spec: str, *, number: int = 1, **more: Any) -> list[Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from control_desk import Desk, journal_of, running
+from control_journal import resumed_state
 from msgspec.structs import replace as changed
 
 from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import Heartbeat, Paused, Report, WorkerDied
 from lazarus.control.ports import DriverSaid, Garbled, TellDriver
-from lazarus.control.restart.replay import resumed_state
 from lazarus.failure import Cause, Failure
 
 

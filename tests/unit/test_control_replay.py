@@ -6,6 +6,7 @@ import json
 
 import pytest
 from control_desk import running
+from control_journal import resumed_state
 from control_play import play
 from control_world import World, alike
 
@@ -14,7 +15,7 @@ from lazarus.control.cluster.state import Control, Phase, fields_of
 from lazarus.control.messages import Fence, Fenced, Heartbeat, Hello, Welcome
 from lazarus.control.ports import Journal, Tell, Tick, WorkerSaid
 from lazarus.control.restart.folded import folded_text, unfolded
-from lazarus.control.restart.replay import blank_state, missing_commits, replayed, resumed_state
+from lazarus.control.restart.replay import blank_state, missing_commits, replayed
 
 
 @pytest.fixture(scope="module")

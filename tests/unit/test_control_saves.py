@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from control_desk import EXPERTS, Desk, running
+from control_journal import resumed_state
 
 from lazarus.checkpoint.restoring.restore_choice import StoredCheckpoint
 from lazarus.checkpoint.selection.adaptive import SaveSettings
@@ -14,7 +15,6 @@ from lazarus.control.cluster.state import Phase, with_fields
 from lazarus.control.messages import Pause, Paused, Prepare, Resume, SnapshotHeld, Suspicion
 from lazarus.control.parts.saving import Save
 from lazarus.control.ports import Journal, ManifestDone, WriteManifest
-from lazarus.control.restart.replay import resumed_state
 from lazarus.control.saving import saves
 from lazarus.control.saving.adapting import WANTED
 from lazarus.control.saving.losses import bad_source_of, place_of_checkpoint

@@ -156,7 +156,7 @@ def test_errors_keep_type_and_fields_when_pickled() -> None:
 
     for error in (
         errors.ConfigError([errors.Problem("a", where="b"), errors.Problem("c")]),
-        errors.StaleGenerationError(got=1, current=2),
+        errors.FencedError(generation=1, fence=2),
         errors.UserCodeError(where="loss", summary="s", traceback_text="t"),
         errors.LostExpertError(experts=[(0, 1)], reason="r"),
         errors.RecordError(path="p", line=3, reason="r"),

@@ -8,12 +8,12 @@ from math import comb
 
 import pytest
 from placement_oracle import best_counts, best_counts_of_all
-from placement_search import searched
+from placement_search import best_of_family, searched
 
 from placement.survival.bitmasks import minimal_masks
 from placement.survival.resilience import survival
 from placement.survival.truth import surviving_counts
-from placement.templates.family import best_of_family, complementary_tail, family, mro
+from placement.templates.family import complementary_tail, family, mro
 from placement.templates.template import masks
 
 Vector = tuple[int, ...]

@@ -178,6 +178,14 @@ def with_fields(state: Control, changes: Mapping[str, Any]) -> Control:
     return replace(state, **own)
 
 
+def attempt_in(state: Control, phase: Phase, *, generation: int) -> Transition | None:
+    """The reconfiguration under way if it is in ``phase`` and of ``generation``, else None."""
+    attempt = state.transition
+    if state.phase is not phase or attempt is None or attempt.generation != generation:
+        return None
+    return attempt
+
+
 def one_more_stale(state: Control) -> Control:
     """The state after one more message of an older generation, which is only counted."""
     return replace(state, rejected=replace(state.rejected, stale=state.rejected.stale + 1))

@@ -114,7 +114,7 @@ def _end(state: Control, problem: StorageProblem, *, at_s: float) -> Decision:
         error="StorageError",
         message=f"the checkpoint of step {state.step} cannot be written to {first.url}: "
         f"{first.reason}{tried}; it needs {bytes_text(state.ending.final_bytes)}",
-        way_out=_way_out(state, newest),
+        way_out=_way_out(newest),
         step=state.step,
         url=first.url,
         operation=first.operation,
@@ -123,7 +123,7 @@ def _end(state: Control, problem: StorageProblem, *, at_s: float) -> Decision:
     return commits.end(state, status=status, failure=failure, at_s=at_s)
 
 
-def _way_out(state: Control, newest: int | None) -> str:
+def _way_out(newest: int | None) -> str:
     if newest is None:
         return "make room there or set checkpoint.url to another place, then train again"
     return (

@@ -27,10 +27,8 @@ def on_user_error(state: Control, worker: str, body: UserError, *, at_s: float) 
     failure = _said(serial, body)
     is_ours = failure.cause is not Cause.USER_CODE
     state, flushed = commits.flush(state, at_s=at_s)
-    told = replace(
-        _blamed(state, failure, at_s=at_s), event="internal_error" if is_ours else "user_error"
-    )
-    commands: tuple[Command, ...] = (*flushed, told)
+    event = "internal_error" if is_ours else "user_error"
+    commands: tuple[Command, ...] = (*flushed, published(state, failure, event=event, at_s=at_s))
     present = state.standing.members
     joining = bool(state.resumed and present) and serial not in present
     doomed = (body.on_purpose or serial in state.injected.doomed) and len(present) > 1
@@ -96,12 +94,12 @@ def on_death(state: Control, body: WorkerDied, *, at_s: float) -> Decision:
     open_ones = still_open(state.blame.deaths, step=state.step)
     state = replace(state, blame=replace(state.blame, deaths=(*open_ones, death)))
     if death.is_own:
-        commands = (*commands, _told(state, body, death, at_s=at_s))
+        commands = (*commands, _in_user_code(body, death, at_s=at_s))
     guilty = poisoned(state.blame.deaths)
     if not guilty:
         return state, commands
     failure = _failure(guilty)
-    commands = (*commands, _blamed(state, failure, at_s=at_s))
+    commands = (*commands, published(state, failure, event="user_error", at_s=at_s))
     state, more = commits.end(state, status="failed", failure=failure, at_s=at_s)
     return state, (*commands, *more)
 
@@ -119,7 +117,7 @@ def _counts(state: Control, death: Death) -> bool:
     return bool(fresh) and not (known or struck or death.node in state.blame.excused)
 
 
-def _told(state: Control, body: WorkerDied, death: Death, *, at_s: float) -> Publish:
+def _in_user_code(body: WorkerDied, death: Death, *, at_s: float) -> Publish:
     fields = {
         "generation": death.generation,
         "worker": death.worker,
@@ -158,7 +156,8 @@ def _failure(deaths: tuple[Death, ...]) -> Failure:
     )
 
 
-def _blamed(state: Control, failure: Failure, *, at_s: float) -> Publish:
+def published(state: Control, failure: Failure, *, event: str, at_s: float) -> Publish:
+    """The event of the record that says where a failure happened, and what it was."""
     fields = {
         "generation": state.generation,
         "node": failure.node,
@@ -170,4 +169,4 @@ def _blamed(state: Control, failure: Failure, *, at_s: float) -> Publish:
         "error": failure.message,
         "traceback": failure.traceback,
     }
-    return Publish(t=at_s, event="user_error", fields=fields)
+    return Publish(t=at_s, event=event, fields=fields)

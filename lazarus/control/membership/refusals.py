@@ -14,7 +14,7 @@ from dataclasses import replace
 from lazarus.control.cluster.state import Control, Decision, without
 from lazarus.control.commit import commits
 from lazarus.control.membership import members
-from lazarus.control.membership.blame import is_alone
+from lazarus.control.membership.blame import is_alone, published
 from lazarus.control.ports import Command, Publish
 from lazarus.failure import Cause, Failure
 
@@ -65,7 +65,8 @@ def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> D
             continue
         failure = _failure(state, node, why)
         state, flushed = commits.flush(state, at_s=at_s)
-        commands = (*commands, *flushed, _told(state, failure, at_s=at_s))
+        told = published(state, failure, event="internal_error", at_s=at_s)
+        commands = (*commands, *flushed, told)
         standing = state.standing
         joining = bool(state.resumed and standing.members) and node not in standing.members
         if not joining and not is_alone(state, node, step=failure.step):
@@ -102,18 +103,3 @@ def _failure(state: Control, node: int, why: str) -> Failure:
         step=state.step + 1,
         phase=state.phase.value,
     )
-
-
-def _told(state: Control, failure: Failure, *, at_s: float) -> Publish:
-    fields = {
-        "generation": state.generation,
-        "node": failure.node,
-        "rank": failure.rank,
-        "step": failure.step,
-        "phase": failure.phase,
-        "sample_ids": [],
-        "where": "",
-        "error": failure.message,
-        "traceback": "",
-    }
-    return Publish(t=at_s, event="internal_error", fields=fields)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from msgspec.structs import replace as changed
 
 from lazarus.control.cluster.roster import all_in, candidates, leaving, workers_of
-from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale
+from lazarus.control.cluster.state import Control, Decision, Phase, attempt_in, one_more_stale
 from lazarus.control.cluster.transition import Transition
 from lazarus.control.commit import commits
 from lazarus.control.commit.exactly_once import num_samples_in
@@ -103,12 +103,8 @@ def _room(state: Control, voters: tuple[int, ...]) -> int:
 
 def on_report(state: Control, worker: str, body: Report, *, at_s: float) -> Decision:
     """Store a worker's report; the last report leads to the verdict (rule 19)."""
-    transition = state.transition
-    if (
-        state.phase is not Phase.FENCING
-        or transition is None
-        or body.generation != transition.generation
-    ):
+    transition = attempt_in(state, Phase.FENCING, generation=body.generation)
+    if transition is None:
         return one_more_stale(state), ()
     body = _on_history(state, _of_now(state, body))
     transition = replace(transition, reports={**transition.reports, worker: body})
@@ -198,12 +194,8 @@ def _evidence(state: Control) -> dict[int, Vector]:
 
 def on_aligned(state: Control, worker: str, body: Aligned, *, at_s: float) -> Decision:
     """Store a worker's ALIGNED; the last one leads to comparison, plan and PREPARE."""
-    transition = state.transition
-    if (
-        state.phase is not Phase.ALIGNING
-        or transition is None
-        or body.generation != transition.generation
-    ):
+    transition = attempt_in(state, Phase.ALIGNING, generation=body.generation)
+    if transition is None:
         return one_more_stale(state), ()
     transition = replace(transition, aligned={**transition.aligned, worker: body})
     state = replace(state, transition=transition)

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from lazarus.control.cluster.poison import awaited
 from lazarus.control.cluster.roster import workers_of
-from lazarus.control.cluster.state import Control, Decision, Phase, one_more_stale, without
+from lazarus.control.cluster.state import (
+    Control,
+    Decision,
+    Phase,
+    attempt_in,
+    one_more_stale,
+    without,
+)
 from lazarus.control.cluster.transition import Transition
 from lazarus.control.commit import commits
 from lazarus.control.messages import Depart, Ready, Resume, StorageProblem
@@ -39,12 +46,8 @@ from placement import Plan
 
 def on_ready(state: Control, worker: str, body: Ready, *, at_s: float) -> Decision:
     """Store a worker's READY; the last one leads to RESUME (rule 25)."""
-    transition = state.transition
-    if (
-        state.phase is not Phase.PREPARING
-        or transition is None
-        or body.generation != transition.generation
-    ):
+    transition = attempt_in(state, Phase.PREPARING, generation=body.generation)
+    if transition is None:
         return one_more_stale(state), ()
     plan = transition.plan
     assert plan is not None
@@ -66,7 +69,7 @@ def settle(state: Control, *, at_s: float) -> Decision:
     if missing or not all(seat.worker in transition.ready for seat in transition.feeders):
         return state, ()
     if troubled := _cannot_store(state, transition):
-        return _without_place(state, transition, troubled, at_s=at_s)
+        return _without_place(state, troubled, at_s=at_s)
     if odd := differently_read(transition):
         state = replace(
             state, storage=replace(state.storage, readable={**state.storage.readable, **odd})
@@ -98,7 +101,7 @@ def _cannot_store(state: Control, transition: Transition) -> dict[int, StoragePr
 
 
 def _without_place(
-    state: Control, transition: Transition, troubled: Mapping[int, StorageProblem], *, at_s: float
+    state: Control, troubled: Mapping[int, StorageProblem], *, at_s: float
 ) -> Decision:
     """End the run before its first step, because nodes cannot use the checkpoint place."""
     first = troubled[min(troubled)]

@@ -41,16 +41,6 @@ def initial_state(config: ControlConfig, *, term: int, now_s: float) -> Control:
     )
 
 
-def resumed_state(
-    entries: Sequence[Mapping[str, Any]], config: ControlConfig, *, now_s: float
-) -> Control:
-    """The state of a restarted controller, from all journal entries, before any hello."""
-    state = blank_state(config)
-    for entry in entries:
-        state = replayed(state, entry)
-    return awakened(state, now_s=now_s)
-
-
 def blank_state(config: ControlConfig) -> Control:
     """The state before the first journal entry, with term 0 and time 0."""
     return initial_state(config, term=0, now_s=0.0)

@@ -23,11 +23,6 @@ class FiniteWatch:
         self._stops = stops
         self._in_a_row = 0
 
-    @property
-    def is_skipping(self) -> bool:
-        """Whether the last committed step was skipped, leaving the model unchanged."""
-        return self._in_a_row > 0
-
     def check(self, sums: StepSums) -> None:
         """Check a step's sums before the commit.
 

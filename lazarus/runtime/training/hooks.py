@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,29 +12,20 @@ from lazarus.runtime.state.replica import Replica
 from lazarus.runtime.training.context import WorkerContext
 
 
-class WorkerHook(Protocol):
-    """Methods that a hook may define; each may be missing. Runs in every worker.
-
-    A step may run twice, so a hook must have no side effect except ``ctx.log``.
-    """
-
-    def on_setup(self, ctx: WorkerContext, model: nn.Module) -> None:
-        """Called when the model has been built; its experts do not exist yet."""
-
-    def on_gradients(self, ctx: WorkerContext, named_grads: Mapping[str, Tensor]) -> None:
-        """Called with the gradients of the step's summed loss, before clipping.
-
-        Gradients are equal on all replicas and not yet divided by the step's count. A hook may
-        change them in place if the result does not depend on the rank. Experts appear on the ranks
-        that hold them, as ``{layer path}.experts.{expert}.{field}``.
-        """
-
-    def on_commit(self, ctx: WorkerContext, step: int) -> None:
-        """Called when ``step`` has been committed and applied on this rank."""
-
-
 class Hooks:
-    """All hooks of a run, called in the order in which they were passed."""
+    """All hooks of a run, called in every worker in the order in which they were passed.
+
+    A hook is an object with any of three methods. A step may run twice, so a hook must have no
+    side effect except ``ctx.log``.
+
+    * ``on_setup(ctx, model)`` is called when the model has been built; its experts do not exist
+      yet.
+    * ``on_gradients(ctx, named_grads)`` is called with the gradients of the step's summed loss,
+      before clipping. Gradients are equal on all replicas and not yet divided by the step's count.
+      A hook may change them in place if the result does not depend on the rank. Experts appear on
+      the ranks that hold them, as ``{layer path}.experts.{expert}.{field}``.
+    * ``on_commit(ctx, step)`` is called when ``step`` has been committed and applied on this rank.
+    """
 
     def __init__(self, hooks: Sequence[Any], *, where: Whereabouts | None = None) -> None:
         self._hooks = tuple(hooks)

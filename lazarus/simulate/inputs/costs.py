@@ -45,7 +45,6 @@ class Costs:
     flops_per_s: float = _assume(8 * 989e12 * 0.30, "FLOP/s", "8 GPUs at 30 % of their bf16 peak")
     net_bytes_per_s: float = _assume(8 * 50e9 * 0.8, "B/s", "8 x 400 Gbps at 80 %, each direction")
     storage_bytes_per_s: float = _assume(100e9, "B/s", "shared storage of the whole cluster")
-    host_copy_bytes_per_s: float = _assume(8 * 20e9, "B/s", "device to host memory")
     memory_bytes_per_s: float = _assume(8 * 3.5e12, "B/s", "device memory, for the optimizer")
     latency_s: float = _assume(3e-5, "s", "one collective among few nodes")
     latency_per_node_s: float = _assume(1e-6, "s", "added to a collective by each node")
@@ -146,7 +145,6 @@ PROFILES: Mapping[str, Costs] = MappingProxyType(
             flops_per_s=71e12 * 0.25,  # with the next: 45 and 34 samples/s of GPT-M, as published
             net_bytes_per_s=6.25e9 * 0.85,
             storage_bytes_per_s=0.625e9,  # NFS at 50 % of 10 Gbps
-            host_copy_bytes_per_s=10e9,
             memory_bytes_per_s=0.8e12,
             peer_reads_all=True,
             peer_restart_s=60.0,
@@ -156,7 +154,6 @@ PROFILES: Mapping[str, Costs] = MappingProxyType(
             flops_per_s=8 * 312e12 * 0.20,
             net_bytes_per_s=8 * 25e9 * 0.8,
             storage_bytes_per_s=10e9,
-            host_copy_bytes_per_s=8 * 1e9,
             memory_bytes_per_s=8 * 1.6e12,
         ),
     }
@@ -177,6 +174,7 @@ def read_profile(text: str) -> Costs:
     try:
         data = parse_object(read_text(path))
         data.pop("schema")
+        data.pop("host_copy_bytes_per_s", None)  # in older profiles; nothing depended on it
         table = tuple((int(n), float(s)) for n, s in data.pop("step_table_s", ()))
         costs = Costs(**data, step_table_s=table)
         _check(costs)
