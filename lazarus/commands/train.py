@@ -58,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _warnings(config: TrainConfig) -> list[str]:
-    """What works, but perhaps not as intended, with the slots that the controller will choose."""
+    """What works, but perhaps not as intended, with the slots that the controller will choose.
+
+    Only workers know the experts of a model that a function builds.
+    """
+    if config.model.builder is not None:
+        return []
     asked, nodes = config.placement.slots_per_node, config.cluster.nodes
     slots = slots_for(
         num_nodes=nodes,

@@ -38,9 +38,9 @@ def slot_problems(
 
 
 def data_problems(config: TrainConfig) -> list[Problem]:
-    """A problem if ``data.path`` does not exist."""
+    """A problem if ``data.path`` is to be read but does not exist."""
     path = config.data.path
-    if path is None or Path(path).expanduser().exists():
+    if path is None or config.data.source is not None or Path(path).expanduser().exists():
         return []
     text = (
         f'data.path = "{path}" does not exist (looked at {Path(path).expanduser().absolute()}); '
@@ -50,8 +50,13 @@ def data_problems(config: TrainConfig) -> list[Problem]:
 
 
 def builtin_problems(config: TrainConfig) -> list[Problem]:
-    """Problems of a run with the built-in model and data: experts, lengths, vocabulary, path."""
+    """Problems of a run with the built-in model and data: experts, lengths, vocabulary, path.
+
+    Nothing is known of a model or of data that the configuration names a function for.
+    """
     model, problems = config.model, data_problems(config)
+    if config.model.builder is not None:
+        return problems
     slots = config.placement.slots_per_node
     if slots != "auto":
         problems += slot_problems(
@@ -60,17 +65,25 @@ def builtin_problems(config: TrainConfig) -> list[Problem]:
             nodes=config.cluster.nodes,
             ranks_per_node=stated_ranks_per_node(config),
         )
+    if config.data.source is None:
+        problems += _token_problems(config)
+    for name in ("k_snapshot", "k_persist"):
+        asked = getattr(config.checkpoint, name)
+        if asked != "auto" and asked > model.experts:
+            text = f"checkpoint.{name}={asked} is more than model.experts={model.experts}"
+            problems.append(Problem(text, key=f"checkpoint.{name}"))
+    return problems
+
+
+def _token_problems(config: TrainConfig) -> list[Problem]:
+    """Problems if the built-in data's samples do not suit the built-in model."""
+    model, problems = config.model, []
     if config.seq_len > model.seq_len:
         text = f"data.seq_len={config.seq_len} is more than model.seq_len={model.seq_len}"
         problems.append(Problem(text, key="data.seq_len"))
     if not str(config.data.path or "").endswith((".npy", ".bin")) and model.vocab < BYTE_VOCAB:
         text = f"model.vocab={model.vocab}, but text is read as bytes: use >= {BYTE_VOCAB}"
         problems.append(Problem(text, key="model.vocab"))
-    for name in ("k_snapshot", "k_persist"):
-        asked = getattr(config.checkpoint, name)
-        if asked != "auto" and asked > model.experts:
-            text = f"checkpoint.{name}={asked} is more than model.experts={model.experts}"
-            problems.append(Problem(text, key=f"checkpoint.{name}"))
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,15 +10,26 @@ from lazarus.config.layers import require, setting
 from lazarus.config.presets import MODEL_SHAPES
 
 _TINY = MODEL_SHAPES["tiny"]
+_WORDS = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+
+
+def named_function(name: str | None, dotted: str) -> tuple[bool, str, str]:
+    """The check of a key that names a function, for ``require``."""
+    fine = name is None or re.fullmatch(f"{_WORDS}:{_WORDS}", name) is not None
+    text = f'{dotted} = "{name}" must be "package.module:function"'
+    return fine, dotted.partition(".")[2], text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of the built-in GPT-MoE; not read when the model is given in Python."""
+    """The built-in GPT-MoE by its shape, or another model; not read when one is given in Python."""
 
     SECTION: ClassVar[str] = "model"
 
     preset: Literal["tiny", "gpt-s", "gpt-m", "gpt-l"] | None = setting(None, "a named shape")
+    builder: str | None = setting(
+        None, '"package.module:function" that builds another model, `function(ctx)`'
+    )
     layers: int = setting(_TINY["layers"], "transformer blocks", ge=1)
     dim: int = setting(_TINY["dim"], "width of the residual stream", ge=1)
     heads: int = setting(_TINY["heads"], "attention heads; divides dim", ge=1)
@@ -47,6 +59,7 @@ class ModelConfig:
                 f"model.moe_every={self.moe_every} leaves no MoE layer among "
                 f"model.layers={self.layers}",
             ),
+            named_function(self.builder, "model.builder"),
         )
 
 
@@ -59,6 +72,9 @@ class DataConfig:
     path: str | None = setting(
         None, "text file, folder, `.npy` or `.bin` tokens; none: Python's sources"
     )
+    source: str | None = setting(
+        None, '"package.module:function" that opens another data source, `function(ctx)`'
+    )
     seq_len: int | None = setting(None, "none: `model.seq_len`", ge=1)
     num_shards: int = setting(64, "shards of a stream; fixed for the run's life", ge=1)
     shuffle_shards: bool = setting(False, "read a stream's shards in an order drawn from the seed")
@@ -68,7 +84,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self)
+        require(self, named_function(self.source, "data.source"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +108,12 @@ class LoopConfig:
         "names or patterns (`blocks.*.seen`) of persistent buffers that are each rank's own: never "
         "averaged, compared, sent or saved",
     )
+    loss: str | None = setting(
+        None, '"package.module:function" that computes another loss, `function(model, batch)`'
+    )
 
     def __post_init__(self) -> None:
-        require(self)
+        require(self, named_function(self.loss, "train.loss"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +130,9 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "learning rate over steps")
     warmup_steps: int = setting(100, "linear warm-up", ge=0)
     min_lr_ratio: float = setting(0.1, "last learning rate / lr", ge=0, le=1)
+    builder: str | None = setting(
+        None, '"package.module:function" that makes another optimizer, `function(groups)`'
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -120,6 +142,7 @@ class OptimConfig:
                 "betas",
                 f"optim.betas={list(self.betas)} must lie in [0, 1)",
             ),
+            named_function(self.builder, "optim.builder"),
         )
 
 

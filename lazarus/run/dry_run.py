@@ -14,12 +14,14 @@ import cloudpickle
 import torch
 from msgspec.structs import replace as changed
 
+from lazarus.basics.tracebacks import describe
 from lazarus.checkpoint.errors import CheckpointError
+from lazarus.config.train_config import TrainConfig
 from lazarus.control.machine import decide
 from lazarus.control.messages import Align, Aligned, Body, Fence, Hello, Prepare, Report, RunOver
 from lazarus.control.ports import Command, Tell, TellDriver, WorkerSaid, each
 from lazarus.control.restart.replay import initial_state
-from lazarus.errors import BrokenInvariantError, ConfigError
+from lazarus.errors import BrokenInvariantError, ConfigError, LazarusError, UserCodeError
 from lazarus.run.run_place import RunPlace
 from lazarus.run.run_spec import prepared, scratch_folder
 from lazarus.run.trainer import ElasticTrainer
@@ -32,6 +34,8 @@ from lazarus.runtime.launch.choose_launcher import (
 from lazarus.runtime.rpc.credentials import check_certificate
 from lazarus.runtime.saving.rollback_state import read_base
 from lazarus.runtime.spec import RunSpec, UserCode
+from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training.context import WorkerContext
 from lazarus.runtime.training.factory import first_context, first_replica
 from placement import Plan
 
@@ -44,6 +48,7 @@ def first_plan(trainer: ElasticTrainer, place: RunPlace) -> Plan:
 
     Raises:
         ConfigError: The run would be refused, with the same message.
+        UserCodeError: The user's model or optimizer raised.
         StorageError: The checkpoint storage is full or out of order.
     """
     scratch = scratch_folder(place)
@@ -68,7 +73,7 @@ def _aligned(spec: RunSpec) -> Aligned:
     """The ``Aligned`` message that every rank of the run would send before the first generation."""
     device, user = torch.device("cpu"), _unpickled(spec.user)
     context = first_context(spec.config, node=0, device=device)
-    replica = first_replica(spec.config, user, context=context)
+    replica = _replica(spec.config, user, context)
     history = replica.history
     if spec.resume is not None:
         try:
@@ -82,6 +87,26 @@ def _aligned(spec: RunSpec) -> Aligned:
         scalars="{}",
         **replica.shape(),
     )
+
+
+def _replica(config: TrainConfig, user: UserCode, context: WorkerContext) -> Replica:
+    """Build model and optimizer as every worker of the run would.
+
+    Raises:
+        UserCodeError: The user's model or optimizer raised.
+    """
+    try:
+        return first_replica(config, user, context=context)
+    except LazarusError:
+        raise
+    except Exception as problem:
+        said = describe(problem)
+        raise UserCodeError(
+            where=f"build at {said.place}" if said.place else "build",
+            summary=said.summary,
+            traceback_text=said.shown,
+            phase="build",
+        ) from problem
 
 
 def _unpickled(blob: bytes) -> UserCode:

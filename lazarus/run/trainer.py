@@ -33,6 +33,7 @@ from lazarus.record.endings import (
 from lazarus.record.events import FILE_NAME, each_event
 from lazarus.record.record_repair import blank_damaged
 from lazarus.run.control_config import keeps_checkpoints, policies_of
+from lazarus.run.named_code import with_named
 from lazarus.run.result import Result, leave_artifacts, result_of
 from lazarus.run.run_place import RunPlace, open_place
 from lazarus.run.run_spec import check_run, prepared, scratch_folder
@@ -103,12 +104,16 @@ class ElasticTrainer:
 
     Args:
         config: The configuration of the run.
-        model: A function that builds the model in each worker; None: ``config.model``.
-        data: A map-style data source, or a function that opens one; None: ``config.data``.
+        model: A function that builds the model in each worker; None: ``model.builder``, else
+            ``config.model``.
+        data: A map-style data source, or a function that opens one; None: ``data.source``, else
+            ``config.data``.
         eval_data: Held-out data, like ``data``. Needed if ``eval.every`` and ``data`` are set.
         collate: Makes a micro-batch from a list of samples; None: tensors are stacked.
-        loss: Maps (model, batch) to a ``LossSum``; None: next-token cross-entropy.
-        optimizer: Makes the optimizer from parameter groups; None: AdamW as configured.
+        loss: Maps (model, batch) to a ``LossSum``; None: ``train.loss``, else next-token
+            cross-entropy.
+        optimizer: Makes the optimizer from parameter groups; None: ``optim.builder``, else AdamW
+            as configured.
         schedule: Maps a step to a learning-rate multiplier; None: as configured.
         callbacks: Objects that receive the run's events, see ``lazarus.callbacks``.
         hooks: Objects whose methods are called in every worker.
@@ -143,22 +148,21 @@ class ElasticTrainer:
         self.policies = policies_of(config, placement=placement, recovery=recovery)
         specs = tuple(dict.fromkeys(str(fault) for fault in (*config.faults.specs, *faults)))
         self.faults = specs
+        given = {"model": builder_of(model), "data": data, "loss": loss, "optimizer": optimizer}
+        functions = with_named(config, given)
         check_run(config, model=model, data=data, faults=specs)
-        if config.eval.every and data is not None and eval_data is None:
+        if config.eval.every and functions["data"] is not None and eval_data is None:
             raise ConfigError(
                 f"eval.every={config.eval.every} needs held-out data; pass eval_data, or set "
                 f"eval.every=0"
             )
         self.user = pickled(
             UserCode(
-                model=builder_of(model),
-                data=data,
                 eval_data=eval_data,
                 collate=collate,
-                loss=loss,
-                optimizer=optimizer,
                 schedule=schedule,
                 hooks=tuple(hooks),
+                **functions,
             )
         )
 

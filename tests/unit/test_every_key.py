@@ -478,6 +478,7 @@ def at_sight(change: str) -> Entry:
     return Entry(change, control(field))
 
 
+NAMED = ("data.source=named_functions:either", "train.loss=named_functions:any_loss")
 RAY = ("cluster.launcher=ray",)
 SAVES = ("checkpoint.every=1", "checkpoint.k_snapshot=2", "checkpoint.k_persist=1")
 TLS = ("security.cert=pair/job.pem", "security.key=pair/job.key", "security.ca=pair/ca.pem")
@@ -501,6 +502,7 @@ ENTRIES = (
     at_sight("cluster.quorum_timeout_s=9.0"),
     Entry("cluster.launcher=cold", launcher),
     Entry("model.preset=gpt-s", shape),
+    Entry("model.builder=named_functions:model", story, NAMED),
     Entry("model.layers=3", story),
     Entry("model.dim=32", story),
     Entry("model.heads=1", story),
@@ -511,6 +513,7 @@ ENTRIES = (
     Entry("model.ffn_mult=2", story),
     Entry("model.moe_every=2", story),
     Entry("data.path=text.txt", story),
+    Entry("data.source=named_functions:letters", story),
     Entry("data.seq_len=4", story),
     Entry("data.num_shards=8", stream_story),
     Entry("data.shuffle_shards=true", stream_story),
@@ -523,6 +526,7 @@ ENTRIES = (
     Entry("train.recompute=true", forwards),
     Entry("train.on_nonfinite=stop", nonfinite),
     Entry('train.scratch_buffers=["seen"]', state_names),
+    Entry("train.loss=named_functions:doubled", story),
     Entry("optim.lr=0.1", story),
     Entry("optim.betas=[0.5, 0.5]", story),
     Entry("optim.eps=0.1", story),
@@ -531,6 +535,7 @@ ENTRIES = (
     Entry("optim.schedule=constant", story),
     Entry("optim.warmup_steps=0", story),
     Entry("optim.min_lr_ratio=0.9", story),
+    Entry("optim.builder=named_functions:descent", story),
     Entry("eval.every=2", story),
     Entry("eval.batches=1", story, ("eval.every=2",)),
     Entry("dispatch.mode=balanced", split),
