@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -28,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +45,7 @@ WALL_BOUND = 40
 MARGIN_S = 30.0
 ELSEWHERE = 99  # exit code of tests that loaded another package than the copy
 UNCHANGED_S = 600.0  # what all fast tests of a package may take, traced
+ROUNDS_S = (0.3, 2.0, math.inf)  # tests that take up to so long are run together
 UNDECIDED = "no end within the bound of the wall time"
 LIBRARIES = (
     "pytest", "hypothesis", "hypothesis.strategies", "msgspec", "numpy", "scipy.optimize",
@@ -99,7 +102,7 @@ SUITES = {
 # ---- the tests, in a process of their own ------------------------------------------------------
 
 
-def _tests(tree: Path, suite: Suite, rounds: list[dict[str, float]], pipe: int) -> int:
+def _tests(tree: Path, suite: Suite, rounds: list[list[str]], pipe: int) -> int:
     """Runs each round's tests, or without rounds all of them, and notes what they run."""
     import pytest
 
@@ -109,9 +112,9 @@ def _tests(tree: Path, suite: Suite, rounds: list[dict[str, float]], pipe: int) 
     for out in (1, 2):
         os.dup2(os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), out)
     options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=0"]
-    for chosen in rounds or [{}]:
+    for chosen in rounds or [[]]:
         files = sorted({name.split("::")[0] for name in chosen}) or _files(tree, suite)
-        watcher = Watcher(pipe, without=suite.without, seconds=chosen)
+        watcher = Watcher(pipe, without=suite.without, order=chosen)
         watcher.lines = None if rounds else Lines(str(tree / suite.sources))
         code = int(pytest.main([*options, *files], plugins=[watcher]))
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -173,9 +176,11 @@ def end_group(pid: int) -> None:
         return
 
 
-def started(tree: Path, suite: Suite, rounds: list[dict[str, float]]) -> Run:
-    """Without rounds nothing has changed, and compiled files are kept."""
-    before_s = sum(sum(seconds.values()) for seconds in rounds) if rounds else UNCHANGED_S
+def started(tree: Path, suite: Suite, rounds: list[list[str]], *, before_s: float) -> Run:
+    """Without rounds nothing has changed, and compiled files are kept.
+
+    ``before_s`` is what the tests take without a change.
+    """
     cpu_s = int(MARGIN_S + CPU_BOUND * before_s)
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -216,22 +221,26 @@ class Known:
     run_by: dict[str, list[str]]
     cpu_s: float
 
-    def rounds(self, change: Change) -> list[dict[str, float]]:
-        """The tests that run a change, file by file: named for the module, then the quick ones."""
-        spans = range(change.line, change.line + change.old.count("\n") + 1)
-        names = {name for n in spans for name in self.run_by.get(f"{change.file}:{n}", [])}
-        files: dict[str, dict[str, float]] = defaultdict(dict)
-        for name in names if change.function else self.seconds:
-            files[name.split("::")[0]][name] = self.seconds.get(name, 0.0)
+    def rounds(self, change: Change) -> list[list[str]]:
+        """The tests that run a change: the quick ones first, in each round the nearest first."""
+        span = range(change.line, change.line + change.old.count("\n") + 1)
+        names = {name for n in span for name in self.run_by.get(f"{change.file}:{n}", [])}
+        rounds: list[list[tuple[bool, float, str]]] = [[] for _ in ROUNDS_S]
         stem = Path(change.file).stem
-        ordered = sorted(files, key=lambda f: (stem not in f, sum(files[f].values()), f))
-        return [files[name] for name in ordered]
+        for name in names if change.function else self.seconds:
+            spent_s = self.seconds.get(name, 0.0)
+            rounds[bisect_left(ROUNDS_S, spent_s)].append((stem not in name, spent_s, name))
+        return [[name for *_, name in sorted(found)] for found in rounds if found]
+
+    def spent_s(self, rounds: list[list[str]]) -> float:
+        """Seconds that these tests take without a change."""
+        return sum(self.seconds.get(name, 0.0) for names in rounds for name in names)
 
 
 def unchanged(suite: Suite, trees: list[Path]) -> Known:
     """The tests without a change; they have to pass."""
     for tree in trees:
-        run = started(tree, suite, [])
+        run = started(tree, suite, [], before_s=UNCHANGED_S)
         while (result := run.result()) is None:
             time.sleep(0.05)
         code, failed, cpu_s = result
@@ -270,7 +279,8 @@ def results(
                     continue
                 tree = free.pop()
                 before = changed(change, tree)
-                going.append((change, before, started(tree, suite, rounds)))
+                run = started(tree, suite, rounds, before_s=known.spent_s(rounds))
+                going.append((change, before, run))
             time.sleep(0.05)
             for entry in list(going):
                 change, before, run = entry

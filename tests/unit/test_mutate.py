@@ -97,19 +97,22 @@ def test_a_run_notes_the_lines_of_the_folder_that_it_ran(
     assert found == [{2, 3}, {2, 3}, {2, 4, 5}]
 
 
-def test_only_tests_that_run_a_changed_line_are_run_and_the_nearest_file_first(
+def test_only_tests_that_run_a_changed_line_are_run_and_quick_and_near_ones_first(
     mutate: ModuleType, changes: ModuleType, tmp_path: Path
 ) -> None:
     path = tmp_path / "late.py"
     path.write_text(SOURCE)
     found = {c.old: c for c in changes.changes_of(path, tmp_path)}
-    seconds = {"test_early.py::b": 0.1, "test_late.py::c": 9.0, "test_late.py::d": 9.0}
-    run_by = {"late.py:8": ["test_late.py::c", "test_early.py::b"], "late.py:14": []}
+    slow, near, far, other = "test_late.py::c", "test_late.py::d", "test_early.py::b", "a.py::e"
+    seconds = {slow: 9.0, near: 0.2, far: 0.1, other: 0.1}
+    run_by = {"late.py:8": [slow, far], "late.py:9": [near], "late.py:14": []}
     known = mutate.Known(seconds=seconds, run_by=run_by, cpu_s=1.0)
-    near_first = [{"test_late.py::c": 9.0}, {"test_early.py::b": 0.1}]
-    assert known.rounds(found["a < LIMIT"]) == near_first
+    assert known.rounds(found["a < LIMIT"]) == [[far], [slow]]
+    both = next(text for text in found if text.startswith("a < LIMIT") and "not b" in text)
+    assert known.rounds(found[both]) == [[near, far], [slow]]
+    assert known.spent_s([[near, far], [slow]]) == pytest.approx(9.3)
     assert known.rounds(found["a == b"]) == []
-    assert sum(map(len, known.rounds(found["-1"]))) == 3  # it runs where it is imported
+    assert sum(map(len, known.rounds(found["-1"]))) == 4  # it runs where it is imported
 
 
 def _end_of(mutate: ModuleType, work: Callable[[], object], *, wall_s: float) -> str:
