@@ -98,8 +98,8 @@ class Trainer:
         self.banks = {n: m for n, m in self.model.named_modules() if isinstance(m, ExpertBank)}
         self.step = 0
         self.tokens = torch.randint(256, (setting.batch, setting.seq_len + 1))
-        self.keeper = start_keeper(KeeperConfig(job="bench", credentials=BENCH))
-        self.link = RemoteKeeperLink(self.keeper.address, credentials=BENCH)
+        self.keeper = start_keeper(KeeperConfig(job="bench", credentials=BENCH, silent_s=30.0))
+        self.link = RemoteKeeperLink(self.keeper.address, credentials=BENCH, timeout_s=5.0)
         self.snapshotter = Snapshotter(self.link)
         self.number = 0
 
@@ -227,7 +227,7 @@ def measure(setting: Setting, *, every: int, rounds: int) -> dict[str, Any]:
             for i in range(len(MODES)):
                 mode = MODES[(number + i) % len(MODES)]
                 blocks[mode].append(trainer.block(mode))
-        client = KeeperClient(trainer.keeper.address, credentials=BENCH, tag=TAG)
+        client = KeeperClient(trainer.keeper.address, credentials=BENCH, tag=TAG, timeout_s=30.0)
         stock = client.inventory()
         record_bytes = sum(
             t.numel() * 4 for t in trainer.expert(next(iter(trainer.banks)), 0).values()

@@ -172,7 +172,7 @@ def test_a_secret_that_others_can_read_or_guess_is_refused(
 
 
 def test_whoever_prints_credentials_sees_no_secret() -> None:
-    config = KeeperConfig(job="j", credentials=Credentials(secret=SECRET))
+    config = KeeperConfig(job="j", credentials=Credentials(secret=SECRET), silent_s=30.0)
     assert SECRET not in f"{config!r} {config} {config.credentials}"
     with pytest.raises(ValueError, match="TLS needs"):
         Credentials(secret=SECRET, key="k")
@@ -190,10 +190,10 @@ def test_a_certificate_for_another_address_is_refused_before_anything_starts(
     named = pair.credentials(SECRET, tls_name="lazarus")
     check_certificate(named, host="127.0.0.1")
     local = LocalNodes("127.0.0.1", bind_host="127.0.0.1")
-    keeper = KeeperConfig(job="j", credentials=named)
+    keeper = KeeperConfig(job="j", credentials=named, silent_s=30.0)
     place = local.open("n", keeper=keeper, folder=tmp_path / "n")
     tag = Tag(job="j", term=1, generation=1)
-    client = KeeperClient(place.keeper, credentials=named, tag=tag)
+    client = KeeperClient(place.keeper, credentials=named, tag=tag, timeout_s=30.0)
     assert client.inventory().keys == ()
     client.close()
     local.close_all()

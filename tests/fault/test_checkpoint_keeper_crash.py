@@ -26,9 +26,9 @@ TAG = Tag(job="job", term=1, generation=1)
 
 def persist(url: str, step: int, *, kill_at: str = "") -> list[dict[str, object]]:
     """Persist everything through a keeper of its own; all reports until it ended or died."""
-    config = KeeperConfig(job="job", credentials=Credentials(secret="s"))
+    config = KeeperConfig(job="job", credentials=Credentials(secret="s"), silent_s=30.0)
     keeper = start_keeper(replace(config, kill_at=kill_at))
-    link = RemoteKeeperLink(keeper.address, credentials=Credentials(secret="s"))
+    link = RemoteKeeperLink(keeper.address, credentials=Credentials(secret="s"), timeout_s=5.0)
     snapshotter = Snapshotter(link)
     items = [
         SnapshotItem(

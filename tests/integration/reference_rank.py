@@ -225,6 +225,7 @@ def run_process(*, rank: int, size: int, store: str, mode: str, shared: bool, pi
         host="127.0.0.1",
         device=torch.device("cpu"),
         timeout_s=60.0,
+        connect_s=20.0,
     )
     exchange = GuardedExchange(
         group.exchange(shared=shared, timeout_s=60.0),

@@ -44,7 +44,7 @@ def start() -> Iterator[Start]:
     running: list[KeeperProcess] = []
 
     def begin(**changes: object) -> KeeperProcess:
-        plain = KeeperConfig(job="job", credentials=Credentials(secret=SECRET))
+        plain = KeeperConfig(job="job", credentials=Credentials(secret=SECRET), silent_s=30.0)
         config = replace(plain, **changes)  # type: ignore[arg-type]
         running.append(start_keeper(config))
         return running[-1]
@@ -85,7 +85,9 @@ class Trainer:
     """A snapshotter with its link, in this process."""
 
     def __init__(self, keeper: KeeperProcess) -> None:
-        self.link = RemoteKeeperLink(keeper.address, credentials=Credentials(secret=SECRET))
+        self.link = RemoteKeeperLink(
+            keeper.address, credentials=Credentials(secret=SECRET), timeout_s=5.0
+        )
         self.snapshotter = Snapshotter(self.link)
 
     def take(self, wanted: SnapshotRequest, *kinds: str) -> list[dict[str, object]]:
@@ -276,7 +278,7 @@ OWNER = """
 import sys, os
 from lazarus.runtime.keeper.process import KeeperConfig, start_keeper
 from lazarus.runtime.rpc.credentials import Credentials
-keeper = start_keeper(KeeperConfig(job="job", credentials=Credentials(secret="x")))
+keeper = start_keeper(KeeperConfig(job="job", credentials=Credentials(secret="x"), silent_s=30.0))
 print(keeper.process.pid, flush=True)
 sys.stdin.readline()
 """
@@ -310,7 +312,7 @@ from lazarus.runtime.rpc.channel import KEEPER, method
 from lazarus.runtime.rpc.keeper_messages import Order
 from lazarus.runtime.rpc.credentials import Credentials
 import lazarus.checkpoint.in_memory.snapshot as snapshot, os, signal
-link = RemoteKeeperLink(sys.argv[1], credentials=Credentials(secret="s3cret"))
+link = RemoteKeeperLink(sys.argv[1], credentials=Credentials(secret="s3cret"), timeout_s=5.0)
 tag = Tag(job="job", term=1, generation=2)
 def ask(step):
     key = RecordKey(layer=0, expert=1, step=step, generation=2, routed=1)
@@ -373,11 +375,11 @@ def test_with_tls_nobody_connects_in_the_clear(start: Start, tmp_path: Path) -> 
     first, second = start(credentials=credentials), start(credentials=credentials)
     with pytest.raises(KeeperUnavailableError):
         client(first).inventory()
-    link = RemoteKeeperLink(first.address, credentials=credentials)
+    link = RemoteKeeperLink(first.address, credentials=credentials, timeout_s=5.0)
     snapshotter = Snapshotter(link)
     assert snapshotter.begin(request(7, [(0, 1)], copy_to=(second.address,)))
     assert all(r is not None and r["ok"] for r in (link.next_report(20), link.next_report(20)))
-    other = KeeperClient(second.address, credentials=credentials, tag=TAG)
+    other = KeeperClient(second.address, credentials=credentials, tag=TAG, timeout_s=30.0)
     assert other.inventory().keys[0].step == 7
     snapshotter.close()
     link.close()

@@ -139,7 +139,7 @@ def _as_sent(body: object) -> bytes:
 
 @pytest.fixture
 def keeper() -> Iterator[KeeperProcess]:
-    started = start_keeper(KeeperConfig(job="job", credentials=JOB))
+    started = start_keeper(KeeperConfig(job="job", credentials=JOB, silent_s=30.0))
     yield started
     started.stop()
 
@@ -246,7 +246,9 @@ def test_a_push_of_ten_bytes_that_claims_more_takes_no_memory(
 
 def test_a_limit_that_was_given_holds(tmp_path: Path) -> None:
     """E6: a keeper takes no more than its limit, however it is asked."""
-    started = start_keeper(KeeperConfig(job="job", credentials=JOB, limit_bytes=MEBI))
+    started = start_keeper(
+        KeeperConfig(job="job", credentials=JOB, limit_bytes=MEBI, silent_s=30.0)
+    )
     try:
         client = KeeperClient(started.address, credentials=JOB, tag=TAG, timeout_s=20)
         data = image(MEBI)

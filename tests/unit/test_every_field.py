@@ -205,6 +205,42 @@ def test_every_time_out_is_read_and_shown(capsys: pytest.CaptureFixture[str]) ->
     ]
 
 
+def defaults_of(tree: ast.AST) -> set[tuple[str, str]]:
+    """(function or class, parameter) of every parameter that has a default."""
+    found: set[tuple[str, str]] = set()
+    for node in ast.walk(tree):
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        for item in inner:
+            if isinstance(item, ast.AnnAssign) and item.value and isinstance(node, ast.ClassDef):
+                found.add((node.name, ast.unparse(item.target)))
+            if isinstance(item, ast.FunctionDef):
+                made = isinstance(node, ast.ClassDef) and item.name == "__init__"
+                owner = node.name if made else item.name  # type: ignore[attr-defined]
+                args, late = item.args.args, item.args.kwonlyargs
+                named = args[len(args) - len(item.args.defaults) :]
+                named += [a for a, d in zip(late, item.args.kw_defaults, strict=True) if d]
+                found |= {(owner, arg.arg) for arg in named}
+    return found
+
+
+def test_a_time_out_that_is_passed_on_has_no_default_where_it_arrives() -> None:
+    """Else a call that forgets it goes unnoticed, and the setting decides nothing there."""
+    given: set[tuple[str, str]] = set()
+    optional: set[tuple[str, str]] = set()
+    for path in (ROOT / "lazarus").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        optional |= defaults_of(tree)
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            given |= {
+                (name, str(word.arg))
+                for word in call.keywords
+                if re.search(r"timeouts\.\w+$", ast.unparse(word.value))
+            }
+    assert len(given) > 15
+    assert given & optional == set()
+
+
 def test_every_time_out_follows_the_stall() -> None:
     one, other = derive_timeouts(0.5), derive_timeouts(1000.0)
     same = [f.name for f in fields(Timeouts) if getattr(one, f.name) == getattr(other, f.name)]

@@ -78,7 +78,9 @@ class Place:
 
 @pytest.fixture(scope="module")
 def services() -> Iterator[tuple[RendezvousStore, KeeperProcess]]:
-    keeper = start_keeper(KeeperConfig(job="walk", credentials=Credentials(secret="s")))
+    keeper = start_keeper(
+        KeeperConfig(job="walk", credentials=Credentials(secret="s"), silent_s=30.0)
+    )
     yield RendezvousStore("127.0.0.1", timeout_s=60).open(), keeper
     keeper.stop()
 
@@ -629,3 +631,10 @@ def test_what_a_process_is_handed_arrives_whole(place: Place) -> None:
     arrived = pickle.loads(pickle.dumps(orders.controller))  # noqa: S301
     assert replace(arrived, config=orders.controller.config) == orders.controller
     assert dict(pickle.loads(pickle.dumps(spec.config)).origins) == dict(spec.config.origins)  # noqa: S301
+
+
+def test_a_fault_may_name_a_node_that_chaos_brings(place: Place) -> None:
+    fifth = 'faults.specs=["kill:5@2"]'
+    with pytest.raises(ConfigError, match="there is no node 5"):
+        place.orders(place.config(fifth))
+    place.orders(place.config(fifth, "faults.chaos=mtbf=30s,seed=1,kinds=join"))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import pytest
+from fleet_limits import limits
 
 from lazarus.control.cluster.replacing import Limits, Machine
 from lazarus.control.messages import Body, MachineJudged, NodesAwaited
@@ -84,8 +85,8 @@ Make = Callable[..., Here]
 def make() -> Iterator[Make]:
     made: list[Here] = []
 
-    def go(*machines: str, wanted: int, **limits: object) -> Here:
-        here = Here(*machines, limits=Limits(wanted=wanted, **limits))  # type: ignore[arg-type]
+    def go(*machines: str, wanted: int, **given: object) -> Here:
+        here = Here(*machines, limits=limits(wanted=wanted, **given))
         made.append(here)
         return here
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from fleet_limits import limits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lazarus.control.cluster.replacing import (
     MOST_TROUBLES,
     Fleet,
-    Limits,
     Machine,
     came_up,
     ends_machine,
@@ -28,9 +28,9 @@ def machines(*names: str, room: int = 1) -> list[Machine]:
     return [Machine(id=name, room=room) for name in names]
 
 
-def running(*homes: str, wanted: int = 0, **limits: object) -> Fleet:
+def running(*homes: str, wanted: int = 0, **more: object) -> Fleet:
     """One node a machine, all up since 0 s."""
-    fleet = Fleet(limits=Limits(wanted=wanted or len(homes), **limits))  # type: ignore[arg-type]
+    fleet = Fleet(limits=limits(wanted=wanted or len(homes), **more))
     for number, home in enumerate(homes):
         fleet = ordered(fleet, f"node-{number}", home, now_s=0.0)
         fleet = came_up(fleet, f"node-{number}", now_s=0.0)
@@ -82,7 +82,7 @@ def test_without_replacing_a_loss_lowers_what_is_wanted_and_a_failed_start_does_
     fleet = running("a", "b", replaces=False)
     assert lose(fleet, "node-0", now_s=1.0).missing == 0
     assert held(lose(fleet, "node-0", now_s=1.0), needed=2).missing == 1
-    fleet = ordered(Fleet(limits=Limits(wanted=1, replaces=False)), "node-0", "a", now_s=0.0)
+    fleet = ordered(Fleet(limits=limits(wanted=1, replaces=False)), "node-0", "a", now_s=0.0)
     assert lose(fleet, "node-0", now_s=1.0).missing == 1
 
 
@@ -131,7 +131,7 @@ def test_what_does_not_come_up_in_time_has_failed_and_is_tried_elsewhere() -> No
 
 def test_starts_that_fail_together_are_one_trouble_of_their_machine() -> None:
     """A machine that is slow to start three processes at a time is not banned after two rounds."""
-    fleet = Fleet(limits=Limits(wanted=3, rest_s=1.0))
+    fleet = Fleet(limits=limits(wanted=3, rest_s=1.0))
     for number in range(MOST_TROUBLES):
         now_s = 1000.0 * number
         keys = [f"node-{number}-{i}" for i in range(3)]
@@ -145,7 +145,7 @@ def test_starts_that_fail_together_are_one_trouble_of_their_machine() -> None:
 
 
 def test_starts_that_overlap_for_ever_are_counted_too() -> None:
-    fleet = Fleet(limits=Limits(wanted=2, rest_s=0.0))
+    fleet = Fleet(limits=limits(wanted=2, rest_s=0.0))
     for number in range(4 * MOST_TROUBLES):
         fleet = ordered(fleet, f"node-{number}", "a", now_s=10.0 * number)
         if number:
@@ -161,7 +161,7 @@ def test_room_that_somebody_else_took_says_nothing_about_the_machine() -> None:
 def test_two_runs_do_not_prefer_the_same_machines() -> None:
     names = [f"m{i}" for i in range(16)]
     chosen = {
-        starts(Fleet(limits=Limits(wanted=1, salt=run)), machines(*names), count=1, now_s=0.0)
+        starts(Fleet(limits=limits(wanted=1, salt=run)), machines(*names), count=1, now_s=0.0)
         for run in ("run-1", "run-2", "run-3", "run-4")
     }
     assert len(chosen) > 1
@@ -181,7 +181,7 @@ def test_two_runs_do_not_prefer_the_same_machines() -> None:
 def test_never_too_many_never_where_there_is_no_room_and_never_on_a_banned_machine(
     rooms: list[int], wanted: int, most: int | None, play: list[tuple[str, int]]
 ) -> None:
-    fleet, count, now = Fleet(limits=Limits(wanted=wanted, most=most)), 0, 0.0
+    fleet, count, now = Fleet(limits=limits(wanted=wanted, most=most)), 0, 0.0
     for what, pick in play:
         now += 1.0
         used = Counter(p.machine for p in fleet.nodes.values())

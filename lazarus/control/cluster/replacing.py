@@ -41,9 +41,9 @@ class Limits:
     most: int | None = None
     replaces: bool = True
     is_fixed: bool = False
-    rest_s: float = 5.0
-    settled_s: float = 30.0
-    start_s: float = 300.0
+    rest_s: float
+    settled_s: float
+    start_s: float
     salt: str = ""
 
 

@@ -143,7 +143,7 @@ class Group:
         host: str,
         device: torch.device,
         timeout_s: float,
-        connect_s: float = 20.0,
+        connect_s: float,
     ) -> dist.ProcessGroup:
         """Connect to all peers; blocks until every rank has come or ``release`` is called.
 

@@ -96,7 +96,7 @@ class KeeperClient:
         *,
         credentials: Credentials,
         tag: Tag,
-        timeout_s: float = 30.0,
+        timeout_s: float,
     ) -> None:
         self.address = address
         self._tag = tag

@@ -48,7 +48,7 @@ class KeeperConfig:
     credentials: Credentials
     bind: str = "127.0.0.1:0"
     limit_bytes: int = 1 << 40
-    silent_s: float = 30.0
+    silent_s: float
     kill_at: str = ""
 
 

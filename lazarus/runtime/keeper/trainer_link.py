@@ -80,7 +80,7 @@ class RemoteKeeperLink:
         address: str,
         *,
         credentials: Credentials,
-        timeout_s: float = 5.0,
+        timeout_s: float,
         on_report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Create a link; the first ``reserve`` connects.
