@@ -221,7 +221,7 @@ class Known:
     run_by: dict[str, list[str]]
     cpu_s: float
 
-    def rounds(self, change: Change) -> list[list[str]]:
+    def rounds(self, change: Change, *, longest_s: float = math.inf) -> list[list[str]]:
         """The tests that run a change: the quick ones first, in each round the nearest first."""
         span = range(change.line, change.line + change.old.count("\n") + 1)
         names = {name for n in span for name in self.run_by.get(f"{change.file}:{n}", [])}
@@ -229,7 +229,8 @@ class Known:
         stem = Path(change.file).stem
         for name in names if change.function else self.seconds:
             spent_s = self.seconds.get(name, 0.0)
-            rounds[bisect_left(ROUNDS_S, spent_s)].append((stem not in name, spent_s, name))
+            if spent_s <= longest_s:
+                rounds[bisect_left(ROUNDS_S, spent_s)].append((stem not in name, spent_s, name))
         return [[name for *_, name in sorted(found)] for found in rounds if found]
 
     def spent_s(self, rounds: list[list[str]]) -> float:
@@ -265,7 +266,7 @@ def _write(path: Path, text: bytes) -> None:
 
 
 def results(
-    changes: list[Change], suite: Suite, trees: list[Path], known: Known
+    changes: list[Change], suite: Suite, trees: list[Path], known: Known, *, longest_s: float
 ) -> Iterator[tuple[Change, str, float]]:
     """Each change with the test that noticed it, or with nothing, as they end."""
     waiting, free = list(reversed(changes)), list(trees)
@@ -274,7 +275,7 @@ def results(
         while waiting or going:
             while waiting and free:
                 change = waiting.pop()
-                if not (rounds := known.rounds(change)):
+                if not (rounds := known.rounds(change, longest_s=longest_s)):
                     yield change, "", 0.0
                     continue
                 tree = free.pop()
@@ -310,21 +311,25 @@ def main() -> None:
         suite = SUITES[options.package]
         if options.tests:
             suite = Suite(sources=suite.sources, tests=tuple(options.tests), without=suite.without)
-        found = _tried(changes, suite, trees)
+        found = _tried(changes, suite, trees, longest_s=options.longest)
         for kind, number in sorted(Counter(c.kind for c in changes).items()):
             print(f"{kind:12} {found['noticed', kind]:4} of {number:4} noticed")
         noticed = sum(n for (word, _), n in found.items() if word == "noticed")
         print(f"{options.package}, seed {options.seed}: {noticed} of {len(changes)} noticed")
 
 
-def _tried(changes: dict[Change, int], suite: Suite, trees: list[Path]) -> Counter[tuple[str, str]]:
+def _tried(
+    changes: dict[Change, int], suite: Suite, trees: list[Path], *, longest_s: float
+) -> Counter[tuple[str, str]]:
     """Prints each change's result as it comes; returns how many of each result and kind."""
     for name in LIBRARIES:
         __import__(name)
     known = unchanged(suite, trees)
     print(f"without a change: {known.cpu_s:.0f} s of CPU", flush=True)
     found: Counter[tuple[str, str]] = Counter()
-    for change, noticed_by, spent_s in results(list(changes), suite, trees, known):
+    for change, noticed_by, spent_s in results(
+        list(changes), suite, trees, known, longest_s=longest_s
+    ):
         word = "noticed" if noticed_by else "SURVIVED"
         word = "undecided" if noticed_by == UNDECIDED else word
         found[word, change.kind] += 1
@@ -340,6 +345,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="changes tried at a time")
     parser.add_argument("--only", default="", metavar="N,N", help="only these numbers of the draw")
     parser.add_argument("--tests", nargs="+", metavar="GLOB", help="these instead of the fast ones")
+    parser.add_argument(
+        "--longest", type=float, default=math.inf, metavar="S",
+        help="leave out tests that take longer than this, traced: quicker, and some more survive",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the changes, run nothing")
     return parser.parse_args()
 
