@@ -28,7 +28,8 @@ def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> LossSum:
 
 
 if __name__ == "__main__":
-    config = TrainConfig.load(overrides=["cluster.nodes=3", "train.steps=30", "optim.lr=2e-3"])
+    settings = ["cluster.nodes=3", "train.steps=30", "optim.lr=2e-3", "optim.warmup_steps=3"]
+    config = TrainConfig.load(overrides=settings)
     trainer = ElasticTrainer(config, model=lambda ctx: Reader(), loss=loss, faults=["kill:1@15"])
     result = trainer.fit()
     print(f"{result.steps} steps, loss {result.final_loss:.3f}, record {result.run_dir}")

@@ -11,6 +11,7 @@ from lazarus.version import __version__
 
 if TYPE_CHECKING:
     from lazarus.config.train_config import TrainConfig
+    from lazarus.model.groups import param_groups
     from lazarus.model.loss import LossSum
     from lazarus.model.moe import MoELayer
     from lazarus.run.result import Result
@@ -26,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "WorkerContext",
     "__version__",
+    "param_groups",
 ]
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "RunHandle": "lazarus.run.trainer",
     "TrainConfig": "lazarus.config.train_config",
     "WorkerContext": "lazarus.runtime.training.context",
+    "param_groups": "lazarus.model.groups",
 }
 
 

@@ -23,7 +23,7 @@ SETTINGS = (
     "model.experts=12",
     "placement.slots_per_node=8",
     "optim.lr=2e-3",
-    "optim.warmup_steps=10",
+    "optim.warmup_steps=6",
     "checkpoint.every=0",
     f"faults.specs=['kill:2@{KILL_AT}']",
 )

@@ -146,4 +146,9 @@ def warnings_of(config: TrainConfig, *, num_experts: int, slots_per_node: int) -
             f"{ranks - config.train.global_batch} of {ranks} ranks without work in each step; "
             f"use >= {ranks} (>= {20 * ranks}, 20 a rank, keeps the ranks' shares within 5 %)"
         )
+    if config.optim.warmup_steps >= config.train.steps:
+        out.append(
+            f"optim.warmup_steps={config.optim.warmup_steps} is not below "
+            f"train.steps={config.train.steps}: the learning rate is still rising when the run ends"
+        )
     return out

@@ -63,7 +63,10 @@ def alone(top_k: int) -> dict[str, Any]:
         assert norm > optim.clip_norm  # or clipping would not be compared
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * rate(step)
+        before = {path: bank.weight.detach().clone() for path, bank in banks.items()}
         optimizer.step()
+        for path, bank in banks.items():
+            give_back_decay(bank, before[path], optim.lr * rate(step) * optim.weight_decay)
         commit_load(model)
     state = prefixed("model.", by_name(model, banks, lambda p: p))
     for key in ("exp_avg", "exp_avg_sq"):
@@ -71,6 +74,15 @@ def alone(top_k: int) -> dict[str, Any]:
         state |= prefixed(f"optimizer.{key}.", moments)
     found["state"] = state
     return found
+
+
+@torch.no_grad()
+def give_back_decay(bank: Any, before: Tensor, factor: float) -> None:
+    """Undo the decay of the experts' biases, which are vectors."""
+    for old, new in zip(before, bank.weight, strict=True):
+        for field, bias in bank.field_views(new).items():
+            if bias.dim() < 2:
+                bias += factor * bank.field_views(old)[field]
 
 
 def by_name(model: Any, banks: Any, value: Any) -> dict[str, np.ndarray]:

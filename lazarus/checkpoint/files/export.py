@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dispatcher.layer.layout import ROW_MULTIPLE
-from lazarus.checkpoint.files.reader import LazyState, open_state_dict
+from lazarus.checkpoint.files.reader import LazyState, open_state_dict, tied_of
 from lazarus.checkpoint.files.storage import open_storage, write_file
 from lazarus.checkpoint.files.tensors import bytes_of
 from lazarus.checkpoint.format.image import TensorSpec, layout_image
@@ -31,6 +31,9 @@ class StackedState(Mapping[str, Tensor]):
     def __init__(self, state: LazyState) -> None:
         self._state = state
         self._layers = {f"{layer.path}.experts.weight": layer for layer in state.manifest.layers}
+        for other, name in tied_of(state.manifest).items():
+            if name in self._layers:  # a layer that is used in several places
+                self._layers[other] = self._layers[name]
         inside = {
             name
             for layer in state.manifest.layers

@@ -228,8 +228,8 @@ class StoredExperts:
 class LazyState(Mapping[str, Tensor]):
     """The model's parameters and buffers in one checkpoint, each read on access.
 
-    Names are those of ``model.named_parameters()`` and buffers; an expert's tensors are
-    ``{layer path}.experts.{id}.{field}``.
+    Names are those of ``model.state_dict()``; an expert's tensors are
+    ``{layer path}.experts.{id}.{field}``. A shared tensor has all its names.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
@@ -251,6 +251,9 @@ class LazyState(Mapping[str, Tensor]):
             for name, entry in sorted(names.items())
             if name.startswith(_MODEL)
         }
+        for other, name in tied_of(manifest).items():
+            if name in self._entries:
+                self._entries[other] = self._entries[name]
 
     def __getitem__(self, name: str) -> Tensor:
         spec, path = self._entries[name]
@@ -266,6 +269,12 @@ class LazyState(Mapping[str, Tensor]):
         """Name (as stored), dtype and shape of a tensor; reads no file."""
         spec, _ = self._entries[name]
         return TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape)
+
+
+def tied_of(manifest: Manifest) -> Mapping[str, str]:
+    """Further names of shared tensors, each with the name under which the tensor is stored."""
+    tied: Mapping[str, str] = manifest.meta.get("tied", {})
+    return tied
 
 
 def open_state_dict(url: str, *, step: int | None = None) -> LazyState:

@@ -22,6 +22,8 @@ ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
     "I16": 2,
     "U16": 2,
     "F16": 2,

@@ -178,6 +178,7 @@ def write_manifest(
             "routed": head["routed"],
             "step": command.step,
             "plt": command.meta["plt"],
+            **({"tied": head["tied"]} if head.get("tied") else {}),
         },
         previous=previous,
         lives=lives,

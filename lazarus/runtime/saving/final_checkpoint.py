@@ -125,6 +125,7 @@ def share_report(
         report |= {
             "layers": [layer_entry(replica, layer) for layer in range(len(replica.layers))],
             "dense_names": [name for name, _ in replica.dense_tensors()],
+            "tied": replica.tied,
             "scalars": scalars,
             "history": replica.history.tolist(),
             "routed": replica.history[1].astype(int).tolist(),

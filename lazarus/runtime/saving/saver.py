@@ -210,6 +210,7 @@ class Saver:
         return {
             "layers": [layer_entry(replica, layer) for layer in range(len(replica.layers))],
             "dense_names": [name for name, _ in replica.dense_tensors()],
+            "tied": replica.tied,
             "scalars": self._scalars(),
             "history": replica.history.tolist(),
             "routed": self.schedule.routed_LE.tolist(),

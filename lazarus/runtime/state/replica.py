@@ -15,16 +15,18 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lazarus.control.messages import Held
 from lazarus.control.vector import StepSums, advance_history, start_history
+from lazarus.errors import UserMistakeError
 from lazarus.model.balance import updated_bias
-from lazarus.model.experts import ExpertBank, deferred_experts
+from lazarus.model.experts import ExpertBank
 from lazarus.model.moe import MoELayer
 from lazarus.runtime.state.banks import gradients
 from lazarus.runtime.state.buffers import Buffers
+from lazarus.runtime.state.building import built
 from lazarus.runtime.state.checksums import checksum_of
+from lazarus.runtime.state.dense import DenseParameters, tied_names
 from lazarus.runtime.state.dense_sync import DenseSync
 from lazarus.runtime.state.flat_bytes import (
     DenseImage,
@@ -36,11 +38,11 @@ from lazarus.runtime.state.flat_bytes import (
     write_scalars,
     write_settings,
 )
+from lazarus.runtime.state.groups import OptimizerFactory, make_optimizer, vector_fields
 from lazarus.runtime.state.norms import square_sums
 from lazarus.runtime.state.rates import Rates, Schedule
 from placement import Plan
 
-OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 Expert = tuple[int, int]
 
 
@@ -76,9 +78,7 @@ class Replica:
         overlaps: bool = False,
         scratch_buffers: Sequence[str] = (),
     ) -> None:
-        torch.manual_seed(seed)
-        with deferred_experts():
-            self.model = build().to(device)
+        self.model = built(build, seed=seed, device=device)
         self.device = device
         self.rates = Rates(schedule)
         self._clip_norm = clip_norm
@@ -97,9 +97,15 @@ class Replica:
         for bank in self.banks:
             bank.allocate(num_slots=num_slots, device=device)
             bank.weight.grad = gradients(bank.weight)
-        self._flatten()
-        dense = [p for _, p in self.dense]
-        self.dense_sync = DenseSync(dense, self.flat_grad, overlaps=overlaps)
+        parameters = DenseParameters(
+            self.model, without={id(bank.weight) for bank in self.banks}, device=device
+        )
+        self.dense, self.frozen = parameters.all, dict(parameters.frozen)
+        self.flat, self.flat_grad = parameters.flat, parameters.flat_grad
+        self._parameters = parameters
+        self.tied = tied_names(self.model)
+        trained = [p for _, p in parameters.trained]
+        self.dense_sync = DenseSync(trained, self.flat_grad, overlaps=overlaps)
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)
         routers = [f"{name}.router_bias" for name in self.layer_names]
@@ -107,39 +113,31 @@ class Replica:
 
     # ---- building ------------------------------------------------------------------------------
 
-    def _flatten(self) -> None:
-        """Move all dense parameters and their gradients into two flat tensors."""
-        expert = {id(bank.weight) for bank in self.banks}
-        self.dense = [(name, p) for name, p in self.model.named_parameters() if id(p) not in expert]
-        total = sum(p.numel() for _, p in self.dense)
-        self.flat = torch.zeros(total, dtype=torch.float32, device=self.device)
-        self.flat_grad = gradients(self.flat)
-        start = 0
-        for name, param in self.dense:
-            if param.dtype != torch.float32:
-                raise ValueError(f"parameter {name} is {param.dtype}; master weights are float32")
-            view = self.flat[start : start + param.numel()].view(param.shape)
-            view.copy_(param.detach())
-            param.data = view
-            param.grad = self.flat_grad[start : start + param.numel()].view(param.shape)
-            start += param.numel()
-
     def _make_optimizer(self, factory: OptimizerFactory) -> None:
-        decay = [p for _, p in self.dense if p.requires_grad and p.dim() >= 2]
-        plain = [p for _, p in self.dense if p.requires_grad and p.dim() < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": decay, "name": "dense"},
-            {"params": plain, "name": "no_decay", "weight_decay": 0.0},
-            {"params": [bank.weight for bank in self.banks], "name": "expert"},
-        ]
-        self.optimizer = factory([group for group in groups if group["params"]])
+        banks = list(zip(self.layer_names, self.banks, strict=True))
+        vectors = vector_fields(banks)
+        self._vectors = [fields for _, fields in vectors]
+        self.optimizer = make_optimizer(
+            factory, dense=self._parameters.trained, banks=banks, vectors=vectors
+        )
         self._base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         fill_state(self.optimizer)
 
+    def require_unchanged(self) -> None:
+        """Check that no parameter was frozen or unfrozen since the model was built.
+
+        Raises:
+            UserMistakeError: One was; names it.
+        """
+        if changed := self._parameters.changed():
+            raise UserMistakeError(
+                f"{', '.join(changed[:8])} changed requires_grad after the model was built; which "
+                f"parameters are trained is decided by the model function, for the whole run"
+            )
+
     @property
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        trained = [(name, p) for name, p in self.dense if p.requires_grad]
-        return trained + [
+        return self._parameters.trained + [
             (f"{name}.experts", bank.weight)
             for name, bank in zip(self.layer_names, self.banks, strict=True)
         ]
@@ -308,10 +306,9 @@ class Replica:
     def dense_tensors(self) -> list[tuple[str, Tensor]]:
         """Every dense tensor that is state, with its global name, in a fixed order."""
         found = [(f"model.{name}", p.detach()) for name, p in self.dense]
-        for name, param in self.dense:
-            if param.requires_grad:
-                for key, value in state_tensors(self.optimizer, param):
-                    found.append((f"optimizer.{key}.{name}", value))
+        for name, param in self._parameters.trained:
+            for key, value in state_tensors(self.optimizer, param):
+                found.append((f"optimizer.{key}.{name}", value))
         found += [(f"model.{name}", value) for name, value in self.buffers.state()]
         return found
 
@@ -356,7 +353,7 @@ class Replica:
 
     def dense_square_sum(self) -> float:
         """Square sum of the reduced dense gradient; equal on all ranks, so never added up."""
-        return square_sums([self.flat_grad])[0]
+        return square_sums([self.flat_grad])[0] if self.flat_grad.numel() else 0.0
 
     def expert_square_sums(self, home_LE: NDArray[np.int32], rank: int) -> NDArray[np.float64]:
         """Square sums of the gradients of the experts whose home is this rank, [L, E]."""
@@ -409,7 +406,11 @@ class Replica:
         rate = self.rates.of(sums.step)
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * rate
+        for fields in self._vectors:
+            fields.take(self.optimizer)
         self.optimizer.step()
+        for fields in self._vectors:
+            fields.give_back(self.optimizer)
 
     def keep_buffers(self) -> None:
         """Take the present content of the buffers as that of the last committed step."""

@@ -81,9 +81,13 @@ def optimizer(config: TrainConfig) -> Callable[[list[dict[str, Any]]], Optimizer
 
 
 def schedule(config: TrainConfig) -> Callable[[int], float]:
-    """Learning-rate multiplier as a pure function of the step, counted from 1."""
+    """Learning-rate multiplier as a pure function of the step, counted from 1.
+
+    It rises linearly over ``optim.warmup_steps`` steps, whatever the length of the run, and then
+    falls as ``optim.schedule`` says.
+    """
     optim, steps = config.optim, config.train.steps
-    warmup = min(optim.warmup_steps, max(1, steps // 10))
+    warmup = optim.warmup_steps
 
     def rate(step: int) -> float:
         if step <= warmup:

@@ -64,7 +64,7 @@ class Hooks:
 
 def named_gradients(replica: Replica) -> dict[str, Tensor]:
     """Views of all gradients on this rank, by global name."""
-    found = {name: p.grad for name, p in replica.dense if p.requires_grad and p.grad is not None}
+    found = {name: p.grad for name, p in replica.dense if p.grad is not None}
     for path, bank in zip(replica.layer_names, replica.banks, strict=True):
         assert bank.weight.grad is not None
         for slot, expert in enumerate(bank.expert_of_slot):

@@ -125,6 +125,7 @@ class Rank:
         self.batching = shop.batching
         self._hooks = Hooks(self.user.hooks, where=self._observer.where)
         self._hooks.setup(context, self.replica.model)
+        self.replica.require_unchanged()
         self._boundary = shop.boundary(self.replica, self._hooks, context)
         self.common = CommonState(
             self.replica,

@@ -1,0 +1,514 @@
+"""What a run makes of any torch module: frozen, tied, in eval mode, on meta, in groups by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lazarus
+from lazarus import MoELayer
+from lazarus.checkpoint.files.export import export
+from lazarus.checkpoint.files.reader import open_state_dict
+from lazarus.checkpoint.files.store import Tag, commit_manifest, write_files
+from lazarus.checkpoint.format.manifest import LayerEntry, WrittenFile
+from lazarus.checkpoint.format.ref import CheckpointRef
+from lazarus.config.train_config import TrainConfig
+from lazarus.control.vector import StepSums
+from lazarus.errors import UserMistakeError
+from lazarus.runtime.saving.final_checkpoint import share_of, share_report
+from lazarus.runtime.saving.rollback_state import read_base
+from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training import defaults
+from placement import PlacementRequest, plan
+
+EXPERTS, DIM = 4, 8
+Build = Callable[[], nn.Module]
+AdamW = torch.optim.AdamW
+TAG = Tag(job="job", term=1, generation=1)
+
+
+class Tied(nn.Module):
+    """A tied head, a frozen bf16 projection, a table that is not state, one that is, dropout."""
+
+    def __init__(self, *, activation: str = "swiglu", bias: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, DIM)
+        self.base = nn.Linear(DIM, DIM, dtype=torch.bfloat16).requires_grad_(False)
+        self.norm = nn.LayerNorm(DIM)
+        self.moe = MoELayer(
+            dim=DIM, hidden=16, num_experts=EXPERTS, top_k=2, activation=activation, bias=bias
+        )
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(DIM, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.base(x.bfloat16()).float()
+        return self.head(self.drop(x + self.moe(self.norm(x)[None])[0]))
+
+
+def replica_of(
+    build: Build = Tied, *, optimizer: Any = None, seed: int = 0, place: bool = True, **more: Any
+) -> Replica:
+    replica = Replica(
+        build,
+        optimizer=optimizer or (lambda groups: AdamW(groups, lr=0.1, weight_decay=0.5)),
+        schedule=lambda step: 1.0,
+        clip_norm=0.0,
+        seed=seed,
+        device=torch.device("cpu"),
+        num_slots=EXPERTS,
+        **more,
+    )
+    for layer in range(len(replica.layers) if place else 0):
+        replica.place(layer, range(EXPERTS), {})
+    return replica
+
+
+def train(replica: Replica, *, steps: int = 1, zero: bool = False) -> None:
+    """Steps of one rank, without a run around it; ``zero``: with gradients of zero."""
+    shape = (len(replica.layers), replica.num_experts)
+    for step in range(1, steps + 1):
+        replica.zero_gradients()
+        for bank in replica.banks:
+            assert bank.weight.grad is not None
+            bank.weight.grad.zero_()
+        if not zero:
+            replica.model(torch.arange(12)).square().sum().backward()
+        sums = StepSums(
+            step=step, samples=1, count=1.0, sample_hash=0, loss_sum=1.0, aux_sum=0.0,
+            found_inf=False, pause=False, times=(0.0,), counts=np.ones(shape),
+            squares=replica.expert_square_sums(np.zeros(shape, dtype=np.int32), 0),
+        )  # fmt: skip
+        with torch.no_grad():
+            replica.apply(sums, dense_square=replica.dense_square_sum())
+
+
+def stored(url: str, replica: Replica, *, step: int = 7) -> None:
+    """A full checkpoint by one rank."""
+    load = np.ones((len(replica.layers), replica.num_experts))
+    alone = plan(PlacementRequest(load=load, num_nodes=1, slots_per_node=EXPERTS, min_replicas=1))
+    files = write_files(url, share_of(replica, alone, rank=0, size=1, tag=TAG, step=step), tag=TAG)
+    share = share_report(replica, files, rank=0, scalars='{"optimizer": ""}')
+    commit_manifest(
+        url,
+        [WrittenFile.from_json(item) for item in share["files"]],
+        tag=TAG,
+        step=step,
+        layers=[LayerEntry.from_json(entry) for entry in share["layers"]],
+        dense_names=share["dense_names"],
+        lineage=[(1, 0)],
+        meta={key: share[key] for key in ("scalars", "history", "tied")},
+        previous=None,
+    )
+
+
+# ---- frozen --------------------------------------------------------------------------------------
+
+
+def test_a_frozen_parameter_keeps_its_type_and_takes_no_part_but_in_the_state() -> None:
+    replica = replica_of()
+    base = replica.model.base.weight
+    before = base.clone()
+    assert base.dtype == torch.bfloat16 and base.grad is None
+    trained = sum(p.numel() for p in replica.model.parameters() if p.requires_grad)
+    experts = replica.banks[0].weight.numel()
+    assert replica.flat.numel() == replica.flat_grad.numel() == trained - experts
+    assert id(base) not in {id(p) for g in replica.optimizer.param_groups for p in g["params"]}
+    train(replica, steps=2)
+    assert torch.equal(base, before)
+    names = [name for name, _ in replica.dense_tensors()]
+    assert "model.base.weight" in names
+    assert not [n for n in names if n.startswith("optimizer") and "base" in n]
+    sent = dict(replica.dense_tensors())["model.base.weight"]
+    assert sent.data_ptr() == base.data_ptr()  # a joiner receives into it
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2],
+)
+def test_frozen_parameters_of_many_types_are_saved_and_read(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        model = Tied()
+        content = torch.arange(6.0).view(2, 3).t().to(dtype)  # not contiguous, as weights may be
+        model.odd = nn.Parameter(content, requires_grad=False)
+        return model
+
+    def other() -> nn.Module:
+        model = build()
+        model.odd.data = torch.ones(3, 2).to(dtype)
+        return model
+
+    stored(str(tmp_path), replica_of(build))
+    second = replica_of(other)
+    second.load_dense(read_base(CheckpointRef(str(tmp_path), 7), second).dense)
+    found = second.model.odd
+    assert found.dtype == dtype
+    assert torch.equal(found.float(), torch.arange(6.0).view(2, 3).t().to(dtype).float())
+
+
+def test_a_trained_parameter_of_another_type_is_refused_with_what_to_do() -> None:
+    def build() -> nn.Module:
+        model = Tied()
+        model.base.requires_grad_(True)
+        return model
+
+    with pytest.raises(ValueError, match=r"base.weight is torch.bfloat16.*\.float\(\).*freeze"):
+        replica_of(build)
+
+
+def test_a_frozen_parameter_that_cannot_be_saved_is_refused() -> None:
+    def build() -> nn.Module:
+        model = Tied()
+        model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
+        return model
+
+    with pytest.raises(ValueError, match="phase is torch.complex64; a frozen parameter is"):
+        replica_of(build)
+
+
+def test_freezing_after_the_build_is_refused_by_name() -> None:
+    replica = replica_of()
+    replica.require_unchanged()
+    replica.model.norm.requires_grad_(False)
+    with pytest.raises(UserMistakeError, match=r"norm.weight, norm.bias changed requires_grad"):
+        replica.require_unchanged()
+
+
+def test_with_all_dense_parameters_frozen_the_experts_train() -> None:
+    def build() -> nn.Module:
+        model = Tied()
+        for name, param in model.named_parameters():
+            if ".experts." not in name:
+                param.requires_grad_(False)
+        return model
+
+    replica = replica_of(build)
+    before, dense = replica.banks[0].weight.clone(), replica.dense_digest()
+    train(replica)
+    assert replica.flat_grad.numel() == 0 and replica.dense_square_sum() == 0.0
+    assert not torch.equal(replica.banks[0].weight, before)
+    # The counter of optimizer steps of the experts is part of the digest; tensors are as before.
+    assert all(name.startswith("model.") for name, _ in replica.dense_tensors())
+    assert dense != replica.dense_digest()
+
+
+# ---- mode, values --------------------------------------------------------------------------------
+
+
+def test_a_model_built_in_eval_mode_trains_in_training_mode() -> None:
+    replica = replica_of(lambda: Tied().eval())
+    assert all(module.training for module in replica.model.modules())
+    replica.model(torch.arange(12))
+    assert replica.layers[0].context.aux_sum is not None  # the balancing loss
+
+
+def test_a_module_that_overrides_train_stays_in_eval_mode() -> None:
+    class Still(nn.BatchNorm1d):
+        def train(self, mode: bool = True) -> Still:
+            return super().train(False)
+
+    def build() -> nn.Module:
+        model = Tied()
+        model.still = Still(3)
+        return model
+
+    replica = replica_of(build)
+    assert replica.model.training and not replica.model.still.training
+
+
+def test_weights_set_by_the_builder_are_kept() -> None:
+    def build() -> nn.Module:
+        model = Tied()
+        with torch.no_grad():
+            model.norm.weight.copy_(torch.arange(8.0))
+            model.base.weight.fill_(0.25)
+            model.moe.router.weight.fill_(0.5)
+        return model
+
+    model = replica_of(build).model
+    assert torch.equal(model.norm.weight, torch.arange(8.0))
+    assert bool((model.base.weight == 0.25).all()) and bool((model.moe.router.weight == 0.5).all())
+
+
+# ---- meta ----------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, DIM)
+        self.attention = nn.MultiheadAttention(DIM, 2)
+        self.moe = MoELayer(dim=DIM, hidden=16, num_experts=EXPERTS, top_k=2)
+        self.statistics = nn.BatchNorm1d(3)
+        self.head = nn.Linear(DIM, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def on_meta(kind: type[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return kind()
+
+
+def test_a_model_on_the_meta_device_gets_memory_and_values_from_reset_parameters() -> None:
+    one, other = (replica_of(lambda: on_meta(Plain)) for _ in range(2))
+    model = one.model
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert model.head.weight is model.embed.weight
+    assert 0.5 < float(model.embed.weight.detach().std()) < 2.0
+    assert bool(torch.isfinite(one.flat).all()) and bool(model.moe.experts.weight.any())
+    assert one.dense_digest() == other.dense_digest()  # ranks build the same
+
+
+def test_tensors_on_meta_that_nothing_fills_are_refused_by_name() -> None:
+    class Rotary(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.register_buffer("angles", torch.arange(4.0), persistent=False)
+            self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+
+    with pytest.raises(UserMistakeError, match=r"to scale, angles, mask; build these on a real"):
+        replica_of(lambda: on_meta(Rotary))
+
+
+def test_values_of_a_model_that_is_half_on_meta_are_kept() -> None:
+    class Half(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.device("cpu"):
+                self.loaded = nn.Linear(2, 2)
+                nn.init.constant_(self.loaded.weight, 3.0)
+
+        def reset_parameters(self) -> None:
+            raise AssertionError("not all of it is on the meta device")
+
+    assert bool((replica_of(lambda: on_meta(Half)).model.loaded.weight == 3.0).all())
+
+
+# ---- tied, exported ------------------------------------------------------------------------------
+
+
+def test_an_export_of_tied_weights_loads_strictly(tmp_path: Path) -> None:
+    """Resumed, exported, and listed: a shared tensor is stored once and has all its names."""
+    url = str(tmp_path / "c")
+    replica = replica_of(seed=1)
+    train(replica, steps=2)
+    assert replica.model.head.weight is replica.model.embed.weight
+    stored(url, replica)
+    names = [name for name, _ in replica.dense_tensors()]
+    assert "model.embed.weight" in names and "model.head.weight" not in names
+    export(url, str(tmp_path / "model.safetensors"))
+    plain = Tied()
+    plain.load_state_dict(load_file(str(tmp_path / "model.safetensors")))
+    assert torch.equal(plain.head.weight, replica.model.embed.weight)
+    assert torch.equal(plain.moe.experts.weight, replica.banks[0].weight)
+    assert torch.equal(plain.base.weight, replica.model.base.weight)
+    state = open_state_dict(url)
+    assert torch.equal(state["head.weight"], state["embed.weight"]) and "table" not in state
+    second = replica_of(seed=2)
+    second.load_dense(read_base(CheckpointRef(url, 7), second).dense)
+    assert torch.equal(second.model.head.weight, replica.model.head.weight)
+
+
+def test_a_layer_used_twice_is_exported_under_both_names(tmp_path: Path) -> None:
+    class Twice(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.moe
+
+    replica = replica_of(Twice)
+    assert len(replica.layers) == 1
+    stored(str(tmp_path / "c"), replica)
+    export(str(tmp_path / "c"), str(tmp_path / "model.safetensors"))
+    plain = Twice()
+    plain.load_state_dict(load_file(str(tmp_path / "model.safetensors")))
+    assert torch.equal(plain.moe.experts.weight, replica.banks[0].weight)
+
+
+# ---- the optimizer -------------------------------------------------------------------------------
+
+
+def decayed(replica: Replica) -> dict[str, bool]:
+    """Which fields of expert 0 a step without gradients changes."""
+    bank = replica.banks[0]
+    bank.weight.detach().fill_(1.0)
+    train(replica, zero=True)
+    views = bank.field_views(bank.weight.detach()[0])
+    return {name: not bool((view == 1.0).all()) for name, view in views.items()}
+
+
+def gelu() -> nn.Module:
+    return Tied(activation="gelu", bias=True)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda groups: AdamW(groups, lr=0.1, weight_decay=0.5, fused=True),
+        lambda groups: torch.optim.Adam(groups, lr=0.1, weight_decay=0.5),  # decay as a gradient
+        lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.5),
+    ],
+    ids=["adamw", "adam", "sgd"],
+)
+def test_biases_of_experts_are_not_decayed(optimizer: Any) -> None:
+    wanted = {"w_in": True, "b_in": False, "w_out": True, "b_out": False}
+    assert decayed(replica_of(gelu, optimizer=optimizer)) == wanted
+
+
+def test_biases_of_experts_train_as_parameters_of_their_own_would() -> None:
+    """Three steps with AdamW against one parameter per field, bit for bit; also after growth."""
+    replica = replica_of(gelu, optimizer=lambda g: AdamW(g, lr=0.1, weight_decay=0.5))
+    bank = replica.banks[0]
+    torch.manual_seed(3)
+    bank.weight.detach().normal_()
+    names = list(bank.layout.fields)
+
+    def cut(rows: Tensor) -> dict[str, Tensor]:
+        spans = {
+            n: (o, int(np.prod(bank.layout.fields[n]))) for n, o in bank.layout.offsets.items()
+        }
+        return {n: rows[:EXPERTS, a : a + k].clone() for n, (a, k) in spans.items()}
+
+    own = {n: nn.Parameter(v) for n, v in cut(bank.weight.detach()).items()}
+    twin = AdamW(
+        [
+            {"params": [own[n] for n in names if n.startswith("w_")]},
+            {"params": [own[n] for n in names if n.startswith("b_")], "weight_decay": 0.0},
+        ],
+        lr=0.1, weight_decay=0.5,
+    )  # fmt: skip
+    for step in range(3):
+        if step == 1:
+            replica.ensure_slots(EXPERTS + 2)
+        assert bank.weight.grad is not None
+        bank.weight.grad.normal_()
+        for name, part in cut(bank.weight.grad).items():
+            own[name].grad = part
+        for fields in replica._vectors:
+            fields.take(replica.optimizer)
+        replica.optimizer.step()
+        for fields in replica._vectors:
+            fields.give_back(replica.optimizer)
+        twin.step()
+    moments = cut(replica.optimizer.state[bank.weight]["exp_avg_sq"])
+    for name, part in cut(bank.weight.detach()).items():
+        assert torch.equal(part, own[name].detach()), name
+        assert torch.equal(moments[name], twin.state[own[name]]["exp_avg_sq"]), name
+
+
+def test_a_model_without_biases_has_no_more_parameters_than_before() -> None:
+    groups: list[Any] = []
+
+    def optimizer(given: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        groups[:] = given
+        return AdamW(given)
+
+    replica_of(optimizer=optimizer)
+    names = {group["name"]: group["names"] for group in groups}
+    assert names == {
+        "dense": ["embed.weight", "moe.router.weight"],
+        "no_decay": ["norm.weight", "norm.bias"],
+        "expert": ["moe.experts.weight"],
+    }
+    replica_of(gelu, optimizer=optimizer)
+    (plain,) = (group["names"] for group in groups if group["name"] == "no_decay")
+    assert plain == ["norm.weight", "norm.bias", "moe.experts.vectors"]
+
+
+def test_groups_by_name_and_by_predicate() -> None:
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        rules = [
+            ("*.router.weight", {"lr": 0.01}),
+            (lambda name, param: param.shape == (12, DIM), {"weight_decay": 0.0}),
+        ]
+        return AdamW(lazarus.param_groups(groups, rules), lr=0.1, weight_decay=0.5)
+
+    replica = replica_of(optimizer=optimizer)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for group in replica.optimizer.param_groups
+        for name in group["names"]
+    }
+    assert found == {
+        "embed.weight": (0.1, 0.0),
+        "moe.router.weight": (0.01, 0.5),
+        "norm.weight": (0.1, 0.0),
+        "norm.bias": (0.1, 0.0),
+        "moe.experts.weight": (0.1, 0.5),
+    }
+    before = replica.model.embed.weight.clone()
+    train(replica, zero=True)
+    assert torch.equal(replica.model.embed.weight, before)
+
+
+def test_a_rule_that_fits_nothing_is_refused() -> None:
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return AdamW(lazarus.param_groups(groups, [("*.rooter.*", {"lr": 0.01})]))
+
+    with pytest.raises(ValueError, match=r"rule 0 \('\*.rooter.\*'\) fits no parameter"):
+        replica_of(optimizer=optimizer)
+
+
+def test_an_optimizer_without_some_parameters_is_refused_by_name() -> None:
+    with pytest.raises(UserMistakeError, match=r"not given norm.weight, norm.bias, which would"):
+        replica_of(optimizer=lambda g: AdamW([x for x in g if x["name"] != "no_decay"]))
+    more = nn.Parameter(torch.zeros(1))
+    with pytest.raises(UserMistakeError, match="parameters that are not in the groups"):
+        replica_of(optimizer=lambda g: AdamW([*g, {"params": [more]}]))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "rates"),
+    [(30, 60, {1: 1 / 30, 15: 0.5, 30: 1.0}), (100, 60, {60: 0.6}), (0, 60, {1: 1.0})],
+)
+def test_the_learning_rate_warms_up_as_said(
+    warmup: int, steps: int, rates: dict[int, float]
+) -> None:
+    config = TrainConfig.load(
+        overrides=[
+            f"optim.warmup_steps={warmup}", f"train.steps={steps}", "optim.schedule=constant",
+        ]
+    )  # fmt: skip
+    rate = defaults.schedule(config)
+    assert {step: rate(step) for step in rates} == pytest.approx(rates)
+
+
+# ---- beside the run ------------------------------------------------------------------------------
+
+
+def test_dense_parts_may_be_compiled() -> None:
+    def build() -> nn.Module:
+        model = Tied()
+        model.norm = torch.compile(model.norm, backend="eager")
+        return model
+
+    replica, plain = replica_of(build), replica_of()
+    for one in (replica, plain):
+        torch.manual_seed(0)
+        train(one, steps=2)
+    for (_, own), (_, other) in zip(replica.dense_tensors(), plain.dense_tensors(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_copy_of_the_model_for_an_average_is_apart_from_it() -> None:
+    replica = replica_of()
+    average = copy.deepcopy(replica.model)
+    before = average.norm.weight.clone()
+    train(replica)
+    assert torch.equal(average.norm.weight, before)
+    assert not torch.equal(average.norm.weight, replica.model.norm.weight)
