@@ -40,6 +40,7 @@ from lazarus.runtime.launch.local_nodes import NodePlace
 from lazarus.runtime.rpc import codec
 from lazarus.runtime.spec import ControllerSpec, RunSpec, WorkerSpec
 from lazarus.runtime.worker.process import Worker
+from lazarus.runtime.worker.rank import Rank
 
 UNTIMED = {"t", "wall_s", "loss_s", "tokens_per_s", "phases", "total_s", "bytes_s", "host"}
 
@@ -189,7 +190,7 @@ class OneRank:
             worker._rank = worker._build()
             worker._building = False
         worker._term = 1
-        worker._obey(body)
+        worker._obey(worker._rank, body)
 
     def _hear(self, at_s: float) -> None:
         outbox = self.worker._link._outbox
@@ -198,6 +199,12 @@ class OneRank:
             assert data is not None
             body = codec.decode(FromWorker, data).body
             self._queue.append(WorkerSaid(worker=self.worker._spec.worker, body=body, at_s=at_s))
+
+    @property
+    def rank(self) -> Rank:
+        """What carried out the orders, in the state in which the run left it."""
+        assert self.worker._rank is not None
+        return self.worker._rank
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == kind]

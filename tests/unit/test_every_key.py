@@ -39,7 +39,6 @@ from lazarus.runtime.launch.choose_launcher import joins_cluster, launcher_of, o
 from lazarus.runtime.launch.local_nodes import NodePlace
 from lazarus.runtime.rpc.credentials import Credentials
 from lazarus.runtime.training import defaults
-from lazarus.runtime.worker.rank import split_rule
 from lazarus.runtime.worker.user_errors import UserCodeFailure
 
 SMALL = (
@@ -102,9 +101,7 @@ def place(
 def story(at: Place, config: TrainConfig) -> Any:
     """What the record says of a run, and the state that it ends with."""
     run = at.run(config)
-    rank = run.worker._rank
-    assert rank is not None
-    return [_plain(event) for event in run.events], rank.replica.dense_digest()
+    return [_plain(event) for event in run.events], run.rank.parts.replica.dense_digest()
 
 
 def _plain(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,9 +193,8 @@ def _no_number(model: torch.nn.Module, batch: Any) -> LossSum:
 
 def state_names(at: Place, config: TrainConfig) -> Any:
     """What a checkpoint would hold beside experts."""
-    rank = at.run(config, model=_with_buffer).worker._rank
-    assert rank is not None
-    return [name for name, _ in rank.replica.dense_tensors()]
+    rank = at.run(config, model=_with_buffer).rank
+    return [name for name, _ in rank.parts.replica.dense_tensors()]
 
 
 def _with_buffer(ctx: Any) -> torch.nn.Module:
@@ -220,15 +216,14 @@ def workers(at: Place, config: TrainConfig) -> Any:
 
 
 def overlap(at: Place, config: TrainConfig) -> Any:
-    rank = at.run(config).worker._rank
-    assert rank is not None
-    return rank.replica.dense_sync.overlaps
+    return at.run(config).rank.parts.replica.dense_sync.overlaps
 
 
 def split(at: Place, config: TrainConfig) -> Any:
-    rank = at.run(config).worker._rank
-    assert rank is not None and rank._spec.config is not None
-    return split_rule(rank._config.dispatch, rank.device)
+    """By which rule a rank's steps have split token copies."""
+    generation = at.run(config).rank.generation
+    assert generation is not None
+    return generation.rule
 
 
 def transport(at: Place, config: TrainConfig) -> Any:
@@ -263,9 +258,9 @@ def comparisons(at: Place, config: TrainConfig) -> Any:
 
 
 def repairs(at: Place, config: TrainConfig) -> Any:
-    rank = at.run(config).worker._rank
-    assert rank is not None
-    return rank._boundary._repairs, at.orders(config).controller.config.on_mismatch
+    """What a rank does with outvoted copies, and what the controller does."""
+    between = at.run(config).rank.parts.between
+    return between.repairs, at.orders(config).controller.config.on_mismatch
 
 
 def ray_needs(at: Place, config: TrainConfig) -> Any:

@@ -38,7 +38,7 @@ class BetweenSteps:
     ) -> None:
         """``repairs``: give outvoted copies the majority's bits once a comparison finds them."""
         self._replica, self._evaluator, self._hooks = replica, evaluator, hooks
-        self._compare_every, self._last_step, self._repairs = compare_every, last_step, repairs
+        self._compare_every, self._last_step, self.repairs = compare_every, last_step, repairs
         self._evaluated: tuple[int, float, float] | None = None  # step, loss sum, count
         self._has_trained = False
         self.told: Evaluated | None = None  # last message, to repeat to a new controller
@@ -97,7 +97,7 @@ class BetweenSteps:
             what = difference.to_json(step=step, nodes=world.standing.nodes)
             send(ReplicaMismatch(generation=world.generation, step=step, what=what))
         clear = [difference for difference in found if difference.is_majority]
-        if not (clear and self._repairs):
+        if not (clear and self.repairs):
             return
         repair(
             clear,

@@ -16,7 +16,7 @@ from lazarus.runtime.training.between_steps import BetweenSteps
 from lazarus.runtime.training.context import WorkerContext
 from lazarus.runtime.training.evaluation import Evaluator
 from lazarus.runtime.training.hooks import Hooks
-from lazarus.runtime.training.step import Batching
+from lazarus.runtime.training.step import Batching, Loss
 
 
 class Workshop:
@@ -24,6 +24,7 @@ class Workshop:
 
     def __init__(self, config: TrainConfig, user: UserCode, *, observer: Observer) -> None:
         self._config, self._user, self._observer = config, user, observer
+        self.loss: Loss = user.loss or defaults.loss
         self.batching = Batching(
             seed=config.run.seed,
             global_batch=config.train.global_batch,
@@ -53,7 +54,7 @@ class Workshop:
         where.enter("build")
         return reading
 
-    def boundary(self, replica: Replica, hooks: Hooks, context: WorkerContext) -> BetweenSteps:
+    def between_steps(self, replica: Replica, hooks: Hooks, context: WorkerContext) -> BetweenSteps:
         """The work between two steps."""
         return BetweenSteps(
             replica,
@@ -74,7 +75,7 @@ class Workshop:
             every=config.eval.every,
             batches=config.eval.batches,
             collate=user.collate or defaults.collate,
-            loss=user.loss or defaults.loss,
+            loss=self.loss,
             observer=self._observer,
             measures=context.measures,
         )

@@ -38,12 +38,15 @@ class CommonState:
         replica: Replica,
         *,
         reading: Reading,
-        boundary: BetweenSteps,
+        between: BetweenSteps,
         ledger: StepLedger,
         workshop: Workshop,
+        start: CheckpointRef | None,
     ) -> None:
-        self._replica, self._reading, self._boundary = replica, reading, boundary
+        """``start``: the checkpoint from which the run was resumed, if any."""
+        self._replica, self._reading, self._between = replica, reading, between
         self._ledger, self._workshop = ledger, workshop
+        self._start = start  # None once this rank has taken over any state
         self.saver: Saver | None = None
         self._first = ""
 
@@ -64,7 +67,7 @@ class CommonState:
                 "optimizer": self._replica.scalars(),
                 "save": save,
                 "data": self._reading.state(),
-                "evaluated": self._boundary.state(),
+                "evaluated": self._between.state(),
                 "settings": self._replica.settings(),
             }
         )
@@ -73,7 +76,7 @@ class CommonState:
         """Take over what ``scalars`` returned elsewhere, except the optimizer's settings."""
         found = json.loads(text)
         self._replica.take_scalars(found["optimizer"])
-        self._boundary.take_state(found.get("evaluated"))
+        self._between.take_state(found.get("evaluated"))
         if "data" in found:
             self._reading.take_state(found["data"])
         if self.saver is not None and found["save"] is not None:
@@ -87,7 +90,7 @@ class CommonState:
         Args:
             text: The member's ``scalars``, or empty to keep this rank's own.
         """
-        self._boundary.agree(text)
+        self._between.agree(text)
         found = json.loads(text) if text else {}
         if "settings" in found:
             self._replica.take_settings(found["settings"])
@@ -127,6 +130,15 @@ class CommonState:
             what = f"the checkpoint of step {ref.step}"
             raise bad_source(problem, name=str(ref), what=what, source=ref.url) from problem
 
+    def take_start(self, context: WorkerContext, *, read: PatientReader) -> None:
+        """Take the state from which the run was resumed, unless this rank has taken over another.
+
+        Raises:
+            BadSourceError: The checkpoint lacks something or is damaged.
+        """
+        if self._start is not None:
+            self.take_base(self.read_base(self._start, context, read=read))
+
     def take_base(self, base: Base) -> None:
         """Replace this rank's state by ``base``, and give up all experts."""
         self.stand_still()
@@ -135,6 +147,7 @@ class CommonState:
         self.take_scalars(base.scalars)
         self._replica.forget_experts()
         self._ledger.stand(base.step)
+        self._start = None
 
     def join(self, order: Prepare) -> None:
         """Complete the state of a joining rank that has received the dense tensors."""
@@ -142,6 +155,7 @@ class CommonState:
         self._replica.keep_buffers()
         self._replica.forget_experts()
         self._ledger.stand(order.step)
+        self._start = None
 
     def repair(self, dense: Mapping[str, Tensor], order: Prepare) -> None:
         """Replace the common state of an outvoted rank by the majority's; its experts stay."""
@@ -165,6 +179,11 @@ class CommonState:
         """Wait until no snapshot reads the training tensors, before anything writes them."""
         if self.saver is not None:
             self.saver.wait_before_write()
+
+
+def ref_of(place: str) -> CheckpointRef | None:
+    """The checkpoint that an order names; None for "init", the state of the first step."""
+    return None if place == "init" else CheckpointRef.parse(place)
 
 
 def _digest(*words: str) -> str:

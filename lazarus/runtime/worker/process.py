@@ -1,8 +1,9 @@
 """The process of one rank: a training thread that computes, and a control thread that fences.
 
 Workers decide nothing. The training thread waits for orders of the controller (ALIGN, PREPARE,
-RESUME, FINALIZE), trains from RESUME until a pause, a fence or an error, and then waits again. The
-control thread receives all messages and reports to the controller.
+RESUME, FINALIZE), trains from RESUME until a pause, a fence or an error, and then waits again.
+Orders are carried out in ``rank.py``, steps in ``training_loop.py``. The control thread receives
+all messages and reports to the controller.
 
 Rules named in this module are those of docs/protocol.md.
 """
@@ -15,11 +16,8 @@ import signal
 import socket
 import sys
 import threading
-import time
-from contextlib import AbstractContextManager
 
 import cloudpickle
-import numpy as np
 
 from lazarus.basics.threads import spawn
 from lazarus.control.messages import (
@@ -43,12 +41,9 @@ from lazarus.control.messages import (
     Prepare,
     Resume,
     Stacks,
-    Suspicion,
-    Vector,
     Welcome,
 )
 from lazarus.errors import (
-    BadSourceError,
     BrokenInvariantError,
     CollectiveError,
     DataError,
@@ -56,23 +51,22 @@ from lazarus.errors import (
     TransferError,
 )
 from lazarus.failure import Cause
-from lazarus.runtime.comm.rank_groups import STORE
 from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.observer import Observer, register_process
 from lazarus.runtime.fence.whereabouts import Note, Whereabouts
 from lazarus.runtime.host.memory import visible_bytes
 from lazarus.runtime.rpc.link import Link
 from lazarus.runtime.spec import WorkerSpec
-from lazarus.runtime.training.finite import FiniteWatch
 from lazarus.runtime.worker.rank import Rank
 from lazarus.runtime.worker.setup import crashes_noted, prepare_process, stacks
+from lazarus.runtime.worker.training_loop import TrainingLoop
 from lazarus.runtime.worker.user_errors import (
     UserCodeFailure,
     catch_exit,
     fatal,
     message_of,
     places_of,
-    user_code,
+    suspicion_of,
 )
 from lazarus.version import __version__
 
@@ -116,7 +110,14 @@ class Worker:
             is_first=self._is_first,
         )
         self._welcomed = threading.Event()
-        self._finite = FiniteWatch(stops=spec.config.train.on_nonfinite == "stop")
+        self._loop = TrainingLoop(
+            spec.config,
+            ledger=self._ledger,
+            observer=self._observer,
+            send=self._link.send,
+            wants_pause=self._wants_pause,
+            published=lambda: self._acked,
+        )
         self._memory_bytes = int(spec.memory_share * visible_bytes())
 
     # ---- control thread ------------------------------------------------------------------------
@@ -270,7 +271,7 @@ class Worker:
         if self._over.is_set():
             return 1
         self._observer.add_faults(self._spec.faults, node=self._node, rank=self._spec.local_rank)
-        self._rank = self._build()
+        rank = self._rank = self._build()
         self._building = False
         while True:
             order = self._orders.get()
@@ -282,7 +283,7 @@ class Worker:
             if generation != self._ledger.fence:
                 continue  # an order of an older attempt
             try:
-                self._obey(order)
+                self._obey(rank, order)
             except FencedError:
                 continue
             except (CollectiveError, TransferError) as problem:
@@ -292,7 +293,7 @@ class Worker:
 
     def _is_first(self) -> bool:
         """Whether this rank fires faults that name no node; before groups exist every rank may."""
-        return self._rank is None or self._rank.may_report
+        return self._rank is None or self._rank.is_first
 
     def _build(self) -> Rank:
         where = self._observer.where
@@ -307,9 +308,7 @@ class Worker:
                 send=self._link.send,
             )
 
-    def _obey(self, order: Body) -> None:
-        rank = self._rank
-        assert rank is not None
+    def _obey(self, rank: Rank, order: Body) -> None:
         self._observer.phase = type(order).__name__.lower()
         self._observer.progress += 1
         match order:
@@ -322,9 +321,11 @@ class Worker:
                 self._link.send(rank.prepare(order, self._term))
             case Resume():
                 self._acked = min(self._acked, order.step)  # a rollback repeats steps
-                rank.resume(order)
+                generation = rank.resume(order)
                 if self._ledger.enter(order.generation):
-                    self._train(rank, order.step + 1, halt=order.halt)
+                    self._loop.run(generation, halt=order.halt)
+                    self._observer.phase = "paused"
+                    self._say(Paused(generation=order.generation, step=self._ledger.committed))
             case Finalize():
                 for body in rank.finalize(order):
                     self._link.send(body)
@@ -333,64 +334,15 @@ class Worker:
 
     def _align(self, rank: Rank, order: Align) -> Aligned:
         if order.commit and self._ledger.decided < order.step:
-            lanes = np.frombuffer(order.lanes, dtype="<f8").copy()
             with fatal(self._observer.where, "optimizer"):
-                rank.accept(lanes, order)
+                rank.accept(order)
         else:
             self._ledger.withdraw()
             rank.redo()
         if order.reload:
             self._acked = order.step
             rank.reload(order.reload)
-        return rank.aligned(order.generation, self._term, step=order.step)
-
-    def _train(self, rank: Rank, first: int, *, halt: bool = False) -> None:
-        step = first
-        steps = 0 if halt else self._spec.config.train.steps
-        with self._user_code():
-            rank.before_training(first - 1, self._link.send)
-        while step <= steps:
-            self._ledger.check()
-            self._observer.begin_step(step)
-            pause = self._one_step(rank, step)
-            if pause:
-                break
-            step += 1
-        self._observer.phase = "paused"
-        self._say(Paused(generation=self._ledger.gen, step=self._ledger.committed))
-
-    def _one_step(self, rank: Rank, step: int) -> bool:
-        """Compute, commit and apply one step (rules 9-13). True: all ranks pause after the step."""
-        began = time.monotonic()
-        with self._user_code():
-            lanes = rank.compute(step, pause=self._wants_pause)
-        sums = rank.step.check(lanes, step=step)
-        with self._user_code():
-            self._observer.where.enter("forward")
-            self._finite.check(sums)
-        vector = Vector(
-            generation=self._ledger.gen,
-            step=step,
-            lanes=lanes.astype("<f8").tobytes(),
-            wall_s=time.monotonic() - began,
-        )
-        if not self._ledger.decide(vector):
-            self._ledger.check()
-        self._observer.enter("optimizer")
-        with fatal(self._observer.where, "optimizer"):
-            rank.apply(sums)
-        self._ledger.applied(step)
-        if rank.is_reporter or sums.skips:
-            self._link.send(vector)
-        with self._user_code():
-            self._observer.where.enter("forward")
-            self._finite.committed(sums)
-            self._observer.where.leave()
-            rank.after_commit(step, self._link.send, published=self._acked, saves=not sums.skips)
-        return sums.pause
-
-    def _user_code(self) -> AbstractContextManager[None]:
-        return user_code(self._ledger, self._observer.where)
+        return rank.aligned(order, self._term)
 
     def _wants_pause(self) -> bool:
         return self._pause == self._ledger.gen or self._observer.leaving
@@ -398,16 +350,9 @@ class Worker:
     def _suspect(self, problem: CollectiveError | TransferError) -> None:
         if self._over.is_set():
             return
-        self._say(
-            Suspicion(
-                generation=self._ledger.fence,
-                step=self._observer.step,
-                phase=self._observer.phase,
-                error=str(problem),
-                **_bad_source(problem),
-                store=isinstance(problem, CollectiveError) and problem.label == STORE,
-            )
-        )
+        observer = self._observer
+        generation, step, phase = self._ledger.fence, observer.step, observer.phase
+        self._say(suspicion_of(problem, generation=generation, step=step, phase=phase))
 
     def _say(self, body: Body) -> None:
         """Send a message, and keep it to repeat it to a new controller."""
@@ -430,14 +375,6 @@ class Worker:
         """Ask the controller to let this node leave (after SIGTERM or a preemption notice)."""
         self._observer.leaving = True
         self._link.send(LeaveRequest(generation=self._ledger.gen, cause=cause))
-
-
-def _bad_source(problem: CollectiveError | TransferError) -> dict[str, str]:
-    """Fields of a suspicion that name an unusable copy of state; empty if there is none."""
-    if not isinstance(problem, BadSourceError):
-        return {}
-    found = {"storage_url": problem.url, "operation": problem.operation}
-    return {"bad_source": problem.name, **found}
 
 
 def run_worker(spec: WorkerSpec) -> int:

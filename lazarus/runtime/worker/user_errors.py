@@ -1,4 +1,4 @@
-"""Tells exceptions of the user's code from those of the library itself.
+"""Tells exceptions of the user's code from those of the library itself, and reports both.
 
 Rule 13 is that of docs/protocol.md.
 """
@@ -13,16 +13,19 @@ from typing import Any, NoReturn
 
 from dispatcher.errors import RanksPartedError
 from lazarus.basics.tracebacks import chain, describe, is_of_user, place_of
-from lazarus.control.messages import UserError
+from lazarus.control.messages import Suspicion, UserError
 from lazarus.errors import (
+    BadSourceError,
     CollectiveError,
     ConfigError,
     DataError,
     FencedError,
     LazarusError,
+    TransferError,
     UserMistakeError,
 )
 from lazarus.failure import Cause
+from lazarus.runtime.comm.rank_groups import STORE
 from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.observer import InjectedCrashError
 from lazarus.runtime.fence.whereabouts import Note, Whereabouts
@@ -133,6 +136,24 @@ def message_of(problem: BaseException, note: Note, *, generation: int, cause: Ca
         place=place,
         shown=shown,
         on_purpose=isinstance(problem, InjectedCrashError),
+    )
+
+
+def suspicion_of(
+    problem: CollectiveError | TransferError, *, generation: int, step: int, phase: str
+) -> Suspicion:
+    """Message about a failed exchange, or about a copy of state that cannot be used."""
+    bad = {}
+    if isinstance(problem, BadSourceError):
+        found = {"storage_url": problem.url, "operation": problem.operation}
+        bad = {"bad_source": problem.name, **found}
+    return Suspicion(
+        generation=generation,
+        step=step,
+        phase=phase,
+        error=str(problem),
+        **bad,
+        store=isinstance(problem, CollectiveError) and problem.label == STORE,
     )
 
 
