@@ -5,6 +5,8 @@
 
 Seeded random runs of the simulated cluster (tests/support) feed ``decide``. What it answers to
 each event in each state is a row of the table; every change of state is an arrow of the picture.
+To some states on the way, one of each kind, every event there is is put as well; the runs go on as
+if it had not been.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ for folder in (ROOT / "tests" / "support", ROOT):
     sys.path.insert(0, str(folder))
 
 import control_play  # noqa: E402
+import control_probes  # noqa: E402
 import control_world  # noqa: E402
 
 from lazarus.control import machine  # noqa: E402
@@ -60,12 +63,20 @@ def observed(seeds: Iterable[int] = SEEDS) -> Table:
     """Every answer of ``decide`` in the seeded runs: state, event, next state, and the commands."""
     found: Table = {}
     original = machine.decide
+    probed: set[tuple[Any, ...]] = set()
 
-    def watching(state: Control, event: Any) -> Any:
+    def noted(state: Control, event: Any) -> Any:
         after, commands = original(state, event)
         row = (state.phase, name_of(event), after.phase)
         found.setdefault(row, set()).update(map(name_of_command, commands))
         return after, commands
+
+    def watching(state: Control, event: Any) -> Any:
+        if (kind := kind_of(state)) not in probed:
+            probed.add(kind)
+            for probe in control_probes.probes(state, at_s=event.at_s):
+                noted(state, probe)
+        return noted(state, event)
 
     machine.decide = watching
     try:
@@ -76,6 +87,13 @@ def observed(seeds: Iterable[int] = SEEDS) -> Table:
         machine.decide = original
     found = {row: found[row] for row in found if row[0] is not Phase.ENDED and row[1] != "Body"}
     return found  # ``Body`` alone is no message that exists
+
+
+def kind_of(state: Control) -> tuple[Any, ...]:
+    """States of the same kind get the probes once."""
+    numbers = (len(state.standing.members), len(state.roster.nodes), len(state.roster.workers))
+    ends = (bool(state.resumed), bool(state.ending.stopping), bool(state.committed.known))
+    return state.phase, *numbers, *ends
 
 
 def arrows(table: Iterable[Row]) -> set[Arrow]:
@@ -131,10 +149,11 @@ def page(table: Table) -> str:
         "",
         "A row says what an event in a state led to in seeded runs of the simulated cluster: the",
         "next state, and the commands that were seen with it; one event calls for some of them.",
+        "Every event there is was put to every state, also those that the runs do not have: errors",
+        "of user code, evaluations, faults on purpose, notices of machines and others.",
         "Messages to workers have their names, `names_like_this` are events of the run's record.",
         "The last row of a state has the events that only change what the controller knows.",
-        "`ended` answers nothing. Events that these runs do not have (errors of user code,",
-        "evaluations, faults on purpose) are not in the table.",
+        "`ended` answers nothing.",
         "",
         "| State | Event | Next state | Commands |",
         "|---|---|---|---|",

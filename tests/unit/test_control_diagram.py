@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from control_probes import event_names
 
 from lazarus.control import messages, ports
 from lazarus.control.cluster.state import Phase
@@ -39,6 +40,12 @@ def test_the_page_has_no_state_or_event_that_does_not_exist(generator: ModuleTyp
     assert {
         word for word in words if not (hasattr(messages, word) or hasattr(ports, word))
     } == set()
+
+
+def test_no_event_is_missing_in_any_state(generator: ModuleType) -> None:
+    on_page = generator.rows((DOCS / "control_states.md").read_text(encoding="utf-8"))
+    wanted = {(state, name) for state in set(Phase) - {Phase.ENDED} for name in event_names()}
+    assert wanted - {(state, event) for state, event, _ in on_page} == set()
 
 
 @pytest.mark.slow

@@ -308,7 +308,12 @@ def faults(at: Place, config: TrainConfig) -> Any:
 
 
 def keeper_story(at: Place, config: TrainConfig) -> Any:
-    """What is ordered of the node's keeper: which records are copied, and which are written."""
+    """What is ordered of the node's keeper, and whether there is one."""
+    return begun_saves(at, config), at.orders(config).keeper is None
+
+
+def begun_saves(at: Place, config: TrainConfig) -> list[Any]:
+    """What a rank orders of its keeper: which records are copied, and which are written."""
     from lazarus.runtime.saving import saver
 
     begun: list[Any] = []
@@ -345,7 +350,7 @@ def keeper_story(at: Place, config: TrainConfig) -> Any:
         patch.setattr(saver, "Snapshotter", Noting)
         patch.setattr(saver, "plan_save", on_two_nodes)
         at.run(config, keeper=at.keeper.address)
-    return begun, at.orders(config).keeper is None
+    return begun
 
 
 def checkpoint_place(at: Place, config: TrainConfig) -> Any:
@@ -626,6 +631,20 @@ def test_what_a_process_is_handed_arrives_whole(place: Place) -> None:
     arrived = pickle.loads(pickle.dumps(orders.controller))  # noqa: S301
     assert replace(arrived, config=orders.controller.config) == orders.controller
     assert dict(pickle.loads(pickle.dumps(spec.config)).origins) == dict(spec.config.origins)  # noqa: S301
+
+
+def test_the_last_full_checkpoint_takes_the_place_of_a_partial_one(place: Place) -> None:
+    def steps(*more: str) -> set[int]:
+        begun = begun_saves(place, place.config(*SAVES, *more))
+        return {item[0] for item in begun if isinstance(item[0], int)}
+
+    assert steps() == {1, 2, 3}
+    assert steps("checkpoint.full_at_end=true") == {1, 2}
+
+
+def test_a_loss_that_is_no_number_ends_the_run_where_it_arises(place: Place) -> None:
+    """Not only at the end of the step, from the sums of all ranks."""
+    assert "the loss is nan" in nonfinite(place, place.config("train.on_nonfinite=stop"))
 
 
 def test_a_fault_may_name_a_node_that_chaos_brings(place: Place) -> None:

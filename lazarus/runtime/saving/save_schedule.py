@@ -31,7 +31,7 @@ class SaveSchedule:
         last_step: The step that is followed by a full checkpoint instead; 0 for none.
     """
 
-    def __init__(self, config: ScheduleConfig, *, last_step: int = 0) -> None:
+    def __init__(self, config: ScheduleConfig, *, last_step: int) -> None:
         self._config = config
         self._last_step = last_step
         self._state = SaveState.initial(config)
