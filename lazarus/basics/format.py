@@ -11,6 +11,25 @@ def bytes_text(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def bytes_of_text(text: str) -> int:
+    """The number of bytes in a text such as 5GB, 500 MB, 2GiB or 4096. GB is 10^9, GiB 2^30.
+
+    Raises:
+        ValueError: The text has another form, or is no positive size.
+    """
+    number = text.strip().rstrip("BbIiKkMmGgTt")
+    unit = text.strip()[len(number) :].upper().removesuffix("B")
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    try:
+        base = 1024 if unit.endswith("I") else 1000
+        count = int(float(number) * base ** powers[unit.removesuffix("I")])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ValueError(f"{text!r} is no size, such as 5GB or 500MB")
+    return count
+
+
 def count_text(count: float) -> str:
     """Format a count, as 181k, 3.2M or 950."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):

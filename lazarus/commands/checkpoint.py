@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lazarus.checkpoint.files.store import damaged_sizes, find_checkpoints
 from lazarus.checkpoint.files.verify import Verification, verify
 from lazarus.checkpoint.format.manifest import Manifest, expert_name
 from lazarus.checkpoint.restoring.plt import portion_lost, staleness
+from lazarus.commands import checkpoint_formats as outward
 from lazarus.commands import runs
 from lazarus.config.layers import toml_of
 from lazarus.errors import ConfigError
@@ -24,13 +24,13 @@ _HEADS = ("STEP", "KIND", "EXPERTS", "BYTES", "AGE", "COMPLETE", "OLDEST EXPERT"
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the three actions."""
-    parser = subparsers.add_parser("checkpoint", help="list, verify or export checkpoints")
+    """Add the actions."""
+    parser = subparsers.add_parser("checkpoint", help="list, verify, export or import checkpoints")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, action, text in (
         ("list", _list, "versions per expert and their age"),
         ("verify", _verify, "recompute all checksums; exit code 1 names the bad files"),
-        ("export", _export, "write the model as one plain safetensors file"),
+        ("export", _export, "write the model as a safetensors file or in another format"),
     ):
         sub = actions.add_parser(name, help=text)
         sub.add_argument("place", metavar="RUN_DIR|URL", help="a run's folder, or a checkpoint URL")
@@ -39,15 +39,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         if name == "list":
             sub.add_argument("--experts", action="store_true", help="one row per layer and expert")
         if name == "export":
-            sub.add_argument("--out", metavar="FILE", default="model.safetensors", help="target")
-            sub.add_argument("--step", type=int, metavar="STEP", help="which; default: the newest")
-            sub.add_argument(
-                "--layout",
-                choices=("model", "experts"),
-                default="model",
-                help="model: names of model.state_dict(); experts: one tensor per expert and field",
-            )
-            sub.add_argument("--force", action="store_true", help="overwrite an existing file")
+            outward.add_export_options(sub)
+    outward.add_import(actions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -232,14 +225,4 @@ def _verification_json(url: str, outcome: Verification) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from lazarus.checkpoint.files.export import export
-
-    url = place_of(args.place)
-    if "://" not in args.out and os.path.exists(args.out) and not args.force:
-        raise ConfigError(f"{args.out} exists; give another --out, or --force")
-    manifest, num_bytes = export(url, args.out, step=args.step, layout=args.layout)
-    if args.json:
-        runs.print_json({"schema": 1, "file": args.out, "step": manifest.step, "bytes": num_bytes})
-    else:
-        print(f"step {manifest.step} to {args.out}: {bytes_text(num_bytes)}")
-    return 0
+    return outward.export(args, place_of(args.place))

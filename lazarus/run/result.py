@@ -7,15 +7,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from lazarus.basics.format import bytes_of_text
 from lazarus.control.messages import RunOver
 from lazarus.errors import LazarusError
 from lazarus.record.events import each_event
 from lazarus.record.step_history import StepHistory
 from lazarus.record.typed import StepRecord
+
+if TYPE_CHECKING:
+    from lazarus.checkpoint.files.reader import LazyState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,43 @@ class Result:
         Raises:
             LazarusError: The run wrote no checkpoint.
         """
+        return self._open()
+
+    def save_pretrained(
+        self,
+        out: str | Path,
+        *,
+        like: str | Path | None = None,
+        dtype: str | None = None,
+        max_shard: str = "5GB",
+    ) -> None:
+        """Write the model as a Hugging Face checkpoint, as ``lazarus checkpoint export`` does.
+
+        Args:
+            out: Folder or URL to write.
+            like: Folder of the checkpoint that gives keys, shapes, dtypes and tokenizer files; by
+                default the one that the run's model came from.
+            dtype: bf16, fp16 or fp32 for all tensors; by default each has its dtype in ``like``.
+            max_shard: Most bytes of a weight file, such as 5GB.
+
+        Raises:
+            LazarusError: The run wrote no checkpoint.
+            ConfigError: ``like`` is no folder of this run's model.
+            ValueError: ``dtype`` or ``max_shard`` is unknown.
+        """
+        from lazarus.checkpoint.files.tensors import dtype_named
+        from lazarus.hf.saving import save_pretrained, source_of
+
+        state = self._open()
+        save_pretrained(
+            state,
+            like=like or source_of(state.manifest),
+            out=out,
+            dtype=None if dtype is None else dtype_named(dtype),
+            max_shard_bytes=bytes_of_text(max_shard),
+        )
+
+    def _open(self) -> LazyState:
         if self.checkpoint is None:
             raise LazarusError("the run wrote no checkpoint; set checkpoint.full_at_end = true")
         from lazarus.checkpoint.files.reader import open_state_dict

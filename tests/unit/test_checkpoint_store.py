@@ -354,3 +354,22 @@ def test_a_relative_path_is_below_the_folder_that_one_works_in(
 )
 def test_a_url_has_a_scheme_and_two_slashes(place: str, *, url: bool) -> None:
     assert is_url(place) is url
+
+
+def test_of_a_large_file_one_tensor_is_read_and_the_whole_file_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazarus.checkpoint.files.reader._WHOLE_BYTES", 0)
+    url = str(tmp_path)
+    manifest = TOY.save(url, 200)
+    expected = {name.removeprefix("model."): t for name, t in TOY.dense(200).items()}
+    state = open_state_dict(url)
+    assert torch.equal(state["embed.weight"], expected["embed.weight"])
+    own = TOY.expert(1, 2, 200)["model.blocks.1.moe.experts.2.w"]
+    assert torch.equal(state["blocks.1.moe.experts.2.w"], own)
+    path = tmp_path / manifest.dense["model.embed.weight"].file
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="sha256 differs"):
+        open_state_dict(url)["embed.weight"]

@@ -19,6 +19,7 @@ from lazarus.checkpoint.files.storage import open_storage, write_file
 from lazarus.checkpoint.files.tensors import bytes_of
 from lazarus.checkpoint.format.image import TensorSpec, layout_image
 from lazarus.checkpoint.format.manifest import WEIGHTS, LayerEntry, Manifest
+from lazarus.checkpoint.format.stored_state import StoredState
 
 LAYOUTS = ("model", "experts")
 
@@ -100,7 +101,18 @@ def export(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
     plain = open_state_dict(url, step=step)
-    state = StackedState(plain) if layout == "model" else plain
+    state: StoredState = StackedState(plain) if layout == "model" else plain
+    num_bytes = write_state(state, target)
+    return plain.manifest, num_bytes
+
+
+def write_state(state: StoredState, target: str) -> int:
+    """Write all tensors of a state as one safetensors file; return the bytes written.
+
+    Args:
+        state: Tensors by name; each is read when it is written.
+        target: File or fsspec URL to write; written atomically.
+    """
     image = layout_image([state.spec(name) for name in state], metadata={"format": "pt"})
 
     def chunks() -> Iterator[bytes | memoryview]:
@@ -111,4 +123,4 @@ def export(
     folder, slash, name = target.rpartition("/")
     storage = open_storage(folder or slash or ".")
     num_bytes, _ = write_file(storage, name, chunks(), kind="export")
-    return plain.manifest, num_bytes
+    return num_bytes

@@ -18,10 +18,11 @@ from lazarus.checkpoint.errors import (
     NoCheckpointError,
     StorageError,
 )
+from lazarus.checkpoint.files.ranges import TensorFile
 from lazarus.checkpoint.files.storage import Storage, open_storage, read_file
 from lazarus.checkpoint.files.store import find_checkpoints, load_manifest
 from lazarus.checkpoint.files.tensors import tensors_of
-from lazarus.checkpoint.files.verify import newest_usable
+from lazarus.checkpoint.files.verify import file_problem, newest_usable
 from lazarus.checkpoint.format.image import TensorSpec
 from lazarus.checkpoint.format.manifest import (
     ExpertVersion,
@@ -34,6 +35,7 @@ from lazarus.checkpoint.format.manifest import (
 ReadFile = Callable[[Storage, str], bytes]
 _MODEL = "model."
 _CACHED_FILES = 4
+_WHOLE_BYTES = 32 << 20  # smaller files are read whole and cached
 
 
 class CheckpointReader:
@@ -47,6 +49,7 @@ class CheckpointReader:
         self._read = read
         self._storage: Storage = open_storage(url)
         self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._large: dict[str, TensorFile] = {}
 
     def file(self, path: str) -> dict[str, Tensor]:
         """All tensors of one file, after checking the file's sha256.
@@ -68,6 +71,20 @@ class CheckpointReader:
         while len(self._cache) > _CACHED_FILES:
             self._cache.popitem(last=False)
         return self._cache[path]
+
+    def stored(self, path: str, name: str) -> Tensor:
+        """One tensor of a file. A large file is checked once, and only this tensor is kept.
+
+        Raises:
+            DamagedError: The file is missing or does not match the manifest.
+        """
+        if self.manifest.files[path].num_bytes <= _WHOLE_BYTES:
+            return self.file(path)[name]
+        if path not in self._large:
+            if problem := file_problem(self._storage, path, self.manifest):
+                raise DamagedError(f"{path} {problem}")
+            self._large[path] = TensorFile(self._storage, path)
+        return self._large[path].tensor(name)
 
     def tensor(self, name: str) -> Tensor:
         """One dense tensor by its global name."""
@@ -257,7 +274,7 @@ class LazyState(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         spec, path = self._entries[name]
-        return self._reader.file(path)[spec.name]
+        return self._reader.stored(path, spec.name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

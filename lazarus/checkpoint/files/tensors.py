@@ -30,6 +30,27 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }
 
 
+_GIVEN_DTYPES: Mapping[str, str] = {
+    "bf16": "BF16",
+    "bfloat16": "BF16",
+    "fp16": "F16",
+    "float16": "F16",
+    "fp32": "F32",
+    "float32": "F32",
+}
+
+
+def dtype_named(text: str) -> str:
+    """The safetensors name of a dtype given as bf16, bfloat16, fp16, float16, fp32 or float32.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if text not in _GIVEN_DTYPES:
+        raise ValueError(f"dtype {text!r} is none of {', '.join(_GIVEN_DTYPES)}")
+    return _GIVEN_DTYPES[text]
+
+
 def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     """Name, dtype and shape of each tensor.
 

@@ -129,11 +129,30 @@ def parse_image(data: bytes | bytearray | memoryview) -> ParsedImage:
         DamagedError: The data is too short, has no safetensors header, or the tensors' ranges
             leave gaps or overlap.
     """
+    return parse_header(data, num_bytes=len(data))
+
+
+def header_length(data: bytes | bytearray | memoryview, *, num_bytes: int) -> int:
+    """Bytes of the JSON header, from the first eight bytes of a file of ``num_bytes``.
+
+    Raises:
+        DamagedError: The file is too short to have a header of this length.
+    """
     if len(data) < 8:
         raise DamagedError(f"{len(data)} bytes are too short for a safetensors header")
     (length,) = struct.unpack("<Q", bytes(data[:8]))
-    if length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise DamagedError(f"header of {length} bytes in a file of {len(data)}: truncated")
+    if length > min(MAX_HEADER_BYTES, num_bytes - 8):
+        raise DamagedError(f"header of {length} bytes in a file of {num_bytes}: truncated")
+    return int(length)
+
+
+def parse_header(data: bytes | bytearray | memoryview, *, num_bytes: int) -> ParsedImage:
+    """``parse_image`` of a file of which only the beginning, with the header, was read.
+
+    Raises:
+        DamagedError: See ``parse_image``.
+    """
+    length = header_length(data, num_bytes=num_bytes)
     try:
         entries = json.loads(bytes(data[8 : 8 + length]))
         metadata = {str(k): str(v) for k, v in entries.pop(_METADATA, {}).items()}
@@ -145,7 +164,7 @@ def parse_image(data: bytes | bytearray | memoryview) -> ParsedImage:
             TensorSpec(name=n, dtype=str(v["dtype"]), shape=tuple(int(s) for s in v["shape"]))
             for _, _, n, v in rows
         )
-        _check_tiling(specs, [row[:2] for row in rows], len(data) - 8 - length)
+        _check_tiling(specs, [row[:2] for row in rows], num_bytes - 8 - length)
     except (
         ValueError,
         KeyError,

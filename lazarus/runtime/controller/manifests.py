@@ -179,6 +179,7 @@ def write_manifest(
             "step": command.step,
             "plt": command.meta["plt"],
             **({"tied": head["tied"]} if head.get("tied") else {}),
+            **({"source": head["source"]} if head.get("source") else {}),
         },
         previous=previous,
         lives=lives,

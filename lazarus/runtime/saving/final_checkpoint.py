@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lazarus.checkpoint.errors import StorageError
 from lazarus.checkpoint.files.patience import patiently
@@ -129,6 +129,7 @@ def share_report(
             "scalars": scalars,
             "history": replica.history.tolist(),
             "routed": replica.history[1].astype(int).tolist(),
+            "source": source_folder(replica.model),
         }
     return report
 
@@ -148,6 +149,16 @@ def _expert_record(replica: Replica, layer: int, expert: int, *, tag: Tag, step:
         routed=int(replica.history[1, layer, expert]),
     )
     return record_of(key, dict(replica.expert_tensors(layer, expert)), tag=tag)
+
+
+def source_folder(model: nn.Module) -> str:
+    """The folder that the model was loaded from; empty if it was not loaded from one.
+
+    Who loads a model says so in ``lazarus_folder``, an attribute of the model. The model may be
+    inside another module.
+    """
+    folders = (getattr(module, "lazarus_folder", "") for module in model.modules())
+    return next((str(folder) for folder in folders if folder), "")
 
 
 def layer_entry(replica: Replica, layer: int) -> dict[str, Any]:
