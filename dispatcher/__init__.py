@@ -17,7 +17,8 @@ from dispatcher.errors import (
 from dispatcher.exchange import Exchange, Pending, SoloExchange, TorchExchange
 from dispatcher.gradients import flat_all_reduce, slots_for_exchange, sum_replica_gradients
 from dispatcher.layer.dispatch import Routed, finish_routing, route, start_routing
-from dispatcher.layer.layout import ExpertLayout
+from dispatcher.layer.general import ExpertFunction
+from dispatcher.layer.layout import ExpertLayout, RowLayout, TensorLayout
 from dispatcher.layer.path import PathOptions, expert_path
 from dispatcher.local.blocks import shared_zeros
 from dispatcher.local.shared import SharedExchange, within_machine
@@ -31,6 +32,7 @@ __all__ = [
     "Dispatched",
     "Dispatcher",
     "Exchange",
+    "ExpertFunction",
     "ExpertLayout",
     "HandleError",
     "LinkError",
@@ -44,9 +46,11 @@ __all__ = [
     "Routed",
     "RoutingTable",
     "RoutingTableError",
+    "RowLayout",
     "SharedExchange",
     "SoloExchange",
     "SplitRule",
+    "TensorLayout",
     "TorchExchange",
     "expert_path",
     "finish_routing",

@@ -1,7 +1,7 @@
 """``Dispatcher``: send tokens to experts and combine the results, around any expert function.
 
-Use this interface for expert modules of your own. Lazarus's ``MoELayer`` uses ``expert_path``,
-which is faster but fixed to the experts of ``ExpertLayout``.
+Use this interface for expert modules of your own. Lazarus's layers use ``expert_path``, which also
+stores the experts' tensors and differentiates them.
 
 Shapes: T tokens, K choices, N copies sent, M rows received, D width.
 """
@@ -19,7 +19,13 @@ from dispatcher.errors import HandleError
 from dispatcher.exchange import Exchange
 from dispatcher.layer.compute import Group
 from dispatcher.layer.dispatch import Routed, route
-from dispatcher.layer.path import combine_copies, gather_copies, output_gradients, sum_copies
+from dispatcher.layer.path import (
+    combine_copies,
+    gather_copies,
+    output_gradients,
+    refuse_second_order,
+    sum_copies,
+)
 from dispatcher.splits.routing import RoutingTable
 from dispatcher.splits.split import SplitRule
 
@@ -185,6 +191,7 @@ class _ToExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         routed: Routed = ctx.routed
         back_ND = routed.to_sources(grads[0].contiguous(), label="dispatch_grad")
         return sum_copies(back_ND, routed), None
@@ -200,6 +207,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         y_ND, gate_TK = ctx.saved_tensors
         routed: Routed = ctx.routed
         grad_TD = grads[0].contiguous()

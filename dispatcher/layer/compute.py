@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dispatcher.layer.layout import ExpertLayout
+from dispatcher.layer.layout import ExpertLayout, RowLayout
 
 MIN_ROWS = 16  # smaller products use other kernels, whose results differ in the last bits
 # On Intel CPUs, MKL splits a sum deeper than this over a row-major matrix in a way that depends on
@@ -154,7 +154,7 @@ class WeightGradient:
     def __init__(
         self,
         grad_SP: Tensor,
-        layout: ExpertLayout,
+        layout: RowLayout,
         groups: Sequence[Group],
         written: set[int] | None,
     ) -> None:
@@ -166,6 +166,12 @@ class WeightGradient:
             if layout.row_numel > layout.num_parameters:
                 for slot in self._fresh:
                     grad_SP[slot, layout.num_parameters :].zero_()
+
+    def put(self, group: Group, grads: Mapping[str, Tensor]) -> None:
+        """Add finished gradients to the fields of a group's expert, by name."""
+        into, fresh = self._rows[group.slot], group.slot in self._fresh
+        for name, grad in grads.items():
+            into[name].copy_(grad) if fresh else into[name].add_(grad)
 
     def add(
         self, group: Group, field: str, a_MK: Tensor, g_MN: Tensor, *, bias: str | None = None

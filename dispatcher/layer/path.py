@@ -19,7 +19,15 @@ from torch import Tensor
 from dispatcher.errors import DispatchInputError
 from dispatcher.layer.compute import Saved, experts_backward, experts_forward
 from dispatcher.layer.dispatch import Routed
-from dispatcher.layer.layout import ExpertLayout
+from dispatcher.layer.general import (
+    ExpertFunction,
+    Graph,
+    RandomState,
+    Tensors,
+    run_backward,
+    run_forward,
+)
+from dispatcher.layer.layout import ExpertLayout, RowLayout
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,13 +35,39 @@ class PathOptions:
     """Options of ``expert_path`` that are the same for every micro-batch.
 
     Attributes:
-        layout: Layout of one expert's row in the bank.
+        layout: Layout of the trained tensors of one expert in a row of the bank.
         recompute: Keep no hidden activations and recompute them in the backward. Set this to save
             memory at the cost of time.
+        run: Computes one expert: ``run(rows, tensors)`` takes rows [M, D] and the expert's tensors
+            by name, and returns rows [M, D]. The function must treat each row by itself and be
+            differentiable by autograd. None: the hand-written arithmetic of an ``ExpertLayout``.
+        frozen_layout: Layout of an expert's frozen tensors; None if all are trained. Without
+            ``run``, either all tensors are trained or all are frozen.
+
+    Raises:
+        ValueError: Without ``run``, the layout is not an ``ExpertLayout``.
     """
 
-    layout: ExpertLayout
+    layout: RowLayout
     recompute: bool = False
+    run: ExpertFunction | None = None
+    frozen_layout: RowLayout | None = None
+
+    def __post_init__(self) -> None:
+        if self.run is None and self.written_by_hand is None:
+            raise ValueError(
+                f"no function `run` is given, and {self.layout} with frozen {self.frozen_layout} "
+                f"is not one of the kinds that need none"
+            )
+
+    @property
+    def written_by_hand(self) -> ExpertLayout | None:
+        """The layout, trained or frozen as a whole, that needs no ``run``."""
+        if self.frozen_layout is not None:
+            whole = None if self.layout.fields else self.frozen_layout
+        else:
+            whole = self.layout
+        return whole if isinstance(whole, ExpertLayout) else None
 
 
 def expert_path(
@@ -43,6 +77,7 @@ def expert_path(
     routed: Routed,
     options: PathOptions,
     *,
+    frozen: Tensor | None = None,
     written: set[int] | None = None,
     done: Callable[[], None] | None = None,
     anchors: list[Tensor] | None = None,
@@ -55,9 +90,10 @@ def expert_path(
     Args:
         x_TD: Tokens [T, D], in the dtype that is sent and computed.
         gate_TK: Weight of each choice, fp32 [T, K].
-        weight: The expert bank, [S, P]: one row of parameters per slot.
+        weight: The expert bank, [S, P]: one row of trained parameters per slot.
         routed: Handle of this micro-batch, from ``finish_routing``; used up by the call.
         options: Layout of a row, and whether to recompute.
+        frozen: Frozen parameters, [S, F], if the options have a ``frozen_layout``.
         written: Slots whose gradient rows already hold gradients of this step. The backward
             overwrites other rows (so they need not be zeroed) and adds their slots to the set.
             None: add to all rows.
@@ -77,51 +113,72 @@ def expert_path(
     """
     routed.check_tokens(x_TD)
     routed.check_weights(gate_TK)
-    _check_bank(weight, routed, options.layout)
+    tensors = Tensors(
+        weight=weight, layout=options.layout, frozen=frozen, frozen_layout=options.frozen_layout
+    )
+    _check_bank(tensors, routed)
     routed.spend()
     result: tuple[Tensor, Tensor] = _ExpertPath.apply(  # type: ignore[no-untyped-call]
-        x_TD, gate_TK, weight, routed, options, written, done
-    )
+        x_TD, gate_TK, weight,
+        _Call(
+            routed=routed, tensors=tensors, options=options, written=written, done=done,
+            is_kept=torch.is_grad_enabled(),
+        ),
+    )  # fmt: skip
     out_TD, anchor = result
     if anchors is not None and anchor.requires_grad:
         anchors.append(anchor)
     return out_TD
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Call:
+    """What one call passes from the forward to the backward, beside what it computed."""
+
+    routed: Routed
+    tensors: Tensors
+    options: PathOptions
+    written: set[int] | None
+    done: Callable[[], None] | None
+    is_kept: bool  # a backward may follow
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What the forward keeps for the experts' backward."""
+
+    saved: Saved
+    graphs: list[Graph] | None = None
+    random: RandomState | None = None
+
+
 class _ExpertPath(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        gate_TK: Tensor,
-        weight: Tensor,
-        routed: Routed,
-        options: PathOptions,
-        written: set[int] | None,
-        done: Callable[[], None] | None,
+        ctx: Any, x_TD: Tensor, gate_TK: Tensor, weight: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor]:
+        routed = call.routed
         with torch.autocast(x_TD.device.type, enabled=False):
             # Rows are passed on without a variable, so that at most three copies exist at a time.
             x_MD = routed.to_experts(gather_copies(x_TD, routed), label="dispatch", is_ours=True)
-            kept = Saved(x_MD, ())
-            y_ND, hidden = _through_experts(kept, weight, routed, options)
+            kept = _Kept(Saved(x_MD, ()))
+            del x_MD
+            y_ND = routed.to_sources(_through_experts(kept, call), label="combine", is_ours=True)
             out_TD = combine_copies(y_ND, gate_TK, routed)
         ctx.save_for_backward(gate_TK)
-        if not options.recompute:
-            kept.hidden = hidden
-        ctx.kept = kept, y_ND
-        ctx.weight, ctx.routed, ctx.options, ctx.written = weight, routed, options, written
-        ctx.done = done
+        ctx.kept, ctx.call = (kept, y_ND), call
         ctx.set_materialize_grads(False)
         return out_TD, gate_TK.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         (gate_TK,) = ctx.saved_tensors
-        routed: Routed = ctx.routed
+        call: _Call = ctx.call
+        routed = call.routed
         if ctx.kept is None:
             raise RuntimeError("the expert path was already differentiated; run the forward again")
-        saved, y_ND = ctx.kept
+        kept, y_ND = ctx.kept
         ctx.kept = None
         if grads[0] is None:  # the loss does not depend on the result, but other ranks wait
             grad_TD = y_ND.new_zeros(routed.num_tokens, y_ND.shape[1])
@@ -131,36 +188,90 @@ class _ExpertPath(torch.autograd.Function):
         del y_ND
         grad_MD = routed.to_experts(back_ND, label="combine_grad", is_ours=True)
         del back_ND
-        grad_x_MD = experts_backward(
-            grad_MD, saved, ctx.weight, grad_buffer(ctx.weight), routed.groups, ctx.options.layout,
-            written=ctx.written,
-        )  # fmt: skip
-        del grad_MD, saved
+        grad_x_MD = _back_through_experts(grad_MD, kept, call)
+        del grad_MD, kept
         grad_ND = routed.to_sources(grad_x_MD, label="dispatch_grad", is_ours=True)
         del grad_x_MD
         grad_x_TD = sum_copies(grad_ND, routed)
-        if ctx.done is not None:
-            ctx.done()
-        return grad_x_TD, grad_gate_TK, None, None, None, None, None
+        if call.done is not None:
+            call.done()
+        return grad_x_TD, grad_gate_TK, None, None
 
 
-def _check_bank(weight: Tensor, routed: Routed, layout: ExpertLayout) -> None:
-    num_slots = 1 + max((group.slot for group in routed.groups), default=-1)
-    fits = weight.dim() == 2 and weight.shape[1] == layout.row_numel
-    if routed.dim != layout.dim or not fits or weight.shape[0] < num_slots:
-        raise DispatchInputError(
-            f"tokens of width {routed.dim} and a bank {tuple(weight.shape)} for a layout of width "
-            f"{layout.dim}, rows of {layout.row_numel} and at least {num_slots} slots"
+def _through_experts(kept: _Kept, call: _Call) -> Tensor:
+    """Apply the experts to received rows, and keep what the backward needs; returns [M, D]."""
+    saved, options, groups = kept.saved, call.options, call.routed.groups
+    if options.run is None:
+        weight, layout = _whole(call)
+        cast = None if options.recompute else saved.weights
+        y_MD, hidden = experts_forward(saved.x_MD, weight, groups, layout, cast=cast)
+        if not options.recompute:
+            saved.hidden = hidden
+        return y_MD
+    keeps = call.is_kept and not options.recompute
+    if call.is_kept and options.recompute:
+        kept.random = RandomState(saved.x_MD.device)
+    y_MD, graphs = run_forward(saved.x_MD, call.tensors, groups, options.run, keeps_graphs=keeps)
+    kept.graphs = graphs if keeps else None
+    return y_MD
+
+
+def _back_through_experts(grad_MD: Tensor, kept: _Kept, call: _Call) -> Tensor:
+    """Return the gradient of the received rows, and add those of the experts' parameters."""
+    saved, options, groups = kept.saved, call.options, call.routed.groups
+    target = grad_buffer(call.tensors.weight)
+    if options.run is None:
+        weight, layout = _whole(call)
+        if weight is not call.tensors.weight:
+            target = None
+        return experts_backward(
+            grad_MD, saved, weight, target, groups, layout, written=call.written
+        )
+    graphs = kept.graphs
+    if graphs is None:
+        assert kept.random is not None
+        with torch.autocast(grad_MD.device.type, enabled=False), kept.random.again():
+            graphs = run_forward(
+                saved.x_MD, call.tensors, groups, options.run, keeps_graphs=True
+            )[1]  # fmt: skip
+    return run_backward(grad_MD, graphs, groups, call.tensors, target, written=call.written)
+
+
+def _whole(call: _Call) -> tuple[Tensor, ExpertLayout]:
+    """The rows that the hand-written arithmetic uses, and their layout."""
+    layout, tensors = call.options.written_by_hand, call.tensors
+    assert layout is not None
+    return (tensors.weight if tensors.frozen is None else tensors.frozen), layout
+
+
+def refuse_second_order() -> None:
+    """Check that a backward is not itself to be differentiated.
+
+    Raises:
+        RuntimeError: It is, by ``create_graph=True``.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "second-order gradients (create_graph=True) through the dispatcher are not supported: "
+            "its backward exchanges rows between ranks and cannot be differentiated again"
         )
 
 
-def _through_experts(
-    kept: Saved, weight: Tensor, routed: Routed, options: PathOptions
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Apply the experts to received rows and send the outputs back; also returns hidden tensors."""
-    cast = None if options.recompute else kept.weights
-    y_MD, hidden = experts_forward(kept.x_MD, weight, routed.groups, options.layout, cast=cast)
-    return routed.to_sources(y_MD, label="combine", is_ours=True), hidden
+def _check_bank(tensors: Tensors, routed: Routed) -> None:
+    num_slots = 1 + max((group.slot for group in routed.groups), default=-1)
+    rows = [(tensors.weight, tensors.layout)]
+    if tensors.frozen_layout is not None:
+        frozen = tensors.weight.new_empty(0) if tensors.frozen is None else tensors.frozen
+        rows.append((frozen, tensors.frozen_layout))
+    for bank, layout in rows:
+        fits = bank.dim() == 2 and bank.shape[1] == layout.row_numel
+        if routed.dim != layout.dim or not fits or bank.shape[0] < num_slots:
+            raise DispatchInputError(
+                f"tokens of width {routed.dim} and a bank {tuple(bank.shape)} for a layout of "
+                f"width {layout.dim}, rows of {layout.row_numel} and at least {num_slots} slots"
+            )
+    if (tensors.frozen is None) != (tensors.frozen_layout is None):
+        raise DispatchInputError("a bank of frozen rows needs a frozen_layout in the options")
 
 
 def grad_buffer(weight: Tensor) -> Tensor | None:

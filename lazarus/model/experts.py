@@ -1,22 +1,32 @@
 """The expert weights that one rank holds, addressed by global expert ids.
 
-Shapes: S slots, P parameters in a row (padded), D model width, H hidden width.
+Shapes: S slots, P trained and F frozen parameters in a row (padded), D model width, H hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from dispatcher.layer.layout import Activation, ExpertLayout
+from dispatcher.layer.layout import Activation, ExpertLayout, RowLayout, TensorLayout
+from lazarus.model.initial import (
+    ExpertSource,
+    GivenRows,
+    Placeholder,
+    Shared,
+    drawn,
+    placeholder,
+    plain_rows,
+    require_fields,
+)
 
 _deferred: ContextVar[bool] = ContextVar("deferred_experts", default=False)
-_MASK = (1 << 64) - 1
 
 
 @contextmanager
@@ -30,7 +40,9 @@ def deferred_experts() -> Iterator[None]:
 
 
 class ExpertBank(nn.Module):
-    """The experts of one layer that this rank holds: a weight [S, P] with one expert per slot.
+    """The experts of one layer that this rank holds: one expert per slot.
+
+    Trained tensors are rows of ``weight`` [S, P], frozen ones are rows of ``frozen`` [S, F].
 
     Args:
         dim: Model width.
@@ -39,7 +51,17 @@ class ExpertBank(nn.Module):
         activation: "gelu" or "swiglu".
         bias: Whether gelu experts have biases.
         init_std: Standard deviation of initial weights; None means 1 / sqrt(fan in).
+
+    Attributes:
+        layout: Layout of the trained tensors of one expert.
+        frozen_layout: Layout of the frozen tensors of one expert; None if there are none.
+        weight: The trained tensors.
+        frozen: The frozen tensors, of any floating dtype; None if there are none.
+        expert_of_slot: Expert of each slot, -1 for an empty slot.
     """
+
+    weight: nn.Parameter
+    frozen: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,33 +74,162 @@ class ExpertBank(nn.Module):
         init_std: float | None = None,
     ) -> None:
         super().__init__()
-        self.layout = ExpertLayout(activation=activation, dim=dim, hidden=hidden, bias=bias)
-        self.num_experts = num_experts
-        self.init_std = init_std
+        layout = ExpertLayout(activation=activation, dim=dim, hidden=hidden, bias=bias)
+        self._prepare(layout, num_experts=num_experts, init_std=init_std)
+
+    @classmethod
+    def of(
+        cls,
+        layout: RowLayout,
+        *,
+        num_experts: int,
+        source: ExpertSource | None = None,
+        frozen_layout: RowLayout | None = None,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Make a bank of experts of any kind.
+
+        Args:
+            layout: Layout of the trained tensors of one expert.
+            num_experts: Experts of the layer, whether or not this rank holds them.
+            source: Gives the initial tensors of an expert by name; see ``source``.
+            frozen_layout: Layout of the frozen tensors; None if all are trained.
+            frozen_dtype: Dtype of the frozen tensors; None means float32.
+
+        Raises:
+            ValueError: The layouts have a name in common, or differ in width.
+        """
+        bank = cls.__new__(cls)
+        nn.Module.__init__(bank)
+        bank._prepare(
+            layout, num_experts=num_experts, source=source, frozen_layout=frozen_layout,
+            frozen_dtype=frozen_dtype,
+        )  # fmt: skip
+        return bank
+
+    def _prepare(
+        self,
+        layout: RowLayout,
+        *,
+        num_experts: int,
+        init_std: float | None = None,
+        source: ExpertSource | None = None,
+        frozen_layout: RowLayout | None = None,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> None:
+        if frozen_layout is not None:
+            twice = sorted(set(layout.fields) & set(frozen_layout.fields))
+            if twice or layout.dim != frozen_layout.dim:
+                raise ValueError(
+                    f"trained and frozen tensors of an expert overlap in {twice} or differ in "
+                    f"width: {layout}, {frozen_layout}"
+                )
+        self.layout, self.frozen_layout = layout, frozen_layout
+        self.num_experts, self.init_std = num_experts, init_std
+        self._source = Shared(source)
         # One draw whatever the number of experts, so that a seeded build is the same on every rank.
         self.key = int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu"))
         self.expert_of_slot: list[int] = []
         device = torch.empty(0).device  # honours `with torch.device(...)`
-        self.weight = nn.Parameter(torch.empty(0, self.layout.row_numel, device=device))
+        self.weight = self._no_rows(layout, torch.float32, device)
+        self.frozen = None
+        if frozen_layout is not None:
+            self.frozen = self._no_rows(frozen_layout, frozen_dtype, device)
+            self.frozen.requires_grad_(False)
         if not _deferred.get():
-            self._hold_all(device)
+            self.hold_all(device=device)
+
+    def _no_rows(
+        self, layout: RowLayout, dtype: torch.dtype | None, device: torch.device
+    ) -> nn.Parameter:
+        rows = torch.empty(0, layout.row_numel, dtype=dtype, device=device)
+        if self.source is not None or not layout.fields or not _deferred.get():
+            return nn.Parameter(rows, requires_grad=bool(layout.fields))
+        return placeholder(rows, layout=layout, num_experts=self.num_experts, initial=self.initial)
+
+    @property
+    def source(self) -> ExpertSource | None:
+        """Function that gives the initial tensors of an expert by name; None: they are drawn.
+
+        The function is called when a slot is filled, on the rank that holds the slot. A tensor may
+        have any dtype and device.
+        """
+        return self._source.value
+
+    @source.setter
+    def source(self, source: ExpertSource | None) -> None:
+        self._source = Shared(source)
 
     @property
     def fields(self) -> dict[str, tuple[int, ...]]:
-        """Per-expert shape of each field, in record order."""
-        return self.layout.fields
+        """Per-expert shape of each tensor: the trained ones in record order, then the frozen."""
+        frozen = {} if self.frozen_layout is None else self.frozen_layout.fields
+        return dict(self.layout.fields) | dict(frozen)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of one expert, without padding."""
-        return self.layout.num_parameters
+        """Parameters of one expert, trained and frozen, without padding."""
+        frozen = 0 if self.frozen_layout is None else self.frozen_layout.num_parameters
+        return self.layout.num_parameters + frozen
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no tensor of the experts is trained."""
+        return not self.layout.fields
 
     def allocate(self, *, num_slots: int, device: torch.device | str) -> None:
-        """Replace weight and gradient by ``num_slots`` rows of zeros, all slots empty."""
+        """Replace weight and gradient by ``num_slots`` rows of zeros, all slots empty.
+
+        What the model's builder wrote to a deferred bank becomes its ``source``. A bank whose
+        weight needs no gradient is frozen first.
+        """
+        self._take_over()
+        if not self.weight.requires_grad:
+            self.freeze()
         shape = (num_slots, self.layout.row_numel)
-        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
-        self.weight.grad = torch.zeros_like(self.weight)
+        weight = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=not self.is_frozen)
+        if not self.is_frozen:
+            self.weight.grad = torch.zeros_like(self.weight)
+        if self.frozen is not None and self.frozen_layout is not None:
+            frozen = torch.zeros(
+                num_slots, self.frozen_layout.row_numel, dtype=self.frozen.dtype, device=device
+            )
+            self.frozen = nn.Parameter(frozen, requires_grad=False)
         self.expert_of_slot = [-1] * num_slots
+
+    def hold_all(self, *, device: torch.device | str = "cpu") -> None:
+        """Hold every expert, each in the slot of its id, with initial values."""
+        self.allocate(num_slots=self.num_experts, device=device)
+        self.weight.grad = None
+        self.expert_of_slot = list(range(self.num_experts))
+        if not self.weight.is_meta:
+            for slot in range(self.num_experts):
+                self.initialise(slot)
+
+    def freeze(self, *, dtype: torch.dtype | None = None) -> None:
+        """Make all tensors of the experts frozen ones, which get neither gradients nor moments.
+
+        Args:
+            dtype: Dtype of the frozen tensors; None keeps that of the tensors frozen before, and
+                float32 if there are none.
+        """
+        if self.is_frozen:
+            return
+        self._take_over()
+        layout, old, trained = self.layout, self.frozen, self.weight.detach()
+        if old is None:
+            rows = trained.to(dtype or trained.dtype)
+        else:
+            layout = TensorLayout(self.fields, dim=layout.dim)
+            rows = old.new_zeros(len(trained), layout.row_numel, dtype=dtype or old.dtype)
+            for slot, row in enumerate(rows):
+                values = self.values(slot)
+                for name, view in layout.views(row).items():
+                    view.copy_(values[name])
+        self.layout, self.frozen_layout = TensorLayout({}, dim=layout.dim), layout
+        self.frozen = nn.Parameter(rows, requires_grad=False)
+        self.weight = nn.Parameter(trained.new_empty(len(rows), 0), requires_grad=False)
 
     def assign(self, slot: int, expert: int) -> None:
         """Set which expert is in ``slot``; -1 empties the slot. The weights are not touched.
@@ -96,67 +247,115 @@ class ExpertBank(nn.Module):
 
     @torch.no_grad()
     def initialise(self, slot: int) -> None:
-        """Fill the row of ``slot`` with initial weights, which depend on bank key and expert alone.
+        """Fill the rows of ``slot`` with initial values.
 
-        Weights are drawn on the CPU, so that they are the same on every device.
+        They come from ``source``. Without a source they are drawn on the CPU, so that they are the
+        same on every device, and depend on bank key and expert alone.
 
         Raises:
-            ValueError: The slot is empty.
+            ValueError: The slot is empty, or the source's tensors do not fit.
         """
         expert = self.expert_of_slot[slot]
         if expert < 0:
             raise ValueError(f"slot {slot} is empty; assign an expert first")
-        generator = torch.Generator(device="cpu").manual_seed(_mixed(self.key, expert))
-        row_P = torch.zeros(self.layout.row_numel, dtype=self.weight.dtype, device="cpu")
-        for name, view in self.layout.views(row_P).items():
-            if name.startswith("w_"):
-                std = view.shape[0] ** -0.5 if self.init_std is None else self.init_std
-                view.normal_(0.0, std, generator=generator)
-        self.weight[slot].copy_(row_P)
+        given = self.initial(expert)
+        rows: list[tuple[Tensor, RowLayout]] = [(self.weight, self.layout)]
+        if self.frozen is not None and self.frozen_layout is not None:
+            rows.append((self.frozen, self.frozen_layout))
+        for bank, layout in rows:
+            row = torch.zeros(layout.row_numel, dtype=bank.dtype, device="cpu")
+            for name, view in layout.views(row).items():
+                view.copy_(given[name])
+            bank[slot].copy_(row)
+
+    def initial(self, expert: int) -> Mapping[str, Tensor]:
+        """The initial tensors of an expert, by name.
+
+        Raises:
+            ValueError: The source's tensors do not fit.
+        """
+        if self.source is None:
+            return drawn(expert, self.fields, key=self.key, std=self.init_std)
+        given = self.source(expert)
+        require_fields(given, self.fields, expert=expert)
+        return given
 
     def field_views(self, row_P: Tensor) -> dict[str, Tensor]:
-        """Views of one row, by field name."""
+        """Views of one row of trained tensors, by name."""
         return self.layout.views(row_P)
 
+    def values(self, slot: int) -> dict[str, Tensor]:
+        """Views of all tensors of the expert in ``slot``, by name; the frozen ones come last."""
+        found = self.layout.views(self.weight.detach()[slot])
+        if self.frozen is not None and self.frozen_layout is not None:
+            found |= self.frozen_layout.views(self.frozen.detach()[slot])
+        return found
+
     def row(self, expert: int) -> Tensor:
-        """The weights of ``expert``, [P].
+        """The trained tensors of ``expert``, [P].
 
         Raises:
             KeyError: This rank does not hold the expert.
         """
+        if isinstance(self.weight, Placeholder):  # the builder of a run's model may set any expert
+            return self.weight[expert]
         if expert not in self.expert_of_slot:
             raise KeyError(f"expert {expert} is not held here; held: {self.expert_of_slot}")
         return self.weight[self.expert_of_slot.index(expert)]
 
     def extra_repr(self) -> str:
         held = sum(e >= 0 for e in self.expert_of_slot)
-        return (
-            f"{self.layout.activation}, dim={self.layout.dim}, hidden={self.layout.hidden}, "
-            f"experts={self.num_experts}, held={held}"
-        )
+        return f"{self.frozen_layout or self.layout}, experts={self.num_experts}, held={held}"
 
-    def _hold_all(self, device: torch.device) -> None:
-        shape = (self.num_experts, self.layout.row_numel)
-        self.weight = nn.Parameter(torch.zeros(shape, device=device))
-        self.expert_of_slot = list(range(self.num_experts))
-        if device.type != "meta":
-            for slot in range(self.num_experts):
-                self.initialise(slot)
+    def _take_over(self) -> None:
+        """Make what the builder wrote to a bank without slots the source of the experts.
+
+        Raises:
+            ValueError: The builder left rows of another number or size.
+        """
+        if self.expert_of_slot:
+            return
+        parts = []
+        for name, layout in (("weight", self.layout), ("frozen", self.frozen_layout)):
+            parameter = getattr(self, name)
+            if parameter is None or layout is None:
+                continue
+            rows, wanted = plain_rows(parameter), (self.num_experts, layout.row_numel)
+            if rows.shape[0] and rows.shape != wanted:
+                raise ValueError(f"experts.{name} is {tuple(rows.shape)}, not {wanted}")
+            if rows.shape[0] and not rows.is_meta:
+                parts.append((rows, layout))
+            empty = nn.Parameter(rows.new_empty(0, layout.row_numel), parameter.requires_grad)
+            setattr(self, name, empty)
+        if parts:
+            self.source = GivenRows(parts, self._untouched())
+
+    def _untouched(self) -> ExpertSource:
+        if self.source is not None:
+            return self.source
+        return partial(drawn, fields=self.fields, key=self.key, std=self.init_std)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load all experts even if the bank holds none yet."""
+        if not self.expert_of_slot:
+            for name in ("weight", "frozen"):
+                given, own = state_dict.get(prefix + name), getattr(self, name)
+                if own is None or given is None or given.shape[:1] != (self.num_experts,):
+                    continue
+                setattr(self, name, nn.Parameter(given.detach().clone(), own.requires_grad))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Initialise rows when a bank built on the meta device gets real memory (``to_empty``)."""
         was_meta = self.weight.is_meta
+        # Placeholders stay as they are: `allocate` decides on device and dtype.
+        kept = {n: p for n, p in self._parameters.items() if isinstance(p, Placeholder)}
+        for name in kept:
+            self._parameters[name] = None
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._parameters.update(kept)
         if was_meta and not self.weight.is_meta:
             for slot, expert in enumerate(self.expert_of_slot):
                 if expert >= 0:
                     self.initialise(slot)
         return result
-
-
-def _mixed(key: int, expert: int) -> int:
-    """A well-spread 63-bit seed from two integers. Source: the splitmix64 finaliser."""
-    z = (key + (expert + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (z ^ (z >> 31)) & ((1 << 63) - 1)

@@ -21,7 +21,7 @@ from lazarus.control.vector import StepSums, advance_history, start_history
 from lazarus.errors import UserMistakeError
 from lazarus.model.balance import updated_bias
 from lazarus.model.experts import ExpertBank
-from lazarus.model.moe import MoELayer
+from lazarus.model.protocol import checked_layers
 from lazarus.runtime.state.banks import gradients
 from lazarus.runtime.state.buffers import Buffers
 from lazarus.runtime.state.building import built
@@ -61,8 +61,8 @@ class Replica:
         scratch_buffers: Names or patterns of buffers that are not state.
 
     Raises:
-        ValueError: The model has no ``MoELayer``, its layers differ in their number of experts,
-            or a dense parameter is not float32.
+        ValueError: The model has no layer with experts, its layers differ in their number of
+            experts or share them, or a dense parameter is not float32.
     """
 
     def __init__(
@@ -82,18 +82,11 @@ class Replica:
         self.device = device
         self.rates = Rates(schedule)
         self._clip_norm = clip_norm
-        found = [(name, m) for name, m in self.model.named_modules() if isinstance(m, MoELayer)]
-        if not found:
-            raise ValueError(
-                "the model has no MoELayer; use lazarus.MoELayer where experts are wanted"
-            )
-        self.layer_names = [name for name, _ in found]
-        self.layers = [layer for _, layer in found]
+        found = checked_layers(self.model)
+        self.layer_names = list(found)
+        self.layers = list(found.values())
         self.banks: list[ExpertBank] = [layer.experts for layer in self.layers]
-        counts = {layer.num_experts for layer in self.layers}
-        if len(counts) > 1:
-            raise ValueError(f"MoE layers have {sorted(counts)} experts; all must have the same")
-        self.num_experts = counts.pop()
+        self.num_experts = self.layers[0].num_experts
         for bank in self.banks:
             bank.allocate(num_slots=num_slots, device=device)
             bank.weight.grad = gradients(bank.weight)
