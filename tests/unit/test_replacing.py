@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from fleet_limits import limits
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from lazarus.control.cluster.replacing import (
     MOST_TROUBLES,
     Fleet,
+    History,
     Machine,
     came_up,
     ends_machine,
@@ -212,3 +214,12 @@ def test_never_too_many_never_where_there_is_no_room_and_never_on_a_banned_machi
         else:
             fleet = ends_machine(fleet, key) if what == "ends" else fleet
             fleet, _ = gone(fleet, key, cause=what, now_s=now, is_silent=what == "silent")
+
+
+def test_a_hold_makes_room_only_where_a_place_was_given_up() -> None:
+    run = Fleet(limits=limits(wanted=3))
+    assert held(run, needed=0) == run
+    more = held(run, needed=1)
+    assert more.histories == {} and more.limits.wanted == 3
+    given_up = replace(run, histories={"b": History(gone=1), "c": History(gone=2)})
+    assert held(given_up, needed=1).histories == {"b": History(gone=0), "c": History(gone=2)}
