@@ -11,9 +11,9 @@ One run without a change comes first. It is traced, which makes it slow, and say
 which line. A change of a line that no test runs survives at once.
 
 The tests run in a process forked from this one, which has loaded the large libraries already, and
-see the same examples every time. A change after which they need many times the processor time that
-they needed before counts as noticed: it made a loop endless. On a machine with other work the wall
-time says little, so a change that reaches the bound of the wall time is reported as undecided.
+see the same examples every time. A change after which a test needs many times the processor time
+that it needed before counts as noticed: it made a loop endless. On a machine with other work the
+wall time says little, so a change that reaches the bound of the wall time is reported as undecided.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from mutate_watch import Lines, Watcher
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_BYTES = 12 << 30
-CPU_BOUND = 4  # how much more processor time than without the change, beyond MARGIN_S
+CPU_BOUND = 5  # how much more processor time than without the change, beyond MARGIN_S
 WALL_BOUND = 40
-MARGIN_S = 30.0
+MARGIN_S = 15.0
 ELSEWHERE = 99  # exit code of tests that loaded another package than the copy
 UNCHANGED_S = 600.0  # what all fast tests of a package may take, traced
 ROUNDS_S = (0.3, 2.0, math.inf)  # tests that take up to so long are run together
@@ -102,7 +102,7 @@ SUITES = {
 # ---- the tests, in a process of their own ------------------------------------------------------
 
 
-def _tests(tree: Path, suite: Suite, rounds: list[list[str]], pipe: int) -> int:
+def _tests(tree: Path, suite: Suite, rounds: list[dict[str, float]], pipe: int) -> int:
     """Runs each round's tests, or without rounds all of them, and notes what they run."""
     import pytest
 
@@ -112,9 +112,9 @@ def _tests(tree: Path, suite: Suite, rounds: list[list[str]], pipe: int) -> int:
     for out in (1, 2):
         os.dup2(os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), out)
     options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=0"]
-    for chosen in rounds or [[]]:
+    for chosen in rounds or [{}]:
         files = sorted({name.split("::")[0] for name in chosen}) or _files(tree, suite)
-        watcher = Watcher(pipe, without=suite.without, order=chosen)
+        watcher = Watcher(pipe, without=suite.without, bounds=_bounds(chosen))
         watcher.lines = None if rounds else Lines(str(tree / suite.sources))
         code = int(pytest.main([*options, *files], plugins=[watcher]))
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -123,6 +123,10 @@ def _tests(tree: Path, suite: Suite, rounds: list[list[str]], pipe: int) -> int:
             _keep(tree, watcher)
     package = sys.modules.get(suite.sources.replace("/", "."))
     return 0 if package and Path(str(package.__file__)).is_relative_to(tree) else ELSEWHERE
+
+
+def _bounds(before_s: dict[str, float]) -> dict[str, float]:
+    return {name: MARGIN_S + CPU_BOUND * spent_s for name, spent_s in before_s.items()}
 
 
 def _files(tree: Path, suite: Suite) -> list[str]:
@@ -159,7 +163,7 @@ class Run:
         with open(self.pipe, "rb") as pipe:
             failed = pipe.read().decode()
         code = os.waitstatus_to_exitcode(status)
-        if code == -signal.SIGXCPU:
+        if code in (-signal.SIGXCPU, -signal.SIGPROF):
             failed = f"no end within {usage.ru_utime:.0f} s of CPU"
         elif late:
             failed = failed or UNDECIDED
@@ -176,11 +180,12 @@ def end_group(pid: int) -> None:
         return
 
 
-def started(tree: Path, suite: Suite, rounds: list[list[str]], *, before_s: float) -> Run:
+def started(tree: Path, suite: Suite, rounds: list[dict[str, float]]) -> Run:
     """Without rounds nothing has changed, and compiled files are kept.
 
-    ``before_s`` is what the tests take without a change.
+    A round has its tests in order, each with the seconds that it takes without a change.
     """
+    before_s = sum(sum(chosen.values()) for chosen in rounds) if rounds else UNCHANGED_S
     cpu_s = int(MARGIN_S + CPU_BOUND * before_s)
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -221,7 +226,7 @@ class Known:
     run_by: dict[str, list[str]]
     cpu_s: float
 
-    def rounds(self, change: Change, *, longest_s: float = math.inf) -> list[list[str]]:
+    def rounds(self, change: Change, *, longest_s: float = math.inf) -> list[dict[str, float]]:
         """The tests that run a change: the quick ones first, in each round the nearest first."""
         span = range(change.line, change.line + change.old.count("\n") + 1)
         names = {name for n in span for name in self.run_by.get(f"{change.file}:{n}", [])}
@@ -231,17 +236,13 @@ class Known:
             spent_s = self.seconds.get(name, 0.0)
             if spent_s <= longest_s:
                 rounds[bisect_left(ROUNDS_S, spent_s)].append((stem not in name, spent_s, name))
-        return [[name for *_, name in sorted(found)] for found in rounds if found]
-
-    def spent_s(self, rounds: list[list[str]]) -> float:
-        """Seconds that these tests take without a change."""
-        return sum(self.seconds.get(name, 0.0) for names in rounds for name in names)
+        return [{name: spent_s for _, spent_s, name in sorted(r)} for r in rounds if r]
 
 
 def unchanged(suite: Suite, trees: list[Path]) -> Known:
     """The tests without a change; they have to pass."""
     for tree in trees:
-        run = started(tree, suite, [], before_s=UNCHANGED_S)
+        run = started(tree, suite, [])
         while (result := run.result()) is None:
             time.sleep(0.05)
         code, failed, cpu_s = result
@@ -280,8 +281,7 @@ def results(
                     continue
                 tree = free.pop()
                 before = changed(change, tree)
-                run = started(tree, suite, rounds, before_s=known.spent_s(rounds))
-                going.append((change, before, run))
+                going.append((change, before, started(tree, suite, rounds)))
             time.sleep(0.05)
             for entry in list(going):
                 change, before, run = entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections import defaultdict
@@ -54,13 +55,17 @@ class Lines:
 class Watcher:
     """A pytest plugin: runs the chosen tests in their order, and says which one failed.
 
+    ``bounds`` has the chosen tests with the most processor time of each, in seconds; a test that
+    needs more ends the process by SIGPROF.
+
     Told to watch a folder, it notes which of its lines each test runs and how long that takes.
     """
 
-    def __init__(self, pipe: int, *, without: Sequence[str], order: Sequence[str]) -> None:
+    def __init__(self, pipe: int, *, without: Sequence[str], bounds: dict[str, float]) -> None:
         self.pipe = pipe
         self.without = without
-        self.order = {name: at for at, name in enumerate(order)}
+        self.bounds = bounds
+        self.order = {name: at for at, name in enumerate(bounds)}
         self.seconds: dict[str, float] = {}
         self.lines: Lines | None = None
         self.run_by: dict[tuple[str, int], list[str]] = defaultdict(list)
@@ -71,11 +76,13 @@ class Watcher:
             items[:] = [i for i in items if i.nodeid in self.order]
             items.sort(key=lambda i: self.order[i.nodeid])
 
-    def pytest_runtest_logstart(self) -> None:
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        signal.setitimer(signal.ITIMER_PROF, self.bounds.get(nodeid, 0.0))
         if self.lines is not None:
             self.lines.start()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
         if self.lines is not None:
             for line in self.lines.stop():
                 self.run_by[line].append(nodeid)

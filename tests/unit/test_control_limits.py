@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from control_desk import Desk, running
 
-from lazarus.checkpoint.selection.adaptive import SaveSettings
+from lazarus.checkpoint.selection.adaptive import Measured, SaveSettings
 from lazarus.config.timeouts import derive_timeouts
 from lazarus.control.cluster.state import Phase, with_fields
 from lazarus.control.membership import members, patience, suspicion
@@ -26,6 +26,8 @@ from lazarus.control.plans.healing import heals_behind
 from lazarus.control.plans.tuning import wanted_weight
 from lazarus.control.plans.verdict import SlotMemory, slots_for
 from lazarus.control.ports import DriverSaid, Journal, TellDriver
+from lazarus.control.reconfiguration import reconfigure
+from lazarus.control.saving.adapting import chosen_for
 from lazarus.control.saving.losses import checkpoint_awaited
 from placement import InfeasiblePlacementError
 
@@ -264,3 +266,45 @@ def test_a_scripted_fault_that_never_struck_is_told_with_the_reason(spec: str, r
     desk.feed(DriverSaid(body=StopRun(now=True), at_s=desk.now_s))
     (event,) = desk.events("fault_not_fired")
     assert event == {"generation": 2, "spec": spec, "reason": reason}
+
+
+def test_only_who_owes_an_answer_is_late() -> None:
+    for order, answer in (("Fence", "reports"), ("Align", "aligned"), ("Prepare", "ready")):
+        desk = running(nodes=4, **CALM)
+        desk.deaf = {order}
+        desk.lose("w3")
+        state, limit_s = desk.state, desk.state.config.timeouts.report_s
+        assert state.transition is not None
+        late_s = state.transition.phase_s + limit_s + 0.01
+        assert reconfigure.overdue(state, at_s=late_s - 0.02) == ()
+        assert reconfigure.overdue(state, at_s=late_s) == (0, 1, 2)
+        some = replace(state, transition=replace(state.transition, **{answer: {"w0": None}}))
+        assert reconfigure.overdue(some, at_s=late_s) == (1, 2)
+        waiting = {n: replace(w, waiting=n == "w1") for n, w in state.roster.workers.items()}
+        waits = replace(some, roster=replace(state.roster, workers=waiting))
+        assert reconfigure.overdue(waits, at_s=late_s) == ((2,) if order == "Prepare" else (1, 2))
+        moved = {n: replace(w, progress_s=5.0) for n, w in state.roster.workers.items()}
+        moves = replace(some, roster=replace(state.roster, workers=moved))
+        assert reconfigure.overdue(moves, at_s=limit_s + 4.99) == ()
+        assert reconfigure.overdue(replace(state, phase=Phase.RUNNING), at_s=1e9) == ()
+    assert reconfigure.overdue(running(**CALM).state, at_s=1e9) == ()
+
+
+@pytest.mark.parametrize(("resume", "source"), [(None, "init"), ("/other", "newest:/other 0")])
+def test_a_run_begins_from_the_seed_or_from_its_checkpoint(resume: str | None, source: str) -> None:
+    (first, *_) = Desk(nodes=2, resume=resume).told(Prepare)
+    assert {(r.source, r.generation, r.step) for r in first.restores} == {(source, 0, 0)}
+    assert len(first.restores) == 3 and first.reload == ""
+
+
+def test_nothing_is_adapted_before_a_step_was_measured() -> None:
+    desk = running(saves=SaveSettings(every=None), **REPLICATED)
+    rates = {"w0": Measured(copy_rate=1e9, write_rate=1e9, window_s=1.0)}
+    plan = desk.state.standing.plan
+    assert plan is not None and chosen_for(desk.state, plan) is None
+    known = with_fields(desk.state, {"measured": rates})
+    assert chosen_for(known, plan) is not None
+    assert chosen_for(with_fields(known, {"step_s": 0.0}), plan) is None
+    assert chosen_for(with_fields(known, {"seats": ("w1",)}), plan) is None
+    fixed = replace(known, config=replace(known.config, saves=SaveSettings(every=0)))
+    assert chosen_for(fixed, plan) is None
