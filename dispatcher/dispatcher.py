@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dispatcher.eager import runs_eagerly
 from dispatcher.errors import HandleError
 from dispatcher.exchange import Exchange
 from dispatcher.layer.compute import Group
@@ -122,19 +123,20 @@ class Dispatcher:
         slots = table.slots_of(table.rank) if expert_of_slot is None else expert_of_slot
         self._expert_of_slot = tuple(slots)
 
+    @runs_eagerly
     def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> Dispatched:
         """Send each token to its chosen experts. Collective and differentiable.
 
         Args:
-            x_TD: Tokens [T, D], floating point, contiguous. They must require a gradient on all
-                ranks or on none.
-            expert_TK: Chosen experts, int64 [T, K], contiguous; -1 sends no copy.
+            x_TD: Tokens [T, D], floating point. They must require a gradient on all ranks or on
+                none.
+            expert_TK: Chosen experts, int64 [T, K]; -1 sends no copy.
 
         Returns:
             The rows that this rank's experts received.
 
         Raises:
-            DispatchInputError: Wrong dtype, shape, layout, device, ids or slots on this rank.
+            DispatchInputError: Wrong dtype, shape, device, ids or slots on this rank.
             PeerInputError: Wrong input on another rank; nothing was dispatched.
             RankMismatchError: The ranks' tokens differ in width or dtype, or their tables in
                 generation; nothing was dispatched.
@@ -147,6 +149,7 @@ class Dispatcher:
         rows_MD: Tensor = _ToExperts.apply(x_TD, routed)  # type: ignore[no-untyped-call]
         return Dispatched(rows_MD=rows_MD, routed=routed)
 
+    @runs_eagerly
     def combine(self, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
         """Return the weighted sum of each token's expert outputs. Collective and differentiable.
 

@@ -87,7 +87,7 @@ def sum_replica_gradients(
             comes = expert >= 0 and served[expert].any() and not served[expert, exchange.rank]
             if slot not in written and not comes:
                 grad_SP[slot].zero_()
-    if exchange.size == 1:
+    if exchange.size == 1 or not grad_SP.shape[1]:  # all experts are frozen
         return
     slot_of = expert_slots(slots)
     pieces = _pieces(table, served, row_numel=grad_SP.shape[1])

@@ -29,7 +29,6 @@ _REASONS = {
     1: "tokens or expert ids have the wrong dtype",
     2: "shapes of tokens and expert ids do not fit",
     3: "top-k exceeds the number of experts",
-    4: "tokens or expert ids are not contiguous",
     5: "an expert id is out of range",
     6: "there is no choice per token (top-k is 0)",
     7: "tokens and expert ids are on different devices",
@@ -62,8 +61,6 @@ def input_problem(
         return 3
     if x_TD.device != expert_TK.device:
         return 7
-    if not (x_TD.is_contiguous() and expert_TK.is_contiguous()):
-        return 4
     return 0 if slots is named or _holds_all(slots, named) else 8
 
 

@@ -189,8 +189,8 @@ def start_routing(
     dtype and generation are compared in the same exchange.
 
     Args:
-        x_TD: Tokens [T, D], contiguous.
-        expert_TK: Chosen experts, int64 [T, K], contiguous; -1 sends no copy.
+        x_TD: Tokens [T, D].
+        expert_TK: Chosen experts, int64 [T, K]; -1 sends no copy.
         table: Replicas of the layer, made for this rank.
         exchange: Collectives over the ranks of ``table``.
         rule: How copies are split over replicas; None: all go to the home replica.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +17,32 @@ from dispatcher.layer.dispatch import Routed
 from dispatcher.layer.places import Meeting, place_code
 from dispatcher.splits.routing import BoolArray, RoutingTable
 from dispatcher.splits.split import SplitRule
+
+
+class BackwardDone:
+    """Called at the end of a forward's backward; lives as long as the graph of that forward."""
+
+    def __init__(self, context: LayerContext, routed: Routed) -> None:
+        self._context, self._routed = context, routed
+        self.is_over = False
+
+    def __call__(self) -> None:
+        self.is_over = True
+        self._context.backward_done(self._routed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The auxiliary loss of one forward."""
+
+    value: Tensor
+    forward: Callable[[], BackwardDone | None]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether nobody can differentiate this loss together with that of its forward."""
+        forward = self.forward()
+        return self.value.requires_grad and (forward is None or forward.is_over)
 
 
 class LayerContext:
@@ -29,8 +59,6 @@ class LayerContext:
             training mode or with gradients only.
         served_ER: Which replicas served tokens in this step so far; equal on all ranks.
         served_before_ER: ``served_ER`` before the newest first forward; used if that is repeated.
-        aux_sum: This micro-batch's auxiliary loss, a sum over its tokens; the runtime adds it to
-            the loss and resets it.
         observer: Called with (layer, expert_TK) at every first forward, to export a trace.
         forced_TK: Choices to take instead of the router's, to replay a trace; the weights are
             still the router's.
@@ -56,20 +84,23 @@ class LayerContext:
         expected_E: Tensor | None = None,
         counts_E: Tensor | None = None,
         served_ER: BoolArray | None = None,
-        aux_sum: Tensor | None = None,
         ghost: bool = False,
     ) -> None:
         experts = table.num_experts
         self.layer, self.exchange, self.table = layer, exchange, table
         self.rule = rule or SplitRule()
         if expected_E is None:
-            expected_E = torch.full((experts,), 1 / experts, dtype=torch.float32)
+            expected_E = torch.full((experts,), 1 / experts, dtype=torch.float32, device="cpu")
         self.expected_E = expected_E
-        self.counts_E = torch.zeros(experts, dtype=torch.int64) if counts_E is None else counts_E
+        if counts_E is None:  # real memory, even where a model is built on the meta device
+            counts_E = torch.zeros(experts, dtype=torch.int64, device="cpu")
+        self.counts_E = counts_E
         shape = table.holds_ER.shape
         self.served_ER = np.zeros(shape, dtype=np.bool_) if served_ER is None else served_ER
         self.served_before_ER = self.served_ER.copy()
-        self.aux_sum, self.ghost = aux_sum, ghost
+        self.ghost = ghost
+        self._parts: list[_Part] = []
+        self._has_warned = False
         self.observer: Callable[[int, Tensor], None] | None = None
         self.forced_TK: Tensor | None = None
         self.written: set[int] | None = None
@@ -82,6 +113,35 @@ class LayerContext:
     def solo(cls, num_experts: int) -> LayerContext:
         """A context for a layer without a run: one rank that holds every expert."""
         return cls(layer=0, exchange=SoloExchange(), table=RoutingTable.solo(num_experts))
+
+    @property
+    def aux_sum(self) -> Tensor | None:
+        """The auxiliary loss of this micro-batch, summed over its tokens.
+
+        Whoever adds it to the loss sets it to None.
+        """
+        total: Tensor | None = None
+        for part in self._parts:
+            total = part.value if total is None else total + part.value
+        return total
+
+    @aux_sum.setter
+    def aux_sum(self, value: None) -> None:
+        self._parts.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerContext:
+        """The context of a copied layer: the same peers and fractions, and counts of its own.
+
+        Losses and gradients that are not yet taken, and what is to be called, stay with the
+        original.
+        """
+        copied = LayerContext(
+            layer=self.layer, exchange=self.exchange, table=self.table, rule=self.rule,
+            expected_E=self.expected_E.clone(), counts_E=self.counts_E.clone(),
+            served_ER=self.served_ER.copy(),
+        )  # fmt: skip
+        memo[id(self)] = copied
+        return copied
 
     def start_step(self) -> None:
         """Forget what an earlier step or an abandoned attempt left behind."""
@@ -108,14 +168,35 @@ class LayerContext:
         found, self.anchors = self.anchors or [], []
         return found
 
-    def record(self, routed: Routed, aux: Tensor | None) -> None:
-        """Add up one first forward's load, serving replicas and auxiliary loss."""
+    def record(self, routed: Routed, aux: Tensor | None) -> Callable[[], None]:
+        """Add up one first forward's load, serving replicas and auxiliary loss.
+
+        Returns:
+            Function to call at the end of the backward.
+        """
         self._open += 1
         self.counts_E += torch.from_numpy(routed.counts_RE.sum(0)).to(self.counts_E)
         self.served_before_ER = self.served_ER.copy()
         self.served_ER |= routed.split.served_ER
+        done = BackwardDone(self, routed)
+        if self.anchors is None:
+            self._forget_stale()
         if aux is not None:
-            self.aux_sum = aux if self.aux_sum is None else self.aux_sum + aux
+            self._parts.append(_Part(aux, weakref.ref(done)))
+        return done
+
+    def _forget_stale(self) -> None:
+        """Give up losses that nobody took; outside a run they would keep every graph alive."""
+        kept = [part for part in self._parts if not part.is_stale]
+        if len(kept) < len(self._parts) and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "the balancing loss of an earlier forward was not used and is given up: outside a "
+                "run, add take_auxiliary(model) to the loss, or build the layer with "
+                "balance='none'",
+                stacklevel=2,
+            )
+        self._parts = kept
 
     def backward_done(self, routed: Routed) -> None:
         """Note that the backward of one forward is over; the replicas it used have gradients."""

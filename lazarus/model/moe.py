@@ -5,12 +5,13 @@ Shapes: B samples, S positions, T = B * S tokens, D model width, E experts, K ch
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dispatcher.eager import runs_eagerly
 from dispatcher.gating import Score, choose_experts, gate_scores
 from dispatcher.layer.layout import Activation
 from lazarus.model.balance import auxiliary_sum, expected_fractions, updated_bias
@@ -84,18 +85,40 @@ class MoELayer(RoutedExperts):
             self.router_bias = torch.zeros(num_experts)
         self.shared = SharedExperts(dim, num_shared * hidden) if num_shared else None
 
-    def forward(self, x_BSD: Tensor, *, mask_BS: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def reset_parameters(self) -> None:
+        """Draw the router anew, for example after ``to_empty``. The bank draws its rows itself."""
+        std = self.router.in_features**-0.5 if self.init_std is None else self.init_std
+        nn.init.normal_(self.router.weight, std=std)
+        if self.router_bias is not None:
+            self.router_bias.zero_()
+
+    @overload  # type: ignore[override]
+    def forward(
+        self, x_BSD: Tensor, *, mask_BS: Tensor | None = ..., return_logits: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x_BSD: Tensor, *, mask_BS: Tensor | None = ..., return_logits: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+    @runs_eagerly
+    def forward(
+        self, x_BSD: Tensor, *, mask_BS: Tensor | None = None, return_logits: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply the layer to activations [B, S, D].
 
         Args:
             x_BSD: The activations.
             mask_BS: Tokens that are False are neither routed nor counted, and yield zeros.
+            return_logits: Also return the router's logits, for a loss of your own on them.
 
         Returns:
-            Activations of the same shape.
+            Activations of the same shape; with ``return_logits`` a pair of them and of the
+            differentiable logits, fp32 [B, S, E].
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1]).contiguous()
-        score_TE = self._scores(x_TD)
+        logits_TE, score_TE = self._scores(x_TD)
         expert_TK, gate_TK = choose_experts(
             score_TE, top_k=self.top_k, bias_E=self.router_bias, renormalize=self.renormalize,
             scale=self.score_scale, forced_TK=self.context.forced_TK,
@@ -106,13 +129,17 @@ class MoELayer(RoutedExperts):
         shared_BSD = None if self.shared is None else self.shared(x_BSD)
         out_TD = self._finish(started, self._auxiliary(score_TE, mask_T))
         out_BSD = out_TD.view(x_BSD.shape)
-        return out_BSD if shared_BSD is None else out_BSD + shared_BSD
+        if shared_BSD is not None:
+            out_BSD = out_BSD + shared_BSD
+        if return_logits:
+            return out_BSD, logits_TE.view(*x_BSD.shape[:-1], self.num_experts)
+        return out_BSD
 
-    def _scores(self, x_TD: Tensor) -> Tensor:
-        """Router scores, in fp32 even under autocast."""
+    def _scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Router logits and scores, in fp32 even under autocast."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.router.weight.float())
-            return gate_scores(logits_TE, score=self.score)
+            return logits_TE, gate_scores(logits_TE, score=self.score)
 
     def _auxiliary(self, score_TE: Tensor, mask_T: Tensor | None) -> Tensor | None:
         if self.balance != "aux" or not self.training:

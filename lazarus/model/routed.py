@@ -5,12 +5,14 @@ Shapes: T tokens, D model width, E experts, K choices per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dispatcher.eager import runs_eagerly
 from dispatcher.errors import RoutingTableError
 from dispatcher.layer.dispatch import Counting, finish_routing, start_routing
 from dispatcher.layer.general import ExpertFunction
@@ -82,6 +84,7 @@ class RoutedExperts(nn.Module):
                 f"{self.experts.expert_of_slot}; allocate and assign first"
             )
 
+    @runs_eagerly
     def forward(
         self,
         x_TD: Tensor,
@@ -136,14 +139,14 @@ class RoutedExperts(nn.Module):
     def _finish(self, started: _Started, auxiliary: Tensor | None) -> Tensor:
         context, counting = self.context, started.counting
         routed = finish_routing(counting, expert_of_slot=tuple(self.experts.expert_of_slot))
+        done: Callable[[], None] = partial(context.backward_done, routed)
         if (self.training or torch.is_grad_enabled()) and not started.is_repeated:
-            context.record(routed, auxiliary)
+            done = context.record(routed, auxiliary)
             if context.observer is not None:
                 context.observer(context.layer, counting.expert_TK)
         out_TD = expert_path(
             started.sent_TD, started.gate_TK, self.experts.weight, routed, self._path_options(),
-            frozen=self.experts.frozen, written=context.written,
-            done=partial(context.backward_done, routed),
+            frozen=self.experts.frozen, written=context.written, done=done,
             anchors=None if started.is_repeated else context.anchors,
         )  # fmt: skip
         return out_TD.to(started.kind)

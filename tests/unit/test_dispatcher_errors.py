@@ -38,13 +38,11 @@ BAD: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
     "tokens": (lambda: (torch.ones(4, 8).long(), torch.zeros(4, 1).long()), "wrong dtype"),
     "shape": (lambda: (torch.ones(4, 8), torch.zeros(3, 1).long()), "do not fit"),
     "top-k": (lambda: (torch.ones(4, 8), torch.zeros(4, 9).long()), "top-k exceeds"),
-    "layout": (lambda: (torch.ones(8, 4).t(), torch.zeros(4, 1).long()), "not contiguous"),
     "no choice": (lambda: (torch.ones(4, 8), torch.zeros(4, 0).long()), "top-k is 0"),
     "device": (
         lambda: (torch.ones(4, 8), torch.zeros(4, 1, dtype=torch.int64, device="meta")),
         "different devices",
     ),
-    "id layout": (lambda: (torch.ones(4, 8), torch.zeros(2, 4).long().t()), "not contiguous"),
     "too high": (lambda: (torch.ones(4, 8), torch.full((4, 1), 3)), r"out of range.*ids 3\.\.3"),
     "too low": (lambda: (torch.ones(4, 8), torch.full((4, 1), -2)), r"out of range.*ids -2"),
 }
