@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazarus.basics.format import bytes_text, count_text, loss_text, plural, seconds_text
+from lazarus.config.hf_folder import hf_problems
 from lazarus.config.layers import Given
 from lazarus.config.preflight import BUILTIN_CHECKS
 from lazarus.config.train_config import TrainConfig
@@ -102,7 +103,7 @@ def load_config(args: argparse.Namespace, *, base: Sequence[str] = ()) -> TrainC
         preset=args.preset,
         environment=args.environment,
         flags=flags,
-        checks=BUILTIN_CHECKS,
+        checks=(*BUILTIN_CHECKS, hf_problems),
     )
 
 

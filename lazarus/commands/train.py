@@ -8,6 +8,7 @@ from lazarus.callbacks import configured
 from lazarus.callbacks.prometheus import RayMetrics
 from lazarus.checkpoint.selection.adaptive import DEFAULT_EVERY
 from lazarus.commands import runs
+from lazarus.config.hf_folder import num_experts
 from lazarus.config.preflight import stated_ranks_per_node, warnings_of
 from lazarus.config.train_config import TrainConfig
 from lazarus.control.plans.verdict import slots_for
@@ -62,19 +63,20 @@ def _warnings(config: TrainConfig) -> list[str]:
 
     Only workers know the experts of a model that a function builds.
     """
-    if config.model.builder is not None:
+    experts = num_experts(config)
+    if not experts:
         return []
     asked, nodes = config.placement.slots_per_node, config.cluster.nodes
     slots = slots_for(
         num_nodes=nodes,
-        num_experts=config.model.experts,
+        num_experts=experts,
         configured=None if asked == "auto" else asked,
         started_nodes=nodes,
         min_replicas=config.placement.min_replicas,
         spare_losses=config.placement.spare_losses,
         ranks_per_node=stated_ranks_per_node(config),
     )
-    return warnings_of(config, num_experts=config.model.experts, slots_per_node=slots)
+    return warnings_of(config, num_experts=experts, slots_per_node=slots)
 
 
 def train(place: RunPlace, *, as_json: bool = False) -> int:

@@ -11,6 +11,9 @@ from lazarus.config.train_config import TrainConfig
 from lazarus.errors import Problem
 from lazarus.faults import fault_problems
 
+TOKEN_FILES = (".npy", ".bin")  # ends of names of files that hold tokens
+SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # written by ``save_to_disk``
+
 
 def stated_ranks_per_node(config: TrainConfig) -> int:
     """``cluster.ranks_per_node``; 1 for "auto", because the nodes' GPUs are not known yet."""
@@ -38,9 +41,22 @@ def slot_problems(
 
 
 def data_problems(config: TrainConfig) -> list[Problem]:
-    """A problem if ``data.path`` is to be read but does not exist."""
+    """Problems if ``data.path`` or ``data.tokenizer`` is to be read but cannot be."""
+    if config.data.source is not None:
+        return []
+    return [*_path_problems(config), *_tokenizer_problems(config)]
+
+
+def _path_problems(config: TrainConfig) -> list[Problem]:
     path = config.data.path
-    if path is None or config.data.source is not None or Path(path).expanduser().exists():
+    if path is None:
+        return []
+    place = Path(path).expanduser()
+    if place.exists():
+        saved = any((place / name).is_file() for name in SAVED_DATASET)
+        if config.data.tokenizer is None and (saved or place.suffix == ".parquet"):
+            text = f'data.path = "{path}" is no plain text; data.tokenizer says how it is read'
+            return [Problem(text, key="data.path")]
         return []
     text = (
         f'data.path = "{path}" does not exist (looked at {Path(path).expanduser().absolute()}); '
@@ -49,13 +65,29 @@ def data_problems(config: TrainConfig) -> list[Problem]:
     return [Problem(text, key="data.path")]
 
 
+def _tokenizer_problems(config: TrainConfig) -> list[Problem]:
+    name = config.data.tokenizer
+    if name is None:
+        return []
+    text = ""
+    if name == "hf":
+        if config.model.hf is not None:
+            return []
+        text = 'data.tokenizer = "hf" is the tokenizer of model.hf, which is not set'
+    elif not Path(name).expanduser().exists():
+        text = f'data.tokenizer = "{name}" does not exist'
+    elif str(config.data.path or "").endswith(TOKEN_FILES):
+        text = f'data.tokenizer = "{name}", but data.path holds tokens already'
+    return [Problem(text, key="data.tokenizer")] if text else []
+
+
 def builtin_problems(config: TrainConfig) -> list[Problem]:
     """Problems of a run with the built-in model and data: experts, lengths, vocabulary, path.
 
     Nothing is known of a model or of data that the configuration names a function for.
     """
     model, problems = config.model, data_problems(config)
-    if config.model.builder is not None:
+    if config.model.builder is not None or config.model.hf is not None:
         return problems
     slots = config.placement.slots_per_node
     if slots != "auto":
@@ -81,7 +113,8 @@ def _token_problems(config: TrainConfig) -> list[Problem]:
     if config.seq_len > model.seq_len:
         text = f"data.seq_len={config.seq_len} is more than model.seq_len={model.seq_len}"
         problems.append(Problem(text, key="data.seq_len"))
-    if not str(config.data.path or "").endswith((".npy", ".bin")) and model.vocab < BYTE_VOCAB:
+    is_bytes = not (config.data.tokenizer or str(config.data.path or "").endswith(TOKEN_FILES))
+    if is_bytes and model.vocab < BYTE_VOCAB:
         text = f"model.vocab={model.vocab}, but text is read as bytes: use >= {BYTE_VOCAB}"
         problems.append(Problem(text, key="model.vocab"))
     return problems

@@ -27,6 +27,9 @@ class ModelConfig:
     SECTION: ClassVar[str] = "model"
 
     preset: Literal["tiny", "gpt-s", "gpt-m", "gpt-l"] | None = setting(None, "a named shape")
+    hf: str | None = setting(
+        None, "folder of a Hugging Face model with experts, which is trained; needs the extra `hf`"
+    )
     builder: str | None = setting(
         None, '"package.module:function" that builds another model, `function(ctx)`'
     )
@@ -60,6 +63,11 @@ class ModelConfig:
                 f"model.layers={self.layers}",
             ),
             named_function(self.builder, "model.builder"),
+            (
+                self.builder is None or self.hf is None,
+                "builder",
+                "model.builder and model.hf are both set; one of them builds the model",
+            ),
         )
 
 
@@ -70,17 +78,34 @@ class DataConfig:
     SECTION: ClassVar[str] = "data"
 
     path: str | None = setting(
-        None, "text file, folder, `.npy` or `.bin` tokens; none: Python's sources"
+        None,
+        "text file, folder, `.npy` or `.bin` tokens; with a tokenizer also `.jsonl`, `.parquet` or "
+        "a folder saved by `datasets`; none: Python's sources",
     )
     source: str | None = setting(
         None, '"package.module:function" that opens another data source, `function(ctx)`'
+    )
+    tokenizer: str | None = setting(
+        None,
+        'a file or folder of a tokenizer; "hf": that in the folder `model.hf`; none: text is read '
+        "as bytes",
+    )
+    text_key: str = setting(
+        "text",
+        "column of JSON lines, parquet and `datasets` that holds texts or conversations; if there "
+        "is none, `messages`",
+    )
+    packing: bool = setting(
+        True,
+        "with a tokenizer: join documents, with end-of-text behind each, and cut them into windows "
+        "of `seq_len`; false: a document is a sample, cut or padded to `seq_len`",
     )
     seq_len: int | None = setting(None, "none: `model.seq_len`", ge=1)
     num_shards: int = setting(64, "shards of a stream; fixed for the run's life", ge=1)
     shuffle_shards: bool = setting(False, "read a stream's shards in an order drawn from the seed")
     prefetch_steps: int = setting(2, "steps read ahead; prefetched is not consumed", ge=0)
     split: float = setting(
-        0.99, "part of the text that is trained on; the rest is held out", gt=0, le=1
+        0.99, "part of the samples that are trained on; the rest is held out", gt=0, le=1
     )
 
     def __post_init__(self) -> None:

@@ -145,9 +145,14 @@ def check_tokens(corpus: Corpus, *, vocab: int) -> None:
         )
 
 
+def python_sources_folder() -> Path:
+    """The folder of Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
 def _python_sources() -> Corpus:
-    root = Path(sysconfig.get_path("stdlib"))
-    joined = b"\n".join(path.read_bytes() for path in _text_files(root, suffix=".py"))
+    root = python_sources_folder()
+    joined = b"\n".join(path.read_bytes() for path in text_files(root, suffix=".py"))
     if len(joined) < 1 << 16:
         raise DataError(f"no Python sources below {root}; give data.path instead")
     return Corpus(tokens=_bytes_of(joined, root), name="python-stdlib", vocab=BYTE_VOCAB)
@@ -155,12 +160,12 @@ def _python_sources() -> Corpus:
 
 def _folder(root: Path) -> Corpus:
     joined = b"\n".join(
-        content for path in _text_files(root) if b"\0" not in (content := path.read_bytes())
+        content for path in text_files(root) if b"\0" not in (content := path.read_bytes())
     )
     return Corpus(tokens=_bytes_of(joined, root), name=root.name, vocab=BYTE_VOCAB)
 
 
-def _text_files(root: Path, *, suffix: str = "") -> Iterator[Path]:
+def text_files(root: Path, *, suffix: str = "") -> Iterator[Path]:
     """Files below ``root``, without hidden ones, in an order that is the same on every machine."""
     for folder, names, files in os.walk(root):
         names[:] = sorted(

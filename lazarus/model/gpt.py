@@ -19,6 +19,8 @@ from lazarus.config.presets import MODEL_SHAPES
 from lazarus.model.loss import LossSum
 from lazarus.model.moe import MoELayer
 
+_IGNORED = -100  # label of a token that does not count
+
 
 class GPTShape(Protocol):
     """Attributes that a model configuration must have."""
@@ -228,14 +230,21 @@ def build(model_config: GPTShape, *, options: GPTOptions | None = None) -> GPT:
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> LossSum:
-    """Next-token cross-entropy of one micro-batch, summed over tokens.
+    """Next-token cross-entropy of one micro-batch, summed over the tokens that count.
 
     Args:
         model: Maps tokens [B, S] to logits [B, S, V].
-        batch: ``{"tokens": int64 [B, S + 1]}``.
+        batch: ``{"tokens": int64 [B, S + 1]}``; or ``{"input_ids": int64 [B, S + 1]}``, perhaps
+            with ``labels`` of the same shape, which are -100 for tokens that do not count.
     """
-    tokens = batch["tokens"]
-    logits = model(tokens[:, :-1])
-    targets = tokens[:, 1:].reshape(-1)
-    total = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
-    return LossSum(total, targets.numel())
+    if "tokens" in batch:
+        tokens = batch["tokens"]
+        logits = model(tokens[:, :-1])
+        targets = tokens[:, 1:].reshape(-1)
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+        return LossSum(total, targets.numel())
+    ids = batch["input_ids"]
+    targets = batch.get("labels", ids)[:, 1:].reshape(-1)
+    logits = model(ids[:, :-1]).flatten(0, 1).float()
+    total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=_IGNORED)
+    return LossSum(total, (targets != _IGNORED).sum())

@@ -9,11 +9,13 @@ from typing import Any
 from lazarus.checkpoint.files.place import check_place
 from lazarus.config import preflight
 from lazarus.config.changes import decisive
+from lazarus.config.hf_folder import hf_problems
 from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError, Problem
 from lazarus.faults import fault_problems, parse_fault
 from lazarus.run.control_config import Policies, ThisRun, control_config, keeps_checkpoints
 from lazarus.run.run_place import RunPlace, next_journal
+from lazarus.run.tokenizer_check import tokenizer_problems
 from lazarus.runtime.driver.chaos import CHAOS_KINDS
 from lazarus.runtime.host.memory import ranks_per_node
 from lazarus.runtime.rpc.credentials import credentials_from
@@ -94,6 +96,10 @@ def check_run(config: TrainConfig, *, model: Any, data: Any, faults: tuple[str, 
         problems += preflight.builtin_problems(config)
     elif data is None:
         problems += preflight.data_problems(config)
+    if model is None:
+        problems += hf_problems(config)
+    if data is None:
+        problems += tokenizer_problems(config, has_model=model is not None)
     problems += fault_problems(
         [parse_fault(text) for text in faults],
         nodes=config.cluster.nodes,

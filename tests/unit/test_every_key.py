@@ -6,7 +6,9 @@ what is looked at with and without it. Runs are whole ones of one rank, in this 
 
 from __future__ import annotations
 
+import json
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ import pytest
 import torch
 from certificates import make_pair
 from one_rank import OneRank, Orders, orders_of, spec_of
+from small_tokenizers import tokenizer_file
 
 from lazarus import ElasticTrainer, LossSum, TrainConfig
 from lazarus.callbacks import configured
@@ -205,6 +208,15 @@ def _with_buffer(ctx: Any) -> torch.nn.Module:
 
 def shape(at: Place, config: TrainConfig) -> Any:
     return config.model, config.optim.lr
+
+
+def hugging_face(at: Place, config: TrainConfig) -> Any:
+    """What builds the model, and its loss."""
+    library = SimpleNamespace(load=lambda folder: ("loaded", folder), causal_loss=len)
+    with at.monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lazarus.hf", library)
+        built = defaults.model(config)
+        return built if isinstance(built, tuple) else type(built), defaults.loss_of(config)
 
 
 def driver_limits(at: Place, config: TrainConfig) -> Any:
@@ -481,6 +493,7 @@ def at_sight(change: str) -> Entry:
 
 
 NAMED = ("data.source=named_functions:either", "train.loss=named_functions:any_loss")
+TOKENS = ("data.tokenizer=tokenizer.json", "data.path=rows.jsonl", "model.vocab=300")
 RAY = ("cluster.launcher=ray",)
 SAVES = ("checkpoint.every=1", "checkpoint.k_snapshot=2", "checkpoint.k_persist=1")
 TLS = ("security.cert=pair/job.pem", "security.key=pair/job.key", "security.ca=pair/ca.pem")
@@ -504,6 +517,7 @@ ENTRIES = (
     at_sight("cluster.quorum_timeout_s=9.0"),
     Entry("cluster.launcher=cold", launcher),
     Entry("model.preset=gpt-s", shape),
+    Entry("model.hf=folder", hugging_face),
     Entry("model.builder=named_functions:model", story, NAMED),
     Entry("model.layers=3", story),
     Entry("model.dim=32", story),
@@ -516,6 +530,9 @@ ENTRIES = (
     Entry("model.moe_every=2", story),
     Entry("data.path=text.txt", story),
     Entry("data.source=named_functions:letters", story),
+    Entry("data.tokenizer=tokenizer.json", story, TOKENS[1:]),
+    Entry("data.text_key=other", story, TOKENS),
+    Entry("data.packing=false", story, TOKENS),
     Entry("data.seq_len=4", story),
     Entry("data.num_shards=8", stream_story),
     Entry("data.shuffle_shards=true", stream_story),
@@ -610,6 +627,10 @@ def test_a_key_changes_what_a_run_does_is_told_or_plans(
     entry: Entry, place: Place, pairs: Path
 ) -> None:
     (place.folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 99)
+    tokenizer_file(place.folder / "tokenizer.json")
+    rows = [{"text": f"the lazy dog {i} " * 3, "other": f"a fox {i} " * 4} for i in range(30)]
+    (place.folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    place.monkeypatch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
     secret = place.folder / "secret"
     secret.write_text("0123456789abcdef" * 2)
     secret.chmod(0o600)

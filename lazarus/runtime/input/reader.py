@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from dispatcher.exchange import Exchange
 from lazarus.data.corpus import TokenDataset
+from lazarus.data.packing import Packed, Padded
 from lazarus.data.stream import IterableDatasetSource, StreamSource
 from lazarus.errors import DataError
 from lazarus.runtime.comm.gathering import gather_texts
@@ -202,7 +203,7 @@ def open_reading(
             f"batch(step, sample_ids), or shard(i, of) whose iterators have state_dict() and "
             f"load_state_dict()"
         )
-    never_draws = isinstance(data, TokenDataset)
+    never_draws = isinstance(data, TokenDataset | Packed | Padded)
     return Reading(source, seed=seed, prefetch_steps=prefetch_steps, never_draws=never_draws)
 
 

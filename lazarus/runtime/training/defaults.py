@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,41 +13,53 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
+from lazarus.config.hf_folder import sample_len, vocab_of
 from lazarus.config.train_config import TrainConfig
 from lazarus.data.corpus import TokenDataset, check_tokens, datasets, load_corpus
+from lazarus.data.tokenized import tokenized
 from lazarus.errors import DataError
 from lazarus.model import gpt
 from lazarus.model.gpt import GPTOptions
 
 
 def model(config: TrainConfig) -> nn.Module:
-    """The built-in GPT-MoE."""
+    """The model in the folder ``model.hf``, or the built-in GPT-MoE."""
+    if config.model.hf is not None:
+        found: nn.Module = _hf().load(config.model.hf)
+        return found
     return gpt.build(config.model, options=GPTOptions(recompute=config.train.recompute))
 
 
 def training_data(config: TrainConfig) -> Any:
-    """Training windows of the configured text.
+    """Training samples of the configured text.
 
     Raises:
         DataError: The text is missing, too short, or has tokens outside the vocabulary.
     """
+    if config.data.tokenizer is not None:
+        return tokenized(config, seq_len=sample_len(config))[0]
     corpus = load_corpus(config.data.path)
-    check_tokens(corpus, vocab=config.model.vocab)
-    train, _ = datasets(corpus, seq_len=config.seq_len, split=config.data.split)
+    check_tokens(corpus, vocab=vocab_of(config))
+    train, _ = datasets(corpus, seq_len=sample_len(config), split=config.data.split)
     return train
 
 
 def held_out_data(config: TrainConfig) -> Any:
-    """Held-out windows of the configured text, which are never trained on.
+    """Held-out samples of the configured text, which are never trained on.
 
     Raises:
-        DataError: ``data.split`` leaves no windows.
+        DataError: ``data.split`` leaves no samples.
     """
-    corpus = load_corpus(config.data.path)
-    _, held_out = datasets(corpus, seq_len=config.seq_len, split=config.data.split)
+    held_out: Any
+    if config.data.tokenizer is not None:
+        name, (_, held_out) = str(config.data.path), tokenized(config, seq_len=sample_len(config))
+    else:
+        corpus = load_corpus(config.data.path)
+        name = corpus.name
+        _, held_out = datasets(corpus, seq_len=sample_len(config), split=config.data.split)
     if held_out is None:
         raise DataError(
-            f"data.split={config.data.split} holds nothing out of {corpus.name}; lower it, or set "
+            f"data.split={config.data.split} holds nothing out of {name}; lower it, or set "
             f"eval.every=0"
         )
     return held_out
@@ -101,6 +114,18 @@ def schedule(config: TrainConfig) -> Callable[[int], float]:
         return optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * cosine
 
     return rate
+
+
+def loss_of(config: TrainConfig) -> Callable[[nn.Module, Any], Any]:
+    """The loss of the model that ``model`` builds."""
+    if config.model.hf is None:
+        return loss
+    found: Callable[[nn.Module, Any], Any] = _hf().causal_loss
+    return found
+
+
+def _hf() -> Any:
+    return importlib.import_module("lazarus.hf")  # imports transformers, which takes seconds
 
 
 def loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:

@@ -24,7 +24,7 @@ class Workshop:
 
     def __init__(self, config: TrainConfig, user: UserCode, *, observer: Observer) -> None:
         self._config, self._user, self._observer = config, user, observer
-        self.loss: Loss = user.loss or defaults.loss
+        self.loss: Loss = user.loss or defaults.loss_of(config)
         self.batching = Batching(
             seed=config.run.seed,
             global_batch=config.train.global_batch,
