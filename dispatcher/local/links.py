@@ -64,7 +64,7 @@ class Link:
 
     peer: int
     socket: socket.socket
-    told: set[int] = field(default_factory=set)  # numbers of our blocks that the peer has mapped
+    mapped: set[int] = field(default_factory=set)  # numbers of our blocks that the peer has mapped
     blocks: dict[int, Block] = field(default_factory=dict)  # blocks of the peer by number
     early: dict[tuple[int, int], Message] = field(default_factory=dict)
     ended: int = 0  # the last collective that the peer has ended
@@ -81,9 +81,9 @@ class Link:
             message.begin, message.size, message.whole, message.room, message.is_lent,
         )  # fmt: skip
         try:
-            if block is not None and block.number not in self.told:
+            if block is not None and block.number not in self.mapped:
                 socket.send_fds(self.socket, [head], [block.fd])
-                self.told.add(block.number)
+                self.mapped.add(block.number)
             else:
                 self.socket.send(head + message.content)
         except OSError as problem:

@@ -263,7 +263,7 @@ class SimWorker:
         chains, history = self.world.stored[order.step][1:]
         self.chains, self.history, self.experts = dict(chains), history.copy(), {}
         self.acked = order.step
-        self.ledger.stand(order.step)
+        self.ledger.start_from(order.step)
 
     def _aligned(self, order: Align) -> Aligned:
         held = tuple(
@@ -307,7 +307,7 @@ class SimWorker:
             self.chains, self.history = dict(chains), history.copy()
             if self.aligned != order.generation:  # a joiner: what was outvoted keeps its experts
                 self.experts = {}
-                self.ledger.stand(order.step)
+                self.ledger.start_from(order.step)
         self._idle()
         self.pending = (order, plan, staged)
         self.say(Ready(generation=order.generation, plan_digest=plan.digest))

@@ -77,8 +77,8 @@ def on_hello(state: Control, body: Hello, *, at_s: float) -> Decision:
         commands = (*commands, TellDriver(body=NodeUp(node_key=body.node_key)))
     if (early := state.roster.notices.get(body.node_key)) is None:
         return state, commands
-    state, told = notices.on_notice(state, early, at_s=at_s)
-    return state, (*commands, *told)
+    state, more = notices.on_notice(state, early, at_s=at_s)
+    return state, (*commands, *more)
 
 
 def _refusal(state: Control, body: Hello) -> str:

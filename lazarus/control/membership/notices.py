@@ -46,13 +46,13 @@ def on_awaited(state: Control, body: NodesAwaited, *, at_s: float) -> Decision:
     any more, the run ends.
     """
     idle_s = None if body.coming else at_s if state.waiting.idle_s is None else state.waiting.idle_s
-    told = state.waiting.awaited_told if body.missing or body.coming else 0
-    highest = max(told, body.missing)
+    known = state.waiting.awaited_told if body.missing or body.coming else 0
+    highest = max(known, body.missing)
     waiting = replace(state.waiting, awaited=body, idle_s=idle_s, awaited_told=highest)
     state = replace(state, waiting=waiting)
     if body.is_hopeless and not staying(state):
         return _nobody_starts(state, body.reason, at_s=at_s)
-    if body.missing <= told:
+    if body.missing <= known:
         return state, ()
     fields = {"generation": state.generation, "missing": body.missing, "reason": body.reason}
     return state, (Publish(t=at_s, event="nodes_awaited", fields=fields),)

@@ -65,8 +65,8 @@ def lose(state: Control, late: tuple[int, ...], *, cause: str, at_s: float) -> D
             continue
         failure = _failure(state, node, why)
         state, flushed = commits.flush(state, at_s=at_s)
-        told = published(state, failure, event="internal_error", at_s=at_s)
-        commands = (*commands, *flushed, told)
+        event = published(state, failure, event="internal_error", at_s=at_s)
+        commands = (*commands, *flushed, event)
         standing = state.standing
         joining = bool(state.resumed and standing.members) and node not in standing.members
         if not joining and not is_alone(state, node, step=failure.step):

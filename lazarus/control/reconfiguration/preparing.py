@@ -98,7 +98,7 @@ def _order(state: Control, transition: Transition, plan: Plan, *, at_s: float) -
         phase_s=at_s,
     )
     state = replace(state, phase=Phase.PREPARING, phase_s=at_s, transition=transition)
-    return _told_to_prepare(state, transition, plan, fed=fed, back=back)
+    return _ordered_to_prepare(state, transition, plan, fed=fed, back=back)
 
 
 def _fed(
@@ -111,7 +111,7 @@ def _fed(
     return tuple(sorted({*joining, *odd}))
 
 
-def _told_to_prepare(
+def _ordered_to_prepare(
     state: Control, transition: Transition, plan: Plan, *, fed: tuple[int, ...], back: int | None
 ) -> Decision:
     """Send PREPARE to all feeders; ``back`` is the step of a rollback, None without one."""
@@ -137,8 +137,8 @@ def _told_to_prepare(
         # Only at the start: later, a joiner waiting for slow storage would delay all ranks.
         probe=state.config.probes_place and not state.resumed,
     )
-    told = TellAll(workers=tuple([seat.worker for seat in feeders]), body=order)
-    return state, (told,)
+    tell_all = TellAll(workers=tuple([seat.worker for seat in feeders]), body=order)
+    return state, (tell_all,)
 
 
 def waited_enough(state: Control, *, at_s: float) -> bool:

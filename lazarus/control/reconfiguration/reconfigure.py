@@ -90,8 +90,8 @@ def begin(state: Control, *, reason: str, at_s: float, planned: bool = False) ->
         agreement=replace(state.agreement, undecided=False),
     )
     order = Fence(generation=generation)
-    told = TellAll(workers=workers_of(state, voters + joiners), body=order)
-    return state, (*commands, Journal(entry=claim), told)
+    fence = TellAll(workers=workers_of(state, voters + joiners), body=order)
+    return state, (*commands, Journal(entry=claim), fence)
 
 
 def _room(state: Control, voters: tuple[int, ...]) -> int:
@@ -147,16 +147,16 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
     reports = {worker: transition.reports[worker] for worker in voting}
     if failure := parting.ranks_parted(reports, state.standing.seats):
         return commits.end(state, status="failed", failure=failure, at_s=at_s)
-    told: tuple[Command, ...] = ()
+    events: tuple[Command, ...] = ()
     if transition.reason == parting.STALLED:
         state, event = parting.judge_stall(state, reports, at_s=at_s)
-        told = (event,)
+        events = (event,)
     published = max(state.step, state.config.start_step)
     try:
         result = verdict(reports, known=_evidence(state), published=published)
     except BrokenInvariantError as broken:
         state, commands = hold(state, reason=str(broken), at_s=at_s, broken=True)
-        return state, (*told, *commands)
+        return state, (*events, *commands)
     state, commands = commits.flush(state, at_s=at_s)
     state = mark(state, "release", at_s - transition.phase_s)
     transition = replace(transition, step=result.step, phase_s=at_s)
@@ -165,7 +165,7 @@ def _judge(state: Control, transition: Transition, *, at_s: float) -> Decision:
     order = Align(
         generation=transition.generation, step=result.step, commit=bool(lanes), lanes=lanes
     )
-    return state, (*told, *commands, TellAll(workers=voting, body=order))
+    return state, (*events, *commands, TellAll(workers=voting, body=order))
 
 
 def _restart(state: Control, transition: Transition, *, at_s: float) -> Decision:

@@ -144,9 +144,9 @@ def _resume(state: Control, transition: Transition, plan: Plan, *, at_s: float) 
     entry["double_k"] = double
     state = _resumed(state, transition, plan, at_s=at_s)
     state = replace(state, saving=replace(state.saving, adapted=adapted, doubling=double))
-    told = _told_to_resume(before, state, transition, plan)
+    orders = _orders_to_resume(before, state, transition, plan)
     events = _resume_events(before, state, transition, plan, at_s=at_s)
-    return state, (Journal(entry=entry), *told, *events, *bills, *repaired)
+    return state, (Journal(entry=entry), *orders, *events, *bills, *repaired)
 
 
 def _resumed(state: Control, transition: Transition, plan: Plan, *, at_s: float) -> Control:
@@ -196,7 +196,7 @@ def _resumed(state: Control, transition: Transition, plan: Plan, *, at_s: float)
     )
 
 
-def _told_to_resume(
+def _orders_to_resume(
     before: Control, state: Control, transition: Transition, plan: Plan
 ) -> list[Command]:
     """RESUME for the workers of the new generation, and Depart for those of leaving nodes."""
@@ -210,10 +210,10 @@ def _told_to_resume(
         halt=bool(state.ending.stopping),
         **({} if state.saving.adapted is None else asdict(state.saving.adapted)),
     )
-    told: list[Command] = [TellAll(workers=state.standing.seats, body=order)]
+    orders: list[Command] = [TellAll(workers=state.standing.seats, body=order)]
     if departed := workers_of(before, transition.leavers):
-        told.append(TellAll(workers=departed, body=Depart(reason="left the run")))
-    return told
+        orders.append(TellAll(workers=departed, body=Depart(reason="left the run")))
+    return orders
 
 
 def _has_committed(state: Control, transition: Transition) -> bool:

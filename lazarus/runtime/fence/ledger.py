@@ -83,7 +83,7 @@ class StepLedger:
         with self._lock:
             self.committed = step
 
-    def stand(self, step: int) -> None:
+    def start_from(self, step: int) -> None:
         """Start from the state of a committed step: when joining, resuming or rolling back.
 
         Vectors of earlier steps are forgotten: they belong to a history that no longer counts.

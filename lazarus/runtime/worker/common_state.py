@@ -146,7 +146,7 @@ class CommonState:
         self._replica.history = base.history
         self.take_scalars(base.scalars)
         self._replica.forget_experts()
-        self._ledger.stand(base.step)
+        self._ledger.start_from(base.step)
         self._start = None
 
     def join(self, order: Prepare) -> None:
@@ -154,7 +154,7 @@ class CommonState:
         self.take_numbers(order.scalars, order.history)
         self._replica.keep_buffers()
         self._replica.forget_experts()
-        self._ledger.stand(order.step)
+        self._ledger.start_from(order.step)
         self._start = None
 
     def repair(self, dense: Mapping[str, Tensor], order: Prepare) -> None:

@@ -151,7 +151,7 @@ class VirtualRun:
             case Tell(body=Resume(generation=g)) | TellAll(body=Resume(generation=g)):
                 self._resumed(g)
             case Tell(body=Pause(generation=g)) | TellAll(body=Pause(generation=g)):
-                self._agenda.add(self.training.boundary(self._now), "pause", g)
+                self._agenda.add(self.training.step_done_at(self._now), "pause", g)
             case TellDriver(body=RunOver()):
                 self._over = True
                 self._reborn_if_possible()
@@ -323,7 +323,7 @@ class VirtualRun:
             generation=generation, run=whole,
         )  # fmt: skip
         if whole:
-            self._agenda.add(self.training.boundary(self._now), "commit", generation)
+            self._agenda.add(self.training.step_done_at(self._now), "commit", generation)
         self._agenda.add(self._now + self._setting.join_debounce_s + _WITHIN_S, "tick", None)
 
     def _on_commit(self, generation: int) -> None:

@@ -123,7 +123,7 @@ class Training:
         self.progress(now_s)
         self._since = None
 
-    def boundary(self, now_s: float) -> float:
+    def step_done_at(self, now_s: float) -> float:
         """Return the time at which the step in progress will be complete."""
         if self._since is None:
             return now_s
