@@ -11,18 +11,22 @@ from lazarus.version import __version__
 
 if TYPE_CHECKING:
     from lazarus.config.train_config import TrainConfig
+    from lazarus.model.experts import ExpertBank
     from lazarus.model.groups import param_groups
     from lazarus.model.loss import LossSum
     from lazarus.model.moe import MoELayer
+    from lazarus.model.routed import RoutedExperts
     from lazarus.run.result import Result
     from lazarus.run.trainer import ElasticTrainer, RunHandle
     from lazarus.runtime.training.context import WorkerContext
 
 __all__ = [
     "ElasticTrainer",
+    "ExpertBank",
     "LossSum",
     "MoELayer",
     "Result",
+    "RoutedExperts",
     "RunHandle",
     "TrainConfig",
     "WorkerContext",
@@ -32,9 +36,11 @@ __all__ = [
 
 _HOMES = {
     "ElasticTrainer": "lazarus.run.trainer",
+    "ExpertBank": "lazarus.model.experts",
     "LossSum": "lazarus.model.loss",
     "MoELayer": "lazarus.model.moe",
     "Result": "lazarus.run.result",
+    "RoutedExperts": "lazarus.model.routed",
     "RunHandle": "lazarus.run.trainer",
     "TrainConfig": "lazarus.config.train_config",
     "WorkerContext": "lazarus.runtime.training.context",

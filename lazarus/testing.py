@@ -1,21 +1,23 @@
-"""Checks for users' own streams and recovery policies; each raises if a requirement is not met."""
+"""Checks for users' own streams, policies and layers; each raises if a requirement is not met."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from lazarus.checkpoint.format.lineage import Lineage, extended
 from lazarus.checkpoint.restoring.policy import ClusterView, RecoveryPolicy, decision_of, on_history
 from lazarus.checkpoint.restoring.restore_choice import Copy, Loss, Source, StoredCheckpoint
 from lazarus.data.stream import ShardIterator, StreamSource
 from lazarus.errors import DataError
+from lazarus.model.conformance import check_layer
 
 
 def check_stream(
@@ -91,23 +93,50 @@ def _not_plain(value: Any, path: str) -> str | None:
     return next((wrong for where, v in inside if (wrong := _not_plain(v, where))), None)
 
 
-def conformance(*, recovery: RecoveryPolicy, seed: int = 0, rounds: int = 200) -> int:
-    """Check that a recovery policy gives valid answers to many random losses.
+def conformance(
+    *,
+    recovery: RecoveryPolicy | None = None,
+    layer: Callable[[], nn.Module] | None = None,
+    call: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    seed: int = 0,
+    rounds: int | None = None,
+) -> int:
+    """Check a recovery policy on many random losses, or a layer on many random placements.
 
     ``placement.testing.conformance`` does the same for a placement policy.
 
+    A layer must compute, on any ranks and with any replicas, the outputs, gradients and counts that
+    it computes alone. It must do so with ranks that have no samples, with repeated forwards of
+    activation checkpointing, and after being copied.
+
     Args:
         recovery: The policy, called as ``recovery(losses, view, now_s=...)``.
-        seed: Seed of the random losses.
-        rounds: Number of random questions.
+        layer: Builds the layer, or a model with one or more of them. The experts must fit in memory
+            many times over: use a small one.
+        call: Runs what ``layer`` builds on tokens [T, D] and returns [T, any width]; every token by
+            itself. None: the module is called with the tokens.
+        seed: Seed of the random losses or placements.
+        rounds: Number of random questions (None: 200) or placements (None: 6).
 
     Returns:
-        The number of questions.
+        The number of questions or placements.
 
     Raises:
         AssertionError: The policy raised, gave an answer that cannot be carried out, gave two
             answers to the same question, or changed its arguments; the message has the question.
+            Or the layer does not keep to ``lazarus.model.protocol.ElasticLayer``; the message says
+            in what.
+        TypeError: Neither or both of policy and layer are given.
     """
+    if (recovery is None) == (layer is None):
+        raise TypeError("pass either recovery= or layer=")
+    if layer is not None:
+        return check_layer(layer, call=call, seed=seed, rounds=6 if rounds is None else rounds)
+    assert recovery is not None
+    return _check_recovery(recovery, seed=seed, rounds=200 if rounds is None else rounds)
+
+
+def _check_recovery(recovery: RecoveryPolicy, *, seed: int, rounds: int) -> int:
     rng = random.Random(f"conformance {seed}")
     for number in range(rounds):
         losses, view = on_history(*_question(rng))

@@ -151,8 +151,8 @@ class ExpertBank(nn.Module):
     def source(self) -> ExpertSource | None:
         """Function that gives the initial tensors of an expert by name; None: they are drawn.
 
-        The function is called when a slot is filled, on the rank that holds the slot. A tensor may
-        have any dtype and device.
+        The function is called when a slot is filled, on the rank that holds the slot; slots that
+        are filled already keep their values. A tensor may have any dtype and device.
         """
         return self._source.value
 
