@@ -47,12 +47,12 @@ class CommonState:
         self._replica, self._reading, self._between = replica, reading, between
         self._ledger, self._workshop = ledger, workshop
         self._start = start  # None once this rank has taken over any state
-        self.saver: Saver | None = None
+        self._saver: Saver | None = None
         self._first = ""
 
     def begin(self, saver: Saver | None) -> None:
         """Note the state before training. Called once, when all parts have been made."""
-        self.saver = saver
+        self._saver = saver
         self._first = self.scalars()
 
     def scalars(self) -> str:
@@ -61,7 +61,7 @@ class CommonState:
         That is the optimizer's numbers and settings, save schedule, data position, last evaluation.
         A rank knows newer positions of its own shards of a stream than of other shards.
         """
-        save = None if self.saver is None else self.saver.schedule.to_text()
+        save = None if self._saver is None else self._saver.schedule.to_text()
         return json.dumps(
             {
                 "optimizer": self._replica.scalars(),
@@ -79,8 +79,8 @@ class CommonState:
         self._between.take_state(found.get("evaluated"))
         if "data" in found:
             self._reading.take_state(found["data"])
-        if self.saver is not None and found["save"] is not None:
-            self.saver.schedule.take_text(found["save"])
+        if self._saver is not None and found["save"] is not None:
+            self._saver.schedule.take_text(found["save"])
 
     def agree(self, text: str) -> None:
         """Take the last evaluation and the optimizer's settings of one chosen member before RESUME.
@@ -107,7 +107,7 @@ class CommonState:
             base: If given, the checksum is of this state, which is not taken over yet.
         """
         if base is None:
-            schedule = "" if self.saver is None else self.saver.schedule.to_text()
+            schedule = "" if self._saver is None else self._saver.schedule.to_text()
             return _digest(self._replica.history_digest(), schedule)
         return _digest(base.history_digest(), str(json.loads(base.scalars)["save"] or ""))
 
@@ -177,8 +177,8 @@ class CommonState:
 
     def stand_still(self) -> None:
         """Wait until no snapshot reads the training tensors, before anything writes them."""
-        if self.saver is not None:
-            self.saver.wait_before_write()
+        if self._saver is not None:
+            self._saver.wait_before_write()
 
 
 def ref_of(place: str) -> CheckpointRef | None:

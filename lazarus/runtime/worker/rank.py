@@ -174,9 +174,9 @@ class Rank:
         if pending is None or pending.order.generation != order.generation:
             fence = self.parts.ledger.fence
             raise FencedError(generation=order.generation, fence=fence)
-        self._pending, self._plan = None, pending.plan
+        self._pending = None
         self.generation = begin(order, pending, self.parts, term=self._term, context=self.context)
-        self.context = self.generation.context
+        self._plan, self.context = self.generation.standing.plan, self.generation.context
         return self.generation
 
     def finalize(self, order: Finalize) -> list[Body]:
