@@ -336,7 +336,10 @@ class ExpertBank(nn.Module):
         return partial(drawn, fields=self.fields, key=self.key, std=self.init_std)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Load all experts even if the bank holds none yet."""
+        """Load all experts even if the bank holds none yet, and frozen ones into a trained bank."""
+        weight, frozen = prefix + "weight", prefix + "frozen"
+        if self.frozen is None and frozen in state_dict and not state_dict[weight].shape[1]:
+            state_dict[weight] = state_dict.pop(frozen)  # a run freezes a bank when it begins
         if not self.expert_of_slot:
             for name in ("weight", "frozen"):
                 given, own = state_dict.get(prefix + name), getattr(self, name)

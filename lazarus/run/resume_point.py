@@ -66,7 +66,7 @@ def lost_until(manifest: Manifest) -> PltLedger:
     ledger = ledger.rolled_back(routed)  # a restore may have come between the step and its manifest
     for layer, experts in enumerate(manifest.experts):
         for expert, versions in enumerate(experts):
-            saved = min((version.routed for version in versions.values()), default=0)
+            saved = manifest.oldest(layer, expert).routed if versions else 0
             if saved < routed[layer][expert]:
                 ledger, _ = ledger.restored(
                     layer=layer,

@@ -53,7 +53,9 @@ def feed_all(
     orders: Sequence[Prepare], exchanges: Sequence[Any], images: Sequence[DenseImage]
 ) -> list[TransferRun]:
     feeds = [
-        TransferRun(prepare, exchange, read_record=record, dense=dense, record_bytes=RECORD)
+        TransferRun(
+            prepare, exchange, read_record=record, dense=dense, record_bytes=lambda layer: RECORD
+        )
         for prepare, exchange, dense in zip(orders, exchanges, images, strict=True)
     ]
     with ThreadPoolExecutor(len(feeds)) as pool:
@@ -111,7 +113,7 @@ def test_a_sender_at_another_step_is_refused() -> None:
 )
 def test_rounds_keep_the_order_and_the_bound(ends: list[tuple[int, int]], num_bytes: int) -> None:
     moves = [Move(layer=0, expert=i, source=a, target=b) for i, (a, b) in enumerate(ends) if a != b]
-    pieces = expert_pieces(moves, record_bytes=num_bytes)
+    pieces = expert_pieces(moves, record_bytes=lambda layer: num_bytes)
     rounds = list(rounds_of(pieces))
     assert [p for r in rounds for p in r] == pieces
     for batch in rounds:

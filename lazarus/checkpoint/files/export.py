@@ -1,7 +1,8 @@
 """Export a checkpoint's model as one safetensors file that can be read without Lazarus. EFFECTS.
 
 There are two layouts. ``model`` has the names of ``model.state_dict()``, with the experts of each
-layer stacked into ``{path}.experts.weight`` [E, P]; ``load_state_dict`` accepts it unchanged.
+layer stacked into ``{path}.experts.weight`` [E, P] (and frozen ones into ``.frozen`` [E, F]);
+``load_state_dict`` accepts it unchanged.
 ``experts`` has one tensor per expert and field, ``{path}.experts.{id}.{field}``.
 """
 
@@ -18,7 +19,7 @@ from lazarus.checkpoint.files.reader import LazyState, open_state_dict, tied_of
 from lazarus.checkpoint.files.storage import open_storage, write_file
 from lazarus.checkpoint.files.tensors import bytes_of
 from lazarus.checkpoint.format.image import TensorSpec, layout_image
-from lazarus.checkpoint.format.manifest import WEIGHTS, LayerEntry, Manifest
+from lazarus.checkpoint.format.manifest import FROZEN, WEIGHTS, LayerEntry, Manifest
 from lazarus.checkpoint.format.stored_state import StoredState
 
 LAYOUTS = ("model", "experts")
@@ -31,15 +32,20 @@ class StackedState(Mapping[str, Tensor]):
 
     def __init__(self, state: LazyState) -> None:
         self._state = state
-        self._layers = {f"{layer.path}.experts.weight": layer for layer in state.manifest.layers}
+        self._layers = {
+            f"{layer.path}.experts.{name}": (layer, part)
+            for layer in state.manifest.layers
+            for name, part in (("weight", WEIGHTS), ("frozen", FROZEN))
+            if part == WEIGHTS or layer.tensors.get(part)
+        }
         for other, name in tied_of(state.manifest).items():
             if name in self._layers:  # a layer that is used in several places
                 self._layers[other] = self._layers[name]
         inside = {
             name
-            for layer in state.manifest.layers
+            for layer, part in self._layers.values()
             for expert in range(layer.num_experts)
-            for name, _ in _fields(layer, expert)
+            for name, _ in _fields(layer, part, expert)
         }
         self._names = sorted([*(name for name in state if name not in inside), *self._layers])
 
@@ -52,12 +58,12 @@ class StackedState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._layers:
             return self._state[name]
-        layer, spec = self._layers[name], self.spec(name)
-        first, _ = _fields(layer, 0)[0]
-        stacked = torch.zeros(spec.shape, dtype=self._state[first].dtype)
-        for expert in range(layer.num_experts):
-            fields = [self._state[field].reshape(-1) for field, _ in _fields(layer, expert)]
+        (layer, part), spec = self._layers[name], self.spec(name)
+        stacked = torch.zeros(spec.shape)
+        for expert in range(layer.num_experts if _fields(layer, part, 0) else 0):
+            fields = [self._state[field].reshape(-1) for field, _ in _fields(layer, part, expert)]
             row = torch.cat(fields)
+            stacked = stacked.to(row.dtype)
             stacked[expert, : row.numel()] = row
         return stacked
 
@@ -65,18 +71,19 @@ class StackedState(Mapping[str, Tensor]):
         """Name, dtype and shape of a tensor; reads no file."""
         if name not in self._layers:
             return self._state.spec(name)
-        layer = self._layers[name]
-        fields = _fields(layer, 0)
+        layer, part = self._layers[name]
+        fields = _fields(layer, part, 0)
         count = sum(math.prod(spec.shape) for _, spec in fields)
         padded = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
-        return TensorSpec(name=name, dtype=fields[0][1].dtype, shape=(layer.num_experts, padded))
+        dtype = fields[0][1].dtype if fields else "F32"
+        return TensorSpec(name=name, dtype=dtype, shape=(layer.num_experts, padded))
 
 
-def _fields(layer: LayerEntry, expert: int) -> list[tuple[str, TensorSpec]]:
-    """Name and spec of each of an expert's weight tensors, in the order of the record."""
+def _fields(layer: LayerEntry, part: str, expert: int) -> list[tuple[str, TensorSpec]]:
+    """Name and spec of each of an expert's tensors in this part, in the order of the record."""
     return [
         (spec.name.removeprefix(_MODEL).replace("{e}", str(expert)), spec)
-        for spec in layer.tensors[WEIGHTS]
+        for spec in layer.tensors.get(part, ())
     ]
 
 

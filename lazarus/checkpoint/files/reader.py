@@ -103,13 +103,22 @@ class CheckpointReader:
         """
         found: dict[str, Tensor] = {}
         for part in self.manifest.layers[layer].parts():
-            version = self.manifest.experts[layer][expert][part]
-            tensors = self.file(version.file)
-            for spec in self.manifest.layers[layer].tensors[part]:
-                name = spec.name.replace("{e}", str(expert))
-                if name not in tensors:
-                    raise DamagedError(f"{version.file} lacks {name}")
-                found[name] = tensors[name]
+            found |= self.part(layer, expert, part)
+        return found
+
+    def part(self, layer: int, expert: int, part: str) -> dict[str, Tensor]:
+        """One part of one expert, by global name.
+
+        Raises:
+            DamagedError: The part's file is damaged, or lacks a tensor.
+        """
+        version = self.manifest.experts[layer][expert][part]
+        tensors, found = self.file(version.file), dict[str, Tensor]()
+        for spec in self.manifest.layers[layer].tensors[part]:
+            name = spec.name.replace("{e}", str(expert))
+            if name not in tensors:
+                raise DamagedError(f"{version.file} lacks {name}")
+            found[name] = tensors[name]
         return found
 
     def require(self, *, dense: Sequence[TensorSpec], layers: Sequence[LayerEntry]) -> None:
@@ -165,8 +174,11 @@ def expert_versions(
         parts = manifest.layers[layer].parts()
         version = manifest.experts[layer][expert]
         files = tuple(version[p].file for p in parts if p in version)
-        if len(files) == len(parts) and files not in seen:
-            seen.add(files)
+        if len(files) < len(parts):
+            continue
+        same = (*files, str(manifest.oldest(layer, expert).step))
+        if same not in seen:
+            seen.add(same)
             versions.append((manifest, version))
     return tuple(versions)
 
@@ -214,8 +226,8 @@ class StoredExperts:
             NoCheckpointError: There is no such version; the message says what is wrong with each.
         """
         problems, refused = [], None
-        for manifest, version in expert_versions(self._manifests, layer, expert):
-            oldest = min(version.values(), key=lambda v: v.step)
+        for manifest, _ in expert_versions(self._manifests, layer, expert):
+            oldest = manifest.oldest(layer, expert)
             if upto is not None and oldest.step > upto:
                 continue
             try:

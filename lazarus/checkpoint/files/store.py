@@ -69,7 +69,7 @@ class Tag:
 
 
 _WRITER = re.compile(
-    r"(?:dense-\d+|L\d+-E\d+(?:\.[wo])?)\.(?P<job>.+?)(?:-full)?-\d+-\d+-[0-9a-f]+\.safetensors"
+    r"(?:dense-\d+|L\d+-E\d+(?:\.[wof])?)\.(?P<job>.+?)(?:-full)?-\d+-\d+-[0-9a-f]+\.safetensors"
 )
 
 
@@ -224,6 +224,7 @@ def commit_manifest(
     lineage: Sequence[tuple[int, int]],
     meta: Mapping[str, Any],
     previous: Manifest | None,
+    frozen_names: Collection[str] = (),
     lives: Collection[str] | None = None,
     probe: Probe = no_probe,
 ) -> Manifest:
@@ -239,6 +240,7 @@ def commit_manifest(
         lineage: Pairs (generation, step) of every RESUME so far.
         meta: JSON-able state: config digest, sampler seed, load history, counts.
         previous: Newest valid manifest; None for the first checkpoint, which must be full.
+        frozen_names: Dense tensors that may be in files of ``previous``, since they do not change.
         lives: Ids of this run and of the runs that it continues; None: all files are this run's.
         probe: Called with ``manifest.open``, ``.written``, ``.synced``, ``.renamed``.
 
@@ -266,7 +268,9 @@ def commit_manifest(
         files={},
         meta=meta,
     )
-    manifest = merged(base, written, previous=previous, dense_names=dense_names)
+    manifest = merged(
+        base, written, previous=previous, dense_names=dense_names, frozen_names=frozen_names
+    )
     storage = open_storage(url)
     if bad := damaged_sizes(storage, manifest):
         raise DamagedError(f"step {step} is not committed: {bad[0]}")

@@ -16,8 +16,9 @@ from lazarus.checkpoint.format.image import TensorSpec
 
 FORMAT = 1
 SUPPORTED_FORMATS = (1,)
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
-PARTS = (WEIGHTS, OPTIMIZER)
+WEIGHTS, OPTIMIZER, FROZEN = "weights", "optimizer", "frozen"
+PARTS = (WEIGHTS, OPTIMIZER)  # of an expert, as far as training changes it
+ALL_PARTS = (*PARTS, FROZEN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertVersion:
-    """One part (weights or optimizer state) of one expert at a committed step.
+    """One part (weights, optimizer state or frozen weights) of one expert at a committed step.
 
     ``routed`` is the expert's cumulative count of routed copies at ``step``. A restore from this
     version loses the present count minus ``routed`` copies.
@@ -63,8 +64,8 @@ class LayerEntry:
     tensors: Mapping[str, tuple[TensorSpec, ...]]
 
     def parts(self) -> tuple[str, ...]:
-        """The parts of each expert in this layer: weights, and optimizer state if there is any."""
-        return tuple(p for p in PARTS if self.tensors.get(p))
+        """The parts of each expert in this layer: those of which it has tensors."""
+        return tuple(p for p in ALL_PARTS if self.tensors.get(p))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerEntry:
@@ -157,7 +158,22 @@ class Manifest:
     def expert_step(self, layer: int, expert: int) -> int:
         """Step of the oldest part of an expert's version; -1 if a part is missing."""
         versions = self.experts[layer][expert]
-        return min((versions[p].step if p in versions else -1) for p in self.layers[layer].parts())
+        if any(part not in versions for part in self.layers[layer].parts()):
+            return -1
+        return self.oldest(layer, expert).step
+
+    def oldest(self, layer: int, expert: int) -> ExpertVersion:
+        """The oldest part of an expert, which says what a restore loses.
+
+        Frozen weights do not change, so they are as of this checkpoint whenever they were written.
+        """
+        versions = self.experts[layer][expert]
+        trained = [version for part, version in versions.items() if part != FROZEN]
+        if trained:
+            return min(trained, key=lambda version: version.step)
+        routed = self.meta.get("routed")
+        counted = versions[FROZEN].routed if routed is None else int(routed[layer][expert])
+        return replace(versions[FROZEN], step=self.step, generation=self.generation, routed=counted)
 
     def fresh_experts(self) -> int:
         """The number of experts, over all layers, with a file written for this checkpoint."""
@@ -211,6 +227,7 @@ def merged(
     *,
     previous: Manifest | None,
     dense_names: Collection[str],
+    frozen_names: Collection[str] = (),
 ) -> Manifest:
     """Build a checkpoint's manifest from its new files and the versions in ``previous``.
 
@@ -219,6 +236,8 @@ def merged(
         written: Durable files of this checkpoint by all writers, dense and experts.
         previous: Manifest on the same lineage that gives the versions of experts not written now.
         dense_names: Every dense tensor of the run.
+        frozen_names: Those of them that do not change: if not written now, they are taken from
+            ``previous`` too.
 
     Raises:
         IncompleteCheckpointError: An expert has no version, or a dense tensor has no file.
@@ -238,11 +257,12 @@ def merged(
             _add_dense(dense, item)
         else:
             _add_expert(experts, seen, item)
-    for layer in experts:
-        for versions in layer:
-            for version in versions.values():
-                if version.file not in files and previous is not None:
-                    files[version.file] = previous.files[version.file]
+    if previous is not None:
+        kept = [name for name in frozen_names if name not in dense and name in previous.dense]
+        dense |= {name: previous.dense[name] for name in kept}
+        used = {version.file for row in experts for one in row for version in one.values()}
+        used |= {dense[name].file for name in kept}
+        files |= {path: previous.files[path] for path in used if path not in files}
     new = replace(
         base,
         dense=dense,

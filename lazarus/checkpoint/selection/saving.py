@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lazarus.checkpoint.format.manifest import PARTS
+from lazarus.checkpoint.format.manifest import FROZEN, PARTS
 from lazarus.checkpoint.selection.schedule import (
     ScheduleConfig,
     ScheduleState,
@@ -25,6 +25,7 @@ from lazarus.checkpoint.selection.schedule import (
 from lazarus.checkpoint.selection.sharding import Unit, copy_targets, dense_shards, split_adaptively
 
 Counts = NDArray[np.int64]
+_WHOLE, _SINGLE, _FROZEN = range(3)  # records of all trained parts, of one of them, of the frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ def plan_save(
     dense_bytes: Mapping[str, int],
     parts: str = "WO",
     copies: int = 1,
+    layer_parts: Sequence[Sequence[str]] = (),
 ) -> tuple[RankShare, ...]:
     """Split a save over all ranks, so that each expert and each dense tensor is saved once.
 
@@ -125,15 +127,17 @@ def plan_save(
         ranks_of: Returns the ranks that hold (layer, expert), like ``Plan.ranks_of``.
         node_of_rank: Stable node id of each rank.
         num_experts: Experts per layer.
-        part_bytes: Bytes of one expert's weights and of its optimizer state.
+        part_bytes: Bytes of each part of one expert.
         dense_bytes: Bytes of each dense tensor; saved only when something is persisted.
         parts: ``WO``, ``W`` or ``O``, see ``ScheduleConfig``.
         copies: Copies of each snapshot on other nodes.
+        layer_parts: The parts that the experts of each layer have; by default all are trained.
+            Frozen parts are saved in full checkpoints alone, in files of their own.
 
     Returns:
         One share per rank. Ranks with fewer bytes of dense state get more experts.
     """
-    orders = _orders(selection, num_experts=num_experts, parts=parts)
+    orders = _orders(selection, num_experts=num_experts, parts=parts, layer_parts=layer_parts)
     num_ranks = len(node_of_rank)
     dense = dense_shards(dense_bytes if selection.persists else {}, num_ranks=num_ranks)
     units = [
@@ -149,7 +153,7 @@ def plan_save(
     snapshots = [
         replace(u, holders=tuple(sorted({node_of_rank[r] for r in u.holders})))
         for u in units
-        if orders[u.key][0] == PARTS
+        if u.key[2] == _WHOLE
     ]
     targets = copy_targets(
         snapshots,
@@ -174,16 +178,22 @@ def plan_save(
 
 
 def _orders(
-    selection: Selection, *, num_experts: int, parts: str
+    selection: Selection, *, num_experts: int, parts: str, layer_parts: Sequence[Sequence[str]]
 ) -> dict[tuple[int, ...], tuple[tuple[str, ...], bool]]:
-    """Sorted (layer, expert, 0 or 1) -> (parts, persist); 1 marks records of a single part."""
+    """Sorted (layer, expert, kind of record) -> (parts, persist)."""
     kept = parts_saved(selected=False, parts=parts)
+    is_full = selection.is_full(num_experts)
     orders: dict[tuple[int, ...], tuple[tuple[str, ...], bool]] = {}
     for layer, snapshot in enumerate(selection.snapshot):
         persist = selection.persist[layer]
-        for expert in snapshot:
-            orders[layer, expert, 0] = (PARTS, expert in persist)
-        if kept and selection.persists:
-            for expert in sorted(set(range(num_experts)) - set(persist)):
-                orders[layer, expert, 1] = (kept, True)
+        own = layer_parts[layer] if layer_parts else PARTS
+        if any(part in PARTS for part in own):
+            for expert in snapshot:
+                orders[layer, expert, _WHOLE] = (PARTS, expert in persist)
+            if kept and selection.persists:
+                for expert in sorted(set(range(num_experts)) - set(persist)):
+                    orders[layer, expert, _SINGLE] = (kept, True)
+        if FROZEN in own and is_full:
+            for expert in range(num_experts):
+                orders[layer, expert, _FROZEN] = ((FROZEN,), True)
     return dict(sorted(orders.items()))

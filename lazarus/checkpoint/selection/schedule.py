@@ -93,6 +93,10 @@ class Selection:
         """Whether this step makes a checkpoint on storage."""
         return any(self.persist)
 
+    def is_full(self, num_experts: int) -> bool:
+        """Whether this step makes a checkpoint of all experts."""
+        return bool(self.persist) and all(len(layer) == num_experts for layer in self.persist)
+
 
 def select_experts(
     state: ScheduleState,

@@ -123,8 +123,8 @@ def stored_of(manifest: Manifest) -> tuple[Stored, ...]:
     """The oldest version of each expert in this manifest: what a restore from it yields."""
     found = []
     for layer, experts in enumerate(manifest.experts):
-        for expert, versions in enumerate(experts):
-            oldest = min(versions.values(), key=lambda version: version.step)
+        for expert in range(len(experts)):
+            oldest = manifest.oldest(layer, expert)
             found.append(
                 Stored(
                     layer=layer,
@@ -167,6 +167,7 @@ def write_manifest(
         step=command.step,
         layers=[LayerEntry.from_json(entry) for entry in head["layers"]],
         dense_names=head["dense_names"],
+        frozen_names=head.get("frozen_names", ()),
         lineage=lineage,
         meta={
             "run": config.run_id,

@@ -18,7 +18,7 @@ class Refill:
         self._rounds = list(rounds_of(pieces))
         self._missing = missing_after(moves)
         self._plan, self._feed, self._replica = plan, feed, replica
-        self.num_bytes = len(moves) * replica.record_bytes
+        self.num_bytes = sum(piece.num_bytes for piece in pieces)
 
     @property
     def is_over(self) -> bool:

@@ -11,15 +11,23 @@ from typing import TypeVar
 
 import torch
 
+from lazarus.checkpoint.errors import NoCheckpointError
 from lazarus.checkpoint.files.patience import patiently
 from lazarus.checkpoint.files.reader import CheckpointReader, StoredExpert, StoredExperts
 from lazarus.checkpoint.files.storage import Storage, read_file
 from lazarus.checkpoint.files.store import Tag, load_manifest
 from lazarus.checkpoint.files.tensors import tensors_of
+from lazarus.checkpoint.files.verify import newest_usable
+from lazarus.checkpoint.format.manifest import FROZEN, Manifest
 from lazarus.checkpoint.format.ref import CheckpointRef
 from lazarus.control.messages import Prepare, Restore, SnapshotHeld
 from lazarus.control.saving.losses import bad_source_of
-from lazarus.errors import BadSourceError, CheckpointError, FencedError, StorageError
+from lazarus.errors import (
+    BadSourceError,
+    CheckpointError,
+    FencedError,
+    StorageError,
+)
 from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.observer import Observer
 from lazarus.runtime.healing.transfer import TransferRun
@@ -207,6 +215,39 @@ class Fetcher:
         found = stored.read(restore.layer, restore.expert, upto=restore.step)
         self.versions.append(_version(restore, found))
         return found.tensors
+
+
+class StoredFrozen:
+    """Frozen weights of experts from the checkpoint that a run was resumed from.
+
+    Args:
+        ref: The checkpoint.
+        reader: Makes a reader of files that gives up when the present generation is over.
+    """
+
+    def __init__(self, ref: CheckpointRef, *, reader: Callable[[], PatientReader]) -> None:
+        self._ref, self._make = ref, reader
+        self._found: Manifest | None = None
+
+    def __call__(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
+        """The frozen fields of one expert, by name.
+
+        Raises:
+            CheckpointError: They cannot be read.
+        """
+        read = self._make()
+        if self._found is None:
+            self._found = read.ask(self._manifest, place=str(self._ref))
+        reader = CheckpointReader(self._ref.url, self._found, read=read)
+        tensors = reader.part(layer, expert, FROZEN)
+        return {name.rpartition(f".experts.{expert}.")[2]: t for name, t in tensors.items()}
+
+    def _manifest(self) -> Manifest:
+        """The checkpoint's manifest, or a newer one, which names the same frozen weights."""
+        try:
+            return load_manifest(self._ref.url, self._ref.step)
+        except NoCheckpointError:
+            return newest_usable(self._ref.url)
 
 
 def _key(restore: Restore) -> tuple[int, int]:

@@ -25,6 +25,7 @@ _HEADER = struct.Struct("<qqiiq16s16x")  # generation, step, layer, expert or -1
 
 Expert = tuple[int, int]
 ReadRecord = Callable[[int, int], Tensor]
+RecordBytes = Callable[[int], int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +45,8 @@ class Piece:
         return f"L{self.layer}/E{self.expert}" if self.layer >= 0 else f"dense+{self.offset}"
 
 
-def expert_pieces(moves: Sequence[Move], *, record_bytes: int) -> list[Piece]:
-    """One piece for each expert record to move."""
+def expert_pieces(moves: Sequence[Move], *, record_bytes: RecordBytes) -> list[Piece]:
+    """One piece for each expert record to move; ``record_bytes`` gives a record's size by layer."""
     return [
         Piece(
             source=move.source,
@@ -53,7 +54,7 @@ def expert_pieces(moves: Sequence[Move], *, record_bytes: int) -> list[Piece]:
             layer=move.layer,
             expert=move.expert,
             offset=0,
-            num_bytes=record_bytes,
+            num_bytes=record_bytes(move.layer),
         )
         for move in moves
     ]
@@ -112,7 +113,7 @@ class TransferRun:
         *,
         read_record: ReadRecord,
         dense: DenseImage,
-        record_bytes: int,
+        record_bytes: RecordBytes,
         device: torch.device | None = None,
     ) -> None:
         """``device``: device of the tensors that ``exchange`` takes; None means the CPU."""

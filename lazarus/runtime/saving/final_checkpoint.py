@@ -15,7 +15,7 @@ from lazarus.checkpoint.files.patience import patiently
 from lazarus.checkpoint.files.storage import redacted
 from lazarus.checkpoint.files.store import Record, RecordKey, Tag, write_files
 from lazarus.checkpoint.files.tensors import record_of, specs_of
-from lazarus.checkpoint.format.manifest import WrittenFile
+from lazarus.checkpoint.format.manifest import FROZEN, PARTS, WrittenFile
 from lazarus.control.messages import Finalize, Finalized, problem_of
 from lazarus.runtime.state.replica import Replica
 from placement import Plan
@@ -111,7 +111,7 @@ def share_of(
     for layer in range(len(replica.layers)):
         for expert in range(replica.num_experts):
             if plan.home[layer, expert] == rank:
-                records.append(_expert_record(replica, layer, expert, tag=tag, step=step))
+                records += _expert_records(replica, layer, expert, tag=tag, step=step)
                 moved()
     return [record for record in records if record.specs]
 
@@ -125,6 +125,7 @@ def share_report(
         report |= {
             "layers": [layer_entry(replica, layer) for layer in range(len(replica.layers))],
             "dense_names": [name for name, _ in replica.dense_tensors()],
+            "frozen_names": replica.frozen_names,
             "tied": replica.tied,
             "scalars": scalars,
             "history": replica.history.tolist(),
@@ -140,15 +141,23 @@ def _dense_record(replica: Replica, *, rank: int, size: int, tag: Tag, step: int
     return record_of(key, dict(tensors), tag=tag)
 
 
-def _expert_record(replica: Replica, layer: int, expert: int, *, tag: Tag, step: int) -> Record:
-    key = RecordKey(
-        layer=layer,
-        expert=expert,
-        step=step,
-        generation=tag.generation,
-        routed=int(replica.history[1, layer, expert]),
-    )
-    return record_of(key, dict(replica.expert_tensors(layer, expert)), tag=tag)
+def _expert_records(
+    replica: Replica, layer: int, expert: int, *, tag: Tag, step: int
+) -> list[Record]:
+    """An expert's trained parts in one record, and its frozen part in another."""
+    found, records = list(replica.expert_parts(layer, expert)), []
+    for parts in (PARTS, (FROZEN,)):
+        key = RecordKey(
+            layer=layer,
+            expert=expert,
+            step=step,
+            generation=tag.generation,
+            routed=int(replica.history[1, layer, expert]),
+            parts=parts,
+        )
+        tensors = {name: tensor for part, name, tensor in found if part in parts}
+        records.append(record_of(key, tensors, tag=tag))
+    return records
 
 
 def source_folder(model: nn.Module) -> str:
@@ -163,10 +172,9 @@ def source_folder(model: nn.Module) -> str:
 
 def layer_entry(replica: Replica, layer: int) -> dict[str, Any]:
     """A manifest's entry for one MoE layer: path, number of experts, and tensors of an expert."""
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
-    for name, tensor in replica.expert_names(layer):
-        part = "weights" if name.startswith("model.") else "optimizer"
-        parts[part][name] = tensor
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for part, name, tensor in replica.expert_names(layer):
+        parts.setdefault(part, {})[name] = tensor
     return {
         "path": replica.layer_names[layer],
         "num_experts": replica.num_experts,

@@ -154,18 +154,21 @@ class Saver:
         self, selection: Selection, plan: Plan, *, rank: int, nodes: Sequence[int]
     ) -> RankShare:
         replica, checkpoint = self._replica, self._config.checkpoint
-        weight = replica.banks[0].weight
-        own = weight.shape[1] * weight.element_size()
+        frozen = set(replica.frozen_names)
         dense = {name: t.numel() * t.element_size() for name, t in replica.dense_tensors()}
+        if not selection.is_full(replica.num_experts):  # frozen ones are in an older checkpoint
+            dense = {name: size for name, size in dense.items() if name not in frozen}
+        sizes = [records.part_bytes() for records in replica.records]
         return plan_save(
             selection,
             ranks_of=plan.ranks_of,
             node_of_rank=nodes,
             num_experts=replica.num_experts,
-            part_bytes={"weights": own, "optimizer": replica.record_bytes - own},
+            part_bytes={part: max(size[part] for size in sizes) for part in sizes[0]},
             dense_bytes=dense,
             parts=checkpoint.parts,
             copies=checkpoint.copies,
+            layer_parts=[records.parts for records in replica.records],
         )[rank]
 
     def _items(
@@ -179,11 +182,10 @@ class Saver:
     ) -> tuple[SnapshotItem, ...]:
         replica, items = self._replica, []
         for order in share.experts:
-            prefixes = tuple("model." if p == "weights" else "optimizer." for p in order.parts)
             tensors = {
                 name: tensor
-                for name, tensor in replica.expert_tensors(order.layer, order.expert)
-                if name.startswith(prefixes)
+                for part, name, tensor in replica.expert_parts(order.layer, order.expert)
+                if part in order.parts
             }
             key = RecordKey(
                 layer=order.layer,
@@ -210,6 +212,7 @@ class Saver:
         return {
             "layers": [layer_entry(replica, layer) for layer in range(len(replica.layers))],
             "dense_names": [name for name, _ in replica.dense_tensors()],
+            "frozen_names": replica.frozen_names,
             "tied": replica.tied,
             "scalars": self._scalars(),
             "history": replica.history.tolist(),

@@ -36,7 +36,29 @@ def arrange(bank: ExpertBank, optimizer: Optimizer, order: Sequence[int]) -> Non
         return
     empty = iter(slot for slot, expert in enumerate(held) if expert < 0)
     source_S = [held.index(expert) if expert >= 0 else next(empty) for expert in wanted]
-    weight = bank.weight
-    for tensor in (weight.detach(), *(t for _, t in state_tensors(optimizer, weight))):
+    kept = [] if bank.frozen is None else [bank.frozen.detach()]
+    if not bank.is_frozen:
+        kept += [bank.weight.detach(), *(t for _, t in state_tensors(optimizer, bank.weight))]
+    for tensor in kept:
         tensor.copy_(tensor[source_S])
     bank.expert_of_slot[:] = wanted
+
+
+def grow(bank: ExpertBank, optimizer: Optimizer, num_slots: int) -> None:
+    """Give the bank ``num_slots`` slots, more than it has; rows and optimizer state stay."""
+    weight, held = bank.weight, list(bank.expert_of_slot)
+    shaped = [] if bank.is_frozen else state_tensors(optimizer, weight)
+    weight.data = _grown(weight.detach(), num_slots)
+    if not bank.is_frozen:
+        weight.grad = gradients(weight.data)
+    for key, rows in shaped:
+        optimizer.state[weight][key] = _grown(rows, num_slots)
+    if bank.frozen is not None:
+        bank.frozen.data = _grown(bank.frozen.detach(), num_slots)
+    bank.expert_of_slot[:] = held + [-1] * (num_slots - len(held))
+
+
+def _grown(rows: Tensor, num_slots: int) -> Tensor:
+    grown = rows.new_zeros(num_slots, rows.shape[1])
+    grown[: len(rows)] = rows
+    return grown

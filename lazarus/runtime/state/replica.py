@@ -22,10 +22,9 @@ from lazarus.errors import UserMistakeError
 from lazarus.model.balance import updated_bias
 from lazarus.model.experts import ExpertBank
 from lazarus.model.protocol import checked_layers
-from lazarus.runtime.state.banks import gradients
+from lazarus.runtime.state.banks import gradients, grow
 from lazarus.runtime.state.buffers import Buffers
 from lazarus.runtime.state.building import built
-from lazarus.runtime.state.checksums import checksum_of
 from lazarus.runtime.state.dense import DenseParameters, tied_names
 from lazarus.runtime.state.dense_sync import DenseSync
 from lazarus.runtime.state.flat_bytes import (
@@ -41,6 +40,7 @@ from lazarus.runtime.state.flat_bytes import (
 from lazarus.runtime.state.groups import OptimizerFactory, make_optimizer, vector_fields
 from lazarus.runtime.state.norms import square_sums
 from lazarus.runtime.state.rates import Rates, Schedule
+from lazarus.runtime.state.records import ExpertRecords, FrozenSource
 from placement import Plan
 
 Expert = tuple[int, int]
@@ -88,12 +88,19 @@ class Replica:
         self.banks: list[ExpertBank] = [layer.experts for layer in self.layers]
         self.num_experts = self.layers[0].num_experts
         for bank in self.banks:
+            if bank.expert_of_slot == list(range(self.num_experts)) and not bank.weight.is_meta:
+                bank.expert_of_slot = []  # built before the run: its rows are the initial values
             bank.allocate(num_slots=num_slots, device=device)
-            bank.weight.grad = gradients(bank.weight)
+            if not bank.is_frozen:
+                bank.weight.grad = gradients(bank.weight)
         parameters = DenseParameters(
-            self.model, without={id(bank.weight) for bank in self.banks}, device=device
+            self.model,
+            without={id(p) for bank in self.banks for p in bank.parameters()},
+            device=device,
         )
-        self.dense, self.frozen = parameters.all, dict(parameters.frozen)
+        self.dense = parameters.all
+        self.frozen_names = tuple(f"model.{name}" for name, _ in parameters.frozen)
+        self.frozen_source: FrozenSource | None = None
         self.flat, self.flat_grad = parameters.flat, parameters.flat_grad
         self._parameters = parameters
         self.tied = tied_names(self.model)
@@ -107,7 +114,8 @@ class Replica:
     # ---- building ------------------------------------------------------------------------------
 
     def _make_optimizer(self, factory: OptimizerFactory) -> None:
-        banks = list(zip(self.layer_names, self.banks, strict=True))
+        named = zip(self.layer_names, self.banks, strict=True)
+        banks = self._trained_banks = [(name, bank) for name, bank in named if not bank.is_frozen]
         vectors = vector_fields(banks)
         self._vectors = [fields for _, fields in vectors]
         self.optimizer = make_optimizer(
@@ -115,6 +123,10 @@ class Replica:
         )
         self._base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         fill_state(self.optimizer)
+        self.records = [
+            ExpertRecords(bank, self.optimizer, name)
+            for name, bank in zip(self.layer_names, self.banks, strict=True)
+        ]
 
     def require_unchanged(self) -> None:
         """Check that no parameter was frozen or unfrozen since the model was built.
@@ -131,8 +143,7 @@ class Replica:
     @property
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return self._parameters.trained + [
-            (f"{name}.experts", bank.weight)
-            for name, bank in zip(self.layer_names, self.banks, strict=True)
+            (f"{name}.experts", bank.weight) for name, bank in self._trained_banks
         ]
 
     # ---- experts -------------------------------------------------------------------------------
@@ -170,12 +181,6 @@ class Replica:
         if expert in bank.expert_of_slot:
             bank.assign(self.slot_of(layer, expert), -1)
 
-    def _rows(self, layer: int, slot: int) -> list[Tensor]:
-        weight = self.banks[layer].weight
-        return [weight.detach()[slot]] + [
-            tensor[slot] for _, tensor in state_tensors(self.optimizer, weight)
-        ]
-
     def shape(self) -> dict[str, Any]:
         """What the controller must know of the model to make a plan; ranks report it at ALIGN."""
         return {
@@ -183,48 +188,42 @@ class Replica:
             "num_experts": self.num_experts,
             "top_k": self.layers[0].top_k,
             "dense_bytes": self.dense_image().num_bytes,
-            "expert_bytes": self.record_bytes,
+            "expert_bytes": -(-sum(r.num_bytes for r in self.records) // len(self.records)),
         }
 
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one expert's record."""
-        return sum(row.numel() * row.element_size() for row in self._rows(0, 0))
+    def record_bytes(self, layer: int) -> int:
+        """Bytes of the record of an expert of this layer."""
+        return self.records[layer].num_bytes
 
     def read_record(self, layer: int, expert: int) -> Tensor:
         """One expert's record, uint8 on the host."""
-        rows = self._rows(layer, self.slot_of(layer, expert))
-        return torch.cat([as_bytes(row).cpu() for row in rows])
+        return self.records[layer].read(self.slot_of(layer, expert))
 
     def record_checksum(self, layer: int, expert: int) -> int:
         """Fast checksum of one expert's record; never 0."""
-        return checksum_of(self._rows(layer, self.slot_of(layer, expert)))
+        return self.records[layer].checksum(self.slot_of(layer, expert))
 
     def write_record(self, layer: int, slot: int, record: Tensor) -> None:
         """Fill a slot's weights and optimizer state from a record."""
-        start = 0
-        for row in self._rows(layer, slot):
-            size = row.numel() * row.element_size()
-            piece = record[start : start + size].contiguous().to(self.device)
-            as_bytes(row).copy_(piece)
-            start += size
+        self.records[layer].write(slot, record)
 
     def record_of(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Build an expert's record from its tensors, given by global name.
 
+        Frozen tensors that are not among them are those that the model was built with, or those of
+        the checkpoint that the run was resumed from.
+
         Raises:
             KeyError: A tensor is missing.
         """
-        bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{expert}"
-        kinds = ["model"]
-        kinds += [f"optimizer.{key}" for key, _ in state_tensors(self.optimizer, bank.weight)]
-        rows = []
-        for kind, like in zip(kinds, self._rows(layer, 0), strict=True):
-            row = torch.zeros_like(like, device="cpu")
-            for field, view in bank.field_views(row).items():
-                view.copy_(tensors[f"{kind}.{path}.{field}"])
-            rows.append(as_bytes(row))
-        return torch.cat(rows)
+        return self.records[layer].record_of(
+            expert, tensors, frozen=lambda: self._frozen_fields(layer, expert)
+        )
+
+    def _frozen_fields(self, layer: int, expert: int) -> Mapping[str, Tensor]:
+        if self.frozen_source is not None:
+            return self.frozen_source(layer, expert)
+        return self.banks[layer].initial(expert)
 
     def load_dense(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy all dense state from tensors given by global name.
@@ -268,9 +267,7 @@ class Replica:
             bank.assign(slot, expert)
             record = staged.get((layer, expert))
             if record is None:
-                bank.initialise(slot)
-                for row in self._rows(layer, slot)[1:]:
-                    row.zero_()
+                self.records[layer].initialise(slot)
             else:
                 self.write_record(layer, slot, record)
 
@@ -280,19 +277,7 @@ class Replica:
             have = bank.weight.shape[0]
             if have >= num_slots:
                 continue
-            weight = bank.weight
-            state = self.optimizer.state[weight]
-            shaped = [key for key, _ in state_tensors(self.optimizer, weight)]
-            rows = {key: state[key] for key in shaped}
-            old, held = weight.detach(), list(bank.expert_of_slot)
-            grown = torch.zeros(num_slots, old.shape[1], dtype=old.dtype, device=old.device)
-            grown[:have] = old
-            weight.data = grown
-            weight.grad = gradients(grown)
-            for key, value in rows.items():
-                state[key] = torch.zeros_like(grown)
-                state[key][:have] = value
-            bank.expert_of_slot[:] = held + [-1] * (num_slots - have)
+            grow(bank, self.optimizer, num_slots)
 
     # ---- dense state ---------------------------------------------------------------------------
 
@@ -353,6 +338,8 @@ class Replica:
         squares = np.zeros((len(self.layers), self.num_experts), dtype=np.float64)
         rows: dict[Expert, Tensor] = {}
         for layer, bank in enumerate(self.banks):
+            if bank.is_frozen:
+                continue
             assert bank.weight.grad is not None
             for slot, expert in enumerate(bank.expert_of_slot):
                 if expert >= 0 and home_LE[layer, expert] == rank:
@@ -393,7 +380,7 @@ class Replica:
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         scale = factor / sums.count
         self.flat_grad.mul_(scale)
-        for bank in self.banks:
+        for _, bank in self._trained_banks:
             assert bank.weight.grad is not None
             bank.weight.grad.mul_(scale)
         rate = self.rates.of(sums.step)
@@ -426,13 +413,12 @@ class Replica:
 
     def expert_tensors(self, layer: int, expert: int) -> Iterator[tuple[str, Tensor]]:
         """One expert's state by global name: the fields, then the optimizer's tensors of each."""
-        bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{expert}"
-        slot = self.slot_of(layer, expert)
-        for field, view in bank.field_views(bank.weight.detach()[slot]).items():
-            yield f"model.{path}.{field}", view
-        for key, tensor in state_tensors(self.optimizer, bank.weight):
-            for field, view in bank.field_views(tensor[slot]).items():
-                yield f"optimizer.{key}.{path}.{field}", view
+        for _, name, tensor in self.expert_parts(layer, expert):
+            yield name, tensor
+
+    def expert_parts(self, layer: int, expert: int) -> Iterator[tuple[str, str, Tensor]]:
+        """The same as ``expert_tensors``, each with its part: weights, optimizer or frozen."""
+        return self.records[layer].named(self.slot_of(layer, expert), expert)
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
         """Dense state that does not change before the next apply, for a snapshot.
@@ -443,12 +429,6 @@ class Replica:
         names = {f"model.{name}": kept for name, kept in self.buffers.kept().items()}
         return [(name, names.get(name, tensor)) for name, tensor in self.dense_tensors()]
 
-    def expert_names(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and shapes of one expert's tensors in this layer, with ``{e}`` for the id."""
-        bank, path = self.banks[layer], f"{self.layer_names[layer]}.experts.{{e}}"
-        rows = [("model", bank.weight.detach()[0])]
-        shaped = state_tensors(self.optimizer, bank.weight)
-        rows += [(f"optimizer.{key}", tensor[0]) for key, tensor in shaped]
-        for kind, row in rows:
-            for field, view in bank.field_views(row).items():
-                yield f"{kind}.{path}.{field}", view
+    def expert_names(self, layer: int) -> Iterator[tuple[str, str, Tensor]]:
+        """Part, name and shape of one expert's tensors in this layer, with ``{e}`` for the id."""
+        return self.records[layer].named(0, "{e}")

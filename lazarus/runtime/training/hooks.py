@@ -66,6 +66,8 @@ def named_gradients(replica: Replica) -> dict[str, Tensor]:
     """Views of all gradients on this rank, by global name."""
     found = {name: p.grad for name, p in replica.dense if p.grad is not None}
     for path, bank in zip(replica.layer_names, replica.banks, strict=True):
+        if bank.is_frozen:
+            continue
         assert bank.weight.grad is not None
         for slot, expert in enumerate(bank.expert_of_slot):
             if expert >= 0:

@@ -180,6 +180,9 @@ class Step:
 
     def _sum_replicas(self, layer: int) -> None:
         bank, context = self._replica.banks[layer], self._world.contexts[layer]
+        self._summed.add(layer)
+        if bank.is_frozen:
+            return
         assert bank.weight.grad is not None
         sum_replica_gradients(
             bank.weight.grad,
@@ -189,7 +192,6 @@ class Step:
             expert_of_slot=bank.expert_of_slot,
             written=context.written,
         )
-        self._summed.add(layer)
 
     def _agree(self) -> None:
         """Agree on the measures to sum: all that any rank has logged."""

@@ -18,7 +18,7 @@ from lazarus.control.messages import Body
 from lazarus.runtime.comm.rank_groups import RankGroups
 from lazarus.runtime.fence.ledger import StepLedger
 from lazarus.runtime.fence.observer import Observer
-from lazarus.runtime.healing.restore import PatientReader, still_wanted
+from lazarus.runtime.healing.restore import PatientReader, StoredFrozen, still_wanted
 from lazarus.runtime.input.reader import Reading
 from lazarus.runtime.saving.saver import Saver
 from lazarus.runtime.spec import UserCode, WorkerSpec
@@ -114,7 +114,7 @@ def make_parts(
     )
     saver = _saver(spec, replica, common, send) if spec.keeper and config.checkpoint.every else None
     common.begin(saver)
-    return Parts(
+    parts = Parts(
         spec=spec,
         first_context=context,
         send=send,
@@ -129,6 +129,9 @@ def make_parts(
         common=common,
         saver=saver,
     )
+    if spec.resume is not None:
+        replica.frozen_source = StoredFrozen(spec.resume, reader=parts.patient)
+    return parts
 
 
 def _saver(spec: WorkerSpec, replica: Replica, common: CommonState, send: Send) -> Saver:
