@@ -17,6 +17,8 @@ from lazarus.control.messages import (
     FaultFired,
     Go,
     Move,
+    Pause,
+    Paused,
     Prepare,
     RunOver,
     Seat,
@@ -308,3 +310,16 @@ def test_nothing_is_adapted_before_a_step_was_measured() -> None:
     assert chosen_for(with_fields(known, {"seats": ("w1",)}), plan) is None
     fixed = replace(known, config=replace(known.config, saves=SaveSettings(every=0)))
     assert chosen_for(fixed, plan) is None
+
+
+def test_a_candidate_that_dies_takes_back_nobodys_pause() -> None:
+    desk = running(join_debounce_s=0.0, **REPLICATED)
+    desk.join("w3")
+    desk.tick()
+    (order,) = {(body.generation) for body in desk.told(Pause)}
+    for worker in ("w0", "w1"):
+        desk.say(worker, Paused(generation=order, step=8))
+    desk.lose("w3")
+    assert desk.state.pausing.paused == {"w0": 8, "w1": 8}
+    desk.say("w2", Paused(generation=order, step=8))
+    assert desk.state.phase is Phase.RUNNING and desk.state.resumed == 2

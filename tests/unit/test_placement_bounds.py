@@ -15,6 +15,7 @@ from placement.assignment.assign import _least_loaded, fill
 from placement.balance.allocate import allocate_replicas
 from placement.certificate import Certificate, certificate
 from placement.foreign import certified
+from placement.migration.cores import repaired_blocks, unconfined_blocks
 from placement.migration.migrate import balanced_choice
 from placement.plan import Plan
 from placement.rebalance import Regret, accumulated
@@ -25,7 +26,8 @@ from placement.survival.frontier import frontier_counts
 from placement.survival.interval import as_intervals, interval_survival
 from placement.survival.resilience import survival
 from placement.table import comparison, heat_map, wants_bold
-from placement.templates.template import even_widths, proportional_sizes, segments, wrap
+from placement.templates.order import block_risk
+from placement.templates.template import Template, even_widths, proportional_sizes, segments, wrap
 
 CERTIFICATE = Certificate(
     survival={0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 0.75, 7: 0.0},
@@ -306,3 +308,36 @@ def test_groups_of_many_nodes_are_combined_as_those_of_few() -> None:
     for k in range(1, 65):
         mixed = few[k] * (65 - k) / 65 + few[k - 1] * k / 65
         assert more[k] == pytest.approx(mixed, abs=1e-12)
+
+
+def test_a_joiner_goes_to_the_block_whose_risk_it_lowers_most_the_hottest_on_a_tie() -> None:
+    def joined(racks: str) -> list[tuple[int, ...]]:
+        held = np.zeros((2, 4), dtype=np.int64)
+        blocks = repaired_blocks(
+            [((0,), 1), ((3,), 1)], joiners=[2], held_BN=held, slots_per_node=1, floor=1,
+            risk=lambda nodes: block_risk(nodes, racks, ()),
+        )  # fmt: skip
+        assert blocks is not None
+        return [nodes for nodes, _ in blocks]
+
+    assert joined("aabc") == [(0,), (2, 3)]  # either would span two racks
+    assert joined("aabb") == [(0, 2), (3,)]
+    assert joined("abbb") == [(0, 2), (3,)]
+    assert joined("aaac") == [(0,), (2, 3)]
+
+
+def test_nodes_whose_slots_are_all_taken_may_still_change_places() -> None:
+    held = np.zeros((2, 4), dtype=np.int64)
+    full = (((0, 1), 1), ((2, 3), 1))
+
+    def exchanged(racks: str, *, slots: int = 1, template: Template = full) -> list[set[str]]:
+        found = unconfined_blocks(
+            template, domain_of_node=racks, held_BN=held, slots_per_node=slots
+        )
+        return [{racks[n] for n in nodes} for nodes, _ in found]
+
+    assert exchanged("aabb") == [{"a", "b"}] * 2
+    assert exchanged("aaaa") == [{"a"}] * 2 and exchanged("abab") == [{"a", "b"}] * 2
+    uneven = (((0, 1), 2), ((2, 3), 1))
+    assert exchanged("aabb", slots=2, template=uneven) == [{"a", "b"}] * 2
+    assert exchanged("aabb", slots=1, template=(((0, 1), 1), ((2, 3), 2))) == [{"a"}, {"b"}]
