@@ -13,6 +13,7 @@ import pytest
 from placement import InfeasiblePlacementError, InvalidRequestError, PlacementRequest, plan
 from placement.assignment.assign import _least_loaded, fill
 from placement.balance.allocate import allocate_replicas
+from placement.balance.level import levelled
 from placement.certificate import Certificate, certificate
 from placement.foreign import certified
 from placement.migration.cores import repaired_blocks, unconfined_blocks
@@ -341,3 +342,32 @@ def test_nodes_whose_slots_are_all_taken_may_still_change_places() -> None:
     uneven = (((0, 1), 2), ((2, 3), 1))
     assert exchanged("aabb", slots=2, template=uneven) == [{"a", "b"}] * 2
     assert exchanged("aabb", slots=1, template=(((0, 1), 1), ((2, 3), 2))) == [{"a"}, {"b"}]
+
+
+def test_the_idlest_nodes_of_many_are_those_of_a_whole_sort(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(8)
+    for most in (1, 2, 5, 40, 64):
+        keys = rng.integers(0, 30, size=(6, 64)).astype(float)
+        keys[rng.random(keys.shape) < 0.1] = np.inf
+        need = rng.integers(0, most + 1, size=6).astype(np.int32)
+        whole = _least_loaded(keys, need)
+        with monkeypatch.context() as patch:
+            patch.setattr("placement.assignment.assign._SMALL", 0)
+            assert (_least_loaded(keys, need) == whole).all()
+
+
+def test_what_is_level_is_left_as_it_is() -> None:
+    member = np.ones((1, 2, 2), dtype=np.bool_)
+    core = np.zeros_like(member)
+    same, ratio = levelled(np.array([[3.0, 1.0]]), member, core, slots_per_node=2)
+    assert same is member and ratio is not None and ratio[0] <= 1.002
+    apart = np.array([[[True, False], [False, True]]])
+    better, _ = levelled(np.array([[3.0, 1.0]]), apart, core, slots_per_node=2, rounds=1)
+    assert better.sum() == 3 and better[0, 0].all() and not (apart == better).all()
+    kept, _ = levelled(np.array([[3.0, 1.0]]), apart, apart, slots_per_node=1)
+    assert (kept == apart).all()  # the core stays
+    only = np.array([True, False])
+    barred, _ = levelled(np.array([[3.0, 1.0]]), apart, core, slots_per_node=2, targets=only)
+    assert not barred[0, 0, 1]
