@@ -34,6 +34,18 @@ class Group:
     end: int
 
 
+def parts_of(groups: Sequence[Group], rows_GI: Sequence[Sequence[int]]) -> tuple[Group, ...]:
+    """Cut each group into the rows of each source rank, in rank order; empty parts are left out."""
+    parts = []
+    for group, rows_I in zip(groups, rows_GI, strict=True):
+        begin = group.begin
+        for count in rows_I:
+            if count:
+                parts.append(Group(group.slot, begin, begin + count))
+            begin += count
+    return tuple(parts)
+
+
 def groups_of(slots: Sequence[int], rows: Sequence[int]) -> tuple[Group, ...]:
     """Make consecutive groups from slots and row counts; groups without rows are left out."""
     groups, begin = [], 0
@@ -102,6 +114,7 @@ def experts_backward(
     layout: ExpertLayout,
     *,
     written: set[int] | None = None,
+    parts: Sequence[Group] | None = None,
 ) -> Tensor:
     """Return the gradient of the rows, and add the weight gradients to ``grad_SP``.
 
@@ -114,8 +127,12 @@ def experts_backward(
         layout: Layout of a parameter row.
         written: Slots whose rows in ``grad_SP`` already hold gradients of this step. Rows of other
             slots are overwritten, and their slots are added to the set. None: add to all rows.
+        parts: Parts of the groups whose weight gradients are computed one by one and then added in
+            this order (see ``parts_of``). None: one product for each group.
     """
-    target = None if grad_SP is None else WeightGradient(grad_SP, layout, groups, written)
+    target = None
+    if grad_SP is not None:
+        target = WeightGradient(grad_SP, layout, groups, written, parts=parts)
     sent = grad_MD.dtype
     x_MD, grad_MD = (rows.to(arithmetic_dtype(rows)) for rows in (saved.x_MD, grad_MD))
     weights = saved.weights or _weights(weight_SP, groups, layout, x_MD.dtype)
@@ -149,6 +166,7 @@ class WeightGradient:
         written: Slots whose rows already hold gradients of this step. Rows of other slots in
             ``groups`` are overwritten (padding with zeros), and their slots are added to the set.
             None: add to all rows.
+        parts: Parts of the groups that are multiplied one by one; None: each group at once.
     """
 
     def __init__(
@@ -157,7 +175,14 @@ class WeightGradient:
         layout: RowLayout,
         groups: Sequence[Group],
         written: set[int] | None,
+        *,
+        parts: Sequence[Group] | None = None,
     ) -> None:
+        self._parts: dict[int, list[Group]] | None = None
+        if parts is not None:
+            self._parts = {group.slot: [] for group in groups}
+            for part in parts:
+                self._parts[part.slot].append(part)
         self._rows = {group.slot: layout.views(grad_SP[group.slot]) for group in groups}
         self._fresh: set[int] = set()
         if written is not None:
@@ -172,14 +197,34 @@ class WeightGradient:
         into, fresh = self._rows[group.slot], group.slot in self._fresh
         for name, grad in grads.items():
             into[name].copy_(grad) if fresh else into[name].add_(grad)
+        self._fresh.discard(group.slot)  # another group of the same expert may follow
 
     def add(
         self, group: Group, field: str, a_MK: Tensor, g_MN: Tensor, *, bias: str | None = None
     ) -> None:
         """Add ``a[group]^T g[group]`` to ``field``, and the sum of ``g[group]`` to ``bias``."""
+        fresh = group.slot in self._fresh
+        if self._parts is None:
+            self._add(group, field, a_MK, g_MN, bias=bias, fresh=fresh, apart=False)
+            return
+        for part in self._parts[group.slot]:
+            self._add(part, field, a_MK, g_MN, bias=bias, fresh=fresh, apart=True)
+            fresh = False
+
+    def _add(
+        self,
+        group: Group,
+        field: str,
+        a_MK: Tensor,
+        g_MN: Tensor,
+        *,
+        bias: str | None,
+        fresh: bool,
+        apart: bool,
+    ) -> None:
         a, g = a_MK[group.begin : group.end], g_MN[group.begin : group.end]
-        into, fresh = self._rows[group.slot], group.slot in self._fresh
-        if a.dtype != into[field].dtype:
+        into = self._rows[group.slot]
+        if apart or a.dtype != into[field].dtype:  # a fused product and sum has other bits
             product = torch.mm(a.t(), g)
             into[field].copy_(product) if fresh else into[field].add_(product)
         elif fresh:

@@ -24,7 +24,7 @@ from dispatcher.layer.agreement import (
     require_sound_input,
     stamp,
 )
-from dispatcher.layer.compute import Group, groups_of
+from dispatcher.layer.compute import Group, groups_of, parts_of
 from dispatcher.layer.permute import (
     expert_order,
     inverse_order,
@@ -51,6 +51,7 @@ class Routed:
     sent_N: Tensor  # copy (token * K + choice) in each sent row
     position_TK: Tensor  # sent row of each copy; N for a copy that was not sent
     groups: tuple[Group, ...]  # received rows by expert
+    parts: tuple[Group, ...] | None  # received rows by expert and source, if the rule asks for it
     by_expert_M: Tensor | None  # index from received order to expert order; None: identical
     by_source_M: Tensor | None  # the inverse index
     spent: bool = field(default=False)
@@ -265,12 +266,14 @@ def finish_routing(counting: Counting, *, expert_of_slot: tuple[int, ...] | None
     sent_N = send_order(counting.order_N, split.send_JE)
     num_tokens, top_k = counting.expert_TK.shape
     recv_IS = split.recv_IE[:, served]
+    groups = groups_of([slot_of[int(e)] for e in served], [int(n) for n in rows_E[served]])
     return Routed(
         exchange=counting.exchange, generation=table.generation, split=split, counts_RE=counts_RE,
         num_tokens=num_tokens, top_k=top_k, dim=counting.x_TD.shape[1], dtype=counting.x_TD.dtype,
         sent_N=sent_N,
         position_TK=inverse_order(sent_N, num_copies=num_tokens * top_k).view(num_tokens, top_k),
-        groups=groups_of([slot_of[int(e)] for e in served], [int(n) for n in rows_E[served]]),
+        groups=groups,
+        parts=parts_of(groups, recv_IS.T.tolist()) if counting.rule.by_source else None,
         by_expert_M=transposed_index(recv_IS, device=device),
         by_source_M=transposed_index(np.ascontiguousarray(recv_IS.T), device=device),
     )  # fmt: skip

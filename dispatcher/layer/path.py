@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dispatcher.errors import DispatchInputError
-from dispatcher.layer.compute import Saved, experts_backward, experts_forward
+from dispatcher.layer.compute import Group, Saved, experts_backward, experts_forward
 from dispatcher.layer.dispatch import Routed
 from dispatcher.layer.general import (
     ExpertFunction,
@@ -200,7 +200,7 @@ class _ExpertPath(torch.autograd.Function):
 
 def _through_experts(kept: _Kept, call: _Call) -> Tensor:
     """Apply the experts to received rows, and keep what the backward needs; returns [M, D]."""
-    saved, options, groups = kept.saved, call.options, call.routed.groups
+    saved, options, groups = kept.saved, call.options, _groups(call)
     if options.run is None:
         weight, layout = _whole(call)
         cast = None if options.recompute else saved.weights
@@ -218,15 +218,16 @@ def _through_experts(kept: _Kept, call: _Call) -> Tensor:
 
 def _back_through_experts(grad_MD: Tensor, kept: _Kept, call: _Call) -> Tensor:
     """Return the gradient of the received rows, and add those of the experts' parameters."""
-    saved, options, groups = kept.saved, call.options, call.routed.groups
+    saved, options, groups = kept.saved, call.options, _groups(call)
     target = grad_buffer(call.tensors.weight)
     if options.run is None:
         weight, layout = _whole(call)
         if weight is not call.tensors.weight:
             target = None
         return experts_backward(
-            grad_MD, saved, weight, target, groups, layout, written=call.written
-        )
+            grad_MD, saved, weight, target, groups, layout, written=call.written,
+            parts=call.routed.parts,
+        )  # fmt: skip
     graphs = kept.graphs
     if graphs is None:
         assert kept.random is not None
@@ -235,6 +236,12 @@ def _back_through_experts(grad_MD: Tensor, kept: _Kept, call: _Call) -> Tensor:
                 saved.x_MD, call.tensors, groups, options.run, keeps_graphs=True
             )[1]  # fmt: skip
     return run_backward(grad_MD, graphs, groups, call.tensors, target, written=call.written)
+
+
+def _groups(call: _Call) -> tuple[Group, ...]:
+    """The rows that are computed together. A user's function sees those of one source at a time."""
+    routed = call.routed
+    return routed.groups if routed.parts is None or call.options.run is None else routed.parts
 
 
 def _whole(call: _Call) -> tuple[Tensor, ExpertLayout]:

@@ -32,14 +32,19 @@ class SplitRule:
         rows_per_replica: For "balanced": number of rows that take as long as sending one expert's
             gradient. Raise this value on slow networks; 0 ignores gradient traffic.
         ranks_per_device: For "balanced": average number of ranks that share a device or core.
+        by_source: For "home": compute an expert's weight gradient for the rows of each source rank
+            by itself, and add these in rank order, so that the sum does not depend on which rows
+            came together. Costs a pass over the gradient for each source.
 
     Raises:
-        ValueError: Unknown mode, negative ``rows_per_replica``, or ``ranks_per_device`` < 1.
+        ValueError: Unknown mode, negative ``rows_per_replica``, ``ranks_per_device`` < 1, or
+            ``by_source`` with another mode than "home".
     """
 
     mode: str = "home"
     rows_per_replica: float = 0.0
     ranks_per_device: float = 1.0
+    by_source: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -48,6 +53,8 @@ class SplitRule:
             raise ValueError(f"rows_per_replica={self.rows_per_replica} must be >= 0")
         if not self.ranks_per_device >= 1:
             raise ValueError(f"ranks_per_device={self.ranks_per_device} must be >= 1")
+        if self.by_source and self.mode != "home":
+            raise ValueError(f"by_source needs the mode 'home', got {self.mode!r}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

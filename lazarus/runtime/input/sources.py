@@ -23,6 +23,7 @@ from lazarus.data.stream import (
     shards_of_rank,
     step_sample_numbers,
 )
+from lazarus.data.units import Units
 from lazarus.errors import DataError
 from lazarus.runtime.input.positions import decoded_positions, encoded_positions
 
@@ -37,21 +38,42 @@ class StepShare:
         ids_B: Ids of all samples.
         sizes: How many samples each rank takes, shape [R].
         mine: Ids of this rank's samples.
+        units: The unit that this rank computes in each round, None for none; None if the step is
+            shared by sizes.
     """
 
     ids_B: NDArray[np.int64]
     sizes: tuple[int, ...]
     mine: NDArray[np.int64]
+    units: tuple[int | None, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankPlace:
-    """This rank's place among ``size`` ranks, for the steps after ``committed``."""
+    """This rank's place among ``size`` ranks, for the steps after ``committed``.
+
+    Steps are dealt by ``units`` if these are given, and else shared in proportion to ``speeds``.
+    """
 
     rank: int
     size: int
     committed: int
     speeds: tuple[float, ...] | None = None
+    units: Units | None = None
+
+
+def dealt_share(ids_B: NDArray[np.int64], units: Units, *, rank: int, size: int) -> StepShare:
+    """A rank's share of a step that is dealt by units."""
+    by_rank = [
+        [i for unit in units.dealt(other, size) if unit is not None for i in units.samples(unit)]
+        for other in range(size)
+    ]
+    return StepShare(
+        ids_B=ids_B,
+        sizes=tuple(len(positions) for positions in by_rank),
+        mine=ids_B[by_rank[rank]],
+        units=units.dealt(rank, size),
+    )
 
 
 class Source(Protocol):
@@ -106,6 +128,8 @@ class IndexedSource:
             global_batch=self._global_batch,
             num_samples=self.num_samples,
         )
+        if seating.units is not None:
+            return dealt_share(ids_B, seating.units, rank=seating.rank, size=seating.size)
         sizes = share(self._global_batch, seating.size, seating.speeds)
         first = sum(sizes[: seating.rank])
         return StepShare(ids_B=ids_B, sizes=sizes, mine=ids_B[first : first + sizes[seating.rank]])
@@ -170,9 +194,15 @@ class ShardedSource:
     def seat(self, seating: RankPlace) -> None:
         self._seating = seating
         shards = shards_of_rank(seating.rank, seating.size, self._num_shards)
+        if seating.units is not None:  # a unit has samples of several shards
+            shards = tuple(range(self._num_shards))
         self._reader.own(shards, committed=seating.committed, known=self._known)
 
     def share(self, step: int) -> StepShare:
+        seating = self._seating
+        if seating.units is not None:
+            ids_B = step_sample_numbers(step, self._global_batch)
+            return dealt_share(ids_B, seating.units, rank=seating.rank, size=seating.size)
         numbers = [
             rank_sample_numbers(
                 step,
@@ -192,7 +222,11 @@ class ShardedSource:
     def load(self, step: int, shared: StepShare, *, first: int, size: int) -> Any:
         if size == 0:
             return self._collate([self._any_item()])
-        return self._collate(self._reader.read(step)[first : first + size])
+        items = self._reader.read(step)
+        if shared.units is None:
+            return self._collate(items[first : first + size])
+        begin = int(shared.ids_B[0])
+        return self._collate([items[int(i) - begin] for i in shared.mine[first : first + size]])
 
     def _any_item(self) -> Any:
         """An item for stand-in batches, from an iterator of its own; consumes nothing."""

@@ -87,6 +87,9 @@ class DenseSync:
             while self._started < len(self._bounds) and self._due(self._started):
                 self._start_next(exchange)
 
+    def unit_done(self, exchange: Exchange, number: int) -> None:
+        """Do nothing: gradients of all micro-batches are added up before the ranks sum them."""
+
     def finish(self, exchange: Exchange) -> Pending:
         """Start the remaining buckets. Wait on the result before touching a gradient.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lazarus.control.messages import Held
 from lazarus.control.vector import StepSums, advance_history, start_history
 from lazarus.errors import UserMistakeError
+from lazarus.data.units import Units
 from lazarus.model.balance import updated_bias
 from lazarus.model.experts import ExpertBank
 from lazarus.model.protocol import checked_layers
@@ -26,6 +27,7 @@ from lazarus.runtime.state.banks import gradients, grow
 from lazarus.runtime.state.buffers import Buffers
 from lazarus.runtime.state.building import built
 from lazarus.runtime.state.dense import DenseParameters, tied_names
+from lazarus.runtime.state.dense_chains import DenseChains
 from lazarus.runtime.state.dense_sync import DenseSync
 from lazarus.runtime.state.flat_bytes import (
     DenseImage,
@@ -59,6 +61,9 @@ class Replica:
         num_slots: Experts of each layer that this rank has room for.
         overlaps: Sum dense gradients during the backward pass.
         scratch_buffers: Names or patterns of buffers that are not state.
+        units: Sum dense gradients unit by unit, in an order that no number of ranks changes. None:
+            each rank adds up its own micro-batches first.
+        num_chains: With ``units``: partial sums of dense gradients (see ``DenseChains``).
 
     Raises:
         ValueError: The model has no layer with experts, its layers differ in their number of
@@ -77,6 +82,8 @@ class Replica:
         num_slots: int = 1,
         overlaps: bool = False,
         scratch_buffers: Sequence[str] = (),
+        units: Units | None = None,
+        num_chains: int = 1,
     ) -> None:
         self.model = built(build, seed=seed, device=device)
         self.device = device
@@ -105,7 +112,11 @@ class Replica:
         self._parameters = parameters
         self.tied = tied_names(self.model)
         trained = [p for _, p in parameters.trained]
-        self.dense_sync = DenseSync(trained, self.flat_grad, overlaps=overlaps)
+        self.dense_sync: DenseSync | DenseChains
+        if units is None:
+            self.dense_sync = DenseSync(trained, self.flat_grad, overlaps=overlaps)
+        else:
+            self.dense_sync = DenseChains(self.flat_grad, units, num_chains=num_chains)
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)
         routers = [f"{name}.router_bias" for name in self.layer_names]

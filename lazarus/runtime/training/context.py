@@ -23,12 +23,21 @@ class Measures:
         self.muted = False  # ghost rounds and evaluations log nothing
         self.names: tuple[str, ...] = ()
         self._sums: dict[str, list[float]] = {}
+        self._taken: set[str] = set()  # names in this step's values that ``take`` has returned
         self._waiting: dict[str, list[float]] = {}  # values that the last commit could not include
 
     def start(self) -> None:
         """Begin a step, or another attempt at the same step."""
         self.muted = False
+        self._taken = set()
         self._sums = {name: list(pair) for name, pair in self._waiting.items()}
+
+    def take(self) -> dict[str, tuple[float, float]]:
+        """Return the values logged since the last call as pairs (weighted sum, weight)."""
+        found = {name: (pair[0], pair[1]) for name, pair in self._sums.items()}
+        self._sums = {}
+        self._taken |= set(found)
+        return found
 
     def log(self, name: str, value: float, weight: float) -> None:
         """Add ``value`` with ``weight`` to the measure ``name``."""
@@ -41,12 +50,12 @@ class Measures:
     @property
     def logged(self) -> tuple[str, ...]:
         """Names that this rank has logged in this step, sorted."""
-        return tuple(sorted(self._sums))
+        return tuple(sorted({*self._sums, *self._taken}))
 
     @property
     def has_unknown(self) -> bool:
         """Whether this rank has logged a name that is not on the agreed list."""
-        return not set(self._sums) <= set(self.names)
+        return not {*self._sums, *self._taken} <= set(self.names)
 
     def agree(self, names: Iterable[str]) -> None:
         """Sum values under these names from now on.

@@ -21,6 +21,7 @@ from dispatcher.gradients import sum_replica_gradients
 from lazarus.control.commit.measures import with_measures
 from lazarus.control.vector import HASH_BITS, Lanes, StepSums, contribution, decode, sample_hash
 from lazarus.data.sampler import split_rounds
+from lazarus.data.units import Units
 from lazarus.errors import BrokenInvariantError, UserMistakeError
 from lazarus.model.loss import LossSum
 from lazarus.runtime.comm.gathering import gather_texts
@@ -32,20 +33,27 @@ from lazarus.runtime.state.replica import Replica
 from lazarus.runtime.training.context import WorkerContext
 from lazarus.runtime.training.finite import check_total
 from lazarus.runtime.training.hooks import Hooks
+from lazarus.runtime.training.unit_sums import UnitScalars, UnitSums
 from lazarus.runtime.training.world import World
 
 Loss = Callable[[nn.Module, Any], LossSum]
+_BY_UNIT = ("loss_sum", "aux_sum", "count")  # lanes that are added up in the order of the units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batching:
-    """How samples become micro-batches; equal on all ranks."""
+    """How samples become micro-batches; equal on all ranks.
+
+    With ``units`` a micro-batch is a unit, whatever the number of ranks, and all sums run in the
+    order of the units.
+    """
 
     seed: int
     global_batch: int
     micro_batch_size: int
     precision: str = "fp32"
     stop_on_nonfinite: bool = False
+    units: Units | None = None
 
 
 class Step:
@@ -72,6 +80,7 @@ class Step:
         self._context = context
         self._measures = context.measures
         self._hooks = hooks
+        self._units = None if batching.units is None else UnitSums(batching.units)
         self._observer.where.generation = world.generation
         self._observer.where.rank = world.exchange.rank
         self.must_repeat = False  # a rank wrote a buffer that was not exchanged: no commit
@@ -128,6 +137,9 @@ class Step:
             pause=pause(),
             own_s=own_s,
         )
+        if self._units is not None:  # filled in when the units of all ranks are there
+            for name in _BY_UNIT:
+                lanes[world.layout.lane(name)] = 0.0
         lanes[world.layout.squares] = squares.reshape(-1)
         if world.exchange.rank == 0:
             counts = np.stack([context.counts_E.cpu().numpy() for context in world.contexts])
@@ -210,15 +222,28 @@ class Step:
         measures, buffers = self._measures, self._replica.buffers
         unknown = [float(measures.has_unknown), float(buffers.has_unknown)]
         same = self._world.trail_lanes()
-        own = torch.from_numpy(np.concatenate([lanes, unknown, same, measures.lanes()]))
+        logged = measures.lanes()
+        by_unit = np.zeros(0)
+        if self._units is not None:
+            by_unit = self._units.lanes(measures.names)
+            if self._world.exchange.rank:  # outside of units all ranks log the same
+                logged[:] = 0.0
+        own = torch.from_numpy(np.concatenate([lanes, unknown, same, logged, by_unit]))
         summed = own.to(self._replica.device)
         self._world.exchange.all_reduce(summed, label="commit")
         found: Lanes = summed.cpu().numpy()
         fixed = self._world.layout.num_lanes
+        tail = fixed + 4 + logged.size
         self.must_repeat = bool(found[fixed + 1] > 0)
+        if self._units is not None:
+            self.must_repeat |= bool(found[fixed] > 0)  # each step has all values that it logged
+            sums = self._units.totals(found[tail:])
+            for name, value in zip(_BY_UNIT, sums, strict=False):
+                found[self._world.layout.lane(name)] = value
+            found[fixed + 4 : tail] += sums[len(_BY_UNIT) :]
         self._must_agree = bool(found[fixed] > 0) or self.must_repeat
         self._world.require_one_trail(found[fixed + 2 : fixed + 4])
-        return with_measures(found[:fixed], measures.names, found[fixed + 4 :])
+        return with_measures(found[:fixed], measures.names, found[fixed + 4 : tail])
 
     def check(self, lanes: Lanes, *, step: int) -> StepSums:
         """Decode the vector, and check it against what the step must contain (rule 12, I9).
@@ -245,13 +270,17 @@ class Step:
         self._replica.zero_gradients()
         self._summed.clear()
         self._measures.start()
+        if self._units is not None:
+            self._units.start()
         for layer, context in enumerate(self._world.contexts):
             context.start_step()
             context.expected_E = self._replica.expected_fractions(layer)
 
     def _sizes(self, shared: StepShare) -> tuple[int, ...]:
         """Sizes of this rank's micro-batches. All ranks have the same number; some may be empty."""
-        rank = self._world.exchange.rank
+        rank, units = self._world.exchange.rank, self._batching.units
+        if units is not None and shared.units is not None:
+            return tuple(0 if u is None else len(units.samples(u)) for u in shared.units)
         return split_rounds(shared.sizes, self._batching.micro_batch_size)[rank]
 
     def _rounds(self, step: int, shared: StepShare) -> tuple[float, float, float]:
@@ -263,12 +292,26 @@ class Step:
             if number + 1 == len(sizes):
                 self._overlap()
             with self._replica.buffers.untouched() if not size else nullcontext():
-                totals += self._round(step, shared, first=first, size=size)
+                sums = self._round(step, shared, first=first, size=size)
+            totals += sums
+            self._unit_done(number, sums)
             first += size
             if number == 0:
                 self._reading.read_ahead(step, self._sizes)
         self._world.meet()
         return float(totals[0]), float(totals[1]), float(totals[2])
+
+    def _unit_done(self, number: int, sums: tuple[float, float, float]) -> None:
+        """Keep apart what a round has summed, if the step is dealt by units."""
+        if self._units is None or self.shared is None or self.shared.units is None:
+            return
+        unit = self.shared.units[number]
+        if unit is not None:
+            total, aux, count = sums
+            found = UnitScalars(total=total, aux=aux, count=count, measures=self._measures.take())
+            self._units.put(unit, found)
+        self._observer.enter("grad_sync")
+        self._replica.dense_sync.unit_done(self._world.exchange, number)
 
     def _round(
         self, step: int, shared: StepShare, *, first: int, size: int
