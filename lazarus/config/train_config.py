@@ -174,7 +174,7 @@ class TrainConfig:
         config = None
         if arguments is not None:
             config = cls(**arguments, origins=MappingProxyType(origins))
-            for check in checks:
+            for check in (_possible_together, *checks):
                 problems += settings.located(check(config), origins)
         if problems or config is None:
             raise ConfigError(problems)
@@ -224,6 +224,16 @@ class TrainConfig:
     def given(self, section: str) -> list[str]:
         """Keys of a section that were set, each with its place; to warn of ignored sections."""
         return [f"{k} ({w})" for k, w in self.origins.items() if k.startswith(f"{section}.")]
+
+
+def _possible_together(config: TrainConfig) -> list[Problem]:
+    """Problems between keys of different sections."""
+    train, mode = config.train, config.dispatch.mode
+    if train.elastic_determinism and mode not in ("auto", "home"):
+        text = f"dispatch.mode={mode!r} spreads an expert's tokens by the number of ranks; "
+        text += "with train.elastic_determinism use 'home' or 'auto'"
+        return [Problem(text, key="dispatch.mode")]
+    return []
 
 
 def _environment_sources(

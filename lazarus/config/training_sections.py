@@ -123,6 +123,17 @@ class LoopConfig:
     micro_batch_size: int = setting(4, "the most samples of a rank in one round", ge=1)
     precision: Literal["fp32", "bf16"] = setting("fp32", "bf16 keeps fp32 masters and moments")
     recompute: bool = setting(False, "recompute activations in the backward pass")
+    elastic_determinism: bool = setting(
+        False,
+        "the same bits after every step on any number of ranks and after any loss: each micro-batch "
+        "is a fixed unit of samples, and sums run in the order of the units",
+    )
+    gradient_chains: int = setting(
+        1,
+        "elastic_determinism: partial sums of dense gradients, fixed for the run's life; more save "
+        "traffic where the number of ranks divides them, and cost memory",
+        ge=1,
+    )
     on_nonfinite: Literal["skip", "stop"] = setting(
         "skip",
         "a step whose loss or gradient norm is not finite: leave its update out, until ten in a "

@@ -13,6 +13,7 @@ from torch import nn
 
 from lazarus.control.messages import Evaluated
 from lazarus.data.sampler import share, split_rounds
+from lazarus.data.units import Units
 from lazarus.errors import DataError
 from lazarus.runtime.fence.observer import Observer
 from lazarus.runtime.input.randomness import reseed, undisturbed
@@ -60,17 +61,18 @@ class Evaluator:
         """
         batch = self._batching.global_batch
         count = min(self._batches * batch, len(self._data))
-        sums = torch.zeros(2, dtype=torch.float64)
+        parts = []
         world.start_step(step)
         with undisturbed(), self._evaluating(world):
             for first in range(0, count, batch):
                 ids = np.arange(first, min(first + batch, count), dtype=np.int64)
-                sums += self._global_batch(step, ids, world)
+                parts += self._global_batch(step, ids, world)
             self._replica.restore_scratch()  # drop what evaluation wrote into buffers
             world.meet()
-        sums = sums.to(self._replica.device)
-        world.exchange.all_reduce(sums, label="digest")
-        total, number = sums.tolist()
+        rows = torch.stack(parts) if self._batching.units else _in_order(parts)[None]
+        rows = rows.to(self._replica.device)
+        world.exchange.all_reduce(rows, label="digest")
+        total, number = _in_order(list(rows.cpu())).tolist()
         return Evaluated(generation=world.generation, step=step, loss_sum=total, count=number)
 
     @contextmanager
@@ -89,15 +91,24 @@ class Evaluator:
             for context in world.contexts:
                 context.ghost = False
 
-    def _global_batch(self, step: int, ids: NDArray[np.int64], world: World) -> torch.Tensor:
-        rank = world.exchange.rank
-        sizes = share(len(ids), world.exchange.size)
-        first = sum(sizes[:rank])
-        sums = torch.zeros(2, dtype=torch.float64)
-        for size in split_rounds(sizes, self._batching.micro_batch_size)[rank]:
-            sums += self._round(step, ids[first : first + size], ids, world)
-            first += size
-        return sums
+    def _global_batch(self, step: int, ids: NDArray[np.int64], world: World) -> list[torch.Tensor]:
+        """Sums over this rank's micro-batches; dealt by units, one for each unit of all ranks."""
+        rank, size = world.exchange.rank, world.exchange.size
+        if self._batching.units is not None:
+            units = Units(global_batch=len(ids), unit_size=self._batching.units.unit_size)
+            rows = [torch.zeros(2, dtype=torch.float64) for _ in range(units.count)]
+            for unit in units.dealt(rank, size):
+                samples = [] if unit is None else list(units.samples(unit))
+                sums = self._round(step, ids[samples], ids, world)
+                if unit is not None:
+                    rows[unit] = sums
+            return rows
+        sizes = share(len(ids), size)
+        first, found = sum(sizes[:rank]), []
+        for part in split_rounds(sizes, self._batching.micro_batch_size)[rank]:
+            found.append(self._round(step, ids[first : first + part], ids, world))
+            first += part
+        return found
 
     def _round(
         self, step: int, mine: NDArray[np.int64], ids: NDArray[np.int64], world: World
@@ -117,3 +128,10 @@ class Evaluator:
         total, count = checked_loss(result)
         pair = (0.0, 0.0) if is_ghost else (float(total.detach()), count)
         return torch.tensor(pair, dtype=torch.float64)
+
+
+def _in_order(parts: list[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros(2, dtype=torch.float64)
+    for part in parts:
+        total += part
+    return total

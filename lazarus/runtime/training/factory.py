@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lazarus.config.train_config import TrainConfig
+from lazarus.data.units import Units
 from lazarus.runtime.fence.observer import Observer
 from lazarus.runtime.input.reader import Reading, open_reading
 from lazarus.runtime.spec import UserCode
@@ -31,6 +32,7 @@ class Workshop:
             micro_batch_size=config.train.micro_batch_size,
             precision=config.train.precision,
             stop_on_nonfinite=config.train.on_nonfinite == "stop",
+            units=units_of(config),
         )
 
     def replica(self, context: WorkerContext) -> Replica:
@@ -106,6 +108,17 @@ def first_replica(config: TrainConfig, user: UserCode, *, context: WorkerContext
         device=context.device,
         overlaps=_overlaps(config.dispatch.overlap, context.device),
         scratch_buffers=config.train.scratch_buffers,
+        units=units_of(config),
+        num_chains=config.train.gradient_chains,
+    )
+
+
+def units_of(config: TrainConfig) -> Units | None:
+    """The units of every step if the result must not depend on the number of ranks, or None."""
+    if not config.train.elastic_determinism:
+        return None
+    return Units(
+        global_batch=config.train.global_batch, unit_size=config.train.micro_batch_size
     )
 
 

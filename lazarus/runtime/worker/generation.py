@@ -50,7 +50,9 @@ class Generation:
     ) -> None:
         self.standing, self.context = standing, context
         self._parts, self._refill = parts, refill
-        self.rule = split_rule(parts.config.dispatch, parts.device)
+        self.rule = split_rule(
+            parts.config.dispatch, parts.device, by_source=parts.batching.units is not None
+        )
         self._world, self._step = self._with_replicas_of(refill.plan)
 
     def _with_replicas_of(self, plan: Plan) -> tuple[World, Step]:
@@ -211,6 +213,7 @@ def begin(
             size=standing.size,
             committed=standing.step,
             speeds=standing.speeds or None,
+            units=parts.batching.units,
         )
     )
     context = replace(
@@ -248,11 +251,16 @@ def _place(pending: Pending, plan: Plan, parts: Parts, *, rank: int) -> None:
         replica.place(layer, experts, staged)
 
 
-def split_rule(asked: DispatchConfig, device: torch.device) -> SplitRule:
+def split_rule(
+    asked: DispatchConfig, device: torch.device, *, by_source: bool = False
+) -> SplitRule:
     """How token copies are split over replicas.
 
     The mode "auto" is "home" on CPUs and "balanced" on GPUs, where each rank has its own device.
+    With ``by_source`` it is "home" everywhere.
     """
+    if by_source:
+        return SplitRule(mode="home", by_source=True)
     on_cpu = device.type == "cpu"
     auto = "home" if on_cpu else "balanced"
     mode = auto if asked.mode == "auto" else asked.mode
