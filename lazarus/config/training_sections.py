@@ -125,7 +125,7 @@ class LoopConfig:
     recompute: bool = setting(False, "recompute activations in the backward pass")
     elastic_determinism: bool = setting(
         False,
-        "the same bits after every step on any number of ranks and after any loss: each micro-batch "
+        "the same bits after every step on any number of ranks, whatever was lost: a micro-batch "
         "is a fixed unit of samples, and sums run in the order of the units",
     )
     gradient_chains: int = setting(

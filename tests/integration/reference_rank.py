@@ -15,6 +15,7 @@ import torch
 from dispatcher.exchange import Exchange
 from dispatcher.splits.split import SplitRule
 from lazarus.config.train_config import TrainConfig
+from lazarus.data.units import Units
 from lazarus.model import gpt
 from lazarus.runtime.comm.groups import Group
 from lazarus.runtime.comm.guarded_exchange import GuardedExchange
@@ -86,7 +87,14 @@ def quiet_observer(ledger: StepLedger) -> Observer:
     )
 
 
-def make_replica(top_k: int, *, overlaps: bool = False, balance: Balance = "aux") -> Replica:
+def make_replica(
+    top_k: int,
+    *,
+    overlaps: bool = False,
+    balance: Balance = "aux",
+    units: Units | None = None,
+    num_chains: int = 1,
+) -> Replica:
     with _BUILDING:
         return Replica(
             lambda: make_model(top_k, balance),
@@ -96,6 +104,8 @@ def make_replica(top_k: int, *, overlaps: bool = False, balance: Balance = "aux"
             seed=CONFIG.run.seed,
             device=torch.device("cpu"),
             overlaps=overlaps,
+            units=units,
+            num_chains=num_chains,
         )
 
 
@@ -109,16 +119,31 @@ def make_step(
     mode: str = "home",
     overlaps: bool = False,
     balance: Balance = "aux",
+    units: Units | None = None,
+    num_chains: int = 1,
+    placement_seed: int | None = None,
+    floor: int = 2,
 ) -> tuple[Replica, Step]:
-    """What a rank stands at after RESUME of generation 1."""
-    replica = make_replica(top_k, overlaps=overlaps, balance=balance)
+    """What a rank stands at after RESUME of generation 1.
+
+    Args:
+        units: Elastic determinism, with dense gradients in ``num_chains``.
+        placement_seed: Place by loads drawn from this seed instead of equal ones.
+        floor: Replicas of each expert, if there are as many ranks.
+    """
+    replica = make_replica(
+        top_k, overlaps=overlaps, balance=balance, units=units, num_chains=num_chains
+    )
     shape = (len(replica.layers), replica.num_experts)
+    load = np.ones(shape)
+    if placement_seed is not None:
+        load = np.random.default_rng(placement_seed).random(shape)
     adopted = plan(
         PlacementRequest(
-            load=np.ones(shape),
+            load=load,
             num_nodes=exchange.size,
             slots_per_node=6,
-            min_replicas=min(2, exchange.size),
+            min_replicas=min(floor, exchange.size),
         )
     )
     replica.ensure_slots(adopted.expert_of_slot.shape[2])
@@ -126,14 +151,15 @@ def make_step(
         held = [int(e) for e in adopted.expert_of_slot[layer, exchange.rank] if e >= 0]
         replica.place(layer, held, {})
     standing = Standing(generation=1, term=1, step=0, plan=adopted, exchange=exchange)
-    world = World(replica, adopted, standing, rule=SplitRule(mode=mode, rows_per_replica=1.0))
+    rule = SplitRule(mode=mode, rows_per_replica=1.0, by_source=units is not None)
+    world = World(replica, adopted, standing, rule=rule)
     reading = open_reading(
         Tokens(),
         collate=defaults.collate,
         seed=CONFIG.run.seed,
         global_batch=CONFIG.train.global_batch,
     )
-    reading.seat(RankPlace(rank=exchange.rank, size=exchange.size, committed=0))
+    reading.seat(RankPlace(rank=exchange.rank, size=exchange.size, committed=0, units=units))
     step = Step(
         replica,
         world,
@@ -142,6 +168,7 @@ def make_step(
             global_batch=CONFIG.train.global_batch,
             micro_batch_size=CONFIG.train.micro_batch_size,
             precision=precision,
+            units=units,
         ),
         reading=reading,
         loss=defaults.loss,

@@ -117,9 +117,7 @@ def units_of(config: TrainConfig) -> Units | None:
     """The units of every step if the result must not depend on the number of ranks, or None."""
     if not config.train.elastic_determinism:
         return None
-    return Units(
-        global_batch=config.train.global_batch, unit_size=config.train.micro_batch_size
-    )
+    return Units(global_batch=config.train.global_batch, unit_size=config.train.micro_batch_size)
 
 
 def _overlaps(asked: str, device: torch.device) -> bool:

@@ -53,7 +53,7 @@ class UnitSums:
     def totals(self, lanes: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums over the units in ascending order: total, aux, count, and each name's pair."""
         rows = lanes.reshape(self._units.count, -1)
-        sums = rows[0].copy()
+        sums: NDArray[np.float64] = rows[0].copy()
         for row in rows[1:]:
             sums += row
         return sums
