@@ -180,6 +180,14 @@ def forwards(at: Place, config: TrainConfig) -> Any:
     return count[0]
 
 
+def dealing(at: Place, config: TrainConfig) -> Any:
+    """The units of a step, how experts' rows are kept apart, and in how many sums."""
+    rank = at.run(config).rank
+    assert rank.generation is not None
+    sync = rank.parts.replica.dense_sync
+    return rank.generation.rule, getattr(sync, "_num_chains", None), rank.parts.replica.dense_digest()
+
+
 def nonfinite(at: Place, config: TrainConfig) -> Any:
     """How a run ends whose losses are no numbers."""
     try:
@@ -543,6 +551,8 @@ ENTRIES = (
     Entry("train.micro_batch_size=1", forwards),
     Entry("train.precision=bf16", story),
     Entry("train.recompute=true", forwards),
+    Entry("train.elastic_determinism=true", dealing),
+    Entry("train.gradient_chains=2", dealing, ("train.elastic_determinism=true",)),
     Entry("train.on_nonfinite=stop", nonfinite),
     Entry('train.scratch_buffers=["seen"]', state_names),
     Entry("train.loss=named_functions:doubled", story),

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lazarus.control.messages import Held
 from lazarus.control.vector import StepSums, advance_history, start_history
-from lazarus.errors import UserMistakeError
 from lazarus.data.units import Units
+from lazarus.errors import UserMistakeError
 from lazarus.model.balance import updated_bias
 from lazarus.model.experts import ExpertBank
 from lazarus.model.protocol import checked_layers

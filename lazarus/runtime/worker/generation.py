@@ -51,7 +51,7 @@ class Generation:
         self.standing, self.context = standing, context
         self._parts, self._refill = parts, refill
         self.rule = split_rule(
-            parts.config.dispatch, parts.device, by_source=parts.batching.units is not None
+            parts.config.dispatch, parts.device, by_source=parts.workshop.batching.units is not None
         )
         self._world, self._step = self._with_replicas_of(refill.plan)
 
@@ -213,7 +213,7 @@ def begin(
             size=standing.size,
             committed=standing.step,
             speeds=standing.speeds or None,
-            units=parts.batching.units,
+            units=parts.workshop.batching.units,
         )
     )
     context = replace(
