@@ -185,7 +185,11 @@ def dealing(at: Place, config: TrainConfig) -> Any:
     rank = at.run(config).rank
     assert rank.generation is not None
     sync = rank.parts.replica.dense_sync
-    return rank.generation.rule, getattr(sync, "_num_chains", None), rank.parts.replica.dense_digest()
+    return (
+        rank.generation.rule,
+        getattr(sync, "_num_chains", None),
+        rank.parts.replica.dense_digest(),
+    )
 
 
 def nonfinite(at: Place, config: TrainConfig) -> Any:
