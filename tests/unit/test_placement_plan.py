@@ -1,11 +1,10 @@
-"""Plans, staying in place, migration and the rebalancing rule, by example."""
+"""Plans, staying in place and migration, by example."""
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
+from placement_requests import request, zipf
 from scipy.optimize import linprog
 
 from placement import (
@@ -17,7 +16,6 @@ from placement import (
     allocate_replicas,
     certificate,
     plan,
-    policy_from_path,
     replan,
 )
 from placement.assignment.baselines import BASELINES, baseline
@@ -25,21 +23,9 @@ from placement.assignment.build import mixed_floors
 from placement.balance.level import levelled
 from placement.balance.shares import balance_of
 from placement.migration.migrate import busiest, transfers
-from placement.rebalance import MoveCost, Regret, accumulated, considered
 from placement.templates.order import block_risk, ordered_template
 from placement.templates.template import segments
-from placement.testing import assert_valid, conformance
-
-
-def zipf(layers: int, experts: int, power: float, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    row = np.arange(1, experts + 1) ** -power
-    return np.stack([rng.permutation(row) for _ in range(layers)]) * 1e4
-
-
-def request(nodes: int = 10, slots: int = 6, **options: object) -> PlacementRequest:
-    options.setdefault("load", zipf(4, 16, 1.2))
-    return PlacementRequest(num_nodes=nodes, slots_per_node=slots, **options)  # type: ignore[arg-type]
+from placement.testing import assert_valid
 
 
 def members(before: PlacementRequest, *, lost: set[int], joined: int = 0) -> PlacementRequest:
@@ -323,98 +309,3 @@ def test_the_certificate_of_a_known_plan() -> None:
     assert found.to_json()["survival"]["1"] == 1.0
     with pytest.raises(InvalidRequestError, match="3 experts"):
         certificate(made, load=[1.0, 2.0])
-
-
-def test_regret_waits_until_moving_has_paid_off() -> None:
-    regret, due = accumulated(Regret(), gain=0.1, steps=5, cost=1.0, alpha=1.0)
-    assert not due and regret.value == pytest.approx(0.5)
-    regret, due = accumulated(regret, gain=-3.0, steps=100, cost=1.0, alpha=1.0)
-    assert not due and regret.value == pytest.approx(0.5)
-    regret, due = accumulated(regret, gain=0.1, steps=6, cost=1.0, alpha=1.0)
-    assert due and regret == Regret()
-    with pytest.raises(InvalidRequestError, match="cost=-1"):
-        accumulated(regret, gain=0.0, steps=1, cost=-1.0)
-
-
-def test_a_drifted_load_leads_to_a_rebalance_and_a_steady_one_to_none() -> None:
-    made = plan(request())
-    regret, then = considered(Regret(), request(), previous=made, steps=1000, cost=MoveCost())
-    assert then is None or transfers(made, then) == ()
-    turned = request(load=np.roll(request().load, 5, axis=1))
-    regret, then = considered(Regret(), turned, previous=made, steps=1000, cost=MoveCost())
-    assert then is not None and regret == Regret()
-    assert (
-        balance_of(turned.load, then.node_member).mean()
-        < balance_of(turned.load, made.node_member).mean()
-    )
-
-
-def test_new_shares_alone_are_adopted_when_they_have_paid_for_the_pause() -> None:
-    """A ring of three experts has nowhere to move, but who serves what follows the load."""
-    before = request(3, 2, load=[[1.0, 1.0, 1.0]])
-    made = plan(before)
-    turned = request(3, 2, load=[[1.0, 1.4, 1.0]])
-    regret, then, looks = Regret(), None, 0
-    while then is None and looks < 1000:
-        regret, then = considered(
-            regret, turned, previous=made, steps=1, cost=MoveCost(fixed=1.0), latest=turned.load
-        )
-        looks += 1
-    assert then is not None and transfers(made, then) == ()
-    assert looks > 5
-    level = then.loads_of_nodes(turned.load)
-    assert level.max() / level.mean() < made.loads_of_nodes(turned.load).max() / level.mean()
-    _, same = considered(Regret(), before, previous=made, steps=1000, cost=MoveCost())
-    assert same is None
-
-
-class Fresh:
-    """A stranger's policy: always from scratch."""
-
-    def __call__(
-        self, request: PlacementRequest, *, previous: Plan | None, lost: frozenset[int]
-    ) -> Plan:
-        return replan(request, previous=None)
-
-
-class Needy:
-    """A class that cannot be made without an argument."""
-
-    def __init__(self, taste: float) -> None:
-        self.taste = taste
-
-
-def test_a_policy_is_selected_by_dotted_path() -> None:
-    assert policy_from_path("placement.policy.replan") is replan
-    assert policy_from_path("placement.policy:replan") is replan
-    found = policy_from_path(f"{__name__}:Fresh")
-    assert conformance(found) > 50
-    for path, message in (
-        (f"{__name__}:Needy", "needs arguments"),
-        ("replan", "no dotted path"),
-        ("placement.nothing.x", "nothing"),
-        ("placement.policy.x", "'x'"),
-        ("placement.policy.__name__", "str"),
-    ):
-        with pytest.raises(InvalidRequestError, match=message):
-            policy_from_path(path)
-
-
-def test_replanning_is_deterministic_along_a_long_life() -> None:
-    rng = random.Random(7)
-    ids = list(range(6))
-    before: Plan | None = None
-    lost: frozenset[int] = frozenset()
-    for step in range(25):
-        now = request(len(ids), 6, node_ids=tuple(ids), load=zipf(3, 16, 1.0, seed=step // 5))
-        made = replan(now, previous=before, lost=lost)
-        assert_valid(made, now)
-        again = replan(now, previous=before and Plan.from_json(before.to_json()), lost=lost)
-        assert again.digest == made.digest
-        before = made
-        if rng.random() < 0.5 and len(ids) > 3:
-            lost = frozenset(rng.sample(ids, 1))
-            ids = [n for n in ids if n not in lost]
-        else:
-            lost = frozenset()
-            ids.append(max(*ids, 6 + step) + 1)
