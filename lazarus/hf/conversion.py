@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,6 @@ from lazarus.hf.module_state import ModuleState
 _LAYER = re.compile(r".*?\.\d+\.")  # "model.layers.3."
 _FLOATING = frozenset(n for n, d in TORCH_DTYPES.items() if d.is_floating_point)
 _WIDE = ("F64", "F32", "BF16", "F16")  # a float can be cast to these without scales
-_HELD = 2  # converted groups in memory: a layer's experts, and its other tensors
 
 
 class SourceFolder:
@@ -119,6 +117,7 @@ class _Group:
     names: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
     is_plain: bool  # the checkpoint has the module's own names: nothing is converted
+    is_experts: bool
 
 
 class Conversion(Mapping[str, Tensor]):
@@ -147,12 +146,12 @@ class Conversion(Mapping[str, Tensor]):
             layer = match[0] if match else name
             grouped.setdefault((layer, self._state.is_expert(name)), []).append(name)
         self._group_of: dict[str, _Group] = {}
-        for names in grouped.values():
-            group = self._plan(tuple(names), keys)
+        for (_, is_experts), names in grouped.items():
+            group = self._plan(tuple(names), keys, is_experts=is_experts)
             self._group_of |= {spec.name: group for spec in group.specs}
         known = {key for name in self._model.state_dict() for key in keys.get(name, ())}
         self._verbatim = {} if source.is_quantised else self._unknown(known)
-        self._held: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._held: dict[bool, tuple[_Group, dict[str, Tensor]]] = {}  # by is_experts
 
     @cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -171,13 +170,12 @@ class Conversion(Mapping[str, Tensor]):
         if key in self._verbatim:
             return self._source.tensor(key).to(TORCH_DTYPES[self._verbatim[key].dtype])
         group = self._group_of[key]
-        if group.names not in self._held:
-            while len(self._held) >= _HELD:
-                self._held.popitem(last=False)
-            self._held[group.names] = self._converted(group)
-        self._held.move_to_end(group.names)
+        if self._held.get(group.is_experts, (None,))[0] is not group:
+            self._held.pop(group.is_experts, None)  # before others are read: one layer at a time
+            self._held[group.is_experts] = group, self._converted(group)
         spec = next(spec for spec in group.specs if spec.name == key)
-        return self._held[group.names][key].to(TORCH_DTYPES[spec.dtype]).contiguous()
+        converted = self._held[group.is_experts][1]
+        return converted[key].to(TORCH_DTYPES[spec.dtype]).contiguous()
 
     def _converted(self, group: _Group) -> dict[str, Tensor]:
         dtypes = {spec.dtype for spec in group.specs}
@@ -190,7 +188,9 @@ class Conversion(Mapping[str, Tensor]):
 
         return dict(revert_weight_conversion(self._model, given))
 
-    def _plan(self, names: tuple[str, ...], keys: Mapping[str, list[str]]) -> _Group:
+    def _plan(
+        self, names: tuple[str, ...], keys: Mapping[str, list[str]], *, is_experts: bool
+    ) -> _Group:
         """What becomes of some tensors of the module.
 
         Raises:
@@ -205,7 +205,7 @@ class Conversion(Mapping[str, Tensor]):
         if lost and not self._source.is_quantised:
             raise ConfigError(f"{self._source.folder}: no tensor of the model becomes {lost[0]}")
         specs = tuple(self._spec(key, tensor) for key, tensor in made.items())
-        return _Group(names=names, specs=specs, is_plain=is_plain)
+        return _Group(names=names, specs=specs, is_plain=is_plain, is_experts=is_experts)
 
     def _empty(self, name: str) -> Tensor:
         spec = self._state.spec(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,3 +204,52 @@ def test_mistakes_are_told_in_one_line_and_write_nothing(
     plain = ["checkpoint", "export", str(qwen / "run"), "--out", out, "--like", like]
     assert main(plain) == 2
     assert "--like goes with --layout hf or dcp" in capsys.readouterr().err
+
+
+MEASURED = """
+import sys
+import transformers.models.mixtral.modeling_mixtral, torch.distributed.checkpoint
+import lazarus.hf.saving, lazarus.checkpoint.files.dcp, lazarus.checkpoint.files.export
+from lazarus.cli import main
+
+
+def kib(key):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
+
+
+before = kib("VmRSS:")
+assert main(["checkpoint", "export", *sys.argv[1:]]) == 0
+print("KiB", kib("VmHWM:") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", ["hf", "dcp"])
+def test_an_export_needs_the_memory_of_one_layer(layout: str, tmp_path: Path) -> None:
+    """Twelve layers of 28 MiB in bf16 are exported; the experts' records are larger."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**(FAMILIES["Mixtral"] | LARGE))
+    model = MixtralForCausalLM(config)
+    save_source(model, tmp_path / "source")
+    save_run(model, str(tmp_path / "run"))
+    del model
+    asked = ["--layout", layout, "--like", str(tmp_path / "source"), "--out", str(tmp_path / "out")]
+    if layout == "hf":
+        asked += ["--max-shard", "40MB"]
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "run"), *asked]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split("KiB")[1]) * 1024
+    layer = 8 * 3 * 384 * 1536 * (2 if layout == "hf" else 4)
+    constant = 96 << 20  # the model without data, records and files in memory, the allocator's rest
+    print(f"{peak / 2**20:.0f} MiB")
+    assert peak < 2 * layer + constant, f"{peak / 2**20:.0f} MiB"
+    whole = sum(p.stat().st_size for p in (tmp_path / "source").glob("*.safetensors"))
+    assert whole > 1.5 * peak  # else the measurement would say nothing
+
+
+LARGE = {"hidden_size": 384, "intermediate_size": 1536, "num_local_experts": 8} | {
+    "num_hidden_layers": 12
+}

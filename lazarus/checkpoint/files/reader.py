@@ -35,7 +35,7 @@ from lazarus.checkpoint.format.manifest import (
 ReadFile = Callable[[Storage, str], bytes]
 _MODEL = "model."
 _CACHED_FILES = 4
-_WHOLE_BYTES = 32 << 20  # smaller files are read whole and cached
+_WHOLE_BYTES = 8 << 20  # smaller files are read whole and cached
 
 
 class CheckpointReader:
