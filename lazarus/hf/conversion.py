@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lazarus.checkpoint.files.ranges import TORCH_DTYPES
@@ -25,6 +24,7 @@ from lazarus.checkpoint.format.image import TensorSpec
 from lazarus.checkpoint.format.stored_state import StoredState
 from lazarus.errors import ConfigError
 from lazarus.hf.module_state import ModuleState
+from lazarus.hf.stored import INDEX, SINGLE, StoredTensor, stored_tensors
 
 _LAYER = re.compile(r".*?\.\d+\.")  # "model.layers.3."
 _FLOATING = frozenset(n for n, d in TORCH_DTYPES.items() if d.is_floating_point)
@@ -45,9 +45,13 @@ class SourceFolder:
             raise ConfigError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
         try:
             self._config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            self.specs, self._files = self._read_headers()
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            self._stored = self._read_headers()
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from error
+        self.specs = {
+            key: TensorSpec(name=key, dtype=DTYPE_NAMES.get(t.dtype, "?"), shape=t.shape)
+            for key, t in self._stored.items()
+        }
 
     @property
     def is_quantised(self) -> bool:
@@ -79,35 +83,22 @@ class SourceFolder:
         """
         import transformers
 
+        from lazarus.hf.loading import model_class
+
         try:
             config = transformers.AutoConfig.from_pretrained(str(self.folder))
-            named = getattr(transformers, (config.architectures or [""])[0], None)
             with torch.device("meta"):
-                if named is not None:
-                    return named._from_config(config)
-                return transformers.AutoModelForCausalLM.from_config(config)
+                return model_class(config)._from_config(config)
         except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
             raise ConfigError(f"{self.folder}: {str(error).splitlines()[0]}") from error
 
     def tensor(self, key: str) -> Tensor:
         """One tensor of the folder's weight files."""
-        with safe_open(self.folder / self._files[key], "pt") as file:
-            return file.get_tensor(key)  # type: ignore[no-any-return]
+        return self._stored[key].read()
 
-    def _read_headers(self) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        index = self.folder / "model.safetensors.index.json"
-        names = ["model.safetensors"] if (self.folder / "model.safetensors").is_file() else []
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        specs, files = {}, {}
-        for name in names:
-            with safe_open(self.folder / name, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    view = file.get_slice(key)
-                    shape = tuple(view.get_shape())
-                    specs[key] = TensorSpec(name=key, dtype=view.get_dtype(), shape=shape)
-                    files[key] = name
-        return specs, files
+    def _read_headers(self) -> dict[str, StoredTensor]:
+        has_weights = (self.folder / SINGLE).is_file() or (self.folder / INDEX).is_file()
+        return stored_tensors(self.folder) if has_weights else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,7 +52,7 @@ def load(
     place = Path(folder)
     config = _config(place, settings)
     block = _take_quantisation(config)
-    kind = _model_class(config)
+    kind = model_class(config)
     with torch.device("meta"):
         twin = kind(config)
     fields = {path: expert_fields(module) for path, module in experts_modules(twin).items()}
@@ -97,7 +97,12 @@ def _take_quantisation(config: Any) -> tuple[int, int] | None:
     return None if block is None else (int(block[0]), int(block[1]))
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
+    """The class of transformers that a configuration names.
+
+    Raises:
+        ValueError: It names none.
+    """
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)

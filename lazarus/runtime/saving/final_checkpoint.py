@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -161,13 +162,15 @@ def _expert_records(
 
 
 def source_folder(model: nn.Module) -> str:
-    """The folder that the model was loaded from; empty if it was not loaded from one.
+    """The Hugging Face folder that the model was loaded from; empty if there is none.
 
-    Who loads a model says so in ``lazarus_folder``, an attribute of the model. The model may be
-    inside another module.
+    transformers leaves its name in ``name_or_path``. The model may be inside another module.
     """
-    folders = (getattr(module, "lazarus_folder", "") for module in model.modules())
-    return next((str(folder) for folder in folders if folder), "")
+    for module in model.modules():
+        name = getattr(module, "name_or_path", None)
+        if isinstance(name, str) and name and (Path(name) / "config.json").is_file():
+            return str(Path(name).absolute())
+    return ""
 
 
 def layer_entry(replica: Replica, layer: int) -> dict[str, Any]:
