@@ -88,7 +88,12 @@ SUITES = {
     ),
     "dispatcher": Suite(
         sources="dispatcher",
-        tests=("tests/unit/test_dispatcher_[!m]*.py", "tests/property/test_dispatcher_*.py"),
+        tests=(
+            "tests/unit/test_dispatcher_[!m]*.py",
+            "tests/unit/test_model_experts.py",
+            "tests/property/test_dispatcher_*.py",
+            "tests/property/test_experts_*.py",
+        ),
         without=(  # they start processes
             *("real_processes", "gloo", "shared memory", "test_dispatcher_shared.py"),
             *("test_overlapped_gradients", "that_do_not_return_in_time"),

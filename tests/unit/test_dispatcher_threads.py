@@ -252,6 +252,9 @@ def test_one_rank_alone_and_odd_tensors_need_no_peer() -> None:
     ones = torch.ones(4)
     via.start_all_reduce(ones, label="commit").wait()
     assert ones.tolist() == [1.0] * 4
+    for odd, text in ((torch.ones(4, 4).t(), "contiguous"), (torch.ones(4, device="meta"), "meta")):
+        with pytest.raises(ValueError, match=text):
+            via.all_reduce(odd, label="commit")
     with pytest.raises(ValueError, match=r"splits \[3\] for 4 rows"):
         via.all_to_all(ones, torch.ones(4), output_splits=[4], input_splits=[3], label="dispatch")
     with pytest.raises(ValueError, match="make room for all"):

@@ -16,7 +16,6 @@ from placement.balance.allocate import allocate_replicas
 from placement.balance.level import levelled
 from placement.certificate import Certificate, certificate
 from placement.foreign import certified
-from placement.migration.cores import repaired_blocks, unconfined_blocks
 from placement.migration.migrate import balanced_choice
 from placement.plan import Plan
 from placement.rebalance import Regret, accumulated
@@ -27,8 +26,7 @@ from placement.survival.frontier import frontier_counts
 from placement.survival.interval import as_intervals, interval_survival
 from placement.survival.resilience import survival
 from placement.table import comparison, heat_map, wants_bold
-from placement.templates.order import block_risk
-from placement.templates.template import Template, even_widths, proportional_sizes, segments, wrap
+from placement.templates.template import even_widths, proportional_sizes, segments, wrap
 
 CERTIFICATE = Certificate(
     survival={0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 0.75, 7: 0.0},
@@ -311,39 +309,6 @@ def test_groups_of_many_nodes_are_combined_as_those_of_few() -> None:
         assert more[k] == pytest.approx(mixed, abs=1e-12)
 
 
-def test_a_joiner_goes_to_the_block_whose_risk_it_lowers_most_the_hottest_on_a_tie() -> None:
-    def joined(racks: str) -> list[tuple[int, ...]]:
-        held = np.zeros((2, 4), dtype=np.int64)
-        blocks = repaired_blocks(
-            [((0,), 1), ((3,), 1)], joiners=[2], held_BN=held, slots_per_node=1, floor=1,
-            risk=lambda nodes: block_risk(nodes, racks, ()),
-        )  # fmt: skip
-        assert blocks is not None
-        return [nodes for nodes, _ in blocks]
-
-    assert joined("aabc") == [(0,), (2, 3)]  # either would span two racks
-    assert joined("aabb") == [(0, 2), (3,)]
-    assert joined("abbb") == [(0, 2), (3,)]
-    assert joined("aaac") == [(0,), (2, 3)]
-
-
-def test_nodes_whose_slots_are_all_taken_may_still_change_places() -> None:
-    held = np.zeros((2, 4), dtype=np.int64)
-    full = (((0, 1), 1), ((2, 3), 1))
-
-    def exchanged(racks: str, *, slots: int = 1, template: Template = full) -> list[set[str]]:
-        found = unconfined_blocks(
-            template, domain_of_node=racks, held_BN=held, slots_per_node=slots
-        )
-        return [{racks[n] for n in nodes} for nodes, _ in found]
-
-    assert exchanged("aabb") == [{"a", "b"}] * 2
-    assert exchanged("aaaa") == [{"a"}] * 2 and exchanged("abab") == [{"a", "b"}] * 2
-    uneven = (((0, 1), 2), ((2, 3), 1))
-    assert exchanged("aabb", slots=2, template=uneven) == [{"a", "b"}] * 2
-    assert exchanged("aabb", slots=1, template=(((0, 1), 1), ((2, 3), 2))) == [{"a"}, {"b"}]
-
-
 def test_the_idlest_nodes_of_many_are_those_of_a_whole_sort(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -371,3 +336,18 @@ def test_what_is_level_is_left_as_it_is() -> None:
     only = np.array([True, False])
     barred, _ = levelled(np.array([[3.0, 1.0]]), apart, core, slots_per_node=2, targets=only)
     assert not barred[0, 0, 1]
+
+
+def test_the_cheapest_exact_method_is_the_one_that_is_used() -> None:
+    rng = np.random.default_rng(4)
+
+    def used(sets: int, nodes: int) -> str:
+        drawn = [mask_of(rng.choice(nodes, size=5, replace=False).tolist()) for _ in range(sets)]
+        return survival([*drawn, 0b11, 0b101], num_nodes=nodes, max_losses=2).method
+
+    assert used(12, 14) == used(12, 20) == "truth table"
+    assert used(200, 14) == "truth table" and used(200, 16) == "frontier"
+    assert used(40, 21) == "frontier"
+    assert survival([0b11, 0b110], num_nodes=16).method == "truth table"  # of their three nodes
+    assert survival([1 << i | 1 << i + 1 for i in range(20)], num_nodes=21).method == "interval"
+    assert survival([0b11, 0b1100], num_nodes=30).method == "closed form"
