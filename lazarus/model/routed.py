@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class RoutedExperts(nn.Module):
         if not isinstance(getattr(type(self), "router_bias", None), property):
             self.register_buffer("router_bias", None)
         self.experts = experts
+        self._options: tuple[tuple[Any, ...], PathOptions] | None = None
         self._path_options()  # raises now rather than in the first forward
         self.context = LayerContext.solo(self.num_experts)
 
@@ -152,10 +154,16 @@ class RoutedExperts(nn.Module):
         return out_TD.to(started.kind)
 
     def _path_options(self) -> PathOptions:
-        return PathOptions(
-            layout=self.experts.layout, frozen_layout=self.experts.frozen_layout, run=self.run,
-            recompute=self.recompute,
-        )  # fmt: skip
+        """Options for the bank as it is now; a bank may be frozen after the layer was made."""
+        bank, known = self.experts, self._options
+        wanted = (bank.layout, bank.frozen_layout, self.run, self.recompute)
+        if known is None or known[0] != wanted:
+            made = PathOptions(
+                layout=bank.layout, frozen_layout=bank.frozen_layout, run=self.run,
+                recompute=self.recompute,
+            )  # fmt: skip
+            known = self._options = (wanted, made)
+        return known[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dispatcher.layer.layout import ROW_MULTIPLE
 from lazarus.errors import UserMistakeError
 from lazarus.model.experts import ExpertBank
 from lazarus.runtime.state.dense import Named
@@ -115,7 +116,15 @@ class VectorFields:
             self._put(rows, state[key])
 
     def _columns(self, rows_SP: Tensor) -> Tensor:
-        return torch.cat([rows_SP[:, begin:end] for begin, end in self._spans], dim=1)
+        """The vectors, padded as rows of a bank are.
+
+        Kernels compute the last elements of a tensor differently. Without the padding the bits of
+        an expert would depend on its slot.
+        """
+        parts = [rows_SP[:, begin:end] for begin, end in self._spans]
+        numel = sum(end - begin for begin, end in self._spans)
+        parts.append(rows_SP.new_zeros(len(rows_SP), -numel % ROW_MULTIPLE))
+        return torch.cat(parts, dim=1)
 
     def _put(self, rows_SP: Tensor, vectors_SV: Tensor) -> None:
         at = 0
