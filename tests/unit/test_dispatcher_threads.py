@@ -178,8 +178,11 @@ def test_slices_of_a_sum_are_whole_lines_and_cover_it() -> None:
         assert max(end - begin for begin, end in slices) <= -(-numel // (16 * size)) * 16
 
 
-def disagreeing(exchange: Exchange, kind: str) -> tuple[str, str]:
-    """Rank 1 does something else than the others; says what it met, then and at its next call."""
+def disagreeing(exchange: Exchange, kind: str) -> tuple[str, str, SharedExchange]:
+    """Rank 1 does something else than the others; says what it met, then and at its next call.
+
+    The exchange is returned so that it lives on: to close it early would be another way to fail.
+    """
     via, odd = shared_of(exchange), exchange.rank == 1
     ones = torch.ones(6)
 
@@ -205,7 +208,7 @@ def disagreeing(exchange: Exchange, kind: str) -> tuple[str, str]:
         again = "nothing"
     except LinkError as problem:
         again = f"{type(problem).__name__}: {problem}"
-    return said, again
+    return said, again, via
 
 
 @pytest.mark.parametrize(
@@ -219,17 +222,19 @@ def disagreeing(exchange: Exchange, kind: str) -> tuple[str, str]:
 )
 def test_ranks_that_disagree_all_stop_for_one_reason(kind: str, text: str) -> None:
     met = run_ranks(lambda e: disagreeing(e, kind), size=3, timeout_s=30)
-    for said, again in met:
+    for said, again, _ in met:
         assert "LinkError" in said and again == said
         # Whoever finds out tells the others; of sizes, its own link may break before that.
         assert ("PartedLinkError" in said) == (kind == "label")
-    assert any(text in said for said, _ in met)
+    assert any(text in said for said, _, _ in met)
+    for _, _, via in met:
+        via.close()
 
 
 def test_an_abort_ends_the_waits_of_all_and_every_later_call() -> None:
-    def body(exchange: Exchange) -> list[str]:
+    def body(exchange: Exchange) -> tuple[list[str], SharedExchange]:
         via = shared_of(exchange)
-        said = []
+        said: list[str] = []
         for _ in range(2):
             try:
                 if exchange.rank == 0:
@@ -237,9 +242,9 @@ def test_an_abort_ends_the_waits_of_all_and_every_later_call() -> None:
                 via.all_reduce(torch.ones(4), label="commit")
             except LinkError as problem:
                 said.append(str(problem))
-        return said
+        return said, via
 
-    first, second, third = run_ranks(body, size=3, timeout_s=30)
+    (first, _), (second, _), (third, _) = run_ranks(body, size=3, timeout_s=30)
     assert first == ["exchange with rank -1 failed: aborted"] * 2
     for said in (second, third):
         assert len(said) == 2 and said[0] == said[1] and "exchange with rank" in said[0]
@@ -309,14 +314,13 @@ def test_a_door_that_nobody_comes_through_closes_and_names_the_first_who_is_miss
 
 
 def test_parted_ranks_raise_what_callers_of_any_exchange_catch() -> None:
-    def body(exchange: Exchange) -> str:
+    def body(exchange: Exchange) -> tuple[str, SharedExchange]:
         via = shared_of(exchange)
         with pytest.raises(RanksPartedError) as caught:
             via.all_reduce(torch.ones(2), label=f"layer {exchange.rank}")
-        return str(caught.value)
+        return str(caught.value), via
 
-    said = run_ranks(body, size=2, timeout_s=30)
-    assert set(said) <= {
+    assert {said for said, _ in run_ranks(body, size=2, timeout_s=30)} <= {
         "ranks do not run the same layers: rank 0 is at layer 0; rank 1 is at layer 1",
         "ranks do not run the same layers: rank 1 is at layer 1; rank 0 is at layer 0",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from placement.migration.cores import repaired_blocks, unconfined_blocks
+from placement.templates.family import complementary_tail
 from placement.templates.order import block_risk
 from placement.templates.template import Template
 
@@ -54,3 +55,12 @@ def test_a_block_takes_a_node_that_has_room_once_its_donor_let_go() -> None:
     assert refilled(2, 1) == [(1, 2), (0, 3)]
     assert refilled(1, 1) is None  # two experts fit no node
     assert refilled(4, 2) == [(0, 1, 2), (0, 3)]  # there is room beside the other block
+
+
+def test_parts_that_leave_a_block_no_node_are_no_tail() -> None:
+    assert complementary_tail([1, 1], num_nodes=1, excess=1, parts=2) is None
+    assert complementary_tail([1, 1, 1], num_nodes=3, excess=1, parts=3) == (
+        ((2,), 1), ((1,), 1), ((0,), 1),
+    )  # fmt: skip
+    halves = complementary_tail([2, 2, 3, 3], num_nodes=4, excess=2, parts=2)
+    assert halves == (((2, 3), 2), ((0, 1), 2))
