@@ -12,6 +12,7 @@ from lazarus.config.hf_folder import num_experts
 from lazarus.config.preflight import stated_ranks_per_node, warnings_of
 from lazarus.config.train_config import TrainConfig
 from lazarus.control.plans.verdict import slots_for
+from lazarus.data.units import Units
 from lazarus.record.condensed import condensed_events
 from lazarus.record.metrics import summarise
 from lazarus.run.run_place import RunPlace, open_place
@@ -141,4 +142,22 @@ def _dry_run(place: RunPlace) -> int:
         f"x {plan.slots_per_node} slots; the plan that the run begins with:"
     )
     print(certificate(plan).table())
+    ranks = max(len(plan.node_ids), plan.expert_of_slot.shape[1])
+    for line in _price_of_units(place.config, ranks):
+        print(line)
     return 0
+
+
+def _price_of_units(config: TrainConfig, ranks: int) -> list[str]:
+    """What elastic determinism costs a step because units are not divided further."""
+    if not config.train.elastic_determinism:
+        return []
+    units = Units(global_batch=config.train.global_batch, unit_size=config.train.micro_batch_size)
+    shares = [f"{units.idle(n):.2f} on {n}" for n in (ranks, ranks - 1, ranks - 2) if n > 0]
+    lines = [f"units of a step      {units.count}; times the ideal: {', '.join(shares)} ranks"]
+    if units.count < 4 * ranks:
+        lines.append(
+            f"                     fewer than 4 a rank: a smaller train.micro_batch_size, or a "
+            f"larger train.global_batch, evens out {ranks - 1 or 1} ranks"
+        )
+    return lines

@@ -17,6 +17,7 @@ from dispatcher.layer.dispatch import Routed
 from dispatcher.layer.places import Meeting, place_code
 from dispatcher.splits.routing import BoolArray, RoutingTable
 from dispatcher.splits.split import SplitRule
+from lazarus.errors import UserMistakeError
 
 
 class BackwardDone:
@@ -173,7 +174,17 @@ class LayerContext:
 
         Returns:
             Function to call at the end of the backward.
+
+        Raises:
+            UserMistakeError: Gradients are added in an order of units, and the layer runs twice in
+                one forward pass.
         """
+        if self.rule.by_source and self._open:
+            raise UserMistakeError(
+                f"MoE layer {self.layer} runs twice in one forward pass: the order in which its "
+                "gradients are added would depend on the number of ranks; with "
+                "train.elastic_determinism use a layer for each place"
+            )
         self._open += 1
         self.counts_E += torch.from_numpy(routed.counts_RE.sum(0)).to(self.counts_E)
         self.served_before_ER = self.served_ER.copy()

@@ -50,12 +50,20 @@ class Buffers:
         model: The model; buffers that appear in a forward pass later must not be persistent.
         scratch: Names, or patterns of names, of persistent buffers to treat as scratch.
         own: Names of buffers that the runtime maintains: state that no forward pass writes.
+        takes_means: Floating-point state may be written by forward passes; its value is then a mean
+            over ranks, which depends on their number.
     """
 
     def __init__(
-        self, model: nn.Module, *, scratch: Sequence[str] = (), own: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        *,
+        scratch: Sequence[str] = (),
+        own: Sequence[str] = (),
+        takes_means: bool = True,
     ) -> None:
         self._model = model
+        self._takes_means = takes_means
         self._state: list[_Place] = []
         self._scratch: list[_Place] = []
         for name, module, key in _places(model):
@@ -121,12 +129,14 @@ class Buffers:
 
         Raises:
             UserMistakeError: A forward pass has changed a buffer's shape or type, or added a
-                persistent buffer.
+                persistent buffer, or wrote a floating-point one where means are not taken.
         """
         self._fresh, self.has_unknown = None, False
         if not self._candidates:
             return
         written = [self._is_written(place) for place in self._candidates]
+        if not self._takes_means:
+            self._refuse_means(written)
         if agree:
             self._agree(written, exchange)
         known = {place.name for place in self._agreed}
@@ -159,6 +169,15 @@ class Buffers:
                 raise UserMistakeError(
                     f"buffer {name} appeared in a forward pass; register it when the model is "
                     "built, or with persistent=False"
+                )
+
+    def _refuse_means(self, written: Sequence[bool]) -> None:
+        for place, wrote in zip(self._candidates, written, strict=True):
+            if wrote and (place.tensor.is_floating_point() or place.tensor.is_complex()):
+                raise UserMistakeError(
+                    f"a forward pass writes buffer {place.name}, whose value after a step is a "
+                    "mean over ranks and depends on their number; with train.elastic_determinism "
+                    "compute it otherwise, or name it in train.scratch_buffers"
                 )
 
     def _is_written(self, place: _Place) -> bool:

@@ -120,7 +120,9 @@ class Replica:
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)
         routers = [f"{name}.router_bias" for name in self.layer_names]
-        self.buffers = Buffers(self.model, scratch=scratch_buffers, own=routers)
+        self.buffers = Buffers(
+            self.model, scratch=scratch_buffers, own=routers, takes_means=units is None
+        )
 
     # ---- building ------------------------------------------------------------------------------
 

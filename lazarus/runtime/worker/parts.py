@@ -27,6 +27,7 @@ from lazarus.runtime.training.between_steps import BetweenSteps
 from lazarus.runtime.training.context import WorkerContext
 from lazarus.runtime.training.factory import Workshop, first_context
 from lazarus.runtime.training.hooks import Hooks
+from lazarus.runtime.training.self_test import require_equal_bits
 from lazarus.runtime.worker.common_state import CommonState
 
 Send = Callable[[Body], None]
@@ -103,6 +104,8 @@ def make_parts(
     hooks = Hooks(user.hooks, where=observer.where)
     hooks.setup(context, replica.model)
     replica.require_unchanged()
+    if shop.batching.units is not None:
+        require_equal_bits(replica, dtype=context.dtype)
     between = shop.between_steps(replica, hooks, context)
     common = CommonState(
         replica,
