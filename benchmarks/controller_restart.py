@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from process_figures import cpu_s, memory_mb, private_mb
 
 from lazarus.control.cluster.state import Control, ControlConfig
 from lazarus.control.ports import Publish
@@ -156,12 +157,6 @@ def say(controller: Controller, step: int) -> None:
     controller._streams._for_driver.clear()  # nobody listens
 
 
-def memory_mb(name: str, pid: int | str = "self") -> float:
-    """``VmRSS`` or ``VmHWM`` of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(float(line.split()[1]) for line in status.splitlines() if name in line) / 1024
-
-
 def restart(spec: ControllerSpec) -> dict[str, float]:
     """Open the controller in this process, as after its death."""
     before_mb, began = memory_mb("VmRSS"), time.perf_counter()
@@ -263,18 +258,6 @@ def answers(spec: ControllerSpec) -> None:
         with suppress(ConnectionRefusedError):
             socket.create_connection((spec.host, spec.port), timeout=60).close()
             return
-
-
-def cpu_s(pid: int) -> float:
-    """Seconds of CPU that a process has used: what it would take on a machine of its own."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def private_mb(pid: int) -> float:
-    """Memory of a process that it shares with no other one."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(float(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def memory_when_ready_mb(pid: int) -> float:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from control_basics import Broken
 from control_play import play
-from control_worker import Broken
 from msgspec.structs import replace as changed
 
 from lazarus.control import machine

@@ -9,9 +9,9 @@ from random import Random
 from typing import Any
 
 import pytest
+from control_basics import Broken
 from control_desk import running
 from control_play import play
-from control_worker import Broken
 from odd_messages import BODIES, odd_body
 
 from lazarus.control import machine

@@ -8,16 +8,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from control_worker import (
-    EXPERTS,
-    LAYERS,
-    Broken,
-    SimWorker,
-    counts_of,
-    digest,
-    need,
-    vector_of,
-)
+from control_basics import EXPERTS, LAYERS, Broken, counts_of, digest, need, vector_of
+from control_worker import SimWorker
 from control_world import World
 
 from lazarus.config.timeouts import derive_timeouts

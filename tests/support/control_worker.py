@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from control_basics import EXPERTS, LAYERS, Expert, digest, need, vector_of
+from control_invariants import check_apart, check_redo, compare
 
 from lazarus.control.cluster.state import Phase
 from lazarus.control.messages import (
@@ -39,7 +40,6 @@ from lazarus.control.messages import (
 from lazarus.control.vector import (
     VectorLayout,
     advance_history,
-    contribution,
     decode,
     start_history,
 )
@@ -50,55 +50,7 @@ from placement import Plan
 if TYPE_CHECKING:
     from control_world import World
 
-LAYERS, EXPERTS = 1, 4
 CLOSED = object()  # the end of a stream, behind all that was still in it
-Expert = tuple[int, int]
-
-
-class Broken(AssertionError):
-    """An invariant does not hold."""
-
-    def __init__(self, rule: str, message: str) -> None:
-        super().__init__(f"{rule}: {message}")
-        self.rule = rule
-
-
-def need(condition: object, rule: str, message: str) -> None:
-    if not condition:
-        raise Broken(rule, message)
-
-
-def digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def counts_of(step: int) -> np.ndarray:
-    """Routed copies of a step, float64 [L, E]: a function of the step alone."""
-    return np.array([[1.0 + (7 * step + 3 * e) % 5 for e in range(EXPERTS)]] * LAYERS)
-
-
-def vector_of(*, seats: int, generation: int, step: int, pauses: int) -> Vector:
-    """The summed vector that all ranks of a group get."""
-    layout = VectorLayout(world_size=seats, num_layers=LAYERS, num_experts=EXPERTS)
-    lanes = sum(
-        contribution(
-            layout,
-            rank=rank,
-            generation=generation,
-            step=step,
-            samples=2,
-            count=8.0,
-            sample_hash=step,
-            loss_sum=1.0,
-            aux_sum=0.0,
-            found_inf=False,
-            pause=rank < pauses,
-            own_s=0.01,
-        )
-        for rank in range(seats)
-    )
-    lanes[layout.counts] = counts_of(step).reshape(-1)
-    return Vector(generation=generation, step=step, lanes=lanes.astype("<f8").tobytes())
 
 
 @dataclass
@@ -252,7 +204,7 @@ class SimWorker:
             ledger.accept(vector)
             self._apply(vector)
         else:
-            self.world.check_redo(self, order)
+            check_redo(self.world, self, order)
             ledger.withdraw()
         self.pending = None
         self.aligned = order.generation
@@ -343,7 +295,7 @@ class SimWorker:
         need(wanted <= set(have), "I12", f"{self.name} resumes without {wanted - set(have)}")
         self.experts = {key: have[key] for key in wanted}
         need(self.ledger.committed == order.step, "I5", f"{self.name} resumes at another step")
-        self.world.compare(self, order.generation)
+        compare(self.world, self, order.generation)
         if not self.ledger.enter(order.generation):
             return
         if order.halt:
@@ -405,4 +357,4 @@ class SimWorker:
         self.chains[step] = digest(self.chain, vector.lanes)
         self.experts = {k: digest(v, vector.lanes) for k, v in self.experts.items()}
         ledger.applied(step)
-        self.world.check_apart(self)
+        check_apart(self.world, self)

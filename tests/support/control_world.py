@@ -14,29 +14,20 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from control_basics import EXPERTS, LAYERS, Broken, digest, need
+from control_invariants import check_decision, check_loss, check_order, check_restart, note_evidence
 from control_journal import resumed_state
-from control_worker import CLOSED, EXPERTS, LAYERS, Barrier, Broken, SimWorker, digest, need
+from control_worker import CLOSED, Barrier, SimWorker
 from record_checks import check_event
 
 from lazarus.control import machine
 from lazarus.control.cluster import evidence
 from lazarus.control.cluster.state import Control, ControlConfig, Phase, fields_of
 from lazarus.control.commit.commits import last_words
-from lazarus.control.membership.suspicion import AGAIN
 from lazarus.control.messages import (
-    Align,
-    Body,
-    Fence,
-    Fenced,
-    Heartbeat,
-    Hello,
     KillNode,
-    Prepare,
-    Report,
-    Resume,
     RunOver,
     StartNode,
-    Vector,
     WorkerDied,
 )
 from lazarus.control.ports import (
@@ -171,14 +162,14 @@ class World:
     def feed(self, event: Event) -> None:
         """One event into the machine; its commands out, unless the controller dies between two."""
         before = self.state
-        self._note_evidence(event)
+        note_evidence(self, event)
         try:
             self.state, commands = machine.decide(before, event)
         except Broken:
             raise
         except Exception as problem:
             raise Broken("total", f"{type(problem).__name__}: {problem} on {event}") from problem
-        self._check_decision(before, event)
+        check_decision(self, before, event)
         for command in commands:
             if not self.up:
                 return
@@ -191,37 +182,6 @@ class World:
             odd = [name for name in evidence.FIELDS if not alike(self.replayed, self.state, name)]
             need(not odd, "replayed", f"the journal tells {odd} differently")
 
-    def _note_evidence(self, event: Event) -> None:
-        if not isinstance(event, WorkerSaid) or event.worker not in self.state.roster.workers:
-            return
-        match event.body:
-            case Vector(generation=generation, step=step) if generation == self.state.resumed:
-                self.evidence.setdefault(step, "vector")
-            case Report(generation=generation, vectors=vectors):
-                transition = self.state.transition
-                if transition is None or transition.generation != generation:
-                    return
-                if self.state.roster.workers[event.worker].node in transition.voters:
-                    self.evidence.update({v.step: "report" for v in vectors})
-
-    def _check_decision(self, before: Control, event: Event) -> None:
-        after = self.state
-        need(after.generation >= before.generation, "I10", "the generation went back")
-        need(after.resumed >= before.resumed, "I10", "the resumed generation went back")
-        restarted = after.standing.rolled != before.standing.rolled and not before.standing.members
-        need(after.step >= before.step or restarted, "I14", "the journaled commit went back")
-        need(not after.waiting.broken, "I7", f"the controller gave up: {after.waiting.hold_reason}")
-        need(set(after.standing.members) <= set(after.roster.nodes), "total", "a member is no node")
-        stranger = isinstance(event, WorkerSaid) and event.worker not in before.roster.workers
-        if stranger and not isinstance(event.body, Hello) and before.phase is not Phase.ENDED:
-            due, _ = machine.decide(before, Tick(at_s=event.at_s))
-            old, said, ticked = fields_of(before), fields_of(after), fields_of(due)
-            same = all(
-                said[name] in (old[name], ticked[name])
-                for name in ("members", "step", "generation", "phase", "known", "nodes")
-            )
-            need(same, "I13", f"{event.worker} is heard although it is no member: {event.body}")
-
     def _carry_out(self, command: Command) -> None:
         match command:
             case Journal(entry=entry):
@@ -229,7 +189,7 @@ class World:
             case Publish():
                 self._publish(command)
             case Tell(worker=name, body=body):
-                self._check_order(body)
+                check_order(self, body)
                 worker = self.workers.get(name)
                 if worker is not None and worker.connected:
                     worker.inbox.append((self.state.term, body))
@@ -254,25 +214,13 @@ class World:
             newest = [e for e in self.entries if e["kind"] == "claim"][-1]
             need(entry["generation"] == newest["generation"], "I10", "resumes an older claim")
             if entry["rollback"]:
-                self._check_restart(entry)
+                check_restart(self, entry)
             need(entry["step"] >= self.journaled(), "I14", f"resumes before a commit: {entry}")
             seated = [self.workers[name] for name in entry["seats"]]
             chains = {w.chains.get(entry["step"]) for w in seated if w.alive}
             need(len(chains) <= 1, "I5", f"members resume with different states: {chains}")
         self.entries.append(entry)
         self.replayed = replay.replayed(self.replayed, entry)
-
-    def _check_restart(self, entry: dict[str, Any]) -> None:
-        """Only where nobody is left; then what was decided above the checkpoint is void."""
-        before = [e for e in self.entries if e["kind"] == "resume"][-1]
-        left = set(entry["nodes"]) & set(before["nodes"])
-        need(not left, "I14", f"restarts although {left} hold the state")
-        newest = max(t for t in self.stored if t <= self.journaled())
-        need(entry["step"] == newest, "I14", f"restarts at {entry['step']}, not at {newest}")
-        self.restarted_at = (len(self.entries), entry["step"])
-        for table in (self.evidence, self.decided, self.stored):
-            for step in [t for t in table if t > entry["step"]]:
-                del table[step]
 
     def journaled(self) -> int:
         """Newest journaled commit that counts."""
@@ -288,46 +236,8 @@ class World:
             need(step <= self.journaled(), "I6", f"step {step} published before its journal entry")
             need(self.decided.get(step), "I6", f"step {step} published, but nobody decided it")
         if publish.event == "node_lost":
-            self._check_loss(int(publish.fields["node"]), str(publish.fields["cause"]))
+            check_loss(self, int(publish.fields["node"]), str(publish.fields["cause"]))
         self.published.append(publish)
-
-    def _check_loss(self, serial: int, cause: str) -> None:
-        """Who works, or has nothing to do, is not lost."""
-        keys = {e["node"]: e["key"] for e in self.entries if e["kind"] == "serial"}
-        lost = self.workers[f"{keys[serial]}.0"]
-        if cause == AGAIN:
-            ends = frozenset().union(*self.broken_links)
-            need(lost.name in ends, "I15", f"{lost.name} is lost for the links of {sorted(ends)}")
-        elif cause == "no progress":
-            mail = [m for _, m in lost.inbox if not isinstance(m, Fenced)]
-            mail += [m for m in lost.outbox if not isinstance(m, Heartbeat)]
-            busy = lost.doing is not None or lost.orders or mail or lost.stalled or lost.stopped
-            need(busy, "I15", f"{lost.name} is lost for standing still, but has nothing to do")
-
-    def _check_order(self, body: Body) -> None:
-        match body:
-            case Fence(generation=generation):
-                claims = {e["generation"] for e in self.entries if e["kind"] == "claim"}
-                need(generation in claims, "I10", f"fence {generation} before its claim")
-            case Resume(generation=generation):
-                resumes = {e["generation"] for e in self.entries if e["kind"] == "resume"}
-                need(generation in resumes, "I10", f"resume {generation} before its entry")
-            case Align(step=step, reload=place) if place:
-                need(not self.state.standing.members, "I12", f"state is thrown away at {step}")
-                need(step in self.stored, "I14", f"restarts at {step}, where nothing stands")
-            case Align(step=step):
-                newest = max(self.evidence, default=0)
-                need(step >= newest, "I7", f"redo of {step + 1} although {newest} is decided")
-                need(step >= self.journaled(), "I14", f"aligns at {step}, before a commit")
-                need(step == 0 or self.decided.get(step), "I7", f"{step} was never decided")
-            case Prepare(restores=restores) if self.state.standing.lineage:
-                members = [s.worker for s in body.feeders if s.worker in self.state.standing.seats]
-                for restore in restores:
-                    key = (restore.layer, restore.expert)
-                    holders = [name for name in members if key in self.workers[name].experts]
-                    doubtful = any(key == bad for _, bad in self.flipped)  # without a majority
-                    missing = doubtful or not holders
-                    need(missing, "I12", f"{key} is restored although {holders} hold it")
 
     # ---- checks across workers -----------------------------------------------------------------
 
@@ -337,26 +247,6 @@ class World:
         serials = {e["key"]: e["node"] for e in self.entries if e["kind"] == "serial"}
         newest = set(claims[-1]["members"]) if claims else set()
         return [w for w in self.workers.values() if w.alive and serials.get(w.key) in newest]
-
-    def check_redo(self, worker: SimWorker, order: Align) -> None:
-        if order.generation != worker.ledger.fence or worker not in self.voters():
-            return
-        for other in self.voters():
-            if other.reported >= order.generation and other.ledger.decided > order.step:
-                raise Broken("I3", f"{worker.name} redoes what {other.name} has decided")
-
-    def check_apart(self, worker: SimWorker) -> None:
-        for other in self.voters():
-            if other.ledger.gen == worker.ledger.gen and other.name in worker.seats:
-                apart = abs(other.ledger.committed - worker.ledger.committed)
-                need(apart <= 1, "I1", f"{other.name} and {worker.name} are {apart} steps apart")
-                both = min(other.ledger.committed, worker.ledger.committed)
-                need(other.chains[both] == worker.chains[both], "I1", "two histories")
-
-    def compare(self, worker: SimWorker, generation: int) -> None:
-        for key, value in [*worker.experts.items(), ("dense", worker.chain)]:
-            first = self.values.setdefault((generation, key), value)
-            need(first == value, "I5", f"{key} differs on {worker.name} in {generation}")
 
     # ---- processes -----------------------------------------------------------------------------
 
