@@ -19,8 +19,7 @@ import numpy as np
 from lazarus.checkpoint.selection.adaptive import Measured
 from lazarus.control import messages as m
 from lazarus.control.cluster.roster import node_of
-from lazarus.control.cluster.state import Control, ControlConfig, Phase
-from lazarus.control.cluster.transition import Transition
+from lazarus.control.cluster.state import Control, ControlConfig, Phase, attempt_in
 from lazarus.control.commit.measures import measures_of
 from lazarus.control.membership.json_text import parsed
 from lazarus.control.vector import VectorLayout, decode
@@ -242,16 +241,8 @@ def _finalized(state: Control, body: m.Finalized) -> str:
 # ---- recoveries --------------------------------------------------------------------------------
 
 
-def _asked_in(state: Control, phase: Phase, generation: int) -> Transition | None:
-    """The transition if it waits in this phase for answers of this generation; else None."""
-    found = state.transition
-    if state.phase is not phase or found is None or generation != found.generation:
-        return None
-    return found
-
-
 def _aligned(state: Control, worker: str, body: m.Aligned) -> str:
-    transition = _asked_in(state, Phase.ALIGNING, body.generation)
+    transition = attempt_in(state, Phase.ALIGNING, generation=body.generation)
     if transition is None:
         return ""
     known = state.roster.workers.get(worker)
@@ -316,7 +307,7 @@ def _outside(names: Iterable[tuple[int, int]], layers: int, experts: int) -> str
 
 
 def _ready(state: Control, worker: str, body: m.Ready) -> str:
-    transition = _asked_in(state, Phase.PREPARING, body.generation)
+    transition = attempt_in(state, Phase.PREPARING, generation=body.generation)
     if transition is None:
         return ""
     if worker not in {seat.worker for seat in transition.feeders}:
