@@ -150,8 +150,8 @@ def plt_of(manifest: Manifest) -> float | None:
         return None
     counts = [[int(n) for n in row] for row in routed]
     versions = [
-        [min((v.routed for v in parts.values()), default=0) for parts in layer]
-        for layer in manifest.experts
+        [manifest.oldest(x, e).routed if parts else 0 for e, parts in enumerate(layer)]
+        for x, layer in enumerate(manifest.experts)
     ]
     return portion_lost(staleness(versions, routed=counts), routed=counts)
 

@@ -94,7 +94,8 @@ class GPT(nn.Module):
             for i in range(shape.layers)
         )
         self.final_norm = nn.LayerNorm(shape.dim)
-        self._initialise(shape.layers, options.init_std)
+        self.init_std = options.init_std
+        self.reset_parameters()
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits [B, S, V] of tokens [B, S].
@@ -111,11 +112,15 @@ class GPT(nn.Module):
             x_BSD = block(x_BSD)
         return F.linear(self.final_norm(x_BSD), self.token_embedding.weight)
 
-    def _initialise(self, layers: int, std: float) -> None:
+    def reset_parameters(self) -> None:
+        """Draw all dense weights anew, for example after the model was built on the meta device."""
+        std = self.init_std
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 # Smaller residual branches, so that activations do not grow with depth.
-                scale = (2 * layers) ** -0.5 if name.endswith((".project", ".down")) else 1.0
+                scale = (
+                    (2 * len(self.blocks)) ** -0.5 if name.endswith((".project", ".down")) else 1.0
+                )
                 nn.init.normal_(module.weight, std=std * scale)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)

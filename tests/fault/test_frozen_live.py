@@ -104,3 +104,59 @@ options = {{"faults": ["kill:0@8", "kill:1@8"]}}
     assert two.steps[0] > kinds.index("partial") + 1  # it begins at a partial checkpoint
     assert {e["layer"] for e in two.of("expert_restored")} >= {0}
     assert_as_built(two.folder)
+
+
+ADAPTERS = """
+import copy
+from dispatcher import TensorLayout
+from lazarus.model.experts import ExpertBank
+from lazarus.model.routed import RoutedExperts
+
+def values(expert):
+    return {"b": torch.zeros(8, 8), "w": torch.full((8, 8), 0.25 * expert)}
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        bank = ExpertBank.of(
+            TensorLayout({"b": (8, 8)}, dim=8), num_experts=4, source=values,
+            frozen_layout=TensorLayout({"w": (8, 8)}, dim=8), frozen_dtype=torch.bfloat16,
+        )
+        self.moe = RoutedExperts(bank, top_k=2, run=lambda x, t: x @ (t["w"].float() + t["b"]))
+        self.router = nn.Linear(8, 4)
+        self.head = nn.Linear(8, 1)
+    def forward(self, x):
+        rows = x.reshape(-1, 8)
+        gate, expert = self.router(rows).softmax(-1).topk(2)
+        return self.head(x + self.moe(rows, expert, gate).view(x.shape))
+
+class Average:
+    def on_commit(self, ctx, step):
+        twin = copy.deepcopy(self.model)
+        assert twin.moe.experts.expert_of_slot == self.model.moe.experts.expert_of_slot
+    def on_setup(self, ctx, model):
+        self.model = model
+
+options = {"faults": ["kill:2@6"], "hooks": [Average()]}
+"""
+
+
+@pytest.mark.slow
+def test_adapters_come_back_from_memory_and_what_they_adapt_from_its_source(tmp_path: Path) -> None:
+    left = run_script(
+        tmp_path, ADAPTERS, steps=8, nodes=3,
+        settings=(
+            "checkpoint.every=4", "checkpoint.k_persist=4", "checkpoint.k_snapshot=4",
+            "recovery.compare_every=1", "placement.slots_per_node=2",
+            "placement.min_replicas=1", "checkpoint.full_at_end=true",
+        ),
+    )  # fmt: skip
+    assert left.code == 0, left.err[-3000:]
+    assert left.steps == list(range(1, 9)) and not left.of("replica_mismatch", "user_error")
+    state = open_state_dict(str(left.folder / "checkpoints"))
+    for expert in range(4):
+        frozen = state[f"moe.experts.{expert}.w"]
+        assert frozen.dtype == torch.bfloat16 and bool((frozen == 0.25 * expert).all())
+    assert any(bool(state[f"moe.experts.{expert}.b"].any()) for expert in range(4))
+    sources = {event["source"] for event in left.of("expert_restored")}
+    assert sources and sources <= {"own_snapshot", "node_snapshot"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lazarus.checkpoint.files.reader import open_state_dict
 from lazarus.checkpoint.format.ref import CheckpointRef
 from lazarus.config.train_config import TrainConfig
 from lazarus.errors import UserMistakeError
+from lazarus.model import gpt
 from lazarus.runtime.saving.rollback_state import read_base
 from lazarus.runtime.state.replica import Replica
 from lazarus.runtime.training import defaults
@@ -100,6 +101,16 @@ def test_freezing_after_the_build_is_refused_by_name() -> None:
         replica.require_unchanged()
 
 
+def test_a_model_of_which_nothing_is_trained_is_refused() -> None:
+    with pytest.raises(UserMistakeError, match="every parameter of the model is frozen"):
+        replica_of(lambda: Tied().requires_grad_(False))
+
+
+def test_a_function_that_returns_no_module_is_refused() -> None:
+    with pytest.raises(UserMistakeError, match="returned dict; it must return a torch.nn.Module"):
+        replica_of(dict)
+
+
 def test_with_all_dense_parameters_frozen_the_experts_train() -> None:
     def build() -> nn.Module:
         model = Tied()
@@ -170,7 +181,7 @@ class Plain(nn.Module):
         self.head.weight = self.embed.weight
 
 
-def on_meta(kind: type[nn.Module]) -> nn.Module:
+def on_meta(kind: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         return kind()
 
@@ -183,6 +194,17 @@ def test_a_model_on_the_meta_device_gets_memory_and_values_from_reset_parameters
     assert 0.5 < float(model.embed.weight.detach().std()) < 2.0
     assert bool(torch.isfinite(one.flat).all()) and bool(model.moe.experts.weight.any())
     assert one.dense_digest() == other.dense_digest()  # ranks build the same
+
+
+def test_the_builtin_model_on_the_meta_device_is_drawn_as_on_any_other() -> None:
+    shape = gpt.GPTConfig(
+        layers=2, dim=32, heads=2, vocab=64, seq_len=16, experts=EXPERTS, top_k=2, moe_every=1
+    )
+    hollow = replica_of(lambda: on_meta(lambda: gpt.build(shape)))
+    plain = replica_of(lambda: gpt.build(shape))
+    for (name, own), (_, other) in zip(hollow.dense, plain.dense, strict=True):
+        close = pytest.approx(float(other.detach().float().std()), rel=0.25, abs=1e-6)
+        assert float(own.detach().float().std()) == close, name
 
 
 def test_tensors_on_meta_that_nothing_fills_are_refused_by_name() -> None:
@@ -414,8 +436,10 @@ def test_dense_parts_may_be_compiled() -> None:
 
 def test_a_copy_of_the_model_for_an_average_is_apart_from_it() -> None:
     replica = replica_of()
+    train(replica)
     average = copy.deepcopy(replica.model)
     before = average.norm.weight.clone()
     train(replica)
     assert torch.equal(average.norm.weight, before)
+    assert average(torch.arange(12)).shape == (12, 12)
     assert not torch.equal(average.norm.weight, replica.model.norm.weight)

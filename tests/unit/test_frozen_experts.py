@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from any_module import DIM, EXPERTS, TAG, Tied, gelu, replica_of, stored, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dispatcher import TensorLayout
 from lazarus import MoELayer
 from lazarus.checkpoint.files.export import export
 from lazarus.checkpoint.files.reader import CheckpointReader
@@ -28,6 +30,9 @@ from lazarus.checkpoint.format.ref import CheckpointRef
 from lazarus.checkpoint.selection.saving import plan_save
 from lazarus.checkpoint.selection.schedule import Selection
 from lazarus.errors import CheckpointError
+from lazarus.model.experts import ExpertBank
+from lazarus.model.routed import RoutedExperts
+from lazarus.run.resume_point import lost_until
 from lazarus.runtime.saving.final_checkpoint import share_report
 from lazarus.runtime.saving.rollback_state import read_base
 from lazarus.runtime.state.banks import arrange
@@ -210,12 +215,67 @@ def test_a_partial_checkpoint_holds_nothing_that_is_frozen(tmp_path: Path) -> No
     assert second.experts[0] == first.experts[0]
     oldest = [second.oldest(layer, expert).step for layer, expert in ((0, 1), (1, 0), (1, 1))]
     assert oldest == [2, 2, 1]  # frozen ones are as new as the checkpoint
+    lost = lost_until(replace(second, meta={**second.meta, "routed": [[9] * EXPERTS] * 2}))
+    assert {layer for layer, _ in lost.lost_by_expert()} == {1}  # and nothing of them is lost
     retain(url, keep=1)
     assert [m.step for m in find_checkpoints(url).manifests] == [2]
     reader = CheckpointReader(url, load_manifest(url, 2))
     record = replica.record_of(0, 1, reader.expert(0, 1))
     assert torch.equal(record, replica.read_record(0, 1))
     assert torch.equal(reader.dense()["model.embed.weight"], replica.model.embed.weight)
+
+
+class Adapter(nn.Module):
+    """Experts with a frozen bf16 matrix and a trained one, as a LoRA has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, DIM)
+        bank = ExpertBank.of(
+            TensorLayout({"b": (DIM, DIM)}, dim=DIM),
+            num_experts=EXPERTS,
+            frozen_layout=TensorLayout({"w": (DIM, DIM), "scale": (3,)}, dim=DIM),
+            frozen_dtype=torch.bfloat16,
+            source=lambda e: {
+                "b": torch.full((DIM, DIM), 0.01),
+                "w": torch.full((DIM, DIM), 1.0 + e),
+                "scale": torch.full((3,), 0.5),
+            },
+        )
+        self.moe = RoutedExperts(
+            bank, top_k=2, run=lambda x, t: x @ t["w"].float() + x @ t["b"] * t["scale"][0].float()
+        )
+        self.router = nn.Linear(DIM, EXPERTS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        gate, expert = self.router(x).softmax(-1).topk(2)
+        return self.moe(x, expert, gate)
+
+
+def test_of_an_expert_with_an_adapter_the_rest_is_frozen_at_two_bytes(tmp_path: Path) -> None:
+    url, replica = str(tmp_path), replica_of(Adapter, seed=1)
+    train(replica, steps=2)
+    records, bank = replica.records[0], replica.banks[0]
+    assert records.parts == ("weights", "optimizer", "frozen")
+    assert records.part_bytes() == {
+        "weights": 4 * DIM * DIM, "optimizer": 8 * DIM * DIM, "frozen": 2 * (DIM * DIM + 16),
+    }  # fmt: skip
+    assert bank.weight.grad is not None and bank.weight.grad.shape == (EXPERTS, DIM * DIM)
+    assert not torch.equal(bank.values(0)["b"], torch.full((DIM, DIM), 0.01))
+    assert bool((bank.values(2)["w"] == 3.0).all()) and bank.values(2)["w"].dtype == torch.bfloat16
+    stored(url, replica)
+    reader, wanted = CheckpointReader(url, load_manifest(url, 7)), replica.read_record(0, 2)
+    assert torch.equal(replica.record_of(0, 2, reader.expert(0, 2)), wanted)
+    trained = {
+        name: tensor for part, name, tensor in replica.expert_parts(0, 2) if part != "frozen"
+    }  # what a keeper holds
+    assert torch.equal(replica.record_of(0, 2, trained), wanted)
+    replica.frozen_source = lambda layer, expert: {
+        "w": torch.full((DIM, DIM), 9.0), "scale": torch.zeros(3),
+    }  # fmt: skip
+    replica.write_record(0, replica.slot_of(0, 2), replica.record_of(0, 2, trained))
+    assert bool((bank.values(2)["w"] == 9.0).all())  # of the checkpoint that it was resumed from
 
 
 def test_without_a_frozen_part_a_trained_tensor_is_never_taken_from_an_older_file(

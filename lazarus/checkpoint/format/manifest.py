@@ -19,6 +19,7 @@ SUPPORTED_FORMATS = (1,)
 WEIGHTS, OPTIMIZER, FROZEN = "weights", "optimizer", "frozen"
 PARTS = (WEIGHTS, OPTIMIZER)  # of an expert, as far as training changes it
 ALL_PARTS = (*PARTS, FROZEN)
+_ALL_COPIES = 1 << 53  # more than any count of routed copies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,15 +166,15 @@ class Manifest:
     def oldest(self, layer: int, expert: int) -> ExpertVersion:
         """The oldest part of an expert, which says what a restore loses.
 
-        Frozen weights do not change, so they are as of this checkpoint whenever they were written.
+        Frozen weights do not change, so they are as of this checkpoint whenever they were written,
+        and no copy routed to a frozen expert is ever lost.
         """
         versions = self.experts[layer][expert]
         trained = [version for part, version in versions.items() if part != FROZEN]
         if trained:
             return min(trained, key=lambda version: version.step)
-        routed = self.meta.get("routed")
-        counted = versions[FROZEN].routed if routed is None else int(routed[layer][expert])
-        return replace(versions[FROZEN], step=self.step, generation=self.generation, routed=counted)
+        frozen = versions[FROZEN]
+        return replace(frozen, step=self.step, generation=self.generation, routed=_ALL_COPIES)
 
     def fresh_experts(self) -> int:
         """The number of experts, over all layers, with a file written for this checkpoint."""

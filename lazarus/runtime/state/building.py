@@ -25,11 +25,16 @@ def built(build: Callable[[], nn.Module], *, seed: int, device: torch.device) ->
         device: Where the state lives.
 
     Raises:
-        UserMistakeError: The model was built on the meta device, and some tensors got no values.
+        UserMistakeError: The function returned something else, or the model was built on the meta
+            device and some tensors got no values.
     """
     torch.manual_seed(seed)
     with deferred_experts():
-        model = build()
+        model: object = build()
+    if not isinstance(model, nn.Module):
+        raise UserMistakeError(
+            f"the model function returned {type(model).__name__}; it must return a torch.nn.Module"
+        )
     materialise(model, device=device)
     return model.to(device).train()
 

@@ -44,7 +44,7 @@ def make_optimizer(
         vectors: The vectors of these banks.
 
     Raises:
-        UserMistakeError: The optimizer has other parameters than it was given.
+        UserMistakeError: Nothing is trained, or the optimizer has other parameters than those.
     """
     matrices = [(name, p) for name, p in dense if p.dim() >= 2]
     plain = [(name, p) for name, p in dense if p.dim() < 2]
@@ -55,7 +55,13 @@ def make_optimizer(
         _group("no_decay", plain, weight_decay=0.0),
         _group("expert", experts),
     ]
-    optimizer = factory([group for group in groups if group["params"]])
+    given = [group for group in groups if group["params"]]
+    if not given:
+        raise UserMistakeError(
+            "every parameter of the model is frozen, so there is nothing to train; "
+            "requires_grad_() in the model function makes parameters trained"
+        )
+    optimizer = factory(given)
     _check(optimizer, [*matrices, *plain, *experts])
     return optimizer
 
