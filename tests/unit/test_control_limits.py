@@ -323,3 +323,13 @@ def test_a_candidate_that_dies_takes_back_nobodys_pause() -> None:
     assert desk.state.pausing.paused == {"w0": 8, "w1": 8}
     desk.say("w2", Paused(generation=order, step=8))
     assert desk.state.phase is Phase.RUNNING and desk.state.resumed == 2
+
+
+def test_a_pause_that_is_wanted_is_not_forgotten_when_loads_are_looked_at() -> None:
+    desk = running(steps=500, **REPLICATED)
+    for step in range(9, 110):
+        desk.commit(step)
+    assert desk.state.tuning.looked >= 100 and desk.state.pausing.wants == ""
+    desk.state = with_fields(desk.state, {"wants": "checkpoint", "looked": 0, "pause_sent": True})
+    desk.commit(110)
+    assert desk.state.pausing.wants == "checkpoint" and desk.state.tuning.looked == 0

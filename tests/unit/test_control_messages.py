@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from control_desk import Desk, running
+from msgspec import NODEFAULT, Struct, structs
 from msgspec.structs import replace as changed
 
 from lazarus.config.timeouts import derive_timeouts
+from lazarus.control import messages
 from lazarus.control.cluster.state import Phase
 from lazarus.control.commit.exactly_once import ids_of_step, num_samples_in
 from lazarus.control.commit.measures import measures_of, with_measures
@@ -39,6 +41,7 @@ from lazarus.control.messages import (
 from lazarus.control.ports import DriverSaid, TellDriver
 from lazarus.control.vector import VectorLayout
 from lazarus.errors import BrokenInvariantError
+from lazarus.failure import Cause
 
 REPLICATED = {"slots_per_node": 2, "min_replicas": 2}
 S = 10.0
@@ -276,3 +279,24 @@ def test_sample_ids_follow_the_size_of_the_data() -> None:
         assert num_samples_in(text) == size
     kinds = [ids_of_step(3, seed=0, global_batch=4, num_samples=n).tolist() for n in (-1, 0, 1, 50)]
     assert kinds[0] == kinds[1] != kinds[3] and kinds[2] == [0] * 4
+
+
+def test_what_a_sender_leaves_out_is_not_known_or_none() -> None:
+    """A reader of another version fills in these values: they are part of the encoding."""
+    left_out = {}
+    for name, kind in vars(messages).items():
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            for field in structs.fields(kind):
+                if field.default is not NODEFAULT and field.default:
+                    left_out[f"{name}.{field.name}"] = field.default
+    assert left_out == {
+        **dict.fromkeys(("Tail.last", "Tail.rank", "Tail.step"), -1),
+        **dict.fromkeys(("UserError.rank", "WorkerDied.rank"), -1),
+        **dict.fromkeys(("Repaired.layer", "Repaired.expert"), -1),
+        **dict.fromkeys(("Hello.host", "Seat.host"), "127.0.0.1"),
+        **dict.fromkeys(("Prepare.lineage", "Resume.lineage"), "[]"),
+        **dict.fromkeys(("Hello.ranks_per_node", "FaultFired.count"), 1),
+        "UserError.cause": Cause.USER_CODE,
+        "Finalize.checkpoint": True,
+        "Report.tail": Tail(),
+    }

@@ -159,6 +159,10 @@ def test_rows_move_along_a_chain_of_experts() -> None:
     made = table([[0, 3], [0, 1], [1, 2]])
     quota = levelled_quotas(np.array([8, 4, 0, 0]), made, open_ER=made.holds_ER)
     assert quota.sum(0).tolist() == [4, 4, 4]
+    # Rank 2 has nobody to shed to but rank 1, which passes on to rank 0.
+    chain = table([[0, -1], [0, 1], [1, -1]])
+    level = levelled_quotas(np.array([10, 10]), chain, open_ER=chain.holds_ER)
+    assert sorted(level.sum(0).tolist()) == [6, 7, 7] and level.sum(1).tolist() == [10, 10]
     assert pace([3, 1], 1.0) == 3 and pace([]) == 0.0 and pace([3, 1], 2.0) == 4.0
 
 

@@ -6,6 +6,8 @@ the same between real processes, and what happens when one of them dies.
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import socket
 from itertools import pairwise
@@ -168,6 +170,11 @@ def test_parts_of_blocks_start_on_lines_and_parts_of_buffers_are_found() -> None
     assert standing(torch.zeros(8, dtype=torch.uint8)) is None
     assert shared_zeros((0, 3)).shape == (0, 3) and standing(shared_zeros((0,))) is None
     assert not shared_zeros((5, 7), torch.float64).any()
+    number, address = block.fd, buffer.data_ptr()
+    os.fstat(number)
+    del buffer, found, last, inside
+    gc.collect()
+    assert block.fd == -1 and address not in blocks._standing
 
 
 def test_slices_of_a_sum_are_whole_lines_and_cover_it() -> None:

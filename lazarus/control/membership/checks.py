@@ -224,7 +224,7 @@ def _report(state: Control, body: m.Report) -> str:
     if reason := _step(state, body.committed):
         return reason
     for vector in body.vectors:
-        if vector.generation == state.resumed and (reason := _vector(state, vector)):
+        if reason := _vector(state, vector):
             return reason
     return ""
 
