@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from lazarus.checkpoint.format.manifest import LayerEntry
 from lazarus.checkpoint.format.ref import CheckpointRef
 from lazarus.checkpoint.selection.saving import plan_save
 from lazarus.checkpoint.selection.schedule import Selection
-from lazarus.errors import CheckpointError
+from lazarus.errors import CheckpointError, UserMistakeError
 from lazarus.model.experts import ExpertBank
 from lazarus.model.routed import RoutedExperts
 from lazarus.run.resume_point import lost_until
@@ -37,6 +38,7 @@ from lazarus.runtime.saving.final_checkpoint import share_report
 from lazarus.runtime.saving.rollback_state import read_base
 from lazarus.runtime.state.banks import arrange
 from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training.step import Step
 
 # ---- experts: values of the builder, frozen ------------------------------------------------------
 
@@ -127,6 +129,29 @@ def test_frozen_experts_are_weights_alone_and_stay_as_they_are() -> None:
     squares = replica.expert_square_sums(np.zeros((2, EXPERTS), dtype=np.int32), 0)
     assert not squares[0].any() and squares[1].all()
     assert set(replica.scalars().split('"')) & {"moe.experts", "base.experts"} == {"moe.experts"}
+
+
+def test_freezing_experts_after_the_build_is_refused_by_name() -> None:
+    replica = replica_of(TwoLayers)
+    replica.require_unchanged()
+    replica.banks[1].weight.requires_grad_(False)
+    with pytest.raises(UserMistakeError, match=r"^moe.experts.weight changed requires_grad"):
+        replica.require_unchanged()
+
+
+def test_only_trained_parameters_are_summed_over_the_ranks() -> None:
+    """What a step sends for gradients: one dense sum, and one exchange for the trained layer."""
+    replica = replica_of(TwoLayers)
+    step = Step.__new__(Step)
+    context = SimpleNamespace(table=None, exchange=None, served_ER=None, written=None)
+    step._replica, step._summed = replica, set()
+    step._world = SimpleNamespace(contexts=[context, context])  # type: ignore[assignment]
+    step._sum_replicas(0)  # no table is asked and no exchange is used
+    assert step._summed == {0}
+    with pytest.raises(AttributeError):
+        step._sum_replicas(1)
+    dense = sum(p.numel() for _, p in replica.dense if p.requires_grad)
+    assert replica.flat_grad.numel() == dense
 
 
 def test_records_of_frozen_experts_move_slots_grow_and_travel() -> None:

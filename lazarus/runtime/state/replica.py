@@ -147,7 +147,11 @@ class Replica:
         Raises:
             UserMistakeError: One was; names it.
         """
-        if changed := self._parameters.changed():
+        changed = self._parameters.changed()
+        for path, bank in zip(self.layer_names, self.banks, strict=True):
+            if bank.weight.requires_grad == bank.is_frozen:
+                changed.append(f"{path}.experts.weight")
+        if changed:
             raise UserMistakeError(
                 f"{', '.join(changed[:8])} changed requires_grad after the model was built; which "
                 f"parameters are trained is decided by the model function, for the whole run"
