@@ -144,6 +144,10 @@ class LayerContext:
         memo[id(self)] = copied
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled context has no losses that are not yet taken: their graphs stay here."""
+        return self.__dict__ | {"_parts": []}
+
     def start_step(self) -> None:
         """Forget what an earlier step or an abandoned attempt left behind."""
         self.counts_E.zero_()

@@ -5,7 +5,7 @@ Shapes: S slots, P trained and F frozen parameters in a row (padded), D model wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dispatcher.layer.layout import Activation, ExpertLayout, RowLayout, TensorLayout
+from lazarus.errors import UserMistakeError
 from lazarus.model.initial import (
     ExpertSource,
     GivenRows,
@@ -180,10 +181,14 @@ class ExpertBank(nn.Module):
     def allocate(self, *, num_slots: int, device: torch.device | str) -> None:
         """Replace weight and gradient by ``num_slots`` rows of zeros, all slots empty.
 
-        What the model's builder wrote to a deferred bank becomes its ``source``. A bank whose
-        weight needs no gradient is frozen first.
+        What the model's builder wrote to a deferred bank becomes its ``source``, and so do the
+        rows of a bank that holds every expert. A bank whose weight needs no gradient is frozen
+        first.
         """
         self._take_over()
+        if len(self.expert_of_slot) == len({*self.expert_of_slot} - {-1}) == self.num_experts:
+            order = [self.expert_of_slot.index(expert) for expert in range(self.num_experts)]
+            self._become_source([(rows.detach()[order], layout) for rows, layout in self._banks()])
         if not self.weight.requires_grad:
             self.freeze()
         shape = (num_slots, self.layout.row_numel)
@@ -259,10 +264,7 @@ class ExpertBank(nn.Module):
         if expert < 0:
             raise ValueError(f"slot {slot} is empty; assign an expert first")
         given = self.initial(expert)
-        rows: list[tuple[Tensor, RowLayout]] = [(self.weight, self.layout)]
-        if self.frozen is not None and self.frozen_layout is not None:
-            rows.append((self.frozen, self.frozen_layout))
-        for bank, layout in rows:
+        for bank, layout in self._banks():
             row = torch.zeros(layout.row_numel, dtype=bank.dtype, device="cpu")
             for name, view in layout.views(row).items():
                 view.copy_(given[name])
@@ -286,9 +288,9 @@ class ExpertBank(nn.Module):
 
     def values(self, slot: int) -> dict[str, Tensor]:
         """Views of all tensors of the expert in ``slot``, by name; the frozen ones come last."""
-        found = self.layout.views(self.weight.detach()[slot])
-        if self.frozen is not None and self.frozen_layout is not None:
-            found |= self.frozen_layout.views(self.frozen.detach()[slot])
+        found: dict[str, Tensor] = {}
+        for rows, layout in self._banks():
+            found |= layout.views(rows.detach()[slot])
         return found
 
     def row(self, expert: int) -> Tensor:
@@ -311,29 +313,40 @@ class ExpertBank(nn.Module):
         """Make what the builder wrote to a bank without slots the source of the experts.
 
         Raises:
-            ValueError: The builder left rows of another number or size.
+            UserMistakeError: The builder left rows of another number or size.
         """
         if self.expert_of_slot:
             return
         parts = []
-        for name, layout in (("weight", self.layout), ("frozen", self.frozen_layout)):
-            parameter = getattr(self, name)
-            if parameter is None or layout is None:
-                continue
+        for name, (parameter, layout) in zip(("weight", "frozen"), self._banks(), strict=False):
             rows, wanted = plain_rows(parameter), (self.num_experts, layout.row_numel)
             if rows.shape[0] and rows.shape != wanted:
-                raise ValueError(f"experts.{name} is {tuple(rows.shape)}, not {wanted}")
+                raise UserMistakeError(f"experts.{name} is {tuple(rows.shape)}, not {wanted}")
             if rows.shape[0] and not rows.is_meta:
                 parts.append((rows, layout))
             empty = nn.Parameter(rows.new_empty(0, layout.row_numel), parameter.requires_grad)
             setattr(self, name, empty)
-        if parts:
-            self.source = GivenRows(parts, self._untouched())
+        self._become_source(parts)
 
-    def _untouched(self) -> ExpertSource:
-        if self.source is not None:
-            return self.source
-        return partial(drawn, fields=self.fields, key=self.key, std=self.init_std)
+    def _become_source(self, parts: Sequence[tuple[Tensor, RowLayout]]) -> None:
+        """Take initial values from rows of all experts; tensors that they lack as before."""
+        parts = [(rows, layout) for rows, layout in parts if layout.fields and not rows.is_meta]
+        if not parts:
+            return
+        held = {name for _, layout in parts for name in layout.fields}
+        rest: ExpertSource | None = None
+        if held != set(self.fields):
+            rest = self.source or partial(
+                drawn, fields=self.fields, key=self.key, std=self.init_std
+            )
+        self.source = GivenRows(parts, rest)
+
+    def _banks(self) -> list[tuple[nn.Parameter, RowLayout]]:
+        """Rows and their layout: the trained ones, then the frozen ones."""
+        found = [(self.weight, self.layout)]
+        if self.frozen is not None and self.frozen_layout is not None:
+            found.append((self.frozen, self.frozen_layout))
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load all experts even if the bank holds none yet, and frozen ones into a trained bank."""

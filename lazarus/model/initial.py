@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dispatcher.layer.layout import RowLayout
+from lazarus.errors import UserMistakeError
 
 ExpertSource = Callable[[int], Mapping[str, Tensor]]
 _MASK = (1 << 64) - 1
@@ -44,12 +45,12 @@ def require_fields(
     """Check that the tensors of an expert have the names and shapes of ``fields``.
 
     Raises:
-        ValueError: They do not.
+        UserMistakeError: They do not.
     """
     found = {name: tuple(tensor.shape) for name, tensor in given.items()}
     if found != dict(fields):
         names = sorted(n for n in {*found, *fields} if found.get(n) != fields.get(n))
-        raise ValueError(
+        raise UserMistakeError(
             f"the source of expert {expert} gives "
             + "; ".join(f"{n}: {found.get(n)}, wanted {fields.get(n)}" for n in names)
         )
@@ -70,14 +71,16 @@ class GivenRows:
 
     Args:
         parts: Rows [E, P] and their layout.
-        rest: Gives the tensors that the rows do not hold.
+        rest: Gives the tensors that the rows do not hold; None if there are none.
     """
 
-    def __init__(self, parts: Sequence[tuple[Tensor, RowLayout]], rest: ExpertSource) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Tensor, RowLayout]], rest: ExpertSource | None
+    ) -> None:
         self._parts, self._rest = tuple(parts), rest
 
     def __call__(self, expert: int) -> Mapping[str, Tensor]:
-        found = dict(self._rest(expert))
+        found = {} if self._rest is None else dict(self._rest(expert))
         for rows, layout in self._parts:
             found |= layout.views(rows[expert])
         return found

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from lazarus.errors import UserMistakeError
 from lazarus.model.context import LayerContext
 from lazarus.model.experts import ExpertBank
 
@@ -60,27 +61,29 @@ def checked_layers(model: nn.Module) -> dict[str, ElasticLayer]:
     """The same as ``moe_layers``, for a model that a run is to train.
 
     Raises:
-        ValueError: There is no such layer, the layers differ in their number of experts, two of
-            them share experts, or a bank belongs to no layer.
+        UserMistakeError: There is no such layer, the layers differ in their number of experts, two
+            of them share experts, or a bank belongs to no layer.
     """
     layers = moe_layers(model)
     if not layers:
-        raise ValueError("the model has no MoELayer; use lazarus.MoELayer where experts are wanted")
+        raise UserMistakeError(
+            "the model has no MoELayer; use lazarus.MoELayer where experts are wanted"
+        )
     counts = {layer.num_experts for layer in layers.values()}
     if len(counts) > 1:
-        raise ValueError(f"MoE layers have {sorted(counts)} experts; all must have the same")
+        raise UserMistakeError(f"MoE layers have {sorted(counts)} experts; all must have the same")
     owner: dict[int, str] = {}
     for path, layer in layers.items():
         for part in (layer.experts, layer.experts.weight):
             first = owner.setdefault(id(part), path)
             if first != path:
-                raise ValueError(
+                raise UserMistakeError(
                     f"layers {first} and {path} share their experts; give each a bank of its own, "
                     f"or use one layer in both places"
                 )
     for path, module in model.named_modules():
         if isinstance(module, ExpertBank) and id(module) not in owner:
-            raise ValueError(
+            raise UserMistakeError(
                 f"the experts at {path} belong to no layer: the module around them needs the "
                 f"attributes of lazarus.model.protocol.ElasticLayer, and must call them 'experts'"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dispatcher import ExpertLayout, RoutingTable, TensorLayout, run_ranks
+from lazarus.errors import UserMistakeError
 from lazarus.model.context import LayerContext
 from lazarus.model.experts import ExpertBank, deferred_experts
 from lazarus.model.moe import MoELayer
 from lazarus.model.protocol import ElasticLayer, checked_layers, moe_layers
 from lazarus.model.routed import RoutedExperts
+from lazarus.runtime.state.groups import VectorFields
 
 LAYOUT = TensorLayout({"up": (8, 12), "up_bias": (12,), "down": (12, 8)}, dim=8)
 
@@ -70,7 +73,9 @@ def test_experts_come_from_their_source_when_a_slot_is_filled() -> None:
 
 
 def test_a_source_that_does_not_fit_is_refused_with_its_names() -> None:
-    with pytest.raises(ValueError, match=r"source of expert 0 gives down: None, wanted \(12, 8\)"):
+    with pytest.raises(
+        UserMistakeError, match=r"source of expert 0 gives down: None, wanted \(12, 8\)"
+    ):
         ExpertBank.of(LAYOUT, num_experts=2, source=lambda e: {"up": torch.ones(8, 12)})
     with pytest.raises(ValueError, match=r"overlap in \['up'\]"):
         ExpertBank.of(LAYOUT, num_experts=2, frozen_layout=TensorLayout({"up": (8, 12)}, dim=8))
@@ -186,7 +191,7 @@ def test_rows_of_another_size_are_refused() -> None:
     with deferred_experts():
         bank = ExpertBank(dim=8, hidden=12, num_experts=4)
         bank.weight = nn.Parameter(torch.zeros(3, bank.layout.row_numel))
-    with pytest.raises(ValueError, match=r"experts.weight is \(3, 288\), not \(4, 288\)"):
+    with pytest.raises(UserMistakeError, match=r"experts.weight is \(3, 288\), not \(4, 288\)"):
         bank.allocate(num_slots=1, device="cpu")
 
 
@@ -206,14 +211,14 @@ def test_layers_are_found_by_what_they_have_not_by_their_class() -> None:
     assert list(moe_layers(model)) == ["a", "b"]
     assert all(isinstance(layer, ElasticLayer) for layer in checked_layers(model).values())
     model["b"].experts = model["a"].experts
-    with pytest.raises(ValueError, match="layers a and b share their experts"):
+    with pytest.raises(UserMistakeError, match="layers a and b share their experts"):
         checked_layers(model)
     tied = nn.ModuleList(MoELayer(dim=8, hidden=8, num_experts=4, top_k=1) for _ in range(2))
     tied[1].experts.weight = tied[0].experts.weight
-    with pytest.raises(ValueError, match="layers 0 and 1 share their experts"):
+    with pytest.raises(UserMistakeError, match="layers 0 and 1 share their experts"):
         checked_layers(tied)
     stray = nn.ModuleDict({"a": Own(), "pool": ExpertBank.of(LAYOUT, num_experts=4)})
-    with pytest.raises(ValueError, match="the experts at pool belong to no layer"):
+    with pytest.raises(UserMistakeError, match="the experts at pool belong to no layer"):
         checked_layers(stray)
 
 
@@ -255,3 +260,37 @@ def test_experts_without_a_router_are_the_sum_of_their_choices_on_any_ranks() ->
     assert not grad[~mask].any()
     assert not nothing.any()
     assert not no_grad.any()
+
+
+def test_a_layer_that_was_trained_before_the_run_keeps_its_experts() -> None:
+    layer = MoELayer(dim=8, hidden=12, num_experts=4, top_k=2)
+    with torch.no_grad():
+        layer.experts.weight.mul_(3.0)
+    layer(torch.randn(1, 5, 8)).sum()
+    before = layer.experts.weight.detach().clone()
+    with deferred_experts():  # a run pickles the model that it is given
+        came = pickle.loads(pickle.dumps(layer))  # noqa: S301 - written here
+    bank = filled(came.experts, [3, 1])
+    for slot, expert in enumerate((3, 1)):
+        for name, value in layer.experts.layout.views(before[expert]).items():
+            assert torch.equal(bank.values(slot)[name], value)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_experts_vectors_get_the_same_bits_in_every_slot(seed: int) -> None:
+    """25 numbers a slot: without padding, a fused optimizer treats the last of them differently."""
+    torch.manual_seed(seed)
+    layout = TensorLayout({"w": (32, 24), "bias": (24,), "scale": ()}, dim=32)
+    bank = ExpertBank.of(layout, num_experts=7, source=lambda e: layout.views(torch.zeros(800)))
+    vectors = VectorFields(bank)
+    optimizer = torch.optim.AdamW(
+        [{"params": [bank.weight]}, {"params": [vectors.parameter], "weight_decay": 0.0}],
+        lr=0.003, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    for _ in range(3):
+        bank.weight.grad = (torch.randn(layout.row_numel) * 1e-3).expand(7, -1).clone()
+        vectors.take(optimizer)
+        optimizer.step()
+        vectors.give_back(optimizer)
+    assert all(torch.equal(bank.weight[0], other) for other in bank.weight)
+    assert bank.weight.any()
