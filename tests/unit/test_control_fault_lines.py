@@ -15,7 +15,10 @@ from lazarus.control.cluster.poison import HUNG, awaited
 from lazarus.control.cluster.state import Phase
 from lazarus.control.membership import suspicion
 from lazarus.control.messages import (
+    Align,
     Aligned,
+    Injected,
+    InjectFault,
     ReplicaMismatch,
     Report,
     RunOver,
@@ -26,7 +29,7 @@ from lazarus.control.messages import (
     WorkerDied,
 )
 from lazarus.control.parts.blame import Death, Gone
-from lazarus.control.ports import DriverSaid, TellDriver
+from lazarus.control.ports import DriverSaid, Tell, TellDriver
 from lazarus.control.reconfiguration.parting import models_differ, ranks_parted
 from lazarus.failure import Cause
 
@@ -179,6 +182,8 @@ def test_ranks_part_where_their_exchanges_differ_first() -> None:
     found = parted(same, other, same)
     assert found.rank == 1 and found.place == "m.py:5" and found.step == 9
     assert found.message.endswith("ranks 0, 2 at b (user.py:1); rank 1 at x (m.py:5)")
+    first = parted(tail("a #1", last=1), tail("x #1", last=1, places=("m.py:4",)))
+    assert first.message.endswith("rank 0 at a (user.py:1); rank 1 at x (m.py:4)")
     assert parted(same, tail("x #2", last=2, group="h")) is None
     stranger = Report(generation=2, committed=8, prepared=9, tail=other)
     assert ranks_parted({"w7": stranger, "w0": changed(stranger, tail=same)}, ["w0"]) is None
@@ -261,3 +266,30 @@ def test_a_run_that_stops_at_a_difference_says_how_to_go_on(stands: bool) -> Non
         if stands
         else ("LazarusError", "no checkpoint stands to resume from; start again")
     )
+
+
+def test_a_vector_that_one_rank_reported_counts_though_the_rank_dies() -> None:
+    desk = running(nodes=4, **REPLICATED)
+    said = desk.vector(9)
+    desk.deaf = {"Fence"}
+    desk.lose("w3")
+    desk.say("w0", Report(generation=2, committed=9, prepared=9, entered=1, vectors=(said,)))
+    assert list(desk.state.committed.known) == [9]
+    desk.lose("w0")
+    for worker in ("w1", "w2"):
+        desk.say(worker, Report(generation=3, committed=8, prepared=9, entered=1))
+    assert {body.step for body in desk.told(Align) if body.generation == 3} == {9}
+
+
+def test_a_random_fault_counts_where_it_strikes_a_member() -> None:
+    desk = running(nodes=4, join_debounce_s=60.0, **REPLICATED)
+    desk.join("w4")
+    for kind, key in (("kill", "n9"), ("kill", "n4"), ("slow", "n0"), ("crash", "n1"),
+                      ("stop", "n2"), ("leave", "n3"), ("cut", "n3")):  # fmt: skip
+        desk.feed(DriverSaid(body=Injected(kind=kind, node_key=key), at_s=desk.now_s))
+    assert [e["node"] for e in desk.events("fault_injected")] == [None, 4, 0, 1, 2, 3, 3]
+    assert set(desk.state.injected.fired) == {2, 3} and desk.state.injected.doomed == {1}
+    orders = [c for c in desk.of(Tell) if isinstance(c.body, InjectFault)]
+    assert [(c.worker, c.body.kind) for c in orders] == [
+        ("w0", "slow"), ("w1", "crash"), ("w2", "stop"),
+    ]  # fmt: skip

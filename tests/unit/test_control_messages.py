@@ -300,3 +300,16 @@ def test_what_a_sender_leaves_out_is_not_known_or_none() -> None:
         "Finalize.checkpoint": True,
         "Report.tail": Tail(),
     }
+
+
+def test_vectors_in_a_report_are_looked_at_like_any_other() -> None:
+    desk = running(**REPLICATED)
+    good = desk.vector(9)
+    desk.deaf = {"Fence"}
+    desk.lose("w2")
+    report = Report(generation=2, committed=8, prepared=9, vectors=(good,))
+    assert checks.wrong_with(desk.state, "w0", report) == ""
+    short = changed(report, vectors=(good, changed(good, lanes=good.lanes[:-8])))
+    assert "bytes, not" in checks.wrong_with(desk.state, "w0", short)
+    old = changed(report, vectors=(changed(good, generation=0, lanes=b""),))
+    assert checks.wrong_with(desk.state, "w0", old) == ""  # it is dropped later
