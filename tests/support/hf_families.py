@@ -75,6 +75,8 @@ _SMALL: dict[str, Any] = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
     "chunk_size": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
