@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from lazarus.basics.format import bytes_of_text, bytes_text
 from lazarus.callbacks import configured
 from lazarus.callbacks.prometheus import RayMetrics
 from lazarus.checkpoint.selection.adaptive import DEFAULT_EVERY
@@ -13,9 +15,13 @@ from lazarus.config.preflight import stated_ranks_per_node, warnings_of
 from lazarus.config.train_config import TrainConfig
 from lazarus.control.plans.verdict import slots_for
 from lazarus.data.units import Units
+from lazarus.errors import ConfigError
 from lazarus.record.condensed import condensed_events
 from lazarus.record.metrics import summarise
 from lazarus.run.run_place import RunPlace, open_place
+
+if TYPE_CHECKING:
+    from lazarus.run.dry_run import State
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,11 +46,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="resume although this key differs; may be repeated",
     )
     parser.add_argument("--dry-run", action="store_true", help="check and plan, start nothing")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="plan for ranks with this much memory each, such as 80GB; with --dry-run alone",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then train."""
+    memory = _memory(args)
     config = runs.load_config(args)
     for warning in _warnings(config):
         runs.say(f"warning: {warning}")
@@ -56,7 +68,19 @@ def run(args: argparse.Namespace) -> int:
         in_ray_job=runs.in_ray_job(args.environment),
         say=runs.say,
     )
-    return _dry_run(place) if args.dry_run else train(place, as_json=args.json)
+    return _dry_run(place, memory) if args.dry_run else train(place, as_json=args.json)
+
+
+def _memory(args: argparse.Namespace) -> int:
+    """Bytes of ``--memory``; 0: it was not given."""
+    if args.memory is None:
+        return 0
+    if not args.dry_run:
+        raise ConfigError("--memory is for --dry-run; a run has the memory of its machines")
+    try:
+        return bytes_of_text(args.memory)
+    except ValueError as problem:
+        raise ConfigError(f"--memory: {problem}") from problem
 
 
 def _warnings(config: TrainConfig) -> list[str]:
@@ -122,9 +146,9 @@ def _ray_metrics(config: TrainConfig) -> list[RayMetrics]:
     return [RayMetrics(config.run.name, constants=constants)]
 
 
-def _dry_run(place: RunPlace) -> int:
+def _dry_run(place: RunPlace, memory_bytes: int) -> int:
     """Say what the run would begin with; exit codes are those of a run that is refused."""
-    from lazarus.run.dry_run import first_plan
+    from lazarus.run.dry_run import planned
     from lazarus.run.trainer import ElasticTrainer
     from placement import certificate
 
@@ -133,9 +157,16 @@ def _dry_run(place: RunPlace) -> int:
     except BaseException:
         place.leave()
         raise
-    plan = first_plan(trainer, place)
+    shows = bool(memory_bytes) or place.config.model.hf is not None
+    first = planned(
+        trainer, place, memory_bytes=memory_bytes, on_state=_say_state if shows else _say_nothing
+    )
+    plan = first.plan
     if plan.fallback:
         runs.say(f"warning: placement.policy: {plan.fallback}; the library's plan is taken")
+    if shows:
+        has = f" of {bytes_text(first.memory_bytes)}" if first.memory_bytes else ""
+        runs.say(f"memory: {bytes_text(first.node_bytes)}{has} on each node, with gradients")
     layers, experts = len(plan.expert_of_slot), plan.num_experts
     runs.say(
         f"{experts} experts x {layers} layers on {len(plan.node_ids)} nodes "
@@ -161,3 +192,15 @@ def _price_of_units(config: TrainConfig, ranks: int) -> list[str]:
             f"larger train.global_batch, evens out {ranks - 1 or 1} ranks"
         )
     return lines
+
+
+def _say_state(state: State) -> None:
+    """How much there is to hold, each expert once."""
+    experts = state.num_experts * state.num_layers
+    runs.say(
+        f"state: {bytes_text(state.dense_bytes)} dense on each rank; {experts:,} experts of "
+        f"{bytes_text(state.expert_bytes)} are {bytes_text(experts * state.expert_bytes)}"
+    )
+
+
+def _say_nothing(state: State) -> None: ...

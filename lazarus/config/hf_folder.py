@@ -14,6 +14,7 @@ from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError, Problem
 
 LONGEST = 2048  # tokens of a sample, unless data.seq_len says more
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _MOST_BYTES = 16 << 20
 _EXPERTS = re.compile(r"(num|n)(_local|_routed)?_experts|moe_num_experts|num_moe_experts")
 
@@ -84,6 +85,10 @@ def hf_problems(config: TrainConfig) -> list[Problem]:
         folder = read_hf_folder(config.model.hf)
     except ConfigError as refusal:
         return list(refusal.problems)
+    place = Path(config.model.hf).expanduser()
+    if not any((place / name).is_file() for name in _WEIGHTS):
+        text = f'model.hf = "{config.model.hf}" has no {" and no ".join(_WEIGHTS)}'
+        return [Problem(text, key="model.hf")]
     if folder.positions and config.data.seq_len and config.data.seq_len > folder.positions:
         text = (
             f"data.seq_len={config.data.seq_len} is more than the {folder.positions} positions of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,7 @@ def load(
             quantised in a way that cannot be read; or as for ``adopt``.
     """
     place = Path(folder)
-    config = _config(place, settings)
-    block = _take_quantisation(config)
-    kind = model_class(config)
-    with torch.device("meta"):
-        twin = kind(config)
-    fields = {path: expert_fields(module) for path, module in experts_modules(twin).items()}
-    tensors = dequantised_tensors(stored_tensors(place), block=block)
-    source = CheckpointSource(twin, tensors, fields)
-    del twin
-    model, stripped = _load_dense(kind, config, source, dtype=dtype)
+    model, stripped, source = _load_dense(opened(place, settings), dtype=dtype)
     options = AdoptOptions(aux_coef=aux_coef, bias_rate=bias_rate, recompute=recompute)
     with torch.device("cpu"):
         for path, part in stripped.items():
@@ -68,6 +60,40 @@ def load(
     finish_adoption(model)
     _name(model, place)
     return model.train()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A folder whose files were looked at.
+
+    Attributes:
+        kind: Class of the model.
+        config: The model's configuration.
+        twin: The model on the meta device.
+        source: Reads the checkpoint's tensors.
+    """
+
+    kind: Any
+    config: PreTrainedConfig
+    twin: Any
+    source: CheckpointSource
+
+
+def opened(folder: Path, settings: dict[str, Any]) -> Opened:
+    """Look at the files of a folder; of safetensors files only the headers are read.
+
+    Raises:
+        ValueError: As for ``load``.
+    """
+    config = _config(folder, settings)
+    block = _take_quantisation(config)
+    kind = model_class(config)
+    with torch.device("meta"):
+        twin = kind(config)
+    fields = {path: expert_fields(module) for path, module in experts_modules(twin).items()}
+    tensors = dequantised_tensors(stored_tensors(folder), block=block)
+    source = CheckpointSource(twin, tensors, fields)
+    return Opened(kind=kind, config=config, twin=twin, source=source)
 
 
 def _config(folder: Path, settings: dict[str, Any]) -> PreTrainedConfig:
@@ -116,9 +142,10 @@ def model_class(config: Any) -> Any:
 
 
 def _load_dense(
-    kind: Any, config: Any, source: CheckpointSource, *, dtype: torch.dtype
-) -> tuple[nn.Module, dict[str, Stripped]]:
-    """The model with its dense tensors and without experts, and what was taken off."""
+    found: Opened, *, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Stripped], CheckpointSource]:
+    """The model with its dense tensors and without experts, what was taken off, and its source."""
+    kind, config, source = found.kind, found.config, found.source
     stripped: dict[str, Stripped] = {}
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -138,7 +165,7 @@ def _load_dense(
         )
     for part in stripped.values():
         part.tensors.clear()  # they are on the meta device
-    return model, stripped
+    return model, stripped, source
 
 
 def _name(model: Any, folder: Path) -> None:

@@ -19,6 +19,7 @@ MOE = {"model_type": "olmoe", "vocab_size": 320, "max_position_embeddings": 64, 
 def folder(place: Path, content: Any = MOE) -> str:
     place.mkdir(exist_ok=True)
     (place / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (place / "model.safetensors").write_bytes(b"")
     return str(place)
 
 
@@ -61,6 +62,13 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"no usable config\.json: No such file"):
         ElasticTrainer(config_of(f"model.hf={tmp_path}/empty"))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    name = folder(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no model.safetensors and no model.safetensors.ind"):
+        ElasticTrainer(config_of(f"model.hf={name}"))
 
 
 def test_a_sample_is_as_long_as_the_model_allows(tmp_path: Path) -> None:

@@ -94,9 +94,15 @@ def _memory(state: Control, nodes: tuple[int, ...], aligned: Aligned) -> SlotMem
     if least <= 0 or not aligned.expert_bytes:
         return None
     room = state.config.memory_fraction * least
-    dense = (1 + _GRADIENT_SHARE) * aligned.dense_bytes * state.config.ranks_per_node
-    slot = (1 + _GRADIENT_SHARE) * aligned.expert_bytes * aligned.num_layers
+    dense = node_bytes(aligned, slots=0, ranks=state.config.ranks_per_node)
+    slot = node_bytes(aligned, slots=1, ranks=0)
     return SlotMemory(per_slot=slot, per_node=room - dense, whole_node=least)
+
+
+def node_bytes(aligned: Aligned, *, slots: int, ranks: int) -> float:
+    """Bytes of a node's state with its gradients: the dense state of its ranks, and its slots."""
+    experts = slots * aligned.expert_bytes * aligned.num_layers
+    return (1 + _GRADIENT_SHARE) * (ranks * aligned.dense_bytes + experts)
 
 
 def adoption(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,9 +24,22 @@ from lazarus.model.gpt import GPTOptions
 def model(config: TrainConfig) -> nn.Module:
     """The model in the folder ``model.hf``, or the built-in GPT-MoE."""
     if config.model.hf is not None:
-        found: nn.Module = _hf().load(config.model.hf)
+        from transformers.utils import logging  # takes seconds to import
+
+        from lazarus import hf
+
+        logging.disable_progress_bar()
+        found: nn.Module = hf.load(config.model.hf, recompute=config.train.recompute)
         return found
     return gpt.build(config.model, options=GPTOptions(recompute=config.train.recompute))
+
+
+def hollow_model(config: TrainConfig) -> nn.Module:
+    """The model in the folder ``model.hf`` on the meta device, after a check of its files."""
+    from lazarus.hf.skeleton import skeleton
+
+    assert config.model.hf is not None
+    return skeleton(config.model.hf)
 
 
 def training_data(config: TrainConfig) -> Any:
@@ -120,12 +132,9 @@ def loss_of(config: TrainConfig) -> Callable[[nn.Module, Any], Any]:
     """The loss of the model that ``model`` builds."""
     if config.model.hf is None:
         return loss
-    found: Callable[[nn.Module, Any], Any] = _hf().causal_loss
-    return found
+    from lazarus import hf
 
-
-def _hf() -> Any:
-    return importlib.import_module("lazarus.hf")  # imports transformers, which takes seconds
+    return hf.causal_loss
 
 
 def loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
