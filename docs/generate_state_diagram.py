@@ -5,8 +5,8 @@
 
 Seeded random runs of the simulated cluster (tests/support) feed ``decide``. What it answers to
 each event in each state is a row of the table; every change of state is an arrow of the picture.
-To some states on the way, one of each kind, every event there is is put as well; the runs go on as
-if it had not been.
+In addition, each kind of state on the way gets an event of every kind once; the answers to these go
+into the table, and the runs go on without them.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def page(table: Table) -> str:
         "",
         "A row says what an event in a state led to in seeded runs of the simulated cluster: the",
         "next state, and the commands that were seen with it; one event calls for some of them.",
-        "Every event there is was put to every state, also those that the runs do not have: errors",
-        "of user code, evaluations, faults on purpose, notices of machines and others.",
+        "Events of every kind were put to every state in addition, since the runs do not have all",
+        "of them: errors of user code, evaluations, faults on purpose, notices about machines.",
         "Messages to workers have their names, `names_like_this` are events of the run's record.",
         "The last row of a state has the events that only change what the controller knows.",
         "`ended` answers nothing.",
