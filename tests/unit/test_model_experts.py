@@ -294,3 +294,24 @@ def test_an_experts_vectors_get_the_same_bits_in_every_slot(seed: int) -> None:
         vectors.give_back(optimizer)
     assert all(torch.equal(bank.weight[0], other) for other in bank.weight)
     assert bank.weight.any()
+
+
+def test_a_builder_may_write_to_frozen_tensors_too() -> None:
+    with deferred_experts():
+        bank = ExpertBank.of(
+            ADAPTERS, num_experts=3, frozen_layout=LAYOUT, frozen_dtype=torch.bfloat16
+        )
+        assert bank.frozen is not None
+        with torch.no_grad():
+            nn.init.constant_(bank.frozen, 0.5)
+        copied = copy.deepcopy(bank)
+    for one in (bank, copied):
+        filled(one, [2])
+        assert one.frozen is not None
+        assert one.frozen.dtype == torch.bfloat16
+        assert not one.frozen.requires_grad
+        assert all(bool((one.values(0)[name] == 0.5).all()) for name in LAYOUT.fields)
+        assert one.values(0)["a"].any()
+        one.freeze()
+        assert list(one.fields) == ["a", "b", "up", "up_bias", "down"]
+    assert torch.equal(bank.values(0)["a"], copied.values(0)["a"])
