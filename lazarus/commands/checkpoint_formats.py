@@ -82,12 +82,12 @@ def _export_file(args: argparse.Namespace, url: str) -> int:
 
 def _export_hf(args: argparse.Namespace, url: str) -> int:
     from lazarus.checkpoint.files.reader import open_state_dict
-    from lazarus.hf.saving import save_pretrained, source_of
+    from lazarus.hf.saving import export_model
 
     state = open_state_dict(url, step=args.step)
-    saved = save_pretrained(
+    saved = export_model(
         state,
-        like=args.like or source_of(state.manifest),
+        like=args.like,
         out=args.out,
         dtype=_dtype(args),
         max_shard_bytes=_shard_bytes(args),

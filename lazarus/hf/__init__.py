@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lazarus.hf.adopting import adopt, release
+    from lazarus.hf.expert_lora import lora
     from lazarus.hf.loading import load
     from lazarus.hf.losses import causal_loss
     from lazarus.hf.masks import token_mask
 
-__all__ = ["adopt", "causal_loss", "load", "release", "token_mask"]
+__all__ = ["adopt", "causal_loss", "load", "lora", "release", "token_mask"]
 
 _MODULES = {
     "adopt": "lazarus.hf.adopting",
     "causal_loss": "lazarus.hf.losses",
     "load": "lazarus.hf.loading",
+    "lora": "lazarus.hf.expert_lora",
     "release": "lazarus.hf.adopting",
     "token_mask": "lazarus.hf.masks",
 }

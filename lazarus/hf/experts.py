@@ -104,6 +104,7 @@ class ExpertFunction:
 
     def __init__(self, module: Any) -> None:
         self._module = module
+        self.is_transposed = bool(module.is_transposed)
 
     def __call__(self, rows_MD: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Apply the expert with these tensors to rows [M, D]."""

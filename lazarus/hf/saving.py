@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from lazarus.checkpoint.files.reader import LazyState
 from lazarus.checkpoint.files.storage import (
     Storage,
     delete_file,
@@ -25,6 +25,7 @@ from lazarus.checkpoint.format.image import TensorSpec, layout_image
 from lazarus.checkpoint.format.manifest import Manifest
 from lazarus.checkpoint.format.stored_state import StoredState
 from lazarus.errors import ConfigError
+from lazarus.hf.adapters import Saved, adapters_of, save_adapters
 from lazarus.hf.conversion import Conversion, SourceFolder
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -33,13 +34,32 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
-    """What was written: the weight files, the number of tensors, and the tensors' bytes."""
+def export_model(
+    state: LazyState,
+    *,
+    like: str | Path | None,
+    out: str | Path,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Saved:
+    """Write the model of a run's checkpoint; of a model with adapters, the adapters alone.
 
-    files: tuple[str, ...]
-    tensors: int
-    num_bytes: int
+    Args:
+        state: The checkpoint.
+        like: See ``save_pretrained``; None takes the folder that the run recorded.
+        out: See ``save_pretrained``.
+        dtype: See ``save_pretrained``. Adapters keep their own dtypes by default.
+        max_shard_bytes: See ``save_pretrained``; adapters are one file.
+
+    Raises:
+        ConfigError: As ``save_pretrained``; or the run recorded no folder.
+    """
+    folder = str(like or source_of(state.manifest))
+    if configs := adapters_of(state.manifest):
+        return save_adapters(state, configs, out=str(out), base=folder, dtype=dtype)
+    return save_pretrained(
+        state, like=folder, out=out, dtype=dtype, max_shard_bytes=max_shard_bytes
+    )
 
 
 def save_pretrained(

@@ -70,6 +70,8 @@ class Result:
     ) -> None:
         """Write the model as a Hugging Face checkpoint, as ``lazarus checkpoint export`` does.
 
+        Of a model with adapters of peft, the adapters are written, in peft's format.
+
         Args:
             out: Folder or URL to write.
             like: Folder of the checkpoint that gives keys, shapes, dtypes and tokenizer files; by
@@ -83,12 +85,11 @@ class Result:
             ValueError: ``dtype`` or ``max_shard`` is unknown.
         """
         from lazarus.checkpoint.files.tensors import dtype_named
-        from lazarus.hf.saving import save_pretrained, source_of
+        from lazarus.hf.saving import export_model
 
-        state = self._open()
-        save_pretrained(
-            state,
-            like=like or source_of(state.manifest),
+        export_model(
+            self._open(),
+            like=like,
             out=out,
             dtype=None if dtype is None else dtype_named(dtype),
             max_shard_bytes=bytes_of_text(max_shard),

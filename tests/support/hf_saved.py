@@ -16,6 +16,7 @@ from lazarus.checkpoint.files.tensors import record_of, specs_of
 from lazarus.checkpoint.format.image import TensorSpec
 from lazarus.checkpoint.format.manifest import OPTIMIZER, WEIGHTS, LayerEntry
 from lazarus.checkpoint.testing import TAG
+from lazarus.model.protocol import moe_layers
 
 _SMALL: Mapping[str, Any] = {
     "vocab_size": 48,
@@ -90,7 +91,7 @@ def save_source(model: nn.Module, folder: Path, *, dtype: torch.dtype = torch.bf
     return folder
 
 
-def save_run(model: nn.Module, url: str, *, prefix: str = "", step: int = 5) -> None:
+def save_run(model: nn.Module, url: str, *, prefix: str = "", step: int = 5, **meta: Any) -> None:
     """Write a run's full checkpoint of a model, under the names of an adopted model."""
     layers, dense = _split(model, prefix)
     entries = []
@@ -108,7 +109,7 @@ def save_run(model: nn.Module, url: str, *, prefix: str = "", step: int = 5) -> 
         layers=entries,
         dense_names=sorted(dense),
         lineage=[(1, 0)],
-        meta={},
+        meta=meta,
         previous=None,
     )
 
@@ -129,6 +130,25 @@ def contents(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if len(set(where.values())) > 1 or index.exists():
         assert json.loads(index.read_text())["weight_map"] == where
+    return found
+
+
+class Held(dict[str, Tensor]):
+    """A state in memory."""
+
+    def spec(self, name: str) -> TensorSpec:
+        return specs_of({name: self[name]})[0]
+
+
+def state_of(model: Any) -> Held:
+    """The state of a model under the names of a run."""
+    layers = moe_layers(model)
+    banks = [f"{path}.experts." for path in layers]
+    found = Held((n, t) for n, t in model.state_dict().items() if not n.startswith(tuple(banks)))
+    for path, layer in layers.items():
+        for expert in range(layer.num_experts):
+            for field, tensor in layer.experts.values(expert).items():
+                found[f"{path}.experts.{expert}.{field}"] = tensor.clone()
     return found
 
 

@@ -180,7 +180,7 @@ def write_manifest(
             "step": command.step,
             "plt": command.meta["plt"],
             **({"tied": head["tied"]} if head.get("tied") else {}),
-            **({"source": head["source"]} if head.get("source") else {}),
+            **{key: head[key] for key in ("source", "adapters") if head.get(key)},
         },
         previous=previous,
         lives=lives,

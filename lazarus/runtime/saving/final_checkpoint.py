@@ -6,10 +6,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lazarus.checkpoint.errors import StorageError
 from lazarus.checkpoint.files.patience import patiently
@@ -18,6 +17,7 @@ from lazarus.checkpoint.files.store import Record, RecordKey, Tag, write_files
 from lazarus.checkpoint.files.tensors import record_of, specs_of
 from lazarus.checkpoint.format.manifest import FROZEN, PARTS, WrittenFile
 from lazarus.control.messages import Finalize, Finalized, problem_of
+from lazarus.runtime.saving.model_origin import origin_of
 from lazarus.runtime.state.replica import Replica
 from placement import Plan
 
@@ -131,7 +131,7 @@ def share_report(
             "scalars": scalars,
             "history": replica.history.tolist(),
             "routed": replica.history[1].astype(int).tolist(),
-            "source": source_folder(replica.model),
+            **origin_of(replica.model),
         }
     return report
 
@@ -159,18 +159,6 @@ def _expert_records(
         tensors = {name: tensor for part, name, tensor in found if part in parts}
         records.append(record_of(key, tensors, tag=tag))
     return records
-
-
-def source_folder(model: nn.Module) -> str:
-    """The Hugging Face folder that the model was loaded from; empty if there is none.
-
-    transformers leaves its name in ``name_or_path``. The model may be inside another module.
-    """
-    for module in model.modules():
-        name = getattr(module, "name_or_path", None)
-        if isinstance(name, str) and name and (Path(name) / "config.json").is_file():
-            return str(Path(name).absolute())
-    return ""
 
 
 def layer_entry(replica: Replica, layer: int) -> dict[str, Any]:

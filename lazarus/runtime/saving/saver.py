@@ -27,7 +27,8 @@ from lazarus.runtime.comm.standing import Standing
 from lazarus.runtime.keeper.client import KeeperClient
 from lazarus.runtime.keeper.trainer_link import RemoteKeeperLink
 from lazarus.runtime.rpc.credentials import Credentials
-from lazarus.runtime.saving.final_checkpoint import layer_entry, source_folder
+from lazarus.runtime.saving.final_checkpoint import layer_entry
+from lazarus.runtime.saving.model_origin import origin_of
 from lazarus.runtime.saving.save_schedule import SaveSchedule
 from lazarus.runtime.state.replica import Replica
 from placement import Plan
@@ -217,7 +218,7 @@ class Saver:
             "scalars": self._scalars(),
             "history": replica.history.tolist(),
             "routed": self.schedule.routed_LE.tolist(),
-            "source": source_folder(replica.model),
+            **origin_of(replica.model),
         }
 
     def _report(self, record: dict[str, Any]) -> None:
