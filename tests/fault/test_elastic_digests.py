@@ -6,7 +6,7 @@ The model has dropout, so the random numbers are compared too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def traces(watched: Watched) -> dict[str, dict[int, Any]]:
     }
 
 
+def assert_same(
+    watched: Watched, wanted: dict[str, dict[int, Any]], *, may_lack: Collection[int] = ()
+) -> None:
+    """All losses and digests are the wanted ones.
+
+    Digests of ``may_lack`` may be missing: a part of one may be lost with a node or a controller.
+    """
+    found = traces(watched)
+    missing = wanted["digest"].keys() - found["digest"].keys()
+    assert missing <= set(may_lack)
+    kept = {step: d for step, d in wanted["digest"].items() if step not in missing}
+    assert found == wanted | {"digest": kept}
+
+
 Go = Callable[..., Watched]
 
 
@@ -125,7 +139,7 @@ def test_a_kill_in_any_phase(go: Go, alone: Any, phase: str, victims: tuple[int,
     fired = {(e["node"], e["phase"]) for e in lost.of("fault_injected")}
     assert fired == {(node, phase) for node in victims}
     assert {e["node"] for e in lost.of("node_lost")} == set(victims)
-    assert traces(lost) == alone()
+    assert_same(lost, alone(), may_lack=(4,))
 
 
 @pytest.mark.slow
@@ -147,7 +161,7 @@ def test_settings_that_change_no_bit(go: Go, alone: Any, settings: tuple[str, ..
 @pytest.mark.slow
 def test_two_ranks_a_node_and_recomputation(go: Go, alone: Any) -> None:
     two = go("kill:1@4/combine", nodes=2, settings=("cluster.ranks_per_node=2",))
-    assert traces(two) == alone()
+    assert_same(two, alone(), may_lack=(4,))
     assert traces(go(nodes=3, model=_recomputing)) == alone()
 
 
@@ -162,7 +176,7 @@ def test_a_node_that_joins_while_the_controller_is_killed(go: Go, alone: Any) ->
     )
     assert joined.of("node_joined")
     assert max(e["num_nodes"] for e in joined.of("step_committed")) == 3
-    assert traces(joined) == alone(steps=40)
+    assert_same(joined, alone(steps=40), may_lack=range(1, 8))
 
 
 @pytest.mark.slow
@@ -171,7 +185,8 @@ def test_chains_are_another_sum_and_the_same_on_all_ranks(go: Go, alone: Any) ->
     wanted = alone(chains)
     assert wanted["digest"] != alone()["digest"]
     for nodes in (2, 3, 4):
-        assert traces(go(f"kill:{nodes - 1}@4/forward", nodes=nodes, settings=(chains,))) == wanted
+        lost = go(f"kill:{nodes - 1}@4/forward", nodes=nodes, settings=(chains,))
+        assert_same(lost, wanted, may_lack=(4,))
 
 
 @pytest.mark.slow
