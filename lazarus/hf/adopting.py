@@ -225,15 +225,15 @@ def _configured_coefficient(config: Any) -> float:
     return float(found)
 
 
-def _set_implementation(model: Any, implementation: str | None) -> None:
+def _set_implementation(model: nn.Module, implementation: str | None) -> None:
     """Choose who computes the experts, in the configuration of every part of the model."""
+    outermost: Any = next(m for m in model.modules() if hasattr(m, "set_experts_implementation"))
     if implementation is None:
-        implementation = model.get_correct_experts_implementation(None)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(implementation)
+        implementation = outermost.get_correct_experts_implementation(None)
+    outermost.set_experts_implementation(implementation)
     for module in model.modules():
         if hasattr(module, "_is_expert_parallel"):
-            module.config._experts_implementation = implementation
+            module.config._experts_implementation = implementation  # type: ignore[union-attr]
 
 
 def _experts_forward(

@@ -58,6 +58,14 @@ def test_adopt_and_release_are_inverse() -> None:
         release(model)
 
 
+def test_a_model_inside_another_module_is_adopted_and_released() -> None:
+    wrapped = nn.Sequential(small_model("olmoe"))
+    tokens = small_batch()
+    wanted = wrapped(tokens).logits
+    assert relative(adopt(wrapped)(tokens).logits, wanted) < 1e-6
+    assert relative(release(wrapped)(tokens).logits, wanted) < 1e-6
+
+
 def test_a_model_that_shares_its_configuration_keeps_its_own_experts() -> None:
     config = small_config(transformers.Qwen3MoeConfig)
     one, other = transformers.Qwen3MoeForCausalLM(config), transformers.Qwen3MoeForCausalLM(config)

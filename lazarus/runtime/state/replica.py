@@ -119,7 +119,8 @@ class Replica:
             self.dense_sync = DenseChains(self.flat_grad, units, num_chains=num_chains)
         self._make_optimizer(optimizer)
         self.history = start_history(len(self.layers), self.num_experts)
-        routers = [f"{name}.router_bias" for name in self.layer_names]
+        biases = {id(layer.router_bias) for layer in self.layers}  # of any name in the model
+        routers = [name for name, buffer in self.model.named_buffers() if id(buffer) in biases]
         self.buffers = Buffers(
             self.model, scratch=scratch_buffers, own=routers, takes_means=units is None
         )
