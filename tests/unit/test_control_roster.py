@@ -11,9 +11,10 @@ from fleet_limits import limits
 from lazarus.control.cluster.replacing import Fleet, History, came_up, is_troubled, ordered
 from lazarus.control.cluster.roster import candidates, leaving, node_of, staying
 from lazarus.control.cluster.state import Phase
-from lazarus.control.membership import checks
-from lazarus.control.messages import Finalized
+from lazarus.control.membership import checks, members
+from lazarus.control.messages import Finalized, StopRun
 from lazarus.control.parts.roster import Node
+from lazarus.control.ports import DriverSaid
 from lazarus.control.restart.replay import blank_state, missing_commits
 
 REPLICATED = {"slots_per_node": 2, "min_replicas": 2}
@@ -78,3 +79,21 @@ def test_a_last_share_is_of_the_last_step_and_has_files() -> None:
         assert checks.wrong_with(state, "w0", odd).startswith(reason)
         assert bool(checks.wrong_with(state, "w0", odd)) == bool(reason)
     assert checks.wrong_with(state, "w0", body) == ""
+
+
+def test_a_nap_of_the_controller_is_nobodys_delay() -> None:
+    desk = running(**REPLICATED)
+    desk.deaf = {"Fence"}
+    desk.lose("w2")
+    slept = members.excuse(desk.state, slept_s=5.0)
+    assert slept.transition is not None and desk.state.transition is not None
+    assert slept.transition.phase_s == desk.state.transition.phase_s + 5.0
+
+
+@pytest.mark.parametrize(("reason", "told"), [("", "stopped"), ("enough", "enough")])
+def test_a_stop_without_a_reason_has_one(reason: str, told: str) -> None:
+    desk = running(**REPLICATED)
+    desk.feed(DriverSaid(body=StopRun(reason=reason), at_s=0.0))
+    assert desk.state.ending.stopping == told
+    desk.feed(DriverSaid(body=StopRun(now=True, reason=reason), at_s=0.0))
+    assert desk.events("run_finished")[0]["error"] == told

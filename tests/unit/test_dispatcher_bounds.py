@@ -248,7 +248,7 @@ def test_input_is_sound_or_named_by_its_first_problem() -> None:
     assert problem(x=torch.ones(4, 3).t()) == problem(ids=ids.new_zeros(2, 3).t()) == 0
     assert problem(ids=ids[:, :0]) == 6
     assert problem(ids=ids.to("meta")) == 7
-    assert problem(slots=(0, 1)) == problem(slots=(0, 1, 2, 2)) == 8
+    assert problem(slots=(0, 1)) == problem(slots=(1, 2)) == problem(slots=(0, 1, 2, 2)) == 8
 
 
 # ---- gradients and exchanges -------------------------------------------------------------------
