@@ -141,6 +141,7 @@ class Conversion(Mapping[str, Tensor]):
             group = self._plan(tuple(names), keys, is_experts=is_experts)
             self._group_of |= {spec.name: group for spec in group.specs}
         known = {key for name in self._model.state_dict() for key in keys.get(name, ())}
+        known |= self._group_of.keys()  # transformers may load a key by another of its renamings
         self._verbatim = {} if source.is_quantised else self._unknown(known)
         self._held: dict[bool, tuple[_Group, dict[str, Tensor]]] = {}  # by is_experts
 
