@@ -22,8 +22,8 @@ NAMED = (
     "gpt_oss",
     "qwen2_moe",
 )
-# Families whose small models are not built here: their configurations need more than small sizes.
-NOT_BUILT = frozenset({"diffusion_gemma", "muse_spark"})
+# A family that is not built here: its only head is for diffusion by blocks.
+NOT_BUILT = frozenset({"diffusion_gemma"})
 
 # Values for every configuration that has such a key.
 _SMALL: dict[str, Any] = {
@@ -144,6 +144,11 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Mistral4Config": {"num_key_value_heads": 4},
     "MistralLarge4TextConfig": _LATENT,
+    "MuseSparkAudioConfig": {
+        "patch_sizes": [4, 4],
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+    },
     "NemotronHConfig": {
         "layer_types": ["linear_attention", "moe", "full_attention", "moe"],
         "num_hidden_layers": None,
