@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    config = runs.load_config(args)
+    config = runs.load_config(args, needs_files=False)
     if args.json:
         content = config.to_dict() | {"schema": 1, "origins": dict(config.origins)}
         runs.print_json(content)

@@ -6,7 +6,8 @@ import argparse
 import glob
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lazarus.config.layers import Given
 from lazarus.config.preflight import BUILTIN_CHECKS
 from lazarus.config.train_config import TrainConfig
 from lazarus.config.values import toml_value
-from lazarus.errors import ConfigError
+from lazarus.errors import ConfigError, Problem
 from lazarus.record.metrics import Summary
 from lazarus.run.run_folders import homes, run_folder
 
@@ -36,6 +37,9 @@ FLAGS: Mapping[str, str] = {
     "chaos": "faults.chaos",
     "progress": "metrics.progress",
 }
+
+_CHECKS = (*BUILTIN_CHECKS, hf_problems)
+_FILES = ("model.hf", "data.path", "data.tokenizer")  # keys of files that training needs
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +75,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--progress", choices=("auto", "line", "json", "off"), help="what stderr shows")
 
 
-def load_config(args: argparse.Namespace, *, base: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    args: argparse.Namespace, *, base: Sequence[str] = (), needs_files: bool = True
+) -> TrainConfig:
     """The configuration that options, file and environment make, checked as far as possible.
 
     Args:
         args: Parsed options, with the process's ``environment``.
         base: Settings of the command itself, weaker than the user's ``--set``.
+        needs_files: Model and data must be there; False: perhaps they are on other machines.
 
     Raises:
         ConfigError: Every problem at once.
@@ -103,8 +110,15 @@ def load_config(args: argparse.Namespace, *, base: Sequence[str] = ()) -> TrainC
         preset=args.preset,
         environment=args.environment,
         flags=flags,
-        checks=(*BUILTIN_CHECKS, hf_problems),
+        checks=[partial(_problems, check, needs_files=needs_files) for check in _CHECKS],
     )
+
+
+def _problems(
+    check: Callable[[TrainConfig], list[Problem]], config: TrainConfig, *, needs_files: bool
+) -> list[Problem]:
+    found = check(config)
+    return found if needs_files else [p for p in found if p.key not in _FILES]
 
 
 def in_ray_job(environment: Mapping[str, str]) -> bool:
