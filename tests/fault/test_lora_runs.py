@@ -11,7 +11,7 @@ import cloudpickle
 import pytest
 import torch
 from hf_families import saved, small_batch, small_model
-from hf_saved import state_of
+from hf_saved import contents, state_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -130,3 +130,28 @@ def assert_frozen_as_in(model: Any, state: Mapping[str, Tensor]) -> None:
     assert any(".lazarus.experts." in name for name in frozen)
     for name in frozen:
         assert torch.equal(state[name], own[name]), name
+
+
+def test_a_whole_model_is_saved_without_naming_its_folder(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = saved(small_model("qwen3_moe").to(torch.bfloat16), tmp_path / "base")
+    config = TrainConfig.load(
+        overrides=[*SETTINGS, "cluster.nodes=2", "train.steps=2", f"run.dir={tmp_path / 'run'}"]
+    )
+    trainer = ElasticTrainer(
+        config,
+        model=lambda ctx: load(base),
+        data=lambda ctx: [{"tokens": row} for row in batch()],
+        loss=causal_loss,
+    )
+    trainer.fit().save_pretrained(tmp_path / "out")
+    source, exported = contents(base), contents(tmp_path / "out")
+    assert exported.keys() == source.keys()
+    assert all(
+        exported[k].dtype == t.dtype and exported[k].shape == t.shape for k, t in source.items()
+    )
+    key = "model.layers.0.mlp.experts.0.up_proj.weight"
+    assert not torch.equal(exported[key], source[key])
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
