@@ -276,3 +276,10 @@ def test_a_fault_may_name_a_node_that_chaos_brings(place: Place) -> None:
     with pytest.raises(ConfigError, match="there is no node 5"):
         place.orders(place.config(fifth))
     place.orders(place.config(fifth, "faults.chaos=mtbf=30s,seed=1,kinds=join"))
+
+
+def test_a_launcher_of_processes_is_told_among_how_many_nodes_it_divides_its_machine(
+    place: Place,
+) -> None:
+    (given,) = launcher(place, place.config("cluster.nodes=2"))
+    assert given["nodes"] == 2
