@@ -10,7 +10,7 @@ from lazarus.callbacks import configured
 from lazarus.callbacks.prometheus import RayMetrics
 from lazarus.checkpoint.selection.adaptive import DEFAULT_EVERY
 from lazarus.commands import runs
-from lazarus.config.hf_folder import num_experts
+from lazarus.config.hf_folder import hf_warnings, num_experts
 from lazarus.config.preflight import stated_ranks_per_node, warnings_of
 from lazarus.config.train_config import TrainConfig
 from lazarus.control.plans.verdict import slots_for
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then train."""
     memory = _memory(args)
     config = runs.load_config(args)
-    for warning in _warnings(config):
+    for warning in (*hf_warnings(config), *_warnings(config)):
         runs.say(f"warning: {warning}")
     configured(config, run_dir=config.run.dir)  # packages that are missing are bad input
     place = open_place(

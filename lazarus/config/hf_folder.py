@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lazarus.basics.careful import read_text
+from lazarus.config.preflight import TOKEN_FILES
 from lazarus.config.train_config import TrainConfig
 from lazarus.errors import ConfigError, Problem
 
@@ -119,3 +120,13 @@ def num_experts(config: TrainConfig) -> int:
     if config.model.hf is None:
         return config.model.experts
     return read_hf_folder(config.model.hf).experts
+
+
+def hf_warnings(config: TrainConfig) -> list[str]:
+    """Warnings about data that a Hugging Face model perhaps does not know."""
+    data = config.data
+    if config.model.hf is None or data.tokenizer is not None or data.source is not None:
+        return []
+    if str(data.path or "").endswith(TOKEN_FILES):
+        return []
+    return ['text is read as bytes; data.tokenizer = "hf" reads it by the model\'s tokenizer']

@@ -10,7 +10,7 @@ import pytest
 import small_tokenizers
 
 from lazarus import ElasticTrainer, TrainConfig
-from lazarus.config.hf_folder import HfFolder, read_hf_folder, sample_len, vocab_of
+from lazarus.config.hf_folder import HfFolder, hf_warnings, read_hf_folder, sample_len, vocab_of
 from lazarus.errors import ConfigError
 
 MOE = {"model_type": "olmoe", "vocab_size": 320, "max_position_embeddings": 64, "num_experts": 4}
@@ -69,6 +69,14 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="has no model.safetensors and no model.safetensors.ind"):
         ElasticTrainer(config_of(f"model.hf={name}"))
+
+
+def test_text_that_the_model_would_read_as_bytes_is_warned_of(tmp_path: Path) -> None:
+    name = f"model.hf={folder(tmp_path / 'a')}"
+    (warning,) = hf_warnings(config_of(name))
+    assert 'data.tokenizer = "hf"' in warning
+    for fine in ("data.tokenizer=hf", "data.source=a:b", "data.path=a.bin", 'model.hf="none"'):
+        assert hf_warnings(config_of(name, fine)) == []
 
 
 def test_a_sample_is_as_long_as_the_model_allows(tmp_path: Path) -> None:
