@@ -94,6 +94,7 @@ def test_memory_of_no_use_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
@@ -127,6 +128,7 @@ def test_true_shapes_are_planned_for_in_little_memory_and_time(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_conversations_are_learned_and_the_model_goes_out_again(packing: str, here: Path) -> None:
     folder = small_olmoe.olmoe_folder(here / "model")
@@ -153,6 +155,8 @@ def test_conversations_are_learned_and_the_model_goes_out_again(packing: str, he
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_the_example_trains_and_writes_its_model(here: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "hugging_face.py")],
@@ -160,7 +164,7 @@ def test_the_example_trains_and_writes_its_model(here: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("12 steps, loss ")

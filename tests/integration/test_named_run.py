@@ -35,6 +35,7 @@ def test_a_run_of_named_functions_trains_to_its_end(shell: Shell) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_an_error_of_a_named_loss_names_its_line(shell: Shell) -> None:
     mine = shell.folder / "mine.py"
     mine.write_text(mine.read_text() + "\n\ndef bad(model, batch):\n    return 1 / 0\n")
@@ -44,6 +45,7 @@ def test_an_error_of_a_named_loss_names_its_line(shell: Shell) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_run_of_named_functions_goes_on_from_its_checkpoint(shell: Shell) -> None:
     saves = [*SETTINGS, "checkpoint.full_at_end=true"]
     code, said = shell.train(settings=saves)
