@@ -51,15 +51,15 @@ class Device:
 
 def count_rows(device: Device) -> None:
     """Let the device know of all rows that our MoE layers serve in this process."""
-    from lazarus.model import moe
+    from lazarus.model import routed as layers
 
-    path = moe.expert_path
+    path = layers.expert_path
 
     def counted(x_TD: Any, gate_TK: Any, weight: Any, routed: Any, *args: Any, **more: Any) -> Any:
         device.serve(routed.num_received)
         return path(x_TD, gate_TK, weight, routed, *args, **more)
 
-    moe.expert_path = counted
+    layers.expert_path = counted
 
 
 def until(moment: float) -> None:

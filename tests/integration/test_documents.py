@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,10 +79,24 @@ class Reader:
 
 
 def run_blocks(page: Path, reader: Reader) -> None:
-    with contextlib.chdir(reader.folder):
-        for block in blocks_of(page):
-            if block.marker in ("", "output") or block.marker.startswith("file "):
-                reader.follow(block)
+    found_in = list(sys.path)  # commands look for modules in the folder where they are typed
+    try:
+        with contextlib.chdir(reader.folder):
+            for block in blocks_of(page):
+                if block.marker in ("", "output") or block.marker.startswith("file "):
+                    reader.follow(block)
+    finally:
+        sys.path[:] = found_in
+        forget_modules(reader.folder)
+
+
+def forget_modules(folder: Path) -> None:
+    """Let the next page import files of the same names anew."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).is_relative_to(folder):
+            del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 def working_folder(parent: Path, name: str) -> Path:

@@ -305,10 +305,10 @@ def test_training_waits_for_saves_and_for_what_a_rollback_reads(
 
 
 def test_the_device_is_busy_until_the_last_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lazarus.model import gpt, moe
+    from lazarus.model import gpt, routed
 
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(moe, "expert_path", moe.expert_path)  # put back at the end
+    monkeypatch.setattr(routed, "expert_path", routed.expert_path)  # put back at the end
     tools = module("goodput_modelled")
     modelled = tools.Modelled(
         device=tools.Device(0.5, expert_part=0.5, rows=4),
