@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import gc
 import os
 import signal
 import threading
@@ -27,6 +28,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 _BUDGET_S = float(os.environ.get("LAZARUS_TEST_BUDGET_S", "inf"))
 _STARTED_S = time.monotonic()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what the tests' modules have imported out of the garbage collections of the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

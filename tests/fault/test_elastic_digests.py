@@ -125,6 +125,7 @@ def test_a_run_that_loses_a_node_has_the_digests_of_one_process(go: Go, alone: A
     assert traces(lost) == alone()
 
 
+@pytest.mark.slow
 def test_without_the_mode_another_number_of_nodes_has_other_digests(go: Go) -> None:
     off = ("train.elastic_determinism=false",)
     one, three = (traces(go(nodes=nodes, settings=off)) for nodes in (1, 3))

@@ -27,6 +27,7 @@ def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_named_functions_trains_to_its_end(shell: Shell) -> None:
     code, said = shell.train(settings=SETTINGS)
     assert code == 0, said

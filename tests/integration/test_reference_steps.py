@@ -178,9 +178,9 @@ def test_layers_in_evaluation_mode_train_as_in_one_process(mode: str) -> None:
     ("size", "mode", "shared"),
     [
         (1, "home", False),
-        (2, "home", False),
+        pytest.param(2, "home", False, marks=pytest.mark.slow),
         (3, "home", True),
-        (3, "balanced", False),
+        pytest.param(3, "balanced", False, marks=pytest.mark.slow),
         (5, "balanced", True),
         pytest.param(2, "balanced", True, marks=pytest.mark.slow),
         pytest.param(3, "home", False, marks=pytest.mark.slow),

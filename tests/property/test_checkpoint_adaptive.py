@@ -57,6 +57,7 @@ def test_k_is_the_largest_step_of_the_ladder_that_the_slowest_rank_hides(
     assert DEFAULT_EVERY % found.snapshot_every == 0
 
 
+@pytest.mark.slow
 @given(rate=RATES, num_bytes=st.integers(1, 10**10), step_s=st.floats(0.01, 10.0))
 def test_the_interval_leaves_storage_idle_half_of_the_time_and_is_not_much_longer(
     rate: float, num_bytes: int, step_s: float

@@ -81,7 +81,7 @@ def peak_of(step: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     ("mode", "top_k", "masked"),
     [
-        ("home", 2, 0),
+        pytest.param("home", 2, 0, marks=pytest.mark.slow),
         ("shares", 2, 1),
         pytest.param("shares", 2, 0, marks=pytest.mark.slow),
         pytest.param("balanced", 2, 0, marks=pytest.mark.slow),

@@ -105,12 +105,12 @@ def in_pieces(gloo: Exchange) -> int:
     return via.staged_bytes
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_larger_than_a_block_goes_in_pieces_through_two(ranks: int) -> None:
     assert max(run_processes(in_pieces, size=ranks)) <= 2 * STAGE_BYTES
 
 
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7))])
 def test_collectives_are_exact_and_their_memory_is_used_again(ranks: int) -> None:
     for held in run_processes(many_collectives, size=ranks, args=(ranks,)):
         assert held < 12 << 20  # the largest message is 0.8 MB; 40 turns would hold over 60
@@ -151,7 +151,7 @@ def leaves_one_first(gloo: Exchange, first: int) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("first", [0, 2, 3])
+@pytest.mark.parametrize("first", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 3))])
 def test_who_waits_for_a_rank_that_gave_up_is_told_for_whom(first: int) -> None:
     for rank, said in enumerate(run_processes(leaves_one_first, size=4, args=(first,))):
         if rank != 1:
@@ -225,7 +225,7 @@ def part_ways(gloo: Exchange, odd: int) -> tuple[str, str, str]:
     return type(caught.value).__name__, str(caught.value), str(again.value)
 
 
-@pytest.mark.parametrize("odd", [0, 1, 2])
+@pytest.mark.parametrize("odd", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
 def test_ranks_that_part_ways_all_hear_of_both_sides(odd: int) -> None:
     for kind, text, again in run_processes(part_ways, size=3, args=(odd,)):
         assert kind == "PartedLinkError" and text == again

@@ -68,6 +68,7 @@ def test_answers_entered_at_once_end_where_answers_one_by_one_end(faults: Any) -
     assert len([e for e in told if e["event"] == "reconfigured"]) >= 3
 
 
+@pytest.mark.slow
 def test_a_fleet_with_joins_and_losses_ends_as_one_by_one() -> None:
     chosen = setting(
         shape=SHAPES["olmoe-1b-7b"],
