@@ -227,3 +227,12 @@ def test_a_file_name_says_which_run_wrote_it() -> None:
     assert writer_of("L00-E001.w.exp-ab-2-13-00ff.safetensors.11.tmp") == "exp-ab"
     assert writer_of("dense-00001.exp-ab-full-2-13-00ff.safetensors") == "exp-ab"
     assert writer_of("README") is None and writer_of("manifest.json") is None
+
+
+@pytest.mark.slow
+def test_a_file_of_more_than_a_gibibyte_is_read(tmp_path: Path) -> None:
+    """An expert of a large model with its moments; the file of this test is a hole."""
+    size = (1 << 30) + 5
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(size)
+    assert len(read_file(open_storage(str(tmp_path)), "large")) == size

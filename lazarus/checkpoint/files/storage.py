@@ -25,7 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lazarus.basics.careful import open_regular, read_bytes
+from lazarus.basics.careful import open_regular
 from lazarus.checkpoint.errors import DamagedError, StorageError
 from lazarus.errors import LazarusError
 
@@ -307,7 +307,10 @@ def read_file(
     with _asked(storage.place(path), "read", may_lack=True):
         full = storage.full(path)
         if progress is None:
-            data: bytes = read_bytes(full) if storage.is_local else storage.fs.cat_file(full)
+            if storage.is_local:
+                with open_regular(full) as file:  # an expert of a large model has gigabytes
+                    return file.read()
+            data: bytes = storage.fs.cat_file(full)
             return data
         blocks = []
         with open_regular(full) if storage.is_local else storage.fs.open(full, "rb") as file:
