@@ -184,7 +184,7 @@ def _price_of_units(config: TrainConfig, ranks: int) -> list[str]:
     if not config.train.elastic_determinism:
         return []
     units = Units(global_batch=config.train.global_batch, unit_size=config.train.micro_batch_size)
-    shares = [f"{units.idle(n):.2f} on {n}" for n in (ranks, ranks - 1, ranks - 2) if n > 0]
+    shares = [f"{units.slowdown(n):.2f} on {n}" for n in (ranks, ranks - 1, ranks - 2) if n > 0]
     lines = [f"units of a step      {units.count}; times the ideal: {', '.join(shares)} ranks"]
     if units.count < 4 * ranks:
         lines.append(

@@ -24,7 +24,8 @@ and changes nothing else; a message that contradicts the state is refused.
   (PREPARING). When all are ready, ``reconfiguration/resuming.py`` journals the RESUME (RUNNING).
 * *Another loss* in these three phases discards the attempt and claims the next generation.
 * *Too few nodes:* HOLDING keeps the state in memory and leads to FENCING when nodes come.
-* *All members lost:* GATHERING waits for new nodes, which load a checkpoint.
+* *All members lost:* HOLDING waits for new nodes, which load a checkpoint; before the first RESUME
+  it is GATHERING that waits.
 * *The controller's death:* RECONNECTING waits for the workers of the newest generation, which
   train on meanwhile. If all come back undisturbed, RUNNING goes on, otherwise a change begins.
 * *End:* After the last step, or a stop, all ranks pause; FINALIZING waits for their digests and for

@@ -53,6 +53,6 @@ class Units:
         dealt = (number * num_ranks + rank for number in range(self.num_rounds(num_ranks)))
         return tuple(unit if unit < self.count else None for unit in dealt)
 
-    def idle(self, num_ranks: int) -> float:
-        """How many times the ideal a step takes because units are not divided further: R J / U."""
+    def slowdown(self, num_ranks: int) -> float:
+        """Rounds times ranks over units: 1 if every rank has a unit in every round, else more."""
         return self.num_rounds(num_ranks) * num_ranks / self.count

@@ -28,7 +28,7 @@ def test_every_sample_is_dealt_once_and_units_ascend_through_the_rounds(
     assert by_round == list(range(units.count))
     rounds = len(dealt[0])
     assert (rounds - 1) * ranks < units.count <= rounds * ranks
-    assert units.idle(ranks) == pytest.approx(float(Fraction(rounds * ranks, units.count)))
+    assert units.slowdown(ranks) == pytest.approx(float(Fraction(rounds * ranks, units.count)))
 
 
 @pytest.mark.parametrize(("batch", "unit"), [(0, 1), (1, 0), (-1, 2)])
