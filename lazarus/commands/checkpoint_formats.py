@@ -71,6 +71,8 @@ def _export_file(args: argparse.Namespace, url: str) -> int:
             name = option.replace("_", "-")
             raise ConfigError(f"--{name} goes with --layout hf or dcp, not {args.layout}")
     out = args.out or _DEFAULT_FILE
+    if out.endswith("/") or (not is_url(out) and os.path.isdir(out)):
+        raise ConfigError(f"{out} is a folder; --layout {args.layout} writes a file")
     _require_free(out, args)
     manifest, num_bytes = export_file(url, out, step=args.step, layout=args.layout)
     if args.json:
@@ -158,6 +160,8 @@ def _require_folder(out: str | None, args: argparse.Namespace, *, layout: str) -
         raise ConfigError(f"--layout {layout} writes a folder: say which with --out DIR")
     if layout == "dcp" and is_url(out):
         raise ConfigError(f"--layout dcp writes to a local folder, not to {out}")
+    if not is_url(out) and os.path.isfile(out):
+        raise ConfigError(f"{out} is a file; --layout {layout} writes a folder")
     _require_free(out, args)
 
 

@@ -262,6 +262,12 @@ class IterableDatasetSource:
 
     def shard(self, i: int, of: int, /) -> ShardIterator:
         """Open shard ``i`` of ``of``; the dataset needs at least that many shards."""
+        have = int(getattr(self._dataset, "num_shards", of))
+        if have < of:
+            raise DataError(
+                f"the dataset has {have} shards, data.num_shards={of} needs as many; set "
+                f"data.num_shards={have}, or cut the dataset into more"
+            )
         return _DatasetShard(self._dataset.shard(num_shards=of, index=i))
 
 

@@ -105,6 +105,8 @@ def release(model: Model, *, implementation: str | None = None) -> Model:
     for path, module in found.items():
         adopted = module._modules[CHILD]
         assert isinstance(adopted, AdoptedExperts)
+        if any("." in name for name in adopted.experts.fields):
+            raise ValueError(f"{path} has adapters of lora, which its own class has no place for")
         missing = set(range(adopted.num_experts)) - set(adopted.experts.expert_of_slot)
         if missing:
             raise ValueError(
@@ -115,6 +117,7 @@ def release(model: Model, *, implementation: str | None = None) -> Model:
     for hook in getattr(model, "_lazarus_hooks", ()):
         hook.remove()
     model._lazarus_hooks = ()  # type: ignore[assignment]
+    model.__dict__.pop("save_pretrained", None)
     _set_implementation(model, implementation)
     return model
 
@@ -156,7 +159,7 @@ def attach_experts(
     if coefficient is None:
         coefficient = _configured_coefficient(module.config)
     layer = AdoptedExperts(
-        ExpertBank.of(stripped.layout, num_experts=stripped.num_experts, source=values),
+        _bank(stripped, values),
         top_k=top_k_of(module, block),
         run=ExpertFunction(module),
         recompute=options.recompute,
@@ -175,11 +178,36 @@ def attach_experts(
         layer.experts.source = None  # all experts are here; the given tensors may go
 
 
+def _bank(stripped: Stripped, values: Values) -> ExpertBank:
+    """A bank whose tensors are trained where those that were taken away were."""
+    whole, tensors = stripped.layout, stripped.tensors
+    fixed = {name for name, tensor in tensors.items() if not tensor.requires_grad}
+    if not fixed or fixed == set(tensors):  # all are trained, or the layer is frozen as a whole
+        return ExpertBank.of(whole, num_experts=stripped.num_experts, source=values)
+    trained = {name: shape for name, shape in whole.fields.items() if name not in fixed}
+    frozen = {name: shape for name, shape in whole.fields.items() if name in fixed}
+    return ExpertBank.of(
+        TensorLayout(trained, dim=whole.dim),
+        num_experts=stripped.num_experts,
+        source=values,
+        frozen_layout=TensorLayout(frozen, dim=whole.dim),
+    )
+
+
 def finish_adoption(model: nn.Module) -> None:
     """Let the model call its new experts, and refuse what would be wrong with them."""
     _set_implementation(model, IMPLEMENTATION)
     hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model._lazarus_hooks = (hook,)  # type: ignore[assignment]
+    model.save_pretrained = _refuse_saving  # type: ignore[assignment]
+
+
+def _refuse_saving(*args: Any, **settings: Any) -> None:
+    raise ValueError(
+        "save_pretrained would write adopted experts under names that transformers does not read; "
+        "call lazarus.hf.release(model) before; a run writes by Result.save_pretrained or "
+        "lazarus checkpoint export --layout hf"
+    )
 
 
 class _Given:
@@ -196,8 +224,8 @@ def _give_back(module: nn.Module, adopted: AdoptedExperts) -> None:
     bank = adopted.experts
     order = [bank.expert_of_slot.index(expert) for expert in range(bank.num_experts)]
     rows = [bank.values(slot) for slot in order]
-    is_trained = bank.weight.requires_grad
     for name in bank.fields:
+        is_trained = bank.weight.requires_grad and name in bank.layout.fields
         stacked = torch.stack([row[name] for row in rows])
         setattr(module, name, nn.Parameter(stacked, requires_grad=is_trained))
     adopted.unwatch()
@@ -213,6 +241,10 @@ def _bias(block: nn.Module, path: str, stripped: Stripped, *, rate: float) -> Te
             f"bias_rate={rate}, but {type(block).__name__} around {path} has no correction bias; "
             f"leave bias_rate at 0 and balance by aux_coef"
         )
+    if found.name in found.owner._parameters:  # it changes though nothing trains it: a buffer
+        value = found.tensor.detach()
+        delattr(found.owner, found.name)
+        found.owner.register_buffer(found.name, value)
     return found
 
 

@@ -54,8 +54,15 @@ def lora(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adopted experts; use lazarus.hf.load")
     fields = {name for layer in layers.values() for name in layer.experts.fields}
+    targets = (targets,) if isinstance(targets, str) else targets
     of_experts = [name for name in targets if name in fields]
     modules = [name for name in targets if name not in fields]
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    if lost := [name for name in modules if not any(p.endswith(f".{name}") for p in paths)]:
+        raise ValueError(
+            f"{', '.join(lost)}: neither tensors of the experts ({', '.join(sorted(fields))}) nor "
+            f"modules of {type(model).__name__}"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=modules or None)

@@ -17,6 +17,8 @@ from lazarus.model.balance import auxiliary_sum
 from lazarus.model.experts import ExpertBank
 from lazarus.model.routed import RoutedExperts
 
+_MASKS = 4  # forwards with masks, at most, that a backward can repeat
+
 
 class AdoptedExperts(RoutedExperts):
     """Experts of a transformers model, called with the choice of the model's own router.
@@ -48,7 +50,7 @@ class AdoptedExperts(RoutedExperts):
         self.aux_coef = 0.0
         self._logits: RouterLogits | None = None
         self._hook: Any = None
-        self._first_mask_T: Tensor | None = None
+        self._masks: list[tuple[Tensor, Tensor | None]] = []  # newest first: choices and mask
 
     @property
     def router_bias(self) -> Tensor | None:  # type: ignore[override]
@@ -84,7 +86,7 @@ class AdoptedExperts(RoutedExperts):
         expert_TK = expert_TK.reshape(x_TD.shape[0], -1).to(torch.int64)
         expert_TK = torch.where(expert_TK < self.num_experts, expert_TK, -1)
         gate_TK = gate_TK.reshape(expert_TK.shape).float()
-        mask_T = self._token_mask(x_TD.shape[0])
+        mask_T = self._token_mask(expert_TK)
         auxiliary = self._auxiliary(mask_T)
         norm = self._outside[1]
         if norm is None:
@@ -102,21 +104,25 @@ class AdoptedExperts(RoutedExperts):
         out_TKD: Tensor = norm(out_ND).view(*expert_TK.shape, -1) * gate_TK[..., None]
         return out_TKD.sum(1).to(hidden.dtype).view(hidden.shape)
 
-    def _token_mask(self, num_tokens: int) -> Tensor | None:
-        """The mask in force; in a repeated forward that of the first one.
+    def _token_mask(self, expert_TK: Tensor) -> Tensor | None:
+        """The mask in force; in a repeated forward that of the first one, known by its choices.
 
         A backward repeats forwards outside of the context that set the mask, and perhaps in
         another thread.
         """
-        if not in_backward():
-            self._first_mask_T = current_mask(num_tokens)
-        return self._first_mask_T
+        if in_backward():
+            found = [mask for chosen, mask in self._masks if torch.equal(chosen, expert_TK)]
+            return next(iter(found), self._masks[0][1] if self._masks else None)
+        mask_T = current_mask(expert_TK.shape[0])
+        if mask_T is not None or self._masks:
+            self._masks = [(expert_TK.detach(), mask_T), *self._masks][:_MASKS]
+        return mask_T
 
     def _auxiliary(self, mask_T: Tensor | None) -> Tensor | None:
         if self._logits is None:
             return None
         logits_TE = self._logits.take()
-        if not self.training or in_backward():
+        if not self.training:
             return None
         expected_E = self.context.expected_E.to(logits_TE.device)
         if logits_TE.shape[-1] != self.num_experts:

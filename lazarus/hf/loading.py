@@ -50,7 +50,7 @@ def load(
         ValueError: The folder is incomplete, its tensors do not fit the configuration, it is
             quantised in a way that cannot be read; or as for ``adopt``.
     """
-    place = Path(folder)
+    place = Path(folder).expanduser()
     model, stripped, source = _load_dense(opened(place, settings), dtype=dtype)
     options = AdoptOptions(aux_coef=aux_coef, bias_rate=bias_rate, recompute=recompute)
     with torch.device("cpu"):
@@ -163,6 +163,9 @@ def _load_dense(
         raise ValueError(
             f"the checkpoint has no {', '.join(missing[:4])} ({len(missing)} tensors in all)"
         )
+    own = {name: p.requires_grad for name, p in found.twin.named_parameters()}
+    for name, parameter in model.named_parameters():  # transformers forgets what its class froze
+        parameter.requires_grad_(own.get(name, True))
     for part in stripped.values():
         part.tensors.clear()  # they are on the meta device
     return model, stripped, source

@@ -22,7 +22,7 @@ def skeleton(folder: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: As for ``load``.
     """
-    model: nn.Module = opened(Path(folder), {}).twin
+    model: nn.Module = opened(Path(folder).expanduser(), {}).twin
     stripped = strip(model)
     with deferred_experts(), torch.device("meta"):
         for path, part in stripped.items():

@@ -160,6 +160,11 @@ class LayerContext:
         if self.anchors is not None:
             self.anchors = []
 
+    def start_round(self, *, step: int, number: int) -> None:
+        """Begin a micro-batch; every backward of earlier ones is over."""
+        self.step, self.round = step, number
+        self._open = 0  # forwards that nothing differentiates have no backward to end them
+
     def place(self, *, repeated: bool, differentiable: bool) -> int:
         """Code of this forward's place in the step; 0 if anchors are not in use."""
         if self.anchors is None:

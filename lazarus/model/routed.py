@@ -116,7 +116,7 @@ class RoutedExperts(nn.Module):
         """The tokens to route; none at all on a rank without samples."""
         if self.context.ghost:
             return torch.zeros(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
-        return mask_T
+        return None if mask_T is None else mask_T.bool()
 
     def _start(
         self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, mask_T: Tensor | None

@@ -74,3 +74,15 @@ def test_an_abandoned_attempt_leaves_nothing_behind() -> None:
 
     for got in run_ranks(body, size=2):
         assert torch.equal(got, slowly(1, 1))
+
+
+@pytest.mark.parametrize("num_chains", [1, 2])
+def test_a_model_without_trained_dense_parameters_sums_nothing(num_chains: int) -> None:
+    def body(exchange: Exchange) -> int:
+        sync = DenseChains(torch.zeros(0), UNITS, num_chains=num_chains)
+        sync.begin_generation()
+        for number in range(UNITS.num_rounds(exchange.size)):
+            sync.unit_done(exchange, number)
+        return sync.finish(exchange)._flat_grad.numel()
+
+    assert run_ranks(body, size=2) == [0, 0]

@@ -127,3 +127,18 @@ def test_a_dry_run_says_what_units_cost(settings: list[str], lines: list[str]) -
     assert len(said) == len(lines)
     for line, part in zip(said, lines, strict=True):
         assert part in line
+
+
+def test_a_frozen_layer_whose_backward_never_comes_is_no_second_run() -> None:
+    layer = MoELayer(dim=8, hidden=16, num_experts=2, top_k=1, balance="none")
+    layer.requires_grad_(False)
+    layer.context.rule = SplitRule(mode="home", by_source=True)
+    for number in range(3):
+        layer.context.start_round(step=1, number=number)
+        layer(torch.randn(1, 4, 8))
+
+
+def test_a_mask_of_numbers_is_a_mask() -> None:
+    layer = MoELayer(dim=8, hidden=16, num_experts=2, top_k=1, balance="none")
+    x, mask = torch.randn(2, 4, 8), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    assert torch.equal(layer(x, mask_BS=mask), layer(x, mask_BS=mask.bool()))

@@ -62,6 +62,8 @@ class DenseChains:
     @torch.no_grad()
     def unit_done(self, exchange: Exchange, number: int) -> None:
         """Add the gradients that the ranks computed in round ``number``, and zero the buffer."""
+        if not self._flat_grad.numel():  # no dense parameter is trained
+            return
         first = number * exchange.size
         if self._is_local(exchange):
             self._add(first + exchange.rank, self._flat_grad)
@@ -73,6 +75,8 @@ class DenseChains:
     @torch.no_grad()
     def finish(self, exchange: Exchange) -> DenseChains:
         """Put the sum of all chains into the buffer, equal on all ranks."""
+        if not self._flat_grad.numel():
+            return self
         if exchange.size == 1:
             self._flat_grad.copy_(_in_order([self._sums[v] for v in sorted(self._sums)]))
             return self

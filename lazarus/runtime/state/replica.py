@@ -378,7 +378,7 @@ class Replica:
         Returns:
             The global gradient norm, before clipping.
         """
-        norm = float(np.sqrt(dense_square + sums.squares.sum())) / max(sums.count, 1.0)
+        norm = float(np.sqrt(dense_square + sums.squares.sum())) / (sums.count or 1.0)
         is_taken = not sums.skips and bool(np.isfinite(norm)) and sums.count > 0
         if is_taken:
             self._descend(sums, norm)

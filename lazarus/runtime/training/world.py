@@ -80,7 +80,7 @@ class World:
         """Begin a micro-batch of the step; -1 means none."""
         self.round = number
         for context in self.contexts:
-            context.step, context.round = self.step, number
+            context.start_round(step=self.step, number=number)
         if self.trail is not None:
             self.trail.round = number
 
