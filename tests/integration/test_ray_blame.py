@@ -124,7 +124,7 @@ def test_runs_share_a_cluster_wait_for_machines_and_forget_the_dead(
     assert poll(lambda: len(asked_for(ray_cluster)) == 2, timeout_s=LONG_S), "and who ends, too"
     one.stop()
     assert asked_for(ray_cluster) == []
-    assert not workers(ray_cluster)
+    assert poll(lambda: not workers(ray_cluster), timeout_s=LONG_S), "its processes end, too"
 
 
 def test_lost_ranks_and_machines_are_replaced_wherever_there_is_room(
