@@ -122,7 +122,7 @@ class TextFiles(Documents):
 
 
 class JsonLines(Documents):
-    """Each line of each file is a JSON object with a document; empty lines are none."""
+    """Each line of each file is a JSON object with a document; lines of blanks are none."""
 
     def __init__(self, path: Path, column: str, files: Sequence[Path]) -> None:
         super().__init__(path, column, files)
@@ -155,7 +155,7 @@ def _mapped(file: Path) -> NDArray[np.uint8]:
 
 
 def _lines_of(content: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """First byte and end of each line that is not empty, [lines, 2]."""
+    """First byte and end of each line that is more than blanks, [lines, 2]."""
     ends = [
         np.flatnonzero(content[first : first + _SCANNED] == ord("\n")) + first
         for first in range(0, len(content), _SCANNED)
@@ -163,8 +163,11 @@ def _lines_of(content: NDArray[np.uint8]) -> NDArray[np.int64]:
     last = np.concatenate([*ends, [len(content)]]).astype(np.int64)
     lines = np.stack([np.concatenate([[0], last[:-1] + 1]), last], axis=1)
     lines = lines[lines[:, 1] > lines[:, 0]]
-    only_return = (lines[:, 1] - lines[:, 0] == 1) & (content[lines[:, 0]] == ord("\r"))
-    found: NDArray[np.int64] = lines[~only_return]
+    starts_blank = np.isin(content[lines[:, 0]], np.frombuffer(b" \t\r", dtype=np.uint8))
+    for at in np.flatnonzero(starts_blank):  # few: writers of JSON lines do not indent
+        first, last_byte = lines[at]
+        starts_blank[at] = not content[first:last_byte].tobytes().strip()
+    found: NDArray[np.int64] = lines[~starts_blank]
     return found
 
 
@@ -180,6 +183,9 @@ class Parquet(Documents):
         except (ArrowException, OSError) as problem:
             raise DataError(f"data.path={path} is not parquet: {problem}") from problem
         self._key = self._chosen(self._open[0].schema_arrow.names) if files else column
+        for name, file in zip(files, self._open, strict=True):
+            if self._key not in file.schema_arrow.names:
+                raise DataError(f"{name} has no column {self._key!r}, which {files[0].name} has")
         self._groups = [
             (which, group)
             for which, file in enumerate(self._open)

@@ -29,7 +29,8 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any]) -> LossSum:
         The sum, and the number of tokens that were predicted and count.
 
     Raises:
-        ValueError: The batch has neither ``tokens`` nor ``input_ids``.
+        ValueError: The batch has neither ``tokens`` nor ``input_ids``, or ``labels`` or an
+            ``attention_mask`` beside ``tokens``.
     """
     inputs, labels_BS = _inputs_and_labels(batch)
     with token_mask(inputs.get("attention_mask")):
@@ -46,6 +47,8 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any]) -> LossSum:
 def _inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Arguments of the model, and what each position is to predict."""
     if "tokens" in batch:
+        if beside := sorted(batch.keys() & {"labels", "attention_mask"}):
+            raise ValueError(f"{', '.join(beside)} beside 'tokens'; use 'input_ids' instead of it")
         tokens_BS: Tensor = batch["tokens"]
         return {"input_ids": tokens_BS[:, :-1]}, tokens_BS[:, 1:]
     if "input_ids" not in batch:

@@ -30,7 +30,7 @@ from lazarus.runtime.training.context import WorkerContext
 from lazarus.runtime.training.hooks import Hooks
 from lazarus.runtime.training.step import Batching, Step
 from lazarus.runtime.training.world import World
-from placement import PlacementRequest, plan
+from placement import PlacementRequest, Plan, plan
 
 Balance = Literal["aux", "bias", "none"]
 
@@ -109,6 +109,25 @@ def make_replica(
         )
 
 
+def placed(replica: Replica, exchange: Exchange, *, seed: int | None, floor: int) -> Plan:
+    """Plan by loads drawn from ``seed``, or equal ones, and hold this rank's experts."""
+    shape = (len(replica.layers), replica.num_experts)
+    load = np.ones(shape) if seed is None else np.random.default_rng(seed).random(shape)
+    adopted = plan(
+        PlacementRequest(
+            load=load,
+            num_nodes=exchange.size,
+            slots_per_node=6,
+            min_replicas=min(floor, exchange.size),
+        )
+    )
+    replica.ensure_slots(adopted.expert_of_slot.shape[2])
+    for layer in range(shape[0]):
+        held = [int(e) for e in adopted.expert_of_slot[layer, exchange.rank] if e >= 0]
+        replica.place(layer, held, {})
+    return adopted
+
+
 def make_step(
     exchange: Exchange,
     *,
@@ -134,22 +153,7 @@ def make_step(
     replica = make_replica(
         top_k, overlaps=overlaps, balance=balance, units=units, num_chains=num_chains
     )
-    shape = (len(replica.layers), replica.num_experts)
-    load = np.ones(shape)
-    if placement_seed is not None:
-        load = np.random.default_rng(placement_seed).random(shape)
-    adopted = plan(
-        PlacementRequest(
-            load=load,
-            num_nodes=exchange.size,
-            slots_per_node=6,
-            min_replicas=min(floor, exchange.size),
-        )
-    )
-    replica.ensure_slots(adopted.expert_of_slot.shape[2])
-    for layer in range(shape[0]):
-        held = [int(e) for e in adopted.expert_of_slot[layer, exchange.rank] if e >= 0]
-        replica.place(layer, held, {})
+    adopted = placed(replica, exchange, seed=placement_seed, floor=floor)
     standing = Standing(generation=1, term=1, step=0, plan=adopted, exchange=exchange)
     rule = SplitRule(mode=mode, rows_per_replica=1.0, by_source=units is not None)
     world = World(replica, adopted, standing, rule=rule)

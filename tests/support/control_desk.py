@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from record_checks import check_event
 
+from lazarus.config.timeouts import derive_timeouts
 from lazarus.control.cluster.state import Control, ControlConfig, Phase
 from lazarus.control.machine import decide
 from lazarus.control.messages import (
@@ -25,6 +26,7 @@ from lazarus.control.messages import (
     Ready,
     Report,
     Resume,
+    RunOver,
     ShareReported,
     SnapshotHeld,
     Vector,
@@ -37,6 +39,7 @@ from lazarus.control.ports import (
     Stored,
     StreamClosed,
     Tell,
+    TellDriver,
     Tick,
     WorkerSaid,
 )
@@ -46,6 +49,9 @@ from placement import Plan
 
 EXPERTS = 3  # one slot a node: each expert lives on one node alone
 SOUND, BAD = 5, 6  # checksums of an expert
+REPLICATED = {"slots_per_node": 2, "min_replicas": 2}
+S = 10.0  # the tolerated stall of CALM
+CALM: dict[str, Any] = {"timeouts": derive_timeouts(S)} | REPLICATED
 
 
 class Desk:
@@ -283,3 +289,14 @@ def replace_body(body: Aligned, **changes: object) -> Aligned:
 def journal_of(desk: Desk) -> list[dict[str, Any]]:
     """What the controller of a desk has journaled, as it is read back."""
     return [json.loads(json.dumps(dict(command.entry))) for command in desk.of(Journal)]
+
+
+def over(desk: Desk) -> RunOver:
+    """The end of the run, which the driver was told once."""
+    (found,) = [c.body for c in desk.of(TellDriver) if isinstance(c.body, RunOver)]
+    return found
+
+
+def refused(desk: Desk) -> int:
+    """How many messages the controller has refused."""
+    return desk.state.rejected.num_refused

@@ -6,11 +6,18 @@ import json
 from typing import Any
 
 import pytest
-from control_desk import Desk, journal_of, running
+from control_desk import (
+    CALM,
+    REPLICATED,
+    Desk,
+    S,
+    journal_of,
+    over,
+    running,
+)
 from control_journal import resumed_state
 from msgspec.structs import replace as changed
 
-from lazarus.config.timeouts import derive_timeouts
 from lazarus.control.cluster.poison import HUNG, awaited
 from lazarus.control.cluster.state import Phase
 from lazarus.control.membership import suspicion
@@ -21,7 +28,6 @@ from lazarus.control.messages import (
     InjectFault,
     ReplicaMismatch,
     Report,
-    RunOver,
     Suspicion,
     Tail,
     TensorSum,
@@ -29,22 +35,9 @@ from lazarus.control.messages import (
     WorkerDied,
 )
 from lazarus.control.parts.blame import Death, Gone
-from lazarus.control.ports import DriverSaid, Tell, TellDriver
+from lazarus.control.ports import DriverSaid, Tell
 from lazarus.control.reconfiguration.parting import models_differ, ranks_parted
 from lazarus.failure import Cause
-
-REPLICATED = {"slots_per_node": 2, "min_replicas": 2}
-S = 10.0
-CALM: dict[str, Any] = {"timeouts": derive_timeouts(S)} | REPLICATED
-
-
-def over(desk: Desk) -> RunOver:
-    (found,) = [c.body for c in desk.of(TellDriver) if isinstance(c.body, RunOver)]
-    return found
-
-
-def refused(desk: Desk) -> int:
-    return desk.state.rejected.num_refused
 
 
 def complain(desk: Desk, *workers: str, **more: Any) -> None:

@@ -7,10 +7,15 @@ from math import inf
 from typing import Any
 
 import pytest
-from control_desk import Desk, running
+from control_desk import (
+    CALM,
+    REPLICATED,
+    Desk,
+    over,
+    running,
+)
 
 from lazarus.checkpoint.selection.adaptive import Measured, SaveSettings
-from lazarus.config.timeouts import derive_timeouts
 from lazarus.control.cluster.state import Phase, with_fields
 from lazarus.control.membership import members, patience, suspicion
 from lazarus.control.messages import (
@@ -20,31 +25,17 @@ from lazarus.control.messages import (
     Pause,
     Paused,
     Prepare,
-    RunOver,
     Seat,
     StopRun,
 )
 from lazarus.control.plans.healing import heals_behind
 from lazarus.control.plans.tuning import wanted_weight
 from lazarus.control.plans.verdict import SlotMemory, slots_for
-from lazarus.control.ports import DriverSaid, Journal, TellDriver
+from lazarus.control.ports import DriverSaid, Journal
 from lazarus.control.reconfiguration import reconfigure
 from lazarus.control.saving.adapting import chosen_for
 from lazarus.control.saving.losses import checkpoint_awaited
 from placement import InfeasiblePlacementError
-
-REPLICATED = {"slots_per_node": 2, "min_replicas": 2}
-S = 10.0
-CALM: dict[str, Any] = {"timeouts": derive_timeouts(S)} | REPLICATED
-
-
-def over(desk: Desk) -> RunOver:
-    (found,) = [c.body for c in desk.of(TellDriver) if isinstance(c.body, RunOver)]
-    return found
-
-
-def refused(desk: Desk) -> int:
-    return desk.state.rejected.num_refused
 
 
 def test_commits_are_written_down_together_and_no_later_than_the_flush() -> None:

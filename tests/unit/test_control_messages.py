@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from control_desk import Desk, running
+from control_desk import (
+    REPLICATED,
+    Desk,
+    refused,
+    running,
+)
 from msgspec import NODEFAULT, Struct, structs
 from msgspec.structs import replace as changed
 
-from lazarus.config.timeouts import derive_timeouts
 from lazarus.control import messages
 from lazarus.control.cluster.state import Phase
 from lazarus.control.commit.exactly_once import ids_of_step, num_samples_in
@@ -31,30 +35,16 @@ from lazarus.control.messages import (
     Ready,
     ReplicaMismatch,
     Report,
-    RunOver,
     ShareReported,
     SnapshotHeld,
     StopRun,
     Suspicion,
     Tail,
 )
-from lazarus.control.ports import DriverSaid, TellDriver
+from lazarus.control.ports import DriverSaid
 from lazarus.control.vector import VectorLayout
 from lazarus.errors import BrokenInvariantError
 from lazarus.failure import Cause
-
-REPLICATED = {"slots_per_node": 2, "min_replicas": 2}
-S = 10.0
-CALM: dict[str, Any] = {"timeouts": derive_timeouts(S)} | REPLICATED
-
-
-def over(desk: Desk) -> RunOver:
-    (found,) = [c.body for c in desk.of(TellDriver) if isinstance(c.body, RunOver)]
-    return found
-
-
-def refused(desk: Desk) -> int:
-    return desk.state.rejected.num_refused
 
 
 @pytest.mark.parametrize(

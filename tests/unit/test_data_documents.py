@@ -152,3 +152,19 @@ def test_no_documents_are_refused(name: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text("no parquet")
     with pytest.raises(DataError, match="has no documents in it|is not parquet"):
         opened(tmp_path / name)
+
+
+def test_lines_of_blanks_are_no_documents(tmp_path: Path) -> None:
+    place = tmp_path / "a.jsonl"
+    place.write_text(' \t\n{"text": "one"}\n\r\n  {"text": "two"}\n   ')
+    assert list(opened(place)) == ["one", "two"]
+
+
+def test_a_parquet_file_that_lacks_the_column_of_the_others_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    for name, column in (("a", "text"), ("b", "body")):
+        parquet.write_table(pyarrow.table({column: ["x"]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet has no column 'text', which a\.parquet has"):
+        opened(tmp_path)

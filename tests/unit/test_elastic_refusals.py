@@ -46,8 +46,11 @@ def test_the_self_test_names_what_differs(monkeypatch: pytest.MonkeyPatch) -> No
     assert "gradient of 5 rows" in odd
     layer = MoELayer(dim=64, hidden=96, num_experts=2, top_k=1)
     replica: Any = SimpleNamespace(layers=[layer], device=CPU)
-    with pytest.raises(UserMistakeError, match="otherwise alone than among others"):
-        require_equal_bits(replica, dtype=torch.float32)
+    for is_frozen in (False, True):
+        if is_frozen:
+            layer.experts.freeze()
+        with pytest.raises(UserMistakeError, match="otherwise alone than among others"):
+            require_equal_bits(replica, dtype=torch.float32)
 
 
 def _depends_on_rows(

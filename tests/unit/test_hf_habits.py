@@ -130,3 +130,10 @@ def test_a_folder_below_home_may_be_written_with_a_tilde(
     saved(small_model("qwen3_moe"), tmp_path / "m")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert type(load("~/m")).__name__ == type(load(tmp_path / "m")).__name__
+
+
+@pytest.mark.parametrize("key", ["labels", "attention_mask"])
+def test_what_goes_with_input_ids_alone_is_not_dropped(key: str) -> None:
+    tokens = small_batch()
+    with pytest.raises(ValueError, match=f"{key} beside 'tokens'"):
+        causal_loss(adopt(small_model("qwen3_moe")), {"tokens": tokens, key: tokens})

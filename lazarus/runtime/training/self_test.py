@@ -31,7 +31,8 @@ def require_equal_bits(replica: Replica, *, dtype: torch.dtype) -> None:
         UserMistakeError: A row has other bits alone than among others.
     """
     banks = [layer.experts for layer in replica.layers]
-    layouts = {bank.layout for bank in banks if isinstance(bank.layout, ExpertLayout)}
+    found = [layout for bank in banks for layout in (bank.layout, bank.frozen_layout)]
+    layouts = {layout for layout in found if isinstance(layout, ExpertLayout)}
     for layout in sorted(layouts, key=repr):
         odd = odd_parts(layout, device=replica.device, dtype=dtype)
         if odd:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dispatcher.gradients import sum_replica_gradients
-from lazarus.control.commit.measures import with_measures
 from lazarus.control.vector import HASH_BITS, Lanes, StepSums, contribution, decode, sample_hash
 from lazarus.data.sampler import split_rounds
 from lazarus.data.units import Units
@@ -30,6 +29,7 @@ from lazarus.runtime.input.randomness import reseed
 from lazarus.runtime.input.reader import Reading
 from lazarus.runtime.input.sources import StepShare
 from lazarus.runtime.state.replica import Replica
+from lazarus.runtime.training.barrier import Barrier
 from lazarus.runtime.training.context import WorkerContext
 from lazarus.runtime.training.finite import check_total
 from lazarus.runtime.training.hooks import Hooks
@@ -37,7 +37,6 @@ from lazarus.runtime.training.unit_sums import UnitScalars, UnitSums
 from lazarus.runtime.training.world import World
 
 Loss = Callable[[nn.Module, Any], LossSum]
-_BY_UNIT = ("loss_sum", "aux_sum", "count")  # lanes that are added up in the order of the units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,11 +82,15 @@ class Step:
         self._units = None if batching.units is None else UnitSums(batching.units)
         self._observer.where.generation = world.generation
         self._observer.where.rank = world.exchange.rank
-        self.must_repeat = False  # a rank wrote a buffer that was not exchanged: no commit
-        self._must_agree = True  # agree on names of measures and on buffers in this step
+        self._barrier = Barrier(replica, world, measures=context.measures, units=self._units)
         self._summed: set[int] = set()  # layers whose replica gradients are summed in this step
         self.dense_square = 0.0
         self.shared: StepShare | None = None
+
+    @property
+    def must_repeat(self) -> bool:
+        """Whether the attempt lacks a buffer or a measure that a rank had not announced."""
+        return self._barrier.must_repeat
 
     def compute(
         self, step: int, *, pause: Callable[[], bool], prepared: Callable[[], None]
@@ -137,14 +140,11 @@ class Step:
             pause=pause(),
             own_s=own_s,
         )
-        if self._units is not None:  # filled in when the units of all ranks are there
-            for name in _BY_UNIT:
-                lanes[world.layout.lane(name)] = 0.0
         lanes[world.layout.squares] = squares.reshape(-1)
         if world.exchange.rank == 0:
             counts = np.stack([context.counts_E.cpu().numpy() for context in world.contexts])
             lanes[world.layout.counts] = counts.reshape(-1)
-        return self._commit_barrier(lanes)
+        return self._barrier.sum(lanes)
 
     def _sum_gradients(self, shared: StepShare) -> NDArray[np.float64]:
         """Sum this step's gradients over the ranks, and agree on what all must hold alike.
@@ -170,9 +170,9 @@ class Step:
             world.exchange,
             samples=len(shared.mine),
             total=len(shared.ids_B),
-            agree=self._must_agree,
+            agree=self._barrier.must_agree,
         )
-        if self._must_agree:
+        if self._barrier.must_agree:
             replica.dense_sync.agree(world.exchange)
             self._agree()
         return squares
@@ -212,38 +212,6 @@ class Step:
         )
         found = {name for text in texts for name in text.split("\n") if name}
         self._measures.agree(found | set(self._measures.names))
-
-    def _commit_barrier(self, lanes: Lanes) -> Lanes:
-        """Sum the commit vector over all ranks, and return the result on the host (rule 10).
-
-        Lanes are the fixed ones; whether any rank logged a name or wrote a buffer that is not
-        agreed on; a check that all ranks ran the same exchanges; and the measures.
-        """
-        measures, buffers = self._measures, self._replica.buffers
-        unknown = [float(measures.has_unknown), float(buffers.has_unknown)]
-        same = self._world.trail_lanes()
-        logged = measures.lanes()
-        by_unit = np.zeros(0)
-        if self._units is not None:
-            by_unit = self._units.lanes(measures.names)
-            if self._world.exchange.rank:  # outside of units all ranks log the same
-                logged[:] = 0.0
-        own = torch.from_numpy(np.concatenate([lanes, unknown, same, logged, by_unit]))
-        summed = own.to(self._replica.device)
-        self._world.exchange.all_reduce(summed, label="commit")
-        found: Lanes = summed.cpu().numpy()
-        fixed = self._world.layout.num_lanes
-        tail = fixed + 4 + logged.size
-        self.must_repeat = bool(found[fixed + 1] > 0)
-        if self._units is not None:
-            self.must_repeat |= bool(found[fixed] > 0)  # each step has all values that it logged
-            sums = self._units.totals(found[tail:])
-            for name, value in zip(_BY_UNIT, sums, strict=False):
-                found[self._world.layout.lane(name)] = value
-            found[fixed + 4 : tail] += sums[len(_BY_UNIT) :]
-        self._must_agree = bool(found[fixed] > 0) or self.must_repeat
-        self._world.require_one_trail(found[fixed + 2 : fixed + 4])
-        return with_measures(found[:fixed], measures.names, found[fixed + 4 : tail])
 
     def check(self, lanes: Lanes, *, step: int) -> StepSums:
         """Decode the vector, and check it against what the step must contain (rule 12, I9).
