@@ -188,8 +188,8 @@ def _price_of_units(config: TrainConfig, ranks: int) -> list[str]:
     lines = [f"units of a step      {units.count}; times the ideal: {', '.join(shares)} ranks"]
     if units.count < 4 * ranks:
         lines.append(
-            f"                     fewer than 4 a rank: a smaller train.micro_batch_size, or a "
-            f"larger train.global_batch, evens out {ranks - 1 or 1} ranks"
+            "                     fewer than 4 a rank; lower train.micro_batch_size or raise "
+            "train.global_batch to lose less time with uneven ranks"
         )
     return lines
 
